@@ -1,0 +1,155 @@
+"""The command line: `counter-server run`, `manager`, and the counters without HTTP."""
+
+import os
+import sys
+from typing import Any, cast
+
+import click
+
+from .errors import CounterServerError, InvalidRequest
+from .manager.directory import DataDirectory
+from .settings import (
+    DATA_DIR_VARIABLE,
+    DEFAULT_STORE,
+    DURABILITIES,
+    STORE_VARIABLE,
+    Durability,
+    ServerSettings,
+    default_data_dir,
+)
+from .state import State, open_state
+
+_DEFAULTS = ServerSettings()
+
+
+class _OneLine(click.Group):
+    """A group whose commands tell our errors in one line, exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CounterServerError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def _store_url(store: str | None, data_dir: str | None) -> str:
+    """The URL that the two options, or their environment variables, name together."""
+    if data_dir is not None:
+        if store is not None and store != DEFAULT_STORE:
+            raise InvalidRequest("--data-dir names a manager's directory, and --store something else: give one of them")
+        return f"{DEFAULT_STORE}{os.path.abspath(data_dir)}"
+    return store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
+
+
+store_option = click.option("--store", metavar="URL", help="Where the counters are (default: manager://, a data directory).")
+data_dir_option = click.option(
+    "--data-dir",
+    metavar="DIR",
+    help=f"The manager's data directory (default: ${DATA_DIR_VARIABLE}, else instance/counter-server here).",
+)
+durability_option = click.option(
+    "--durability",
+    type=click.Choice(DURABILITIES),
+    default=_DEFAULTS.durability,
+    show_default=True,
+    help="commit: on disk before it is answered; process: survives kill -9, not a power cut; none: memory only.",
+)
+
+
+@click.group(cls=_OneLine, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="counter-server")
+def main() -> None:
+    """Shared state for Flask workers: every increment is counted exactly once."""
+
+
+@main.command()
+@click.option("--host", default=_DEFAULTS.host, show_default=True, help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=_DEFAULTS.port, show_default=True, help="0: a free one.")
+@click.option("--workers", type=click.IntRange(1, 512), default=_DEFAULTS.workers, show_default=True)
+@click.option("--threads", type=click.IntRange(1, 512), default=_DEFAULTS.threads, show_default=True, help="In each worker.")
+@data_dir_option
+@durability_option
+@store_option
+def run(data_dir: str | None, store: str | None, durability: str, **options: Any) -> None:
+    """Serve the web application: one manager process, several workers, one port."""
+    from .serve.supervisor import Supervisor
+
+    settings = ServerSettings(store=_store_url(store, data_dir), durability=cast(Durability, durability), **options)
+    sys.exit(Supervisor(settings).run())
+
+
+@main.command()
+@data_dir_option
+@durability_option
+def manager(data_dir: str | None, durability: str) -> None:
+    """Run the manager alone, for any number of applications of this user."""
+    from .manager.server import serve
+
+    directory = DataDirectory(data_dir or default_data_dir())
+    serve(directory, cast(Durability, durability), ready=lambda: click.echo(f"Manager ready: manager://{directory}"))
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("name")
+@click.option("--by", type=int, default=1, show_default=True)
+@click.option("--minimum", type=int, help="The result may not be less.")
+@click.option("--maximum", type=int, help="The result may not be more.")
+@click.option("--key", help="An idempotency key: the same again is counted once.")
+@data_dir_option
+@store_option
+def increment(name: str, by: int, minimum: int | None, maximum: int | None, key: str | None, **where: str | None) -> None:
+    """Add to a counter and print the result."""
+    click.echo(_state(**where).counter(name).increment(by, minimum=minimum, maximum=maximum, key=key))
+
+
+@main.command()
+@click.argument("name")
+@data_dir_option
+@store_option
+def get(name: str, **where: str | None) -> None:
+    """Print a counter's value."""
+    from .operations import Get
+
+    value = _state(**where).submit(Get(name))
+    if value is None:
+        raise click.ClickException(f"there is no counter {name!r}")
+    click.echo(value)
+
+
+@main.command("set", context_settings={"ignore_unknown_options": True})
+@click.argument("name")
+@click.argument("value", type=int)
+@data_dir_option
+@store_option
+def set_(name: str, value: int, **where: str | None) -> None:
+    """Give a counter a value and print it."""
+    click.echo(_state(**where).counter(name).set(value))
+
+
+@main.command()
+@click.argument("name")
+@data_dir_option
+@store_option
+def delete(name: str, **where: str | None) -> None:
+    """Remove a counter."""
+    if not _state(**where).counter(name).delete():
+        raise click.ClickException(f"there is no counter {name!r}")
+
+
+@main.command("list")
+@data_dir_option
+@store_option
+def list_(**where: str | None) -> None:
+    """Print every counter and its value, a line each, separated by a tab."""
+    state = _state(**where)
+    page = state.counters(limit=1000)
+    while True:
+        for name, value in page.counters:
+            click.echo(f"{name}\t{value}")
+        if not page.more:
+            return
+        page = state.counters(after=page.counters[-1][0], limit=1000)
+
+
+def _state(*, store: str | None, data_dir: str | None) -> State:
+    return open_state(_store_url(store, data_dir))

@@ -1,0 +1,145 @@
+"""Durable commits: the ledger's changes in SQLite, each commit one transaction.
+
+A commit that returns is durable to the level asked for. One that raises `StorageFull` changed nothing.
+After any other failure nobody knows what the disk holds (a failed fsync may have written or lost the
+pages: Rebello et al., "Can Applications Recover from fsync Failures?", 2020), so it is `JournalFailed`
+and the process must end: the disk is read again by the next one.
+"""
+
+import secrets
+import sqlite3
+from contextlib import suppress
+from pathlib import Path
+
+from msgspec import msgpack
+
+from .errors import StartupError, StorageFull
+from .ledger import Changes, ClientRecord, Contents, KeyRecord
+from .operations import Result
+
+_APPLICATION_ID = 0x43545352  # "CTSR", in the file's header: tells our journal from any other SQLite file
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE clients (client BLOB PRIMARY KEY, sequence INTEGER NOT NULL, results BLOB NOT NULL, used REAL NOT NULL)
+    WITHOUT ROWID;
+CREATE TABLE keys (key TEXT PRIMARY KEY, fingerprint BLOB NOT NULL, value INTEGER NOT NULL, used REAL NOT NULL)
+    WITHOUT ROWID;
+"""
+# SQLite in WAL mode: FULL syncs at every commit; NORMAL writes at every commit, so that a killed process
+# loses nothing, and syncs at checkpoints, so that a power cut may lose the last commits.
+_SYNCHRONOUS = {"commit": "FULL", "process": "NORMAL"}
+
+_encode = msgpack.Encoder().encode
+_decode_results = msgpack.Decoder(list[Result]).decode
+
+
+class JournalFailed(Exception):
+    """The outcome of a commit is unknown: end the process, the disk is the truth."""
+
+
+class Journal:
+    """The file behind a ledger. For one process (who holds the data directory's lock), one thread at a time.
+
+    :param durability: ``"commit"`` or ``"process"``.
+    :raises StartupError: if the file is not a journal, is damaged, or was written by a newer version.
+    """
+
+    def __init__(self, path: Path, durability: str = "commit") -> None:
+        self.path = path
+        try:
+            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._open(_SYNCHRONOUS[durability])
+        except sqlite3.Error as error:
+            raise StartupError(
+                f"the journal {path} cannot be used ({error}); it was left as it is: put back a copy, or free its disk"
+            ) from error
+
+    def _open(self, synchronous: str) -> None:
+        execute = self._connection.execute
+        execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner: no shared-memory file, no locks per commit
+        application, version = (execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+        empty = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+        if not empty and application != _APPLICATION_ID:
+            raise StartupError(f"{self.path} is not a journal of counter_server; it was left as it is")
+        if version > _VERSION:
+            raise StartupError(
+                f"the journal {self.path} has format {version}, written by a newer counter_server; this one reads {_VERSION}"
+            )
+        execute("PRAGMA journal_mode = WAL")
+        execute(f"PRAGMA synchronous = {synchronous}")
+        if empty:
+            self._connection.executescript(f"BEGIN; {_SCHEMA}")
+            execute("INSERT INTO meta VALUES ('epoch', ?)", (secrets.token_hex(16),))
+            execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            execute(f"PRAGMA user_version = {_VERSION}")
+            execute("COMMIT")
+
+    @property
+    def epoch(self) -> str:
+        """The identity of this state: the same as long as the file lives."""
+        return str(self._connection.execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()[0])
+
+    def load(self) -> Contents:
+        """Everything that was committed."""
+        try:
+            rows = self._connection.execute
+            return Contents(
+                counters=dict(rows("SELECT name, value FROM counters ORDER BY name")),
+                clients={
+                    client: ClientRecord(sequence, _decode_results(results), used)
+                    for client, sequence, results, used in rows("SELECT * FROM clients ORDER BY used")
+                },
+                keys={
+                    key: KeyRecord(fingerprint, value, used)
+                    for key, fingerprint, value, used in rows("SELECT * FROM keys ORDER BY used")
+                },
+            )
+        except (sqlite3.Error, ValueError) as error:
+            raise StartupError(f"the journal {self.path} is damaged ({error}); it was left as it is") from error
+
+    def commit(self, changes: Changes) -> None:
+        """Make `changes` durable in one transaction.
+
+        :raises StorageFull: there was no room; nothing was changed.
+        :raises JournalFailed: nobody knows.
+        """
+        execute = self._connection.execute
+        try:
+            execute("BEGIN IMMEDIATE")
+            for name, value in changes.counters.items():
+                if value is None:
+                    execute("DELETE FROM counters WHERE name = ?", (name,))
+                else:
+                    execute("REPLACE INTO counters VALUES (?, ?)", (name, value))
+            for client, record in changes.clients.items():
+                if record is None:
+                    execute("DELETE FROM clients WHERE client = ?", (client,))
+                else:
+                    row = (client, record.sequence, _encode(record.results), record.used)
+                    execute("REPLACE INTO clients VALUES (?, ?, ?, ?)", row)
+            for key, known in changes.keys.items():
+                if known is None:
+                    execute("DELETE FROM keys WHERE key = ?", (key,))
+                else:
+                    execute("REPLACE INTO keys VALUES (?, ?, ?, ?)", (key, *known))
+            execute("COMMIT")
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+                raise JournalFailed(f"the journal {self.path} failed: {error}") from error
+            self._roll_back()
+            raise StorageFull(f"no room to write to {self.path}; nothing was counted, and reads go on") from error
+
+    def _roll_back(self) -> None:
+        # After a full disk SQLite has mostly rolled back by itself.
+        if self._connection.in_transaction:
+            try:
+                self._connection.execute("ROLLBACK")
+            except sqlite3.Error as error:
+                raise JournalFailed(f"the journal {self.path} could not be rolled back: {error}") from error
+
+    def close(self) -> None:
+        """Fold the log into the file where possible (everything committed is safe without), and let go."""
+        with suppress(sqlite3.Error):
+            self._connection.close()

@@ -1,0 +1,248 @@
+"""The locked Python objects: counters, and the memory that makes calls exactly-once.
+
+No Flask, no processes and no files here. What is to be durable goes through `commit`, which a `Journal`
+provides; memory changes only after it has returned, so nothing is readable before it is on disk.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+from sortedcontainers import SortedDict
+
+from .errors import BatchRefused, StorageFull
+from .operations import (
+    LARGEST,
+    SMALLEST,
+    Batch,
+    Delete,
+    Get,
+    Increment,
+    Operation,
+    Page,
+    Refusal,
+    Replayed,
+    Result,
+    Scan,
+    Set,
+)
+
+CLIENT_LIFETIME = 3600.0  # seconds past its last use that a client is remembered; deadlines are 60 at most
+KEY_LIFETIME = 86400.0  # seconds that an idempotency key is remembered
+_FORGET_AT_ONCE = 200  # expired records removed in one commit, so that no commit is long
+
+
+class ClientRecord(NamedTuple):
+    """The last batch of a client, for when it is sent again."""
+
+    sequence: int
+    results: list[Result]
+    used: float
+
+
+class KeyRecord(NamedTuple):
+    """What an idempotency key was used for, and the number it was given."""
+
+    fingerprint: bytes
+    value: int
+    used: float
+
+
+@dataclass
+class Contents:
+    """All that a ledger holds. `clients` and `keys` are in the order of `used`."""
+
+    counters: dict[str, int] = field(default_factory=dict)
+    clients: dict[bytes, ClientRecord] = field(default_factory=dict)
+    keys: dict[str, KeyRecord] = field(default_factory=dict)
+
+
+@dataclass
+class Changes:
+    """What a commit is to do: an overlay over the ledger until then. None removes."""
+
+    now: float
+    counters: dict[str, int | None] = field(default_factory=dict)
+    clients: dict[bytes, ClientRecord | None] = field(default_factory=dict)
+    keys: dict[str, KeyRecord | None] = field(default_factory=dict)
+
+
+Commit = Callable[[Changes], None]
+
+
+def _keep_in_memory(changes: Changes) -> None:
+    """The commit of a ledger that is not durable."""
+
+
+class Ledger:
+    """Counters, clients and idempotency keys, changed by batches, several in one commit.
+
+    Its time is its own: the seconds that it has run, continued from the newest record in `contents`. So a
+    clock that jumps neither revives nor repeats anything, and time spent switched off lengthens what is
+    remembered.
+
+    :param commit: makes `Changes` durable, or raises. `StorageFull` means that it changed nothing.
+    """
+
+    def __init__(self, contents: Contents | None = None, commit: Commit = _keep_in_memory) -> None:
+        contents = contents or Contents()
+        self._commit = commit
+        self._counters: SortedDict[str, int] = SortedDict(contents.counters)
+        self._clients = contents.clients
+        self._keys = contents.keys
+        records = chain(self._clients.values(), self._keys.values())
+        self._born = time.monotonic() - max((record.used for record in records), default=0.0)
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """New locks: in the child of a fork nobody is left to release the old ones."""
+        self._writing = threading.Lock()  # held through a commit: one at a time
+        self._memory = threading.Lock()  # guards the three dictionaries, for moments only
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """No commit is under way, and none begins, while the block runs."""
+        with self._writing:
+            yield
+
+    def __len__(self) -> int:
+        return len(self._counters)
+
+    def read(self, batch: Batch) -> list[Result]:
+        """The results of a batch of reads. Never waits for a commit."""
+        changes = Changes(0.0)
+        with self._memory:
+            return [self._execute(operation, changes) for operation in batch.operations]
+
+    def apply(self, batches: Sequence[Batch]) -> list[list[Result] | BatchRefused]:
+        """Apply batches of writes, in order, in one commit; a result list for each, or its refusal.
+
+        Where there is no room to write, each write is answered with a refusal, and reads go on.
+        """
+        with self._writing:
+            changes = Changes(time.monotonic() - self._born)
+            with self._memory:
+                answers = [self._apply_batch(batch, changes, self._execute) for batch in batches]
+                self._forget(changes)
+            try:
+                self._commit(changes)
+            except StorageFull as error:
+                changes = Changes(changes.now)
+                refusal = Refusal("storage_full", str(error))
+
+                def refuse(operation: Operation, changes: Changes) -> Result:
+                    return self._execute(operation, changes) if isinstance(operation, (Get, Scan)) else refusal
+
+                with self._memory:
+                    # These answers are remembered too, in memory: a refused batch sent again is refused again.
+                    answers = [self._apply_batch(batch, changes, refuse) for batch in batches]
+            with self._memory:
+                self._merge(changes)
+        return answers
+
+    def _apply_batch(
+        self, batch: Batch, changes: Changes, execute: Callable[[Operation, Changes], Result]
+    ) -> list[Result] | BatchRefused:
+        record = changes.clients.get(batch.client) or self._clients.get(batch.client)
+        last = record.sequence if record is not None else 0
+        if record is not None and batch.sequence == last:
+            return record.results
+        if batch.sequence != last + 1:
+            return BatchRefused(f"batch {batch.sequence} does not follow batch {last}")
+        results = [execute(operation, changes) for operation in batch.operations]
+        changes.clients[batch.client] = ClientRecord(batch.sequence, results, changes.now)
+        return results
+
+    def _execute(self, operation: Operation, changes: Changes) -> Result:
+        match operation:
+            case Increment():
+                return self._increment(operation, changes)
+            case Get(name):
+                return self._value(name, changes)
+            case Set(name, value):
+                changes.counters[name] = value
+                return value
+            case Delete(name):
+                existed = self._value(name, changes) is not None
+                if existed:
+                    changes.counters[name] = None
+                return existed
+            case Scan():
+                return self._scan(operation, changes)
+
+    def _value(self, name: str, changes: Changes) -> int | None:
+        if name in changes.counters:
+            return changes.counters[name]
+        return self._counters.get(name)
+
+    def _increment(self, operation: Increment, changes: Changes) -> Result:
+        name, key = operation.name, operation.key
+        if key is not None:
+            known = changes.keys.get(key) or self._keys.get(key)
+            if known is not None and known.used > changes.now - KEY_LIFETIME:
+                if known.fingerprint == operation.fingerprint():
+                    return Replayed(known.value)
+                return Refusal("key_reused", "this idempotency key was used for another request; nothing was counted")
+        current = self._value(name, changes) or 0
+        value = current + operation.by
+        minimum = SMALLEST if operation.minimum is None else operation.minimum
+        maximum = LARGEST if operation.maximum is None else operation.maximum
+        if not minimum <= value <= maximum:
+            bound = f"below {minimum}" if value < minimum else f"above {maximum}"
+            return Refusal(
+                "limit", f"{name!r} is {current} and {operation.by:+d} would take it {bound}; nothing was counted"
+            )
+        changes.counters[name] = value
+        if key is not None:
+            changes.keys[key] = KeyRecord(operation.fingerprint(), value, changes.now)
+        return value
+
+    def _scan(self, operation: Scan, changes: Changes) -> Page:
+        """A page, with the overlay seen through: counters made or removed earlier in this commit included."""
+        after, limit = operation.after, operation.limit
+        found: list[tuple[str, int]] = []
+        fresh = iter(sorted(n for n, v in changes.counters.items() if n > after and v is not None and n not in self._counters))
+        pending = next(fresh, None)
+        for name in self._counters.irange(minimum=after or None, inclusive=(False, True)):
+            while pending is not None and pending < name:
+                found.append((pending, self._value(pending, changes) or 0))
+                pending = next(fresh, None)
+            value = self._value(name, changes)
+            if value is not None:
+                found.append((name, value))
+            if len(found) > limit:
+                break
+        while pending is not None and len(found) <= limit:
+            found.append((pending, self._value(pending, changes) or 0))
+            pending = next(fresh, None)
+        return Page(found[:limit], more=len(found) > limit)
+
+    def _forget(self, changes: Changes) -> None:
+        """Add the removal of what has expired: the records stand in the order of their last use."""
+        for client, record in self._clients.items():
+            if record.used > changes.now - CLIENT_LIFETIME or len(changes.clients) > _FORGET_AT_ONCE:
+                break
+            changes.clients.setdefault(client, None)
+        for key, known in self._keys.items():
+            if known.used > changes.now - KEY_LIFETIME or len(changes.keys) > _FORGET_AT_ONCE:
+                break
+            changes.keys.setdefault(key, None)
+
+    def _merge(self, changes: Changes) -> None:
+        for name, value in changes.counters.items():
+            if value is None:
+                self._counters.pop(name, None)
+            else:
+                self._counters[name] = value
+        for client, record in changes.clients.items():
+            self._clients.pop(client, None)  # to the end: the order is that of the last use
+            if record is not None:
+                self._clients[client] = record
+        for key, known in changes.keys.items():
+            self._keys.pop(key, None)
+            if known is not None:
+                self._keys[key] = known

@@ -1,0 +1,151 @@
+"""The data directory: journal, socket, keys and lock of one manager, in one place."""
+
+import fcntl
+import os
+import secrets
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import StartupError
+
+_KEY_BYTES = 32
+_LONGEST_ADDRESS = 107  # bytes that Linux takes for an AF_UNIX path
+
+
+class DataDirectory:
+    """Names of what is in a data directory, and the rules by which it is made and held.
+
+    :param path: is made absolute. Nothing is touched until a method is called.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.journal = self.path / "journal.sqlite3"
+        self.socket = self.path / "manager.sock"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def make(self) -> None:
+        """Make the directory, for this user alone, or check the one that is there.
+
+        :raises StartupError: if it cannot be made, is another user's, or can be written by others.
+        """
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = self.path.stat()
+        except OSError as error:
+            raise StartupError(f"the data directory {self} cannot be made: {error.strerror}") from error
+        if status.st_uid != os.geteuid():
+            raise StartupError(f"the data directory {self} belongs to another user (uid {status.st_uid})")
+        if status.st_mode & 0o022:
+            raise StartupError(f"the data directory {self} can be written by others: give it mode 0700, or name another")
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be the one manager of this directory until the block ends, or this process does.
+
+        :raises StartupError: naming the other one, if there is one.
+        """
+        file = os.open(self.path / "manager.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(file, 32).decode("ascii", "replace").strip() or "unknown"
+                raise StartupError(f"another manager (pid {holder}) already serves {self}") from None
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(file)
+
+    def key(self, name: str) -> bytes:
+        """The secret of that name, 256 random bits, made at the first call and the same ever after.
+
+        :raises StartupError: if the file that holds it is not whole, or can be read by others.
+        """
+        path = self._key_path(name)
+        try:
+            return self.existing_key(name)
+        except FileNotFoundError:
+            # Written whole under another name first: no reader ever sees half a key, and one maker wins.
+            draft = self.path / f".{name}.{secrets.token_hex(8)}"
+            file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(file, secrets.token_hex(_KEY_BYTES).encode())
+                os.fsync(file)
+                try:
+                    os.link(draft, path)
+                except FileExistsError:
+                    pass  # another process made it first; its key is the key
+            finally:
+                os.close(file)
+                draft.unlink()
+            return self.existing_key(name)
+
+    def _key_path(self, name: str) -> Path:
+        return self.path / f"{name}.key"
+
+    def existing_key(self, name: str) -> bytes:
+        """The secret of that name, if it was made before.
+
+        :raises OSError: if there is none, or it may not be read.
+        :raises StartupError: as `key` does.
+        """
+        path = self._key_path(name)
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise StartupError(f"the key {path} can be read by others: give it mode 0600, or remove it and start again")
+            text = file.read(2 * _KEY_BYTES + 1)
+        try:
+            key = bytes.fromhex(text.decode("ascii"))
+        except ValueError:
+            key = b""
+        if len(key) != _KEY_BYTES:
+            raise StartupError(f"the key {path} is damaged: remove it and start again")
+        return key
+
+    def remove_stale_socket(self) -> None:
+        """Make way for a new socket. Only the holder of the lock may call this.
+
+        :raises StartupError: if something that is not a socket stands there; it is left alone.
+        """
+        try:
+            mode = self.socket.lstat().st_mode
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(mode):
+            raise StartupError(f"{self.socket} is in the way and is not a socket; it was left as it is")
+        self.socket.unlink()
+
+
+@contextmanager
+def short_address(path: str) -> Iterator[str]:
+    """A name for the socket `path` that fits into an AF_UNIX address, for as long as the block runs.
+
+    A longer path is named through an open descriptor of its directory, as `/proc/self/fd/N/name`.
+
+    :raises StartupError: for a longer path where there is no `/proc`.
+    """
+    if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    if not os.path.isdir("/proc/self/fd"):
+        raise StartupError(f"the data directory's path is too long for a socket on this system: {directory}")
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """The user at the other end of an AF_UNIX connection."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int.from_bytes(credentials[4:8], sys.byteorder)

@@ -1,0 +1,227 @@
+"""The manager process: it holds the ledger, and answers the proxies of the workers."""
+
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import answer_challenge, deliver_challenge
+from multiprocessing.managers import BaseManager, Server
+from typing import Any, NamedTuple, NoReturn
+
+from msgspec import MsgspecError, msgpack
+
+from ..combiner import Combiner
+from ..errors import BatchRefused, StartupError
+from ..journal import Journal, JournalFailed
+from ..ledger import Contents, Ledger
+from ..operations import Batch, Result
+from ..settings import Durability
+from .directory import DataDirectory
+from .wire import FRAME_SECONDS, SERIALIZER, Call, Connection
+
+log = logging.getLogger(__name__)
+
+_LARGEST_COMMIT = 1000  # batches; in truth one for each connected worker at the most
+_EXIT_JOURNAL_FAILED = 74  # EX_IOERR of sysexits.h
+_SECONDS_TO_STOP = 2.0
+
+_decode_call = msgpack.Decoder(Call).decode
+
+
+class Method(NamedTuple):
+    """A function that proxies may call, and how its arguments are decoded and so validated."""
+
+    function: Callable[..., Any]
+    decode: Callable[[bytes], tuple[Any, ...]]
+
+
+class LedgerService:
+    """What the manager offers of its ledger: the last stop of the road."""
+
+    def __init__(self, ledger: Ledger, durability: Durability, epoch: str, fail: Callable[[JournalFailed], NoReturn]) -> None:
+        self._ledger = ledger
+        self._durability = durability
+        self._epoch = epoch
+        self._fail = fail
+        self._combiner: Combiner[Batch, list[Result] | BatchRefused] = Combiner(self._commit, limit=_LARGEST_COMMIT)
+        self._started = time.monotonic()
+        self._batches = 0
+        self._operations = 0
+        self._commits = 0
+
+    def methods(self) -> dict[str, Method]:
+        """The whole of what a proxy can call."""
+        return {
+            "apply": Method(self.apply, msgpack.Decoder(tuple[Batch]).decode),
+            "status": Method(self.status, msgpack.Decoder(tuple[()]).decode),
+        }
+
+    def apply(self, batch: Batch) -> list[Result]:
+        """Apply a batch, in one durable commit with those of other workers that wait at the same time."""
+        if batch.sequence == 0:
+            return self._ledger.read(batch)
+        answer = self._combiner.submit(batch)
+        if isinstance(answer, BatchRefused):
+            raise answer
+        return answer
+
+    def _commit(self, batches: list[Batch], deadline: float) -> list[list[Result] | BatchRefused]:
+        try:
+            answers = self._ledger.apply(batches)
+        except JournalFailed as error:
+            self._fail(error)
+        self._commits += 1
+        self._batches += len(batches)
+        self._operations += sum(len(batch.operations) for batch in batches)
+        return answers
+
+    def status(self) -> dict[str, int | float | str]:
+        """Figures for people and tests. `batches`, `operations` and `commits` are of writes, since the start."""
+        return {
+            "pid": os.getpid(),
+            "epoch": self._epoch,
+            "durability": self._durability,
+            "uptime": time.monotonic() - self._started,
+            "counters": len(self._ledger),
+            "batches": self._batches,
+            "operations": self._operations,
+            "commits": self._commits,
+        }
+
+
+class StateServer(Server):
+    """The standard library's manager server, with objects by name, typed arguments and time limits.
+
+    A client can call the methods of what is hosted, and nothing else: not create, not shut down, not read a
+    traceback. A peer that breaks the rules loses its connection and is told nothing.
+    """
+
+    public = ["accept_connection"]
+    hosted: dict[str, dict[str, Method]]
+    epoch: str
+
+    def handle_request(self, c: Any) -> None:
+        """Serve one connection, in a thread of its own, from the handshake to its end."""
+        try:
+            deliver_challenge(c, self.authkey)
+            answer_challenge(c, self.authkey)
+            call = _decode_call(c.recv_bytes())
+            if call.method != "accept_connection":
+                raise PermissionError(f"{call.method!r} is not offered")
+            c.send(("#RETURN", self.epoch))
+            self.serve_client(c)
+        except EOFError:
+            log.debug("a client has gone")
+        except (OSError, AuthenticationError, AssertionError, MsgspecError, ValueError) as error:
+            # AssertionError and ValueError: the standard handshake's words for a peer that talks nonsense.
+            log.warning("a connection was closed: %s: %s", type(error).__name__, error)
+        finally:
+            c.close()
+
+    def serve_client(self, conn: Any) -> None:
+        """Answer calls, one after the other, until the client goes or breaks the rules."""
+        connection: Connection = conn
+        while True:
+            connection.await_frame()
+            call = _decode_call(connection.recv_bytes())
+            method = self.hosted.get(call.ident or "", {}).get(call.method)
+            if method is None:
+                raise PermissionError(f"{call.method!r} of {call.ident!r} is not offered")
+            arguments = method.decode(call.arguments)
+            try:
+                reply = ("#RETURN", method.function(*arguments))
+            except BatchRefused as error:
+                reply = ("#ERROR", str(error))
+            connection.set_deadline(time.monotonic() + FRAME_SECONDS)
+            connection.send(reply)
+
+
+class StateManager(BaseManager):
+    """`BaseManager` with our server. The address is a socket's path; `spawn` is named, whatever the default is."""
+
+    _Server = StateServer
+
+    def __init__(self, address: str, authkey: bytes) -> None:
+        super().__init__(address, authkey, SERIALIZER, multiprocessing.get_context("spawn"))
+
+    def get_server(self) -> StateServer:
+        # The standard method makes a `Server` by that name, whatever `_Server` says.
+        return self._Server(self._registry, self.address, self._authkey, SERIALIZER)  # type: ignore[attr-defined]
+
+
+def serve(
+    directory: DataDirectory,
+    durability: Durability,
+    *,
+    ready: Callable[[], None],
+    supervised: bool = False,
+) -> NoReturn:
+    """Be the manager of `directory` until a signal, or the end of the parent if `supervised`. Ends the process.
+
+    :param ready: called when clients can connect.
+    :raises StartupError: if the directory, its lock, journal or socket cannot be had.
+    """
+    os.umask(0o077)
+    # An exception in the main thread is the server's own way to end; see Server.serve_forever.
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if supervised else _stop)
+    if supervised:
+        threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    directory.make()
+    with directory.hold():
+        journal = _open_journal(directory, durability)
+        ledger = Ledger(journal.load(), journal.commit) if journal else Ledger(Contents())
+        epoch = journal.epoch if journal else secrets.token_hex(16)
+        directory.remove_stale_socket()
+        server = StateManager(str(directory.socket), directory.key("manager")).get_server()
+        server.epoch = epoch
+        server.hosted = {"ledger": LedgerService(ledger, durability, epoch, _fail).methods()}
+        try:
+            ready()
+            server.serve_forever()
+        finally:
+            server.listener.close()
+            with suppress(FileNotFoundError):
+                directory.socket.unlink()
+            with ledger.stopped():
+                if journal:
+                    journal.close()
+    raise AssertionError("serve_forever returned")
+
+
+def _open_journal(directory: DataDirectory, durability: Durability) -> Journal | None:
+    if durability != "none":
+        return Journal(directory.journal, durability)
+    if directory.journal.exists():
+        raise StartupError(
+            f"{directory} holds durable counters: durability 'none' would start again at 1; name another data directory"
+        )
+    return None
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise SystemExit(0)
+
+
+def _fail(error: JournalFailed) -> NoReturn:
+    """Stop at once, with nothing answered: what the disk says at the next start is what happened."""
+    print(f"manager: {error}; what was being written is unknown; stopping to start again from the disk", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(_EXIT_JOURNAL_FAILED)
+
+
+def _end_with_parent() -> None:
+    """End when the parent does, however it does: its end of a pipe is closed by the kernel."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_SECONDS_TO_STOP)
+        os._exit(1)  # a commit that hangs on the disk; it is there or it is not, and nobody waits

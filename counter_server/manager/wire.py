@@ -1,0 +1,161 @@
+"""What goes over the manager's socket: frames of MessagePack, capped, with deadlines.
+
+It is registered with the standard library's own `listener_client` under the name `SERIALIZER`, so
+`BaseManager`, `Server` and `BaseProxy` use it in place of pickle: who holds the key can send plain data to
+the methods that are offered, and no code. A frame is a length of 4 bytes, big-endian, and the message.
+"""
+
+import os
+import socket
+import time
+from multiprocessing import managers
+from multiprocessing.connection import answer_challenge, deliver_challenge
+from typing import Any
+
+from msgspec import Raw, Struct, msgpack
+
+from .directory import peer_uid, short_address
+
+SERIALIZER = "counter_server"
+LARGEST_FRAME = 2**20  # bytes; a batch or a page of the largest size has under 0.6 MiB
+HANDSHAKE_SECONDS = 2.0  # for all of it: a peer that says nothing holds a thread no longer
+FRAME_SECONDS = 2.0  # to finish a frame once begun, and to take one that was sent
+_BACKLOG = 1024  # the standard 16 refuses or hangs a crowd of fresh clients
+_ACCEPT_PAUSE = 0.05  # seconds, when there is no descriptor left for a new connection
+
+_encode = msgpack.Encoder().encode
+_decode = msgpack.Decoder().decode
+
+
+class Call(Struct, array_like=True, frozen=True):
+    """A request: the tuple that the standard library's proxies send."""
+
+    ident: str | None
+    method: str
+    arguments: Raw
+    keywords: dict[str, Any] = {}
+
+
+class Connection:
+    """A stream socket that carries frames; the interface is that of `multiprocessing.connection.Connection`.
+
+    Not for two threads at a time. After any exception it must be closed: there may be half a frame on the way.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._received = b""
+        self.set_deadline(time.monotonic() + HANDSHAKE_SECONDS)
+
+    def set_deadline(self, deadline: float) -> None:
+        """From now on, sending and receiving raise `TimeoutError` at `deadline` (`time.monotonic` seconds)."""
+        self._deadline = deadline
+        self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+
+    def send_bytes(self, message: bytes) -> None:
+        self._socket.sendall(len(message).to_bytes(4, "big") + message)
+
+    def recv_bytes(self, maxlength: int = LARGEST_FRAME) -> bytes:
+        """The next message.
+
+        :raises EOFError: if the peer has closed.
+        :raises OSError: if the message is longer than `maxlength`.
+        """
+        self._receive(4)
+        length = int.from_bytes(self._received[:4], "big")
+        if length > maxlength:
+            raise OSError(f"a frame of {length} bytes; at most {maxlength}")
+        self._receive(4 + length)
+        message, self._received = self._received[4 : 4 + length], self._received[4 + length :]
+        return message
+
+    def _receive(self, size: int) -> None:
+        """Have at least `size` bytes in `_received`."""
+        while len(self._received) < size:
+            if self._received:
+                self.set_deadline(self._deadline)  # what is still to come has only the time that is left
+            chunk = self._socket.recv(65536)
+            if not chunk:
+                raise EOFError("the other end has closed the connection")
+            self._received += chunk
+
+    def await_frame(self) -> None:
+        """Wait without limit for the next frame to begin; it then has `FRAME_SECONDS` to arrive."""
+        self._socket.settimeout(None)
+        self._receive(1)
+        self.set_deadline(time.monotonic() + FRAME_SECONDS)
+
+    def send(self, message: object) -> None:
+        self.send_bytes(_encode(message))
+
+    def recv(self) -> Any:
+        return _decode(self.recv_bytes())
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Listener:
+    """A listening AF_UNIX socket that takes connections of this user alone."""
+
+    def __init__(self, address: str, backlog: int = _BACKLOG) -> None:
+        self.address = address
+        self._closed = False
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            with short_address(address) as short:
+                self._socket.bind(short)
+            self._socket.listen(max(backlog, _BACKLOG))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def accept(self) -> Connection:
+        """The next connection.
+
+        :raises OSError: for one that failed or is another user's; the standard server asks again.
+        """
+        try:
+            sock, _ = self._socket.accept()
+        except OSError:
+            if self._closed:
+                raise SystemExit from None  # ends the accepting thread, which would ask for ever
+            time.sleep(_ACCEPT_PAUSE)
+            raise
+        if peer_uid(sock) != os.geteuid():
+            sock.close()
+            raise PermissionError("a connection of another user")
+        return Connection(sock)
+
+    def close(self) -> None:
+        self._closed = True
+        self._socket.close()
+
+
+def connect(address: str, authkey: bytes | None = None, *, deadline: float | None = None) -> Connection:
+    """Connect to a manager and prove to each other that both hold the key.
+
+    :param deadline: in `time.monotonic` seconds; the handshake's own limit holds as well.
+    :raises OSError: if nobody listens there, or does not answer in time.
+    :raises multiprocessing.AuthenticationError: if the keys differ.
+    """
+    limit = time.monotonic() + HANDSHAKE_SECONDS
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        connection = Connection(sock)
+        connection.set_deadline(limit if deadline is None else min(limit, deadline))
+        with short_address(address) as short:
+            sock.connect(short)
+        if authkey is not None:
+            answer_challenge(connection, authkey)
+            deliver_challenge(connection, authkey)
+        return connection
+    except BaseException:
+        sock.close()
+        raise
+
+
+managers.listener_client[SERIALIZER] = (Listener, connect)

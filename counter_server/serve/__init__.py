@@ -1,0 +1,1 @@
+"""The supervisor and its workers: one port, several processes, none left behind."""

@@ -1,0 +1,234 @@
+"""The supervisor: binds the port once, starts the manager and the workers, and keeps them running.
+
+Signal handlers only note what came; one loop acts on it. Whatever ends the supervisor, its children see the end of
+a pipe and end too.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+from typing import Any
+
+from ..errors import StartupError
+from ..manager.directory import DataDirectory
+from ..settings import Durability, ServerSettings, default_data_dir
+from ..stores import manager_directory
+from .worker import BACKLOG, DRAIN_SECONDS, work
+
+log = logging.getLogger(__name__)
+
+_BOOT_SECONDS = 30.0
+_STABLE_SECONDS = 1.0  # one that lived this long after it was ready was not in a crash loop
+_FIRST_PAUSE = 0.1  # seconds before the second restart in a crash loop; doubles
+_LONGEST_PAUSE = 3.0
+_MOST_FAILURES = 10  # in a row, of one child; then the server gives up
+
+_spawn = multiprocessing.get_context("spawn")
+
+
+@dataclass
+class _Child:
+    """One place among the children: the process that fills it now, and how its predecessors fared."""
+
+    name: str
+    target: Callable[..., None]
+    arguments: tuple[Any, ...]
+    process: SpawnProcess | None = None
+    ready: Connection | None = None  # until it has said that it is
+    ready_since: float | None = None
+    failures: int = 0  # deaths in a row before it was stable
+    restart_at: float = 0.0
+
+    def start(self) -> None:
+        self.ready, theirs = _spawn.Pipe(duplex=False)
+        self.ready_since = None
+        self.process = _spawn.Process(target=self.target, args=(*self.arguments, theirs), name=self.name)
+        self.process.start()
+        theirs.close()
+
+    def hear(self) -> None:
+        """Take note that it is ready; an end of file means that it will never be, and its death follows."""
+        assert self.ready is not None
+        with suppress(EOFError):
+            self.ready.recv()
+            self.ready_since = time.monotonic()
+        self.ready.close()
+        self.ready = None
+
+    def bury(self) -> int:
+        """Count the death of its process, set when to start the next, and return the exit code."""
+        assert self.process is not None
+        if self.ready is not None:
+            self.hear()
+        self.process.join()
+        code = self.process.exitcode
+        self.process.close()
+        self.process = None
+        now = time.monotonic()
+        stable = self.ready_since is not None and now - self.ready_since > _STABLE_SECONDS
+        self.failures = 1 if stable else self.failures + 1
+        self.restart_at = now + (0.0 if self.failures == 1 else min(_FIRST_PAUSE * 2 ** (self.failures - 2), _LONGEST_PAUSE))
+        return code or 0
+
+
+@dataclass
+class Supervisor:
+    """Runs one server, as `settings` say."""
+
+    settings: ServerSettings
+    _signals: deque[int] = field(default_factory=deque)
+
+    def run(self) -> int:
+        """Serve until a signal; return the exit status.
+
+        :raises StartupError: if the port, the data directory or the application cannot be had.
+        """
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor %(levelname)s %(message)s")
+        self._wakeup, wake = os.pipe()
+        for descriptor in (self._wakeup, wake):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+        sock = self._bind()
+        manager, workers = self._children(sock)
+        children = [*manager, *workers]
+        try:
+            for group in (manager, workers):
+                self._boot(group)
+            if not self._signals:
+                print(f"Serving on {_url(sock)}", flush=True)
+            self._watch(children)
+            return self._stop(manager, workers)
+        finally:
+            for child in children:
+                if child.process is not None and child.process.is_alive():
+                    child.process.kill()
+            sock.close()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)
+        if len(self._signals) > 1:
+            os._exit(128 + number)  # the second time they mean it; the children see the pipe's end
+
+    def _bind(self) -> socket.socket:
+        host, port = self.settings.host, self.settings.port
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            sock = socket.socket(family, kind, protocol)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.listen(BACKLOG)
+        except OSError as error:
+            raise StartupError(
+                f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --host or --port"
+            ) from error
+        return sock
+
+    def _children(self, sock: socket.socket) -> tuple[list[_Child], list[_Child]]:
+        settings = self.settings
+        store = settings.store
+        config: dict[str, Any] = {}
+        managers = []
+        if store.startswith("manager:"):
+            directory = DataDirectory(manager_directory(store) or default_data_dir())
+            directory.make()
+            store = f"manager://{directory}"
+            config["SECRET_KEY"] = directory.key("session")
+            managers.append(_Child("manager", manage, (directory, settings.durability)))
+        else:
+            config["SECRET_KEY"] = os.urandom(32)
+        if store == "memory://" and settings.workers > 1:
+            log.warning("memory:// is not shared: each of the %d workers counts on its own", settings.workers)
+        config["COUNTER_SERVER_STORE"] = store
+        workers = [_Child(f"worker-{n}", work, (sock, settings.threads, config)) for n in range(1, settings.workers + 1)]
+        return managers, workers
+
+    def _boot(self, group: list[_Child]) -> None:
+        """Start the group and wait until all of it is ready. One that cannot boot stops the server."""
+        deadline = time.monotonic() + _BOOT_SECONDS
+        for child in group:
+            child.start()
+        while not self._signals and any(child.ready is not None for child in group):
+            self._wait(group, deadline)
+            for child in group:
+                if child.process is not None and not child.process.is_alive():
+                    raise StartupError(f"the {child.name} process could not start; its own message stands above")
+            if time.monotonic() > deadline:
+                raise StartupError(f"not ready after {_BOOT_SECONDS:g} seconds; the processes' messages stand above")
+
+    def _watch(self, children: list[_Child]) -> None:
+        """Restart what dies, until a signal comes."""
+        while not self._signals:
+            pending = [child.restart_at for child in children if child.process is None]
+            self._wait(children, min(pending, default=time.monotonic() + 60))
+            for child in children:
+                if child.process is not None and not child.process.is_alive():
+                    pid = child.process.pid
+                    code = child.bury()
+                    if child.failures >= _MOST_FAILURES:
+                        raise StartupError(f"the {child.name} process died {child.failures} times in a row; giving up")
+                    log.warning("%s (pid %s) ended with %s; starting another", child.name, pid, _describe(code))
+                if child.process is None and time.monotonic() >= child.restart_at and not self._signals:
+                    child.start()
+
+    def _wait(self, children: list[_Child], until: float) -> None:
+        """Until something happens to a child, a signal comes, or the time does."""
+        ready = {child.ready: child for child in children if child.ready is not None}
+        ends = [child.process.sentinel for child in children if child.process is not None]
+        happened = wait([*ready, *ends, self._wakeup], max(until - time.monotonic(), 0))
+        for source in happened:
+            if isinstance(source, Connection):
+                ready[source].hear()
+        with suppress(BlockingIOError):
+            os.read(self._wakeup, 4096)
+
+    def _stop(self, manager: list[_Child], workers: list[_Child]) -> int:
+        """Workers first, so that their last requests are still counted; then the manager."""
+        for group in (workers, manager):
+            processes = [child.process for child in group if child.process is not None]
+            for process in processes:
+                process.terminate()
+            deadline = time.monotonic() + DRAIN_SECONDS + 1
+            for process in processes:
+                process.join(max(deadline - time.monotonic(), 0))
+        return 0
+
+
+def manage(directory: DataDirectory, durability: Durability, ready: Connection) -> None:
+    """The life of a manager process under a supervisor."""
+    from ..manager.server import serve
+
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s manager {os.getpid()} %(levelname)s %(message)s")
+
+    def announce() -> None:
+        ready.send(None)
+        ready.close()
+
+    try:
+        serve(directory, durability, ready=announce, supervised=True)
+    except StartupError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _describe(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"status {code}"

@@ -1,0 +1,104 @@
+"""A worker process: waitress on the inherited socket, until it is told to stop or its parent ends."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from multiprocessing.connection import Connection
+from types import FrameType
+from typing import Any, NoReturn
+
+from waitress import wasyncore
+from waitress.server import create_server
+
+from ..extension import SharedState
+from ..web import create_app
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 1024  # connections that may wait to be accepted, over all workers
+DRAIN_SECONDS = 10.0  # for requests under way, when asked to stop
+_CONNECTION_LIMIT = 1000
+_LARGEST_REQUEST = 2**20  # bytes; the application's own limit is lower and answers with a problem document
+_POLL_SECONDS = 1.0
+
+
+class Worker:
+    """Runs `create_app` behind waitress on `sock`."""
+
+    def __init__(self, sock: socket.socket, *, threads: int, config: dict[str, Any]) -> None:
+        self._stopping = False
+        self._map: dict[int, Any] = {}
+        self._app = create_app(config)
+        self._server = create_server(
+            self._app,
+            map=self._map,
+            sockets=[sock],
+            threads=threads,
+            backlog=BACKLOG,
+            connection_limit=_CONNECTION_LIMIT,
+            max_request_body_size=_LARGEST_REQUEST,
+            asyncore_use_poll=True,
+            ident="counter_server",
+        )
+
+    def stop(self) -> None:
+        """Have `run` finish the requests under way and return. Safe in a signal handler."""
+        self._stopping = True
+        self._server.pull_trigger()
+
+    def check(self) -> None:
+        """Make one round trip to the store.
+
+        :raises CounterServerError: if there is none.
+        """
+        with self._app.app_context():
+            SharedState().counters(limit=1)
+
+    def run(self) -> None:
+        """Serve until `stop`, then finish what was begun."""
+        while not self._stopping:
+            self._poll(_POLL_SECONDS)
+        # The other workers go on accepting on the same socket; this process only lets go of its copy.
+        wasyncore.dispatcher.close(self._server)
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self._busy() and time.monotonic() < deadline:
+            self._poll(0.1)
+        self._server.task_dispatcher.shutdown()
+
+    def _poll(self, seconds: float) -> None:
+        wasyncore.loop(timeout=seconds, use_poll=True, map=self._map, count=1)
+
+    def _busy(self) -> bool:
+        """Whether any connection has a request begun, or an answer not yet sent."""
+        channels = list(self._server.active_channels.values())
+        return any(channel.requests or channel.request is not None or channel.total_outbufs_len for channel in channels)
+
+
+def work(sock: socket.socket, threads: int, config: dict[str, Any], ready: Connection) -> None:
+    """The life of a worker process. `ready` is told when the first request would be answered."""
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s worker {os.getpid()} %(levelname)s %(message)s")
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue under load is what the threads are for
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor says who stops when
+    worker = Worker(sock, threads=threads, config=config)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        worker.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    worker.check()
+    ready.send(None)
+    ready.close()
+    worker.run()
+
+
+def _end_with_parent() -> NoReturn:
+    """The parent's end of a pipe is closed by the kernel, however the parent ends. Nobody is left to drain for."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)

@@ -1,0 +1,41 @@
+"""Options, once: their names, defaults and limits, for the command line, the extension and the servers."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .errors import InvalidRequest
+
+Durability = Literal["commit", "process", "none"]
+DURABILITIES: tuple[str, ...] = get_args(Durability)
+
+DEFAULT_STORE = "manager://"
+STORE_VARIABLE = "COUNTER_SERVER_STORE"
+DATA_DIR_VARIABLE = "COUNTER_SERVER_DATA_DIR"
+DEFAULT_DEADLINE = 5.0  # seconds that a call may take
+LONGEST_DEADLINE = 60.0  # seconds; client records live much longer than any resent batch
+
+
+def default_data_dir(instance_path: str = "instance") -> str:
+    """The data directory where none was named: an app's instance folder, or one here, holds it."""
+    return os.environ.get(DATA_DIR_VARIABLE) or os.path.join(instance_path, "counter-server")
+
+
+def check_deadline(seconds: float) -> float:
+    """`seconds`, if it can be a call's deadline: more than 0, at most 60."""
+    if not 0 < seconds <= LONGEST_DEADLINE:
+        raise InvalidRequest(f"a deadline is more than 0 and at most {LONGEST_DEADLINE:g} seconds, not {seconds!r}")
+    return float(seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What `counter-server run` serves, and how."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: a free one
+    workers: int = max(2, os.cpu_count() or 1)
+    threads: int = 8  # that run requests, in each worker
+    store: str = DEFAULT_STORE
+    data_dir: str = ""
+    durability: Durability = "commit"

@@ -1,0 +1,37 @@
+"""The seam: what an engine has to do to be a store. One method is the whole of it."""
+
+from typing import Protocol
+
+from ..operations import Batch, Result
+
+
+class Store(Protocol):
+    """Applies batches exactly once."""
+
+    def apply(self, batch: Batch, deadline: float) -> list[Result]:
+        """Execute `batch`, or answer again what it was answered before.
+
+        In one atomic step, by the last sequence remembered of the batch's client: that sequence again is
+        answered with the remembered results and executes nothing; the next one (1 for a client not known) is
+        executed and remembered; any other is refused. Sequence 0, reads only, is just read.
+
+        Called by one thread at a time.
+
+        :param deadline: in `time.monotonic` seconds.
+        :raises Disconnected: when there is no answer; the caller may send the same batch again.
+        :raises BatchRefused: when the sequence does not follow; nothing was executed.
+        :raises StateLost: when the store has begun anew without its memory.
+        """
+        ...
+
+    def after_fork(self) -> None:
+        """In the child of a fork: let go of what belongs to the parent, without disturbing it."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections. The store may be used again; it will connect again."""
+        ...
+
+    def __str__(self) -> str:
+        """The store's URL, without secrets: it stands in messages for people."""
+        ...

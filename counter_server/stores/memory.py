@@ -1,0 +1,29 @@
+"""`memory://`: this process only. For tests, and to see what goes wrong with several workers."""
+
+from ..errors import BatchRefused
+from ..ledger import Ledger
+from ..operations import Batch, Result
+
+
+class MemoryStore:
+    """A `Store` in this process's own memory: exactly once, and gone with the process."""
+
+    def __init__(self) -> None:
+        self._ledger = Ledger()
+
+    def apply(self, batch: Batch, deadline: float) -> list[Result]:
+        if batch.sequence == 0:
+            return self._ledger.read(batch)
+        answer = self._ledger.apply([batch])[0]
+        if isinstance(answer, BatchRefused):
+            raise answer
+        return answer
+
+    def after_fork(self) -> None:
+        self._ledger.after_fork()
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def __str__(self) -> str:
+        return "memory://"

@@ -1,0 +1,91 @@
+"""Every error as a problem document (RFC 9457), with the outcome; and the refusals that hold for all routes."""
+
+import logging
+
+import msgspec
+from flask import Flask, Response, request
+from werkzeug.exceptions import BadRequest, Forbidden, HTTPException
+
+from ..errors import (
+    CounterServerError,
+    DeadlineExceeded,
+    InvalidRequest,
+    KeyReused,
+    LimitReached,
+    Outcome,
+    OutcomeUnknown,
+    StateLost,
+    StorageFull,
+    Unsupported,
+)
+
+log = logging.getLogger(__name__)
+
+_RETRY_AFTER = "1"  # second; a manager is back within two
+
+_STATUS: dict[type[CounterServerError], int] = {
+    InvalidRequest: 400,
+    LimitReached: 409,
+    KeyReused: 422,
+    Unsupported: 501,
+    DeadlineExceeded: 503,
+    OutcomeUnknown: 503,
+    StateLost: 503,
+    StorageFull: 503,
+}
+
+
+def init_app(app: Flask) -> None:
+    app.before_request(_refuse)
+    app.after_request(_never_cached)
+    app.register_error_handler(CounterServerError, _of_ours)
+    app.register_error_handler(HTTPException, _of_http)
+    app.register_error_handler(Exception, _unexpected)
+
+
+def _refuse() -> None:
+    try:
+        request.environ["PATH_INFO"].encode("latin-1").decode()
+    except UnicodeDecodeError:
+        raise BadRequest("the path is not valid UTF-8") from None
+    # Other sites' pages may not count here in their visitors' names.
+    if request.method not in ("GET", "HEAD", "OPTIONS") and request.headers.get("Sec-Fetch-Site") == "cross-site":
+        raise Forbidden("requests from other sites' pages change nothing here")
+
+
+def _never_cached(response: Response) -> Response:
+    if request.endpoint != "static":
+        response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def problem(status: int, title: str, detail: str, outcome: Outcome) -> Response:
+    """A problem document. `outcome` says whether something may have been counted."""
+    body = {"type": "about:blank", "title": title, "status": status, "detail": detail, "outcome": outcome}
+    response = Response(msgspec.json.encode(body), status, content_type="application/problem+json")
+    if status == 503:
+        response.headers["Retry-After"] = _RETRY_AFTER
+    return response
+
+
+def _of_ours(error: CounterServerError) -> Response:
+    status = _STATUS.get(type(error), 500)
+    if status >= 500:
+        log.warning("%s %s: %s (%s)", request.method, request.path, error, error.outcome)
+    return problem(status, type(error).__name__, str(error), error.outcome)
+
+
+def _of_http(error: HTTPException) -> Response:
+    made = error.get_response()
+    if error.code is None or error.code < 400:  # a redirect is an HTTPException too
+        return Response(made.get_data(), made.status, made.headers)
+    response = problem(error.code, error.name, error.description or error.name, "not_applied")
+    for name in ("Allow", "Retry-After"):
+        if name in made.headers:
+            response.headers[name] = made.headers[name]
+    return response
+
+
+def _unexpected(error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.path, exc_info=error)
+    return problem(500, "Internal Server Error", "something failed here; the log says what", "unknown")
