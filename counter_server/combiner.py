@@ -33,9 +33,9 @@ class _Ticket(Generic[Item, Answer]):
     def __init__(self, item: Item) -> None:
         self.item = item
         self.turn: threading.Lock | None = None  # held until this thread is done or is to lead
-        self.taken = False  # it is part of a call under way
-        self.done = False
+        self.taken = False  # it is part of a call; a flag, as a reference would be a cycle for the collector to find
         self.leads = False
+        self.done = False
         self.left = False  # its thread has gone: nobody waits for the answer
         self.error: BaseException | None = None
 
@@ -48,6 +48,8 @@ class _Call(Generic[Item, Answer]):
     def __init__(self, tickets: list[_Ticket[Item, Answer]]) -> None:
         self.tickets = tickets
         self.items = [ticket.item for ticket in tickets]
+        for ticket in tickets:
+            ticket.taken = True
 
 
 class Combiner(Generic[Item, Answer]):
@@ -83,13 +85,14 @@ class Combiner(Generic[Item, Answer]):
         ticket: _Ticket[Item, Answer] = _Ticket(item)
         try:
             with self._lock:
-                self._waiting.append(ticket)
                 if self._led:
                     ticket.turn = threading.Lock()
                     ticket.turn.acquire()
-                else:
+                    self._waiting.append(ticket)
+                else:  # then nobody waits either
                     ticket.leads = True  # before _led: interrupted in between, _leave mends it
                     self._led = True
+                    self._unfinished = _Call([ticket])
             if ticket.turn is not None:
                 self._wait(ticket, ticket.turn, deadline)
             if ticket.leads:
@@ -102,6 +105,7 @@ class Combiner(Generic[Item, Answer]):
         return ticket.answer
 
     def _wait(self, ticket: _Ticket[Item, Answer], turn: threading.Lock, deadline: float) -> None:
+        """Return when the ticket is done or leads."""
         seconds = min(deadline - time.monotonic(), _LONGEST_WAIT)
         if (seconds > 0 and turn.acquire(timeout=seconds)) or ticket.done:
             return
@@ -109,44 +113,35 @@ class Combiner(Generic[Item, Answer]):
             if ticket.done:
                 return
             if ticket.taken:
-                raise DeadlineExceeded("no answer before the deadline; it may have been applied", "unknown")
+                raise DeadlineExceeded("no answer before the deadline; it may have been applied, at most once", "unknown")
             raise DeadlineExceeded("not sent before the deadline: earlier calls were still waiting", "not_applied")
 
     def _lead(self, ticket: _Ticket[Item, Answer], deadline: float) -> None:
-        with self._lock:
-            call = self._unfinished
-            if call is None:
+        """Make the unfinished call, or one of all that wait now, and give its threads their answers."""
+        call = self._unfinished
+        if call is None:
+            with self._lock:
                 count = min(len(self._waiting), self._limit)
                 call = self._unfinished = _Call([self._waiting.popleft() for _ in range(count)])
-                for member in call.tickets:
-                    member.taken = True
         try:
             answers = self._call(call.items, deadline)
-            if len(answers) != len(call.tickets):
-                raise RuntimeError(f"{len(answers)} answers to {len(call.tickets)} items")
+            if len(answers) != len(call.items):
+                raise RuntimeError(f"{len(answers)} answers to {len(call.items)} items")
         except DeadlineExceeded as error:
             if error.outcome == "not_applied":
                 self._disband(call, ticket)
             raise
         except Exception as error:
-            self._finish(call, ticket, error=error)
-            return
-        self._finish(call, ticket, answers=answers)
-
-    def _finish(
-        self,
-        call: _Call[Item, Answer],
-        leader: _Ticket[Item, Answer],
-        *,
-        answers: Sequence[Answer] = (),
-        error: Exception | None = None,
-    ) -> None:
-        """Give each thread of the call its answer, or the error that all of it shares."""
-        for place, member in enumerate(call.tickets):
-            if error is None:
-                member.answer = answers[place]
-            else:
+            for member in call.tickets:
                 member.error = error
+        else:
+            for member, answer in zip(call.tickets, answers, strict=True):
+                member.answer = answer
+        self._finish(call, ticket)
+
+    def _finish(self, call: _Call[Item, Answer], leader: _Ticket[Item, Answer]) -> None:
+        """Wake the threads of a call that has its answers, then the next leader."""
+        for member in call.tickets:
             member.done = True
             if member is not leader and member.turn is not None and not member.left:
                 member.turn.release()

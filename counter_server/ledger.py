@@ -6,17 +6,18 @@ provides; memory changes only after it has returned, so nothing is readable befo
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import NamedTuple
+from itertools import chain, islice, takewhile
+from typing import Any, NamedTuple, TypeVar
 
 from sortedcontainers import SortedDict
 
 from .errors import BatchRefused, StorageFull
 from .operations import (
     LARGEST,
+    READS,
     SMALLEST,
     Batch,
     Delete,
@@ -33,7 +34,8 @@ from .operations import (
 
 CLIENT_LIFETIME = 3600.0  # seconds past its last use that a client is remembered; deadlines are 60 at most
 KEY_LIFETIME = 86400.0  # seconds that an idempotency key is remembered
-_FORGET_AT_ONCE = 200  # expired records removed in one commit, so that no commit is long
+_FORGET_EVERY = 1.0  # seconds
+_FORGET_AT_ONCE = 1000  # expired records removed in one commit, so that no commit is long
 
 
 class ClientRecord(NamedTuple):
@@ -61,7 +63,7 @@ class Contents:
     keys: dict[str, KeyRecord] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(slots=True)
 class Changes:
     """What a commit is to do: an overlay over the ledger until then. None removes."""
 
@@ -72,6 +74,7 @@ class Changes:
 
 
 Commit = Callable[[Changes], None]
+Name = TypeVar("Name", str, bytes)
 
 
 def _keep_in_memory(changes: Changes) -> None:
@@ -96,12 +99,20 @@ class Ledger:
         self._keys = contents.keys
         records = chain(self._clients.values(), self._keys.values())
         self._born = time.monotonic() - max((record.used for record in records), default=0.0)
+        self._next_forgetting = 0.0
+        self._execute: dict[type[Operation], Callable[[Any, Changes], Result]] = {
+            Increment: self._increment,
+            Set: self._set,
+            Delete: self._delete,
+            Get: self._get,
+            Scan: self._scan,
+        }
         self.after_fork()
 
     def after_fork(self) -> None:
         """New locks: in the child of a fork nobody is left to release the old ones."""
-        self._writing = threading.Lock()  # held through a commit: one at a time
-        self._memory = threading.Lock()  # guards the three dictionaries, for moments only
+        self._writing = threading.Lock()  # held through a commit; who holds it is the only one to change memory
+        self._memory = threading.Lock()  # held while memory changes, or is read without the lock above
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -116,7 +127,7 @@ class Ledger:
         """The results of a batch of reads. Never waits for a commit."""
         changes = Changes(0.0)
         with self._memory:
-            return [self._execute(operation, changes) for operation in batch.operations]
+            return [self._execute[type(operation)](operation, changes) for operation in batch.operations]
 
     def apply(self, batches: Sequence[Batch]) -> list[list[Result] | BatchRefused]:
         """Apply batches of writes, in order, in one commit; a result list for each, or its refusal.
@@ -125,54 +136,49 @@ class Ledger:
         """
         with self._writing:
             changes = Changes(time.monotonic() - self._born)
-            with self._memory:
-                answers = [self._apply_batch(batch, changes, self._execute) for batch in batches]
+            answers = [self._apply(batch, changes) for batch in batches]
+            if changes.now >= self._next_forgetting:
                 self._forget(changes)
             try:
                 self._commit(changes)
             except StorageFull as error:
                 changes = Changes(changes.now)
+                # These answers are remembered too, in memory: a refused batch sent again is refused again.
                 refusal = Refusal("storage_full", str(error))
-
-                def refuse(operation: Operation, changes: Changes) -> Result:
-                    return self._execute(operation, changes) if isinstance(operation, (Get, Scan)) else refusal
-
-                with self._memory:
-                    # These answers are remembered too, in memory: a refused batch sent again is refused again.
-                    answers = [self._apply_batch(batch, changes, refuse) for batch in batches]
+                answers = [self._apply(batch, changes, refusal) for batch in batches]
             with self._memory:
                 self._merge(changes)
         return answers
 
-    def _apply_batch(
-        self, batch: Batch, changes: Changes, execute: Callable[[Operation, Changes], Result]
-    ) -> list[Result] | BatchRefused:
-        record = changes.clients.get(batch.client) or self._clients.get(batch.client)
+    def _apply(self, batch: Batch, changes: Changes, refusal: Refusal | None = None) -> list[Result] | BatchRefused:
+        """One batch, by the rule of sequences, its writes answered with `refusal` if there is one."""
+        client, sequence = batch.client, batch.sequence
+        record = changes.clients.get(client) or self._clients.get(client)
         last = record.sequence if record is not None else 0
-        if record is not None and batch.sequence == last:
+        if record is not None and sequence == last:
             return record.results
-        if batch.sequence != last + 1:
-            return BatchRefused(f"batch {batch.sequence} does not follow batch {last}")
-        results = [execute(operation, changes) for operation in batch.operations]
-        changes.clients[batch.client] = ClientRecord(batch.sequence, results, changes.now)
+        if sequence != last + 1:
+            return BatchRefused(f"batch {sequence} does not follow batch {last}")
+        execute = self._execute
+        results = [
+            execute[type(operation)](operation, changes) if refusal is None or isinstance(operation, READS) else refusal
+            for operation in batch.operations
+        ]
+        changes.clients[client] = ClientRecord(sequence, results, changes.now)
         return results
 
-    def _execute(self, operation: Operation, changes: Changes) -> Result:
-        match operation:
-            case Increment():
-                return self._increment(operation, changes)
-            case Get(name):
-                return self._value(name, changes)
-            case Set(name, value):
-                changes.counters[name] = value
-                return value
-            case Delete(name):
-                existed = self._value(name, changes) is not None
-                if existed:
-                    changes.counters[name] = None
-                return existed
-            case Scan():
-                return self._scan(operation, changes)
+    def _get(self, operation: Get, changes: Changes) -> int | None:
+        return self._value(operation.name, changes)
+
+    def _set(self, operation: Set, changes: Changes) -> int:
+        changes.counters[operation.name] = operation.value
+        return operation.value
+
+    def _delete(self, operation: Delete, changes: Changes) -> bool:
+        existed = self._value(operation.name, changes) is not None
+        if existed:
+            changes.counters[operation.name] = None
+        return existed
 
     def _value(self, name: str, changes: Changes) -> int | None:
         if name in changes.counters:
@@ -223,13 +229,10 @@ class Ledger:
 
     def _forget(self, changes: Changes) -> None:
         """Add the removal of what has expired: the records stand in the order of their last use."""
-        for client, record in self._clients.items():
-            if record.used > changes.now - CLIENT_LIFETIME or len(changes.clients) > _FORGET_AT_ONCE:
-                break
+        self._next_forgetting = changes.now + _FORGET_EVERY
+        for client in _expired(self._clients, changes.now - CLIENT_LIFETIME):
             changes.clients.setdefault(client, None)
-        for key, known in self._keys.items():
-            if known.used > changes.now - KEY_LIFETIME or len(changes.keys) > _FORGET_AT_ONCE:
-                break
+        for key in _expired(self._keys, changes.now - KEY_LIFETIME):
             changes.keys.setdefault(key, None)
 
     def _merge(self, changes: Changes) -> None:
@@ -246,3 +249,9 @@ class Ledger:
             self._keys.pop(key, None)
             if known is not None:
                 self._keys[key] = known
+
+
+def _expired(records: Mapping[Name, ClientRecord | KeyRecord], before: float) -> list[Name]:
+    """The first records that were last used by then; not so many that a commit becomes long."""
+    expired = takewhile(lambda item: item[1].used <= before, records.items())
+    return [name for name, _ in islice(expired, _FORGET_AT_ONCE)]

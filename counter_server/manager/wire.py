@@ -7,7 +7,9 @@ the methods that are offered, and no code. A frame is a length of 4 bytes, big-e
 
 import os
 import socket
+import struct
 import time
+from math import inf
 from multiprocessing import managers
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from typing import Any
@@ -20,6 +22,7 @@ SERIALIZER = "counter_server"
 LARGEST_FRAME = 2**20  # bytes; a batch or a page of the largest size has under 0.6 MiB
 HANDSHAKE_SECONDS = 2.0  # for all of it: a peer that says nothing holds a thread no longer
 FRAME_SECONDS = 2.0  # to finish a frame once begun, and to take one that was sent
+_CHUNK = 8192  # bytes asked of the kernel at once; nearly every frame is shorter
 _BACKLOG = 1024  # the standard 16 refuses or hangs a crowd of fresh clients
 _ACCEPT_PAUSE = 0.05  # seconds, when there is no descriptor left for a new connection
 
@@ -40,20 +43,49 @@ class Connection:
     """A stream socket that carries frames; the interface is that of `multiprocessing.connection.Connection`.
 
     Not for two threads at a time. After any exception it must be closed: there may be half a frame on the way.
+
+    The kernel keeps the time: the socket blocks, with a timer for sending and receiving that is set only when
+    a deadline is nearer than it. Python's own socket timeouts cost a `poll` before each call.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._received = b""
+        self._timer = inf  # seconds after which the kernel ends a wait, for us to look at the deadline
         self.set_deadline(time.monotonic() + HANDSHAKE_SECONDS)
 
     def set_deadline(self, deadline: float) -> None:
         """From now on, sending and receiving raise `TimeoutError` at `deadline` (`time.monotonic` seconds)."""
         self._deadline = deadline
-        self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+        remaining = deadline - time.monotonic()
+        if remaining < self._timer:
+            self._set_timer(remaining)
+
+    def _set_timer(self, seconds: float) -> None:
+        self._timer = max(seconds, 0.001)  # 0 would mean: for ever
+        whole = int(self._timer)
+        interval = struct.pack("ll", whole, int((self._timer - whole) * 1e6) or 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+
+    def _waited(self) -> None:
+        """The timer has ended a wait: go on with what is left of the time, if anything is."""
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("no answer in time")
+        self._set_timer(min(remaining, HANDSHAKE_SECONDS))
+
+    def connect(self, address: str) -> None:
+        """:raises OSError: also where so many are waiting to be accepted that there is no place in the queue."""
+        self._socket.connect(address)
 
     def send_bytes(self, message: bytes) -> None:
-        self._socket.sendall(len(message).to_bytes(4, "big") + message)
+        frame = len(message).to_bytes(4, "big") + message
+        while frame:
+            try:
+                frame = frame[self._socket.send(frame) :]
+            except BlockingIOError:
+                self._waited()
 
     def recv_bytes(self, maxlength: int = LARGEST_FRAME) -> bytes:
         """The next message.
@@ -62,26 +94,30 @@ class Connection:
         :raises OSError: if the message is longer than `maxlength`.
         """
         self._receive(4)
-        length = int.from_bytes(self._received[:4], "big")
-        if length > maxlength:
-            raise OSError(f"a frame of {length} bytes; at most {maxlength}")
-        self._receive(4 + length)
-        message, self._received = self._received[4 : 4 + length], self._received[4 + length :]
+        end = 4 + int.from_bytes(self._received[:4], "big")
+        if end - 4 > maxlength:
+            raise OSError(f"a frame of {end - 4} bytes; at most {maxlength}")
+        self._receive(end)
+        message, self._received = self._received[4:end], self._received[end:]
         return message
 
     def _receive(self, size: int) -> None:
         """Have at least `size` bytes in `_received`."""
         while len(self._received) < size:
-            if self._received:
-                self.set_deadline(self._deadline)  # what is still to come has only the time that is left
-            chunk = self._socket.recv(65536)
+            try:
+                chunk = self._socket.recv(_CHUNK)
+            except BlockingIOError:
+                self._waited()
+                continue
             if not chunk:
                 raise EOFError("the other end has closed the connection")
             self._received += chunk
+            if len(self._received) < size and time.monotonic() > self._deadline:
+                raise TimeoutError("a frame that came too slowly")
 
     def await_frame(self) -> None:
         """Wait without limit for the next frame to begin; it then has `FRAME_SECONDS` to arrive."""
-        self._socket.settimeout(None)
+        self._deadline = inf
         self._receive(1)
         self.set_deadline(time.monotonic() + FRAME_SECONDS)
 
@@ -148,7 +184,7 @@ def connect(address: str, authkey: bytes | None = None, *, deadline: float | Non
         connection = Connection(sock)
         connection.set_deadline(limit if deadline is None else min(limit, deadline))
         with short_address(address) as short:
-            sock.connect(short)
+            connection.connect(short)
         if authkey is not None:
             answer_challenge(connection, authkey)
             deliver_challenge(connection, authkey)
