@@ -1,9 +1,9 @@
 """Shared state for Flask workers without a database server: every increment is counted exactly once.
 
-    from counter_server import SharedState
+from counter_server import SharedState
 
-    shared = SharedState(app)
-    number = shared.counter("visits").increment()
+shared = SharedState(app)
+number = shared.counter("visits").increment()
 """
 
 from typing import TYPE_CHECKING, Any

@@ -41,7 +41,9 @@ def _store_url(store: str | None, data_dir: str | None) -> str:
     return store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
 
 
-store_option = click.option("--store", metavar="URL", help="Where the counters are (default: manager://, a data directory).")
+store_option = click.option(
+    "--store", metavar="URL", help="Where the counters are (default: manager://, a data directory)."
+)
 data_dir_option = click.option(
     "--data-dir",
     metavar="DIR",
@@ -66,7 +68,9 @@ def main() -> None:
 @click.option("--host", default=_DEFAULTS.host, show_default=True, help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=_DEFAULTS.port, show_default=True, help="0: a free one.")
 @click.option("--workers", type=click.IntRange(1, 512), default=_DEFAULTS.workers, show_default=True)
-@click.option("--threads", type=click.IntRange(1, 512), default=_DEFAULTS.threads, show_default=True, help="In each worker.")
+@click.option(
+    "--threads", type=click.IntRange(1, 512), default=_DEFAULTS.threads, show_default=True, help="In each worker."
+)
 @data_dir_option
 @durability_option
 @store_option
@@ -97,7 +101,9 @@ def manager(data_dir: str | None, durability: str) -> None:
 @click.option("--key", help="An idempotency key: the same again is counted once.")
 @data_dir_option
 @store_option
-def increment(name: str, by: int, minimum: int | None, maximum: int | None, key: str | None, **where: str | None) -> None:
+def increment(
+    name: str, by: int, minimum: int | None, maximum: int | None, key: str | None, **where: str | None
+) -> None:
     """Add to a counter and print the result."""
     click.echo(_state(**where).counter(name).increment(by, minimum=minimum, maximum=maximum, key=key))
 

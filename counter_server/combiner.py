@@ -26,7 +26,7 @@ _LONGEST_WAIT = threading.TIMEOUT_MAX
 class _Ticket(Generic[Item, Answer]):
     """One waiting thread. All of it is written under the combiner's lock, or by the leader alone."""
 
-    __slots__ = ("answer", "done", "error", "item", "leads", "left", "taken", "turn")
+    __slots__ = ("answer", "done", "error", "item", "leads", "left", "successor", "taken", "turn")
 
     answer: Answer
 
@@ -37,6 +37,7 @@ class _Ticket(Generic[Item, Answer]):
         self.leads = False
         self.done = False
         self.left = False  # its thread has gone: nobody waits for the answer
+        self.successor: _Ticket[Item, Answer] | None = None  # that its thread is to wake in turn
         self.error: BaseException | None = None
 
 
@@ -100,6 +101,9 @@ class Combiner(Generic[Item, Answer]):
         except BaseException:
             self._leave(ticket)
             raise
+        finally:
+            if ticket.successor is not None:
+                _wake(ticket.successor)
         if ticket.error is not None:
             raise ticket.error
         return ticket.answer
@@ -113,7 +117,9 @@ class Combiner(Generic[Item, Answer]):
             if ticket.done:
                 return
             if ticket.taken:
-                raise DeadlineExceeded("no answer before the deadline; it may have been applied, at most once", "unknown")
+                raise DeadlineExceeded(
+                    "no answer before the deadline; it may have been applied, at most once", "unknown"
+                )
             raise DeadlineExceeded("not sent before the deadline: earlier calls were still waiting", "not_applied")
 
     def _lead(self, ticket: _Ticket[Item, Answer], deadline: float) -> None:
@@ -131,7 +137,7 @@ class Combiner(Generic[Item, Answer]):
             if error.outcome == "not_applied":
                 self._disband(call, ticket)
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, all threads of the call are told
             for member in call.tickets:
                 member.error = error
         else:
@@ -140,13 +146,19 @@ class Combiner(Generic[Item, Answer]):
         self._finish(call, ticket)
 
     def _finish(self, call: _Call[Item, Answer], leader: _Ticket[Item, Answer]) -> None:
-        """Wake the threads of a call that has its answers, then the next leader."""
-        for member in call.tickets:
-            member.done = True
-            if member is not leader and member.turn is not None and not member.left:
-                member.turn.release()
+        """Have the next leader go first, then the threads of this call, which has its answers.
+
+        They wake in a chain, each the one after it: all at once they would only queue for the interpreter's
+        lock, and be put to sleep a second time (a fifth of the throughput, at 16 threads).
+        """
         with self._lock:
             self._unfinished = None
+            last = leader
+            for member in call.tickets:
+                member.done = True
+                if member is not leader and not member.left:
+                    last.successor = member
+                    last = member
             leader.leads = False
             self._pass_on()
 
@@ -182,5 +194,9 @@ class Combiner(Generic[Item, Answer]):
             self._led = False
         else:
             heir.leads = True
-            if heir.turn is not None:
-                heir.turn.release()
+            _wake(heir)
+
+
+def _wake(ticket: _Ticket[Item, Answer]) -> None:
+    if ticket.turn is not None:
+        ticket.turn.release()

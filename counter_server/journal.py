@@ -65,7 +65,7 @@ class Journal:
             raise StartupError(f"{self.path} is not a journal of counter_server; it was left as it is")
         if version > _VERSION:
             raise StartupError(
-                f"the journal {self.path} has format {version}, written by a newer counter_server; this one reads {_VERSION}"
+                f"the journal {self.path} has format {version}, of a newer counter_server; this one reads {_VERSION}"
             )
         execute("PRAGMA journal_mode = WAL")
         execute(f"PRAGMA synchronous = {synchronous}")

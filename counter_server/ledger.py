@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice, takewhile
+from itertools import islice, takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from sortedcontainers import SortedDict
@@ -94,11 +94,11 @@ class Ledger:
     def __init__(self, contents: Contents | None = None, commit: Commit = _keep_in_memory) -> None:
         contents = contents or Contents()
         self._commit = commit
-        self._counters: SortedDict[str, int] = SortedDict(contents.counters)
+        self._counters: Any = SortedDict(contents.counters)
         self._clients = contents.clients
         self._keys = contents.keys
-        records = chain(self._clients.values(), self._keys.values())
-        self._born = time.monotonic() - max((record.used for record in records), default=0.0)
+        last_used = [record.used for record in self._clients.values()] + [known.used for known in self._keys.values()]
+        self._born = time.monotonic() - max(last_used, default=0.0)
         self._next_forgetting = 0.0
         self._execute: dict[type[Operation], Callable[[Any, Changes], Result]] = {
             Increment: self._increment,
@@ -183,7 +183,8 @@ class Ledger:
     def _value(self, name: str, changes: Changes) -> int | None:
         if name in changes.counters:
             return changes.counters[name]
-        return self._counters.get(name)
+        value: int | None = self._counters.get(name)
+        return value
 
     def _increment(self, operation: Increment, changes: Changes) -> Result:
         name, key = operation.name, operation.key
@@ -211,7 +212,9 @@ class Ledger:
         """A page, with the overlay seen through: counters made or removed earlier in this commit included."""
         after, limit = operation.after, operation.limit
         found: list[tuple[str, int]] = []
-        fresh = iter(sorted(n for n, v in changes.counters.items() if n > after and v is not None and n not in self._counters))
+        fresh = iter(
+            sorted(n for n, v in changes.counters.items() if n > after and v is not None and n not in self._counters)
+        )
         pending = next(fresh, None)
         for name in self._counters.irange(minimum=after or None, inclusive=(False, True)):
             while pending is not None and pending < name:

@@ -79,7 +79,7 @@ class Session:
                 if before:
                     self.renew()
                     raise OutcomeUnknown(
-                        f"{self._store} has no memory of this call, which may have been counted before its answer was lost"
+                        f"{self._store} has lost its memory of this call; it may have been counted before, at most once"
                     ) from error
                 self.renew()
                 self._exchange = exchange
@@ -99,4 +99,6 @@ class Session:
             return DeadlineExceeded(
                 f"no answer from {self._store} in time ({error}); it may have been counted, at most once", "unknown"
             )
-        return DeadlineExceeded(f"{self._store} could not be reached in time ({error}); nothing was counted", "not_applied")
+        return DeadlineExceeded(
+            f"{self._store} could not be reached in time ({error}); nothing was counted", "not_applied"
+        )

@@ -7,7 +7,20 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from .combiner import Combiner
-from .operations import LARGEST_BATCH, Delete, Get, Increment, Operation, Page, Refusal, Replayed, Result, Scan, Set, check_name
+from .operations import (
+    LARGEST_BATCH,
+    Delete,
+    Get,
+    Increment,
+    Operation,
+    Page,
+    Refusal,
+    Replayed,
+    Result,
+    Scan,
+    Set,
+    check_name,
+)
 from .session import Session
 from .settings import DEFAULT_DEADLINE, check_deadline
 from .stores import Store, open_store

@@ -35,6 +35,9 @@ class LedgerProxy(BaseProxy):
     restarted manager is found by the object's name, its state recognised by the epoch.
     """
 
+    _id: str
+    _token: Token
+
     def __init__(self, directory: DataDirectory) -> None:
         self._directory = directory
         self._connection: Connection | None = None
@@ -54,7 +57,7 @@ class LedgerProxy(BaseProxy):
         return cast(dict[str, Any], _decode(self._callmethod("status", deadline=deadline)))
 
     def _callmethod(  # type: ignore[override]
-        self, methodname: str, args: tuple[Any, ...] = (), kwds: dict[str, Any] = {}, *, deadline: float
+        self, methodname: str, args: tuple[Any, ...] = (), kwds: dict[str, Any] | None = None, *, deadline: float
     ) -> Raw:
         """Call a method of the hosted object and return its result, still encoded.
 
@@ -67,7 +70,7 @@ class LedgerProxy(BaseProxy):
             connection = self._connected(deadline)
             connection.set_deadline(deadline)
             sent = True
-            connection.send((self._id, methodname, args, kwds))
+            connection.send((self._id, methodname, args, kwds or {}))
             reply = _decode_reply(connection.recv_bytes())
         except BaseException as error:
             self._drop()
@@ -85,9 +88,11 @@ class LedgerProxy(BaseProxy):
         if self._connection is not None:
             return self._connection
         try:
-            connection = connect(self._token.address, self._directory.existing_key("manager"), deadline=deadline)
+            connection = connect(str(self._token.address), self._directory.existing_key("manager"), deadline=deadline)
         except AuthenticationError as error:
-            raise AccessDenied(f"the manager of {self._directory} does not accept this key; nothing was counted") from error
+            raise AccessDenied(
+                f"the manager of {self._directory} does not accept this key; nothing was counted"
+            ) from error
         except StartupError as error:
             raise AccessDenied(str(error)) from error
         try:
@@ -99,7 +104,9 @@ class LedgerProxy(BaseProxy):
         known, self._epoch = self._epoch, epoch
         self._connection = connection
         if known not in (None, epoch):
-            raise StateLost(f"the manager of {self._directory} has started again without its memory: counters begin anew")
+            raise StateLost(
+                f"the manager of {self._directory} has started again without its memory: counters begin anew"
+            )
         return connection
 
     def _drop(self) -> None:
@@ -121,7 +128,9 @@ class LedgerProxy(BaseProxy):
 def _explain(error: BaseException, directory: DataDirectory) -> str:
     match error:
         case FileNotFoundError() | ConnectionRefusedError():
-            return f"no manager is running in {directory}: start one with 'counter-server manager --data-dir {directory}'"
+            return (
+                f"no manager is running in {directory}: start one with 'counter-server manager --data-dir {directory}'"
+            )
         case TimeoutError():
             return "the manager did not answer"
         case _:

@@ -7,7 +7,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import StartupError
@@ -43,7 +43,9 @@ class DataDirectory:
         if status.st_uid != os.geteuid():
             raise StartupError(f"the data directory {self} belongs to another user (uid {status.st_uid})")
         if status.st_mode & 0o022:
-            raise StartupError(f"the data directory {self} can be written by others: give it mode 0700, or name another")
+            raise StartupError(
+                f"the data directory {self} can be written by others: give it mode 0700, or name another"
+            )
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -79,10 +81,8 @@ class DataDirectory:
             try:
                 os.write(file, secrets.token_hex(_KEY_BYTES).encode())
                 os.fsync(file)
-                try:
+                with suppress(FileExistsError):  # another process made it first; its key is the key
                     os.link(draft, path)
-                except FileExistsError:
-                    pass  # another process made it first; its key is the key
             finally:
                 os.close(file)
                 draft.unlink()
@@ -100,7 +100,9 @@ class DataDirectory:
         path = self._key_path(name)
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
-                raise StartupError(f"the key {path} can be read by others: give it mode 0600, or remove it and start again")
+                raise StartupError(
+                    f"the key {path} can be read by others: give it mode 0600, or remove it and start again"
+                )
             text = file.read(2 * _KEY_BYTES + 1)
         try:
             key = bytes.fromhex(text.decode("ascii"))

@@ -24,7 +24,7 @@ from ..ledger import Contents, Ledger
 from ..operations import Batch, Result
 from ..settings import Durability
 from .directory import DataDirectory
-from .wire import FRAME_SECONDS, SERIALIZER, Call, Connection
+from .wire import FRAME_SECONDS, SERIALIZER, Call, Connection, Listener
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,9 @@ class Method(NamedTuple):
 class LedgerService:
     """What the manager offers of its ledger: the last stop of the road."""
 
-    def __init__(self, ledger: Ledger, durability: Durability, epoch: str, fail: Callable[[JournalFailed], NoReturn]) -> None:
+    def __init__(
+        self, ledger: Ledger, durability: Durability, epoch: str, fail: Callable[[JournalFailed], NoReturn]
+    ) -> None:
         self._ledger = ledger
         self._durability = durability
         self._epoch = epoch
@@ -72,7 +74,7 @@ class LedgerService:
             raise answer
         return answer
 
-    def _commit(self, batches: list[Batch], deadline: float) -> list[list[Result] | BatchRefused]:
+    def _commit(self, batches: list[Batch], _deadline: float) -> list[list[Result] | BatchRefused]:
         try:
             answers = self._ledger.apply(batches)
         except JournalFailed as error:
@@ -103,27 +105,29 @@ class StateServer(Server):
     traceback. A peer that breaks the rules loses its connection and is told nothing.
     """
 
-    public = ["accept_connection"]
+    public: list[str] = ["accept_connection"]  # noqa: RUF012 - the standard class spells it so
+    authkey: bytes
+    listener: Listener
     hosted: dict[str, dict[str, Method]]
     epoch: str
 
-    def handle_request(self, c: Any) -> None:
+    def handle_request(self, conn: Any) -> None:
         """Serve one connection, in a thread of its own, from the handshake to its end."""
         try:
-            deliver_challenge(c, self.authkey)
-            answer_challenge(c, self.authkey)
-            call = _decode_call(c.recv_bytes())
+            deliver_challenge(conn, self.authkey)
+            answer_challenge(conn, self.authkey)
+            call = _decode_call(conn.recv_bytes())
             if call.method != "accept_connection":
                 raise PermissionError(f"{call.method!r} is not offered")
-            c.send(("#RETURN", self.epoch))
-            self.serve_client(c)
+            conn.send(("#RETURN", self.epoch))
+            self.serve_client(conn)
         except EOFError:
             log.debug("a client has gone")
         except (OSError, AuthenticationError, AssertionError, MsgspecError, ValueError) as error:
             # AssertionError and ValueError: the standard handshake's words for a peer that talks nonsense.
             log.warning("a connection was closed: %s: %s", type(error).__name__, error)
         finally:
-            c.close()
+            conn.close()
 
     def serve_client(self, conn: Any) -> None:
         """Answer calls, one after the other, until the client goes or breaks the rules."""
@@ -206,13 +210,15 @@ def _open_journal(directory: DataDirectory, durability: Durability) -> Journal |
     return None
 
 
-def _stop(number: int, frame: object) -> NoReturn:
+def _stop(_number: int, _frame: object) -> NoReturn:
     raise SystemExit(0)
 
 
 def _fail(error: JournalFailed) -> NoReturn:
     """Stop at once, with nothing answered: what the disk says at the next start is what happened."""
-    print(f"manager: {error}; what was being written is unknown; stopping to start again from the disk", file=sys.stderr)
+    print(
+        f"manager: {error}; what was being written is unknown; stopping to start again from the disk", file=sys.stderr
+    )
     sys.stderr.flush()
     os._exit(_EXIT_JOURNAL_FAILED)
 

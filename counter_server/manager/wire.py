@@ -11,8 +11,9 @@ import struct
 import time
 from math import inf
 from multiprocessing import managers
+from multiprocessing.connection import Connection as StandardConnection
 from multiprocessing.connection import answer_challenge, deliver_challenge
-from typing import Any
+from typing import Any, cast
 
 from msgspec import Raw, Struct, msgpack
 
@@ -182,16 +183,17 @@ def connect(address: str, authkey: bytes | None = None, *, deadline: float | Non
     sock = socket.socket(socket.AF_UNIX)
     try:
         connection = Connection(sock)
+        peer = cast(StandardConnection, connection)
         connection.set_deadline(limit if deadline is None else min(limit, deadline))
         with short_address(address) as short:
             connection.connect(short)
         if authkey is not None:
-            answer_challenge(connection, authkey)
-            deliver_challenge(connection, authkey)
+            answer_challenge(peer, authkey)
+            deliver_challenge(peer, authkey)
         return connection
     except BaseException:
         sock.close()
         raise
 
 
-managers.listener_client[SERIALIZER] = (Listener, connect)
+vars(managers)["listener_client"][SERIALIZER] = (Listener, connect)

@@ -78,7 +78,9 @@ class _Child:
         now = time.monotonic()
         stable = self.ready_since is not None and now - self.ready_since > _STABLE_SECONDS
         self.failures = 1 if stable else self.failures + 1
-        self.restart_at = now + (0.0 if self.failures == 1 else min(_FIRST_PAUSE * 2 ** (self.failures - 2), _LONGEST_PAUSE))
+        self.restart_at = now + (
+            0.0 if self.failures == 1 else min(_FIRST_PAUSE * 2 ** (self.failures - 2), _LONGEST_PAUSE)
+        )
         return code or 0
 
 
@@ -117,7 +119,7 @@ class Supervisor:
                     child.process.kill()
             sock.close()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self._signals.append(number)
         if len(self._signals) > 1:
             os._exit(128 + number)  # the second time they mean it; the children see the pipe's end
@@ -154,7 +156,9 @@ class Supervisor:
         if store == "memory://" and settings.workers > 1:
             log.warning("memory:// is not shared: each of the %d workers counts on its own", settings.workers)
         config["COUNTER_SERVER_STORE"] = store
-        workers = [_Child(f"worker-{n}", work, (sock, settings.threads, config)) for n in range(1, settings.workers + 1)]
+        workers = [
+            _Child(f"worker-{n}", work, (sock, settings.threads, config)) for n in range(1, settings.workers + 1)
+        ]
         return managers, workers
 
     def _boot(self, group: list[_Child]) -> None:

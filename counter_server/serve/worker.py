@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from waitress import wasyncore
-from waitress.server import create_server
+from waitress.server import BaseWSGIServer, create_server
 
 from ..extension import SharedState
 from ..web import create_app
@@ -33,7 +33,8 @@ class Worker:
         self._stopping = False
         self._map: dict[int, Any] = {}
         self._app = create_app(config)
-        self._server = create_server(
+        # One socket, so one server of this class; the function can also return one for several.
+        self._server: BaseWSGIServer = create_server(  # pyright: ignore[reportAttributeAccessIssue]
             self._app,
             map=self._map,
             sockets=[sock],
@@ -74,7 +75,8 @@ class Worker:
 
     def _busy(self) -> bool:
         """Whether any connection has a request begun, or an answer not yet sent."""
-        channels = list(self._server.active_channels.values())
+        active: Any = self._server.active_channels  # a dictionary, whatever the annotation there says
+        channels = list(active.values())
         return any(channel.requests or channel.request is not None or channel.total_outbufs_len for channel in channels)
 
 
@@ -85,7 +87,7 @@ def work(sock: socket.socket, threads: int, config: dict[str, Any], ready: Conne
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor says who stops when
     worker = Worker(sock, threads=threads, config=config)
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         worker.stop()
 
     signal.signal(signal.SIGTERM, stop)

@@ -36,5 +36,7 @@ def manager_directory(url: str) -> str:
     """
     parts = urlsplit(url)
     if parts.netloc or parts.query or parts.fragment:
-        raise InvalidRequest(f"{url!r} is not a manager's URL: it has three slashes, manager:///absolute/data/directory")
+        raise InvalidRequest(
+            f"{url!r} is not a manager's URL: it has three slashes, manager:///absolute/data/directory"
+        )
     return unquote(parts.path)

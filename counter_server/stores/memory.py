@@ -11,7 +11,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._ledger = Ledger()
 
-    def apply(self, batch: Batch, deadline: float) -> list[Result]:
+    def apply(self, batch: Batch, deadline: float) -> list[Result]:  # noqa: ARG002 - it never waits
         if batch.sequence == 0:
             return self._ledger.read(batch)
         answer = self._ledger.apply([batch])[0]

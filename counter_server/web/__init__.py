@@ -20,7 +20,9 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     :param config: Flask configuration. All workers need the same ``SECRET_KEY``; without one it is random.
     """
     app = Flask(__name__)
-    app.config.update(SECRET_KEY=secrets.token_bytes(32), MAX_CONTENT_LENGTH=_LARGEST_BODY, SESSION_COOKIE_SAMESITE="Lax")
+    app.config.update(
+        SECRET_KEY=secrets.token_bytes(32), MAX_CONTENT_LENGTH=_LARGEST_BODY, SESSION_COOKIE_SAMESITE="Lax"
+    )
     app.config.update(config or {})
     app.url_map.merge_slashes = False  # "a//b" is a name of its own, not a way to write "a/b"
     shared = SharedState(app)

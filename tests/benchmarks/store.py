@@ -168,8 +168,12 @@ def main() -> None:
         for durability in DURABILITIES:
             stack.enter_context(running(serve_ours, str(root / durability), durability))
             peers.append(Peer(f"ours, {durability}", open_ours, str(root / durability)))
-        print(f"Python {sys.version.split()[0]}, {multiprocessing.cpu_count()} cores, median of {options.rounds} rounds\n")
-        print(f"{'shape':>6} {'store':<22} {'increments/s':>12} {'ratio':>6} {'median us':>10} {'ratio':>6} {'p99 us':>8}")
+        print(
+            f"Python {sys.version.split()[0]}, {multiprocessing.cpu_count()} cores, median of {options.rounds} rounds\n"
+        )
+        print(
+            f"{'shape':>6} {'store':<22} {'increments/s':>12} {'ratio':>6} {'median us':>10} {'ratio':>6} {'p99 us':>8}"
+        )
         for processes, threads in SHAPES:
             rounds: dict[str, list[Round]] = {peer.name: [] for peer in peers}
             for _ in range(options.rounds):
