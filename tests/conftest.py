@@ -1,0 +1,34 @@
+"""Fixtures: managers and servers that are really started, and really gone afterwards."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Manager, Server
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What a test starts with this ends with it, also when it fails."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """A place for a data directory; it does not exist yet."""
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def start_manager(stack: ExitStack, data_dir: Path) -> Callable[..., Manager]:
+    """Start a manager on `data_dir`, with options; again after it ended, if a test wants."""
+    return lambda *options: stack.enter_context(Manager(data_dir, *options))
+
+
+@pytest.fixture
+def start_server(stack: ExitStack, data_dir: Path) -> Callable[..., Server]:
+    """Start a server on `data_dir`, with options."""
+    return lambda *options: stack.enter_context(Server("--data-dir", data_dir, *options))

@@ -1,0 +1,172 @@
+"""Real programs for tests: started, watched by what they print, and gone afterwards, whatever happens."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Self
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 30.0  # seconds that any event may take on a busy machine before the test has failed
+
+
+def eventually(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+    """Return when `condition` holds; fail, saying `what` did not come, when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not after {seconds} s: {what}")
+        time.sleep(0.01)
+
+
+def group_members(group: int) -> list[int]:
+    """The processes of a process group that are not zombies."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            except OSError:
+                continue
+            if int(pgrp) == group and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+class Program:
+    """A Python program in a process group of its own.
+
+    :param arguments: after the interpreter: a script of the checkout, and its options.
+    """
+
+    def __init__(self, *arguments: str | Path, environment: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        self.output: list[str] = []
+        self.errors: list[str] = []
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        self._readers = [
+            threading.Thread(target=self._read, args=(self._process.stdout, self.output)),
+            threading.Thread(target=self._read, args=(self._process.stderr, self.errors)),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream: object, lines: list[str]) -> None:
+        for line in stream:  # type: ignore[attr-defined]
+            lines.append(line.rstrip("\n"))
+            if lines is self.output:
+                self._lines.put(line.rstrip("\n"))
+
+    def expect(self, start: str) -> str:
+        """The rest of the first line printed that begins with `start`."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                line = self._lines.get(timeout=0.05)
+            except Empty:
+                if self._process.poll() is not None and self._lines.empty():
+                    break
+                continue
+            if line.startswith(start):
+                return line[len(start) :].strip()
+        raise AssertionError(f"{start!r} was not printed; output {self.output}, errors {self.errors}")
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def send_signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Its exit status, when it has ended."""
+        status = self._process.wait(PATIENCE)
+        for reader in self._readers:
+            reader.join(PATIENCE)
+        return status
+
+    def stop(self) -> int:
+        """End it as an operator would, and return its exit status."""
+        self.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """`kill -9`, of this one process only."""
+        self._process.kill()
+        self._process.wait(PATIENCE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Have nothing of it left: what still runs is killed. That children follow by themselves is tested elsewhere."""
+        if self.running:
+            self.kill()
+        for pid in group_members(self.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        eventually(lambda: not group_members(self.pid), f"the end of all processes of group {self.pid}")
+        for reader in self._readers:
+            reader.join(PATIENCE)
+        for stream in (self._process.stdout, self._process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+class Manager(Program):
+    """`manager_process.py` on a data directory, ready for clients."""
+
+    def __init__(self, data_dir: Path, *options: str) -> None:
+        super().__init__("manager_process.py", "--data-dir", data_dir, *options)
+        try:
+            self.url = self.expect("Manager ready:")
+        except AssertionError:
+            self.__exit__(None, None, None)
+            raise
+
+
+class Server(Program):
+    """`run.py` on a free port, ready for requests."""
+
+    def __init__(self, *options: str | Path) -> None:
+        super().__init__("run.py", "--port", "0", *options)
+        try:
+            self.url = self.expect("Serving on ")
+        except AssertionError:
+            self.__exit__(None, None, None)
+            raise
+
+    def children(self, kind: str) -> list[int]:
+        """The pids of its worker or manager processes, those of `kind`; told by what they have open."""
+        return [pid for pid in group_members(self.pid) if pid != self.pid and _kind(pid) == kind]
+
+
+def _kind(pid: int) -> str:
+    try:
+        opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return "gone"
+    if b"resource_tracker" in command:
+        return "tracker"
+    return "manager" if any(name.endswith("manager.lock") for name in opened) else "worker"
