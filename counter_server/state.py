@@ -4,7 +4,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from .combiner import Combiner
 from .operations import (
@@ -82,6 +82,12 @@ class State:
     def close(self) -> None:
         """Close the connection to the store. The next call opens it again."""
         self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
 
     def _after_fork(self) -> None:
         self._combiner.reset()

@@ -69,8 +69,8 @@ class LedgerProxy(BaseProxy):
         try:
             connection = self._connected(deadline)
             connection.set_deadline(deadline)
-            sent = True
             connection.send((self._id, methodname, args, kwds or {}))
+            sent = True  # only now: a frame that did not leave whole is never executed
             reply = _decode_reply(connection.recv_bytes())
         except BaseException as error:
             self._drop()

@@ -1,0 +1,155 @@
+"""Load for tests, with its history recorded: clients over HTTP, and processes straight at the store."""
+
+import http.client
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+from counter_server import CounterServerError, open_state
+from tests.history import Operation
+from tests.processes import PATIENCE
+
+spawn = multiprocessing.get_context("spawn")
+
+
+class HttpClient:
+    """A client of one server that asks for each increment until it is answered, under one key."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
+
+    def request(self, method: str, path: str, **headers: str) -> tuple[int, Any]:
+        """Status and JSON content of one answer; the connection is closed if there is none."""
+        try:
+            self._connection.request(method, path, headers=headers)
+            response = self._connection.getresponse()
+            body = response.read()
+        except BaseException:
+            self._connection.close()
+            raise
+        return response.status, json.loads(body) if body else None
+
+    def increment(self, counter: str, key: str, deadline: float) -> Operation:
+        """One operation, sent again after every failure that leaves it open, until `deadline`."""
+        invoked = time.monotonic()
+        while time.monotonic() < deadline:
+            with suppress(OSError, http.client.HTTPException):
+                path = f"/api/v1/counters/{counter}/increment"
+                status, content = self.request("POST", path, **{"Idempotency-Key": key})
+                if status == 200:
+                    return Operation(key, invoked, time.monotonic(), (content["value"],))
+                if status != 503:
+                    raise AssertionError(f"{status}: {content}")
+        return Operation(key, invoked)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class HttpLoad:
+    """`clients` threads that begin together and increment until told to stop, or `each` times."""
+
+    def __init__(self, url: str, counter: str, clients: int, *, each: int | None = None) -> None:
+        self.history: list[Operation] = []  # append is atomic
+        self._failures: list[BaseException] = []
+        self._url = url
+        self._counter = counter
+        self._each = each
+        self._stop = threading.Event()
+        self._barrier = threading.Barrier(clients)
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int) -> None:
+        client = HttpClient(self._url)
+        try:
+            self._barrier.wait(PATIENCE)
+            count = 0
+            while not self._stop.is_set() and count != self._each:
+                key = f"{self._counter}-{number}-{count}"
+                self.history.append(client.increment(self._counter, key, time.monotonic() + PATIENCE))
+                count += 1
+        except BaseException as error:  # noqa: BLE001 - told by finish()
+            self._failures.append(error)
+        finally:
+            client.close()
+
+    def progress(self, operations: int) -> None:
+        """Wait until so many more operations have ended."""
+        goal = len(self.history) + operations
+        deadline = time.monotonic() + PATIENCE
+        while len(self.history) < goal and not self._failures:
+            assert time.monotonic() < deadline, f"{len(self.history)} operations, not {goal}"
+            time.sleep(0.005)
+
+    def finish(self, *, stop: bool = True) -> list[Operation]:
+        """The whole history, when every client has ended."""
+        if stop:
+            self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        if self._failures:
+            raise self._failures[0]
+        return self.history
+
+
+def store_client(url: str, counter: str, threads: int, each: int, start: Any, results: Any) -> None:
+    """One process straight at the store; its threads share a state."""
+    state = open_state(url)
+    history: list[Operation] = []
+    barrier = threading.Barrier(threads)
+
+    def work(number: int) -> None:
+        barrier.wait(PATIENCE)
+        for count in range(each):
+            key = f"{os.getpid()}-{number}-{count}"
+            history.append(_keep_asking(lambda key=key: state.counter(counter).increment(key=key), key))
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+    start.wait(PATIENCE)
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    state.close()
+    results.send([(o.key, o.invoked, o.returned, o.answers) for o in history])
+
+
+def _keep_asking(ask: Callable[[], int], key: str) -> Operation:
+    invoked = time.monotonic()
+    deadline = invoked + PATIENCE
+    while time.monotonic() < deadline:
+        with suppress(CounterServerError):
+            return Operation(key, invoked, answers=(ask(),), returned=time.monotonic())
+    return Operation(key, invoked)
+
+
+class StoreLoad:
+    """`processes` x `threads` clients straight at a store, `each` increments per thread, begun on a barrier."""
+
+    def __init__(self, url: str, counter: str, processes: int, threads: int, each: int) -> None:
+        self._start = spawn.Barrier(processes)  # kept: it must be there when the processes come to unpickle it
+        self._clients = []
+        for _ in range(processes):
+            reader, writer = spawn.Pipe(duplex=False)
+            process = spawn.Process(target=store_client, args=(url, counter, threads, each, self._start, writer))
+            process.start()
+            writer.close()  # theirs alone: if it dies, reading ends
+            self._clients.append((process, reader))
+
+    def finish(self) -> list[Operation]:
+        history: list[Operation] = []
+        for process, reader in self._clients:
+            with reader:
+                history += [Operation(*fields) for fields in reader.recv()]
+            process.join()
+            process.close()
+        return history
