@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from math import inf
 from typing import Generic, TypeVar
 
@@ -26,31 +27,30 @@ _LONGEST_WAIT = threading.TIMEOUT_MAX
 class _Ticket(Generic[Item, Answer]):
     """One waiting thread. All of it is written under the combiner's lock, or by the leader alone."""
 
-    __slots__ = ("answer", "done", "error", "item", "leads", "left", "successor", "taken", "turn")
+    __slots__ = ("answer", "done", "error", "heir", "item", "leads", "left", "successor", "turn")
 
     answer: Answer
 
     def __init__(self, item: Item) -> None:
         self.item = item
         self.turn: threading.Lock | None = None  # held until this thread is done or is to lead
-        self.taken = False  # it is part of a call; a flag, as a reference would be a cycle for the collector to find
         self.leads = False
         self.done = False
         self.left = False  # its thread has gone: nobody waits for the answer
-        self.successor: _Ticket[Item, Answer] | None = None  # that its thread is to wake in turn
+        self.heir: _Ticket[Item, Answer] | None = None  # leads after it; its thread is to wake it
+        self.successor: _Ticket[Item, Answer] | None = None  # is done; its thread is to wake it in turn
         self.error: BaseException | None = None
 
 
 class _Call(Generic[Item, Answer]):
     """The tickets of one call, and their items as the callee sees them."""
 
-    __slots__ = ("items", "tickets")
+    __slots__ = ("error", "items", "tickets")
 
     def __init__(self, tickets: list[_Ticket[Item, Answer]]) -> None:
         self.tickets = tickets
         self.items = [ticket.item for ticket in tickets]
-        for ticket in tickets:
-            ticket.taken = True
+        self.error: Exception | None = None  # how it ended; then it is not made again
 
 
 class Combiner(Generic[Item, Answer]):
@@ -99,11 +99,20 @@ class Combiner(Generic[Item, Answer]):
             if ticket.leads:
                 self._lead(ticket, deadline)
         except BaseException:
-            self._leave(ticket)
+            try:
+                self._leave(ticket)
+            except BaseException:
+                self._leave(ticket)  # interrupted, while it was already leaving: what was done is not done again
+                raise
             raise
         finally:
-            if ticket.successor is not None:
-                _wake(ticket.successor)
+            # No call before a release: an interrupt comes after a call, and then the other one is still made.
+            try:
+                if ticket.heir is not None and ticket.heir.turn is not None:
+                    ticket.heir.turn.release()
+            finally:
+                if ticket.successor is not None and ticket.successor.turn is not None:
+                    ticket.successor.turn.release()
         if ticket.error is not None:
             raise ticket.error
         return ticket.answer
@@ -116,10 +125,11 @@ class Combiner(Generic[Item, Answer]):
         with self._lock:
             if ticket.done:
                 return
-            if ticket.taken:
+            if ticket not in self._waiting:
                 raise DeadlineExceeded(
                     "no answer before the deadline; it may have been applied, at most once", "unknown"
                 )
+            self._waiting.remove(ticket)  # here, under the same lock: a moment later a leader would take it along
             raise DeadlineExceeded("not sent before the deadline: earlier calls were still waiting", "not_applied")
 
     def _lead(self, ticket: _Ticket[Item, Answer], deadline: float) -> None:
@@ -127,8 +137,17 @@ class Combiner(Generic[Item, Answer]):
         call = self._unfinished
         if call is None:
             with self._lock:
-                count = min(len(self._waiting), self._limit)
-                call = self._unfinished = _Call([self._waiting.popleft() for _ in range(count)])
+                call = _Call(list(islice(self._waiting, self._limit)))
+                others = deque(islice(self._waiting, len(call.items), None))
+                self._unfinished, self._waiting = call, others  # at once: no interrupt loses a thread in between
+        if call.error is None:
+            self._make(call, ticket, deadline)
+        if call.error is not None:
+            for member in call.tickets:
+                member.error = call.error
+        self._finish(call, ticket)
+
+    def _make(self, call: _Call[Item, Answer], ticket: _Ticket[Item, Answer], deadline: float) -> None:
         try:
             answers = self._call(call.items, deadline)
             if len(answers) != len(call.items):
@@ -138,12 +157,10 @@ class Combiner(Generic[Item, Answer]):
                 self._disband(call, ticket)
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, all threads of the call are told
-            for member in call.tickets:
-                member.error = error
+            call.error = error
         else:
             for member, answer in zip(call.tickets, answers, strict=True):
                 member.answer = answer
-        self._finish(call, ticket)
 
     def _finish(self, call: _Call[Item, Answer], leader: _Ticket[Item, Answer]) -> None:
         """Have the next leader go first, then the threads of this call, which has its answers.
@@ -152,37 +169,33 @@ class Combiner(Generic[Item, Answer]):
         lock, and be put to sleep a second time (a fifth of the throughput, at 16 threads).
         """
         with self._lock:
-            self._unfinished = None
             last = leader
             for member in call.tickets:
-                member.done = True
-                if member is not leader and not member.left:
+                if member is not leader and not member.left and not member.done:
                     last.successor = member
                     last = member
-            leader.leads = False
-            self._pass_on()
+                member.done = True
+            self._unfinished = None  # not before: an interrupted leader's heir finishes with the rest
+            self._pass_on(leader)
 
     def _disband(self, call: _Call[Item, Answer], leader: _Ticket[Item, Answer]) -> None:
         """The call never left: put its other threads back at the head of the queue."""
         with self._lock:
-            self._unfinished = None
-            for member in reversed(call.tickets):
-                if member is not leader and not member.left:
-                    member.taken = False
-                    self._waiting.appendleft(member)
+            waiting = deque(member for member in call.tickets if member is not leader and not member.left)
+            waiting.extend(self._waiting)
+            self._unfinished, self._waiting = None, waiting
 
     def _leave(self, ticket: _Ticket[Item, Answer]) -> None:
         """This thread goes without an answer: withdraw what can be, and let nobody wait for it."""
         with self._lock:
             ticket.left = True
-            if not ticket.taken and ticket in self._waiting:
+            if ticket in self._waiting:
                 self._waiting.remove(ticket)
             if ticket.leads:
-                ticket.leads = False
-                self._pass_on()
+                self._pass_on(ticket)
 
-    def _pass_on(self) -> None:
-        """Name the next leader, if anybody waits. Called with the lock held, by the last one."""
+    def _pass_on(self, leader: _Ticket[Item, Answer]) -> None:
+        """Name the next leader, if anybody waits; the last one is to wake it. Called with the lock held."""
         heir: _Ticket[Item, Answer] | None = None
         if self._unfinished is not None:
             heir = next((t for t in self._unfinished.tickets if not t.left and not t.done), None)
@@ -190,13 +203,10 @@ class Combiner(Generic[Item, Answer]):
                 self._unfinished = None
         if heir is None and self._waiting:
             heir = self._waiting[0]
+        # From here on without a call, and so without an interrupt: there is always one who leads, or none.
+        leader.leads = False
+        leader.heir = heir
         if heir is None:
             self._led = False
         else:
             heir.leads = True
-            _wake(heir)
-
-
-def _wake(ticket: _Ticket[Item, Answer]) -> None:
-    if ticket.turn is not None:
-        ticket.turn.release()

@@ -6,9 +6,10 @@ pages: Rebello et al., "Can Applications Recover from fsync Failures?", 2020), s
 and the process must end: the disk is read again by the next one.
 """
 
+import os
 import secrets
 import sqlite3
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from msgspec import msgpack
@@ -49,24 +50,53 @@ class Journal:
     def __init__(self, path: Path, durability: str = "commit") -> None:
         self.path = path
         try:
+            self._sync()
+            self._check()
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except (sqlite3.Error, OSError) as error:
+            raise self._unusable(error) from error
+        try:
             self._open(_SYNCHRONOUS[durability])
-        except sqlite3.Error as error:
-            raise StartupError(
-                f"the journal {path} cannot be used ({error}); it was left as it is: put back a copy, or free its disk"
-            ) from error
+        except BaseException as error:
+            self._connection.close()
+            if isinstance(error, (sqlite3.Error, OSError)):
+                raise self._unusable(error) from error
+            raise
 
-    def _open(self, synchronous: str) -> None:
-        execute = self._connection.execute
-        execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner: no shared-memory file, no locks per commit
-        application, version = (execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
-        empty = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+    def _unusable(self, error: Exception) -> StartupError:
+        return StartupError(
+            f"the journal {self.path} cannot be used ({error}); it was left as it is: put back a copy, or mend its disk"
+        )
+
+    def _sync(self) -> None:
+        """Have on disk what is there to be read: the writer before us may have been killed between write and sync."""
+        for path in (self.path, self.path.with_name(self.path.name + "-wal"), self.path.parent):
+            with suppress(FileNotFoundError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+
+    def _check(self) -> None:
+        """Refuse what is not ours. A connection that can write would fold the log in as it closes."""
+        if not self.path.exists():
+            return
+        with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            execute = connection.execute
+            application, version = (execute(f"PRAGMA {n}").fetchone()[0] for n in ("application_id", "user_version"))
+            empty = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
         if not empty and application != _APPLICATION_ID:
             raise StartupError(f"{self.path} is not a journal of counter_server; it was left as it is")
         if version > _VERSION:
             raise StartupError(
                 f"the journal {self.path} has format {version}, of a newer counter_server; this one reads {_VERSION}"
             )
+
+    def _open(self, synchronous: str) -> None:
+        execute = self._connection.execute
+        execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner: no shared-memory file, no locks per commit
+        empty = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
         execute("PRAGMA journal_mode = WAL")
         execute(f"PRAGMA synchronous = {synchronous}")
         if empty:
@@ -75,6 +105,7 @@ class Journal:
             execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             execute(f"PRAGMA user_version = {_VERSION}")
             execute("COMMIT")
+            self._sync()  # the new files' names, too
 
     @property
     def epoch(self) -> str:
@@ -97,7 +128,7 @@ class Journal:
                 },
             )
         except (sqlite3.Error, ValueError) as error:
-            raise StartupError(f"the journal {self.path} is damaged ({error}); it was left as it is") from error
+            raise self._unusable(error) from error
 
     def commit(self, changes: Changes) -> None:
         """Make `changes` durable in one transaction.

@@ -6,8 +6,7 @@ provides; memory changes only after it has returned, so nothing is readable befo
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Any, NamedTuple, TypeVar
@@ -114,11 +113,9 @@ class Ledger:
         self._writing = threading.Lock()  # held through a commit; who holds it is the only one to change memory
         self._memory = threading.Lock()  # held while memory changes, or is read without the lock above
 
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """No commit is under way, and none begins, while the block runs."""
-        with self._writing:
-            yield
+    def stop(self) -> None:
+        """Wait for the commit under way; no other one will ever begin."""
+        self._writing.acquire()
 
     def __len__(self) -> int:
         return len(self._counters)

@@ -24,13 +24,19 @@ LARGEST_BATCH = 1000  # operations; with names and keys of full length still und
 Integer = Annotated[int, Meta(ge=SMALLEST, le=LARGEST)]
 
 
-@lru_cache(maxsize=4096)
-def check_name(name: str) -> None:
+def check_name(name: object) -> None:
     """Raise `InvalidRequest` unless `name` can be the name of a counter.
 
     1 to 255 bytes of UTF-8, in Unicode normal form C (so that what looks the same is the same),
     without control characters, surrogates or separators other than the space.
     """
+    if type(name) is not str:
+        raise InvalidRequest(f"a counter's name must be a str, not {type(name).__name__}")
+    _check_spelling(name)
+
+
+@lru_cache(maxsize=4096)
+def _check_spelling(name: str) -> None:
     if not name:
         raise InvalidRequest("a counter's name is empty")
     try:
@@ -106,7 +112,6 @@ class Increment(Struct, frozen=True, array_like=True, gc=False, tag="increment")
     key: str | None = None
 
     def __post_init__(self) -> None:
-        _check_text("a counter's name", self.name)
         check_name(self.name)
         # Nearly every increment is the plain one, and this runs twice for each of them.
         if self.by != 1 or type(self.by) is not int or self.minimum is not None or self.maximum is not None:
@@ -127,7 +132,6 @@ class Set(Struct, frozen=True, array_like=True, gc=False, tag="set"):
     value: Integer
 
     def __post_init__(self) -> None:
-        _check_text("a counter's name", self.name)
         check_name(self.name)
         _check_integer("value", self.value)
 
@@ -138,7 +142,6 @@ class Delete(Struct, frozen=True, array_like=True, gc=False, tag="delete"):
     name: str
 
     def __post_init__(self) -> None:
-        _check_text("a counter's name", self.name)
         check_name(self.name)
 
 
@@ -148,7 +151,6 @@ class Get(Struct, frozen=True, array_like=True, gc=False, tag="get"):
     name: str
 
     def __post_init__(self) -> None:
-        _check_text("a counter's name", self.name)
         check_name(self.name)
 
 
@@ -156,7 +158,7 @@ class Scan(Struct, frozen=True, array_like=True, gc=False, tag="scan"):
     """Read a page of counters in the order of their names, those after `after`."""
 
     after: str = ""
-    limit: Annotated[int, Meta(ge=1, le=LARGEST_PAGE)] = 100
+    limit: Integer = 100
 
     def __post_init__(self) -> None:
         _check_text("after", self.after)
@@ -211,10 +213,12 @@ class Batch(Struct, frozen=True, array_like=True):
     of Raft's client sessions (Ongaro, 2014, §6.3) and of Kafka's idempotent producer.
     """
 
-    client: Annotated[bytes, Meta(min_length=16, max_length=16)]
-    sequence: Annotated[int, Meta(ge=0, le=LARGEST)]
-    operations: Annotated[list[Operation], Meta(min_length=1, max_length=LARGEST_BATCH)]
+    client: bytes
+    sequence: Integer
+    operations: list[Operation]
 
     def __post_init__(self) -> None:
+        if len(self.client) != 16 or self.sequence < 0 or not 1 <= len(self.operations) <= LARGEST_BATCH:
+            raise InvalidRequest(f"a batch has a client of 16 bytes, a sequence, and 1 to {LARGEST_BATCH} operations")
         if self.sequence == 0 and not all(isinstance(operation, READS) for operation in self.operations):
             raise InvalidRequest("only a batch of reads may go without a sequence")

@@ -54,8 +54,9 @@ class Session:
                 self.renew()  # an abandoned batch: it may yet be applied under the next number
             exchange = self._exchange = self._begin(operations)
         if exchange.results is None:
-            exchange.results = self._exchange_until(exchange, deadline)
-            self._sequence = exchange.batch.sequence or self._sequence
+            results = self._exchange_until(exchange, deadline)
+            self._sequence = exchange.batch.sequence or self._sequence  # first: without results it is sent again
+            exchange.results = results
         return exchange.results
 
     def _begin(self, operations: list[Operation]) -> _Exchange:
@@ -88,7 +89,7 @@ class Session:
                 continue
             except CounterServerError as error:  # StateLost, AccessDenied: definite, and for all of the batch
                 self.renew()
-                if before:
+                if before and exchange.batch.sequence:
                     error.outcome = "unknown"
                 raise
             time.sleep(min(pause * random.uniform(0.5, 1.0), remaining))

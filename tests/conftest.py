@@ -1,6 +1,7 @@
 """Fixtures: managers and servers that are really started, and really gone afterwards."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -32,3 +33,13 @@ def start_manager(stack: ExitStack, data_dir: Path) -> Callable[..., Manager]:
 def start_server(stack: ExitStack, data_dir: Path) -> Callable[..., Server]:
     """Start a server on `data_dir`, with options."""
     return lambda *options: stack.enter_context(Server("--data-dir", data_dir, *options))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where all that tests need is said to be there, a test that leaves itself out has failed."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("COUNTER_SERVER_TEST_ALL"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, where COUNTER_SERVER_TEST_ALL is set: {report.longreprtext}"
+    return report

@@ -6,12 +6,11 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from counter_server import CounterServerError, open_state
+from counter_server import Counter, CounterServerError, open_state
 from tests.history import Operation
 from tests.processes import PATIENCE
 
@@ -111,7 +110,7 @@ def store_client(url: str, counter: str, threads: int, each: int, start: Any, re
         barrier.wait(PATIENCE)
         for count in range(each):
             key = f"{os.getpid()}-{number}-{count}"
-            history.append(_keep_asking(lambda key=key: state.counter(counter).increment(key=key), key))
+            history.append(_keep_asking(state.counter(counter), key))
 
     workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
     start.wait(PATIENCE)
@@ -123,12 +122,12 @@ def store_client(url: str, counter: str, threads: int, each: int, start: Any, re
     results.send([(o.key, o.invoked, o.returned, o.answers) for o in history])
 
 
-def _keep_asking(ask: Callable[[], int], key: str) -> Operation:
+def _keep_asking(counter: Counter, key: str) -> Operation:
     invoked = time.monotonic()
     deadline = invoked + PATIENCE
     while time.monotonic() < deadline:
         with suppress(CounterServerError):
-            return Operation(key, invoked, answers=(ask(),), returned=time.monotonic())
+            return Operation(key, invoked, answers=(counter.increment(key=key),), returned=time.monotonic())
     return Operation(key, invoked)
 
 

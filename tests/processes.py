@@ -6,7 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -16,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = 30.0  # seconds that any event may take on a busy machine before the test has failed
 
 
-def eventually(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    """Return when `condition` holds; fail, saying `what` did not come, when it does not in time."""
+def eventually(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    """Return when `condition` gives something true; fail, saying `what` did not come, when it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -37,6 +38,22 @@ def group_members(group: int) -> list[int]:
             if int(pgrp) == group and state != "Z":
                 found.append(int(entry.name))
     return found
+
+
+@contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """The process is stopped, every thread of it, while the block runs."""
+
+    def stopped() -> bool:
+        threads = Path(f"/proc/{pid}/task").iterdir()
+        return all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        eventually(stopped, f"the stop of process {pid}")
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 class Program:
@@ -117,7 +134,7 @@ class Program:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Have nothing of it left: what still runs is killed. That children follow by themselves is tested elsewhere."""
+        """Have nothing of it left: what still runs is killed."""
         if self.running:
             self.kill()
         for pid in group_members(self.pid):

@@ -53,7 +53,8 @@ def test_the_store_through_5_kills_of_the_manager(
     load = StoreLoad(manager.url, "hot", 8, 8, 150)
     for kill in range(5):
         # Reading asks the manager that is there now; each kill is in the middle of the load.
-        eventually(lambda kill=kill: state.counter("hot").value > (kill + 1) * 1000, "progress of the load")
+        goal = (kill + 1) * 1000
+        eventually(lambda: state.counter("hot").value > goal, "progress of the load")
         manager.kill()
         manager = start_manager("--durability", durability)
     history = load.finish()
@@ -74,7 +75,7 @@ def test_http_through_5_kills_of_the_manager_and_5_of_a_worker(
     chance.shuffle(victims)
     for kind in victims:
         load.progress(chance.randrange(100, 300))
-        eventually(lambda kind=kind: bool(server.children(kind)), f"a {kind} to kill")
+        eventually(lambda: server.children(kind), f"a {kind} to kill")
         os.kill(chance.choice(server.children(kind)), signal.SIGKILL)
     load.progress(200)
     history = load.finish()

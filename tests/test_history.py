@@ -66,12 +66,14 @@ class CrashingStore:
         self.chance = chance
         self._commit = commit
         self.delayed: list[Changes] = []
-        self.crash()
+        self._begin()
 
     def crash(self) -> None:
-        if hasattr(self, "journal"):
-            self.journal.close()
+        self.journal.close()
         self.delayed.clear()
+        self._begin()
+
+    def _begin(self) -> None:
         self.journal = Journal(self.path, "process")
         self.ledger = Ledger(self.journal.load(), lambda changes: self._commit(self, changes))
 

@@ -194,9 +194,9 @@ def serve(
             server.listener.close()
             with suppress(FileNotFoundError):
                 directory.socket.unlink()
-            with ledger.stopped():
-                if journal:
-                    journal.close()
+            ledger.stop()
+            if journal:
+                journal.close()
     raise AssertionError("serve_forever returned")
 
 

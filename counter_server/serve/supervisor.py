@@ -20,10 +20,10 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any
 
-from ..errors import StartupError
+from ..errors import CounterServerError, StartupError
 from ..manager.directory import DataDirectory
 from ..settings import Durability, ServerSettings, default_data_dir
-from ..stores import manager_directory
+from ..stores import manager_directory, open_store
 from .worker import BACKLOG, DRAIN_SECONDS, work
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class _Child:
     def start(self) -> None:
         self.ready, theirs = _spawn.Pipe(duplex=False)
         self.ready_since = None
-        self.process = _spawn.Process(target=self.target, args=(*self.arguments, theirs), name=self.name)
+        self.process = _spawn.Process(target=_child_main, args=(self.target, *self.arguments, theirs), name=self.name)
         self.process.start()
         theirs.close()
 
@@ -143,6 +143,7 @@ class Supervisor:
     def _children(self, sock: socket.socket) -> tuple[list[_Child], list[_Child]]:
         settings = self.settings
         store = settings.store
+        open_store(store).close()  # a URL that names none is told here, in one line
         config: dict[str, Any] = {}
         managers = []
         if store.startswith("manager:"):
@@ -166,7 +167,7 @@ class Supervisor:
         deadline = time.monotonic() + _BOOT_SECONDS
         for child in group:
             child.start()
-        while not self._signals and any(child.ready is not None for child in group):
+        while not self._signals and any(child.ready_since is None for child in group):
             self._wait(group, deadline)
             for child in group:
                 if child.process is not None and not child.process.is_alive():
@@ -222,11 +223,15 @@ def manage(directory: DataDirectory, durability: Durability, ready: Connection) 
         ready.send(None)
         ready.close()
 
+    serve(directory, durability, ready=announce, supervised=True)
+
+
+def _child_main(target: Callable[..., None], *arguments: Any) -> None:
+    """What a child process runs: `target`, its errors told in one line."""
     try:
-        serve(directory, durability, ready=announce, supervised=True)
-    except StartupError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        target(*arguments)
+    except CounterServerError as error:
+        sys.exit(f"Error: {error}")
 
 
 def _url(sock: socket.socket) -> str:

@@ -1,0 +1,90 @@
+"""The house keeps its shape: imports point downwards only, and a file holds one thought."""
+
+import ast
+from pathlib import Path
+
+import counter_server
+
+PACKAGE = Path(counter_server.__file__).parent
+
+# From the top of the house to its foundation. A module may import what stands below it, or in its own room.
+ROOMS = [
+    ("__main__",),
+    ("cli",),
+    ("serve.supervisor",),
+    ("serve.worker",),
+    ("serve",),
+    ("web",),
+    ("web.api", "web.pages"),
+    ("web.problems",),
+    ("extension",),
+    ("",),  # counter_server itself: what users import
+    ("state",),
+    ("session",),
+    ("stores",),
+    ("stores.manager", "stores.memory"),
+    ("stores.base",),
+    ("manager.server", "manager.client"),
+    ("manager.wire",),
+    ("manager.directory",),
+    ("manager",),
+    ("journal",),
+    ("ledger",),
+    ("combiner",),
+    ("operations",),
+    ("settings",),
+    ("errors",),
+]
+RANK = {module: rank for rank, room in enumerate(ROOMS) for module in room}
+# The package's own front says lazily what is in the extension above it.
+ALLOWED_UPWARDS = {("", "extension")}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix("__init__").removesuffix(".")] = path
+    return found
+
+
+def imports(module: str, path: Path) -> set[str]:
+    """The modules of this package that a module imports, inside functions too."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package.split(".") if package else []
+            base = base[: len(base) - node.level + 1]
+            target = ".".join(filter(None, [*base, node.module]))
+            for alias in node.names:
+                inner = f"{target}.{alias.name}".lstrip(".")
+                found.add(inner if inner in modules() else target)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.module.startswith("counter_server"), f"{module}: imports within the package are relative"
+    return found - {module}
+
+
+def test_every_module_has_its_room() -> None:
+    assert set(modules()) == set(RANK)
+
+
+def test_imports_point_downwards_only() -> None:
+    upwards = [
+        f"{module or 'counter_server'} imports {target}"
+        for module, path in modules().items()
+        for target in imports(module, path)
+        if RANK[target] <= RANK[module] and (module, target) not in ALLOWED_UPWARDS
+    ]
+    assert upwards == []
+
+
+def test_a_file_is_one_thought() -> None:
+    long = {path.name: lines for path in modules().values() if (lines := len(path.read_text().splitlines())) > 400}
+    assert long == {}
+
+
+def test_nothing_is_called_by_a_name_that_says_nothing() -> None:
+    assert not {"utils", "helpers", "constants", "types", "common", "misc"} & {
+        name.rpartition(".")[2] for name in modules()
+    }

@@ -1,0 +1,470 @@
+"""The manager and its proxies: interrupted calls, forks, crowds, shared round trips, and peers that mean no good."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import answer_challenge, deliver_challenge
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import pytest
+from msgspec import msgpack
+
+from counter_server import State, open_state
+from counter_server.errors import AccessDenied, DeadlineExceeded
+from counter_server.manager.client import LedgerProxy
+from counter_server.manager.directory import DataDirectory
+from counter_server.manager.wire import LARGEST_FRAME, Connection, connect
+from counter_server.operations import Batch, Increment
+from tests.benchmarks.store import PlainManager, running, serve_plain
+from tests.processes import PATIENCE, Manager, eventually, frozen
+
+
+@pytest.fixture
+def manager(start_manager: Callable[..., Manager]) -> Manager:
+    return start_manager("--durability", "process")
+
+
+@pytest.fixture
+def state(manager: Manager) -> Iterator[State]:
+    with open_state(manager.url) as state:
+        yield state
+
+
+def status(state: State) -> dict[str, Any]:
+    """The manager's own figures."""
+    proxy = getattr(state.store, "proxy", None)
+    assert isinstance(proxy, LedgerProxy)
+    return proxy.status(time.monotonic() + PATIENCE)
+
+
+def connection_of(state: State) -> str:
+    """The kernel's name for the socket that this process's state uses."""
+    return os.readlink(f"/proc/self/fd/{cast(Any, state.store).proxy._connection.fileno()}")
+
+
+# Interrupted calls
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises in the middle of a call, as Ctrl-C does."""
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    def interrupt(_number: int, _frame: object) -> NoReturn:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_that_an_interrupted_call_shifts_no_reply(pid: int, increment: Callable[[], int]) -> None:
+    """Freeze the manager, interrupt a call that waits for it, and look at what the next calls are answered."""
+    first = increment()
+    with frozen(pid), pytest.raises(Interrupted), interrupted_after(0.2):
+        increment()
+    following = [increment() for _ in range(3)]
+    # The interrupted one has reached the manager, so it has taken the number after the first.
+    assert following == [first + 2, first + 3, first + 4]
+
+
+def test_an_interrupted_call_shifts_no_later_reply(manager: Manager, state: State) -> None:
+    check_that_an_interrupted_call_shifts_no_reply(manager.pid, state.counter("c").increment)
+
+
+def test_an_interrupted_call_shifts_every_later_reply_of_a_plain_proxy(tmp_path: Path) -> None:
+    """What the test above would find on the standard library's proxy: the reason for ours."""
+    address = str(tmp_path / "plain.sock")
+    with running(serve_plain, address):
+        plain = PlainManager(address, b"key")
+        plain.connect()
+        proxy = cast(Any, plain).counter()
+        (server,) = multiprocessing.active_children()
+        assert server.pid is not None
+        with pytest.raises(AssertionError, match=r"\[2, 3, 4\] == \[3, 4, 5\]"):
+            check_that_an_interrupted_call_shifts_no_reply(server.pid, proxy.increment)
+        del proxy
+
+
+def test_a_deadline_while_the_manager_is_frozen_shifts_no_later_reply(manager: Manager) -> None:
+    with open_state(manager.url, deadline=0.3) as impatient, open_state(manager.url) as patient:
+        assert impatient.counter("c").increment() == 1
+        with frozen(manager.pid):
+            before = time.monotonic()
+            with pytest.raises(DeadlineExceeded) as late:
+                impatient.counter("c").increment()
+            assert time.monotonic() - before >= 0.3
+        assert late.value.outcome == "unknown"
+        # The late one reached the manager, and is counted once, whenever it is read.
+        eventually(lambda: patient.counter("c").value == 2, "the late increment")
+        assert [impatient.counter("c").increment() for _ in range(3)] == [3, 4, 5]
+        assert patient.counter("c").value == 5
+
+
+def test_every_thread_keeps_its_deadline_while_the_manager_is_frozen(manager: Manager) -> None:
+    outcomes = []
+    with open_state(manager.url, deadline=0.3) as state:
+        state.counter("c").increment()
+
+        def work() -> None:
+            with pytest.raises(DeadlineExceeded) as late:
+                state.counter("c").increment()
+            outcomes.append(late.value.outcome)
+
+        threads = [threading.Thread(target=work) for _ in range(16)]
+        with frozen(manager.pid):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PATIENCE)
+                assert not thread.is_alive()
+        possible = 1 + outcomes.count("unknown")
+        assert len(outcomes) == 16
+        assert outcomes.count("not_applied") >= 1
+        last = state.counter("c").increment()
+        assert 2 <= last <= possible + 1
+
+
+# Restarts, forks and crowds
+
+
+def test_a_proxy_finds_a_restarted_manager_within_the_deadline(
+    start_manager: Callable[..., Manager], stack: ExitStack
+) -> None:
+    manager = start_manager()
+    state = stack.enter_context(open_state(manager.url))
+    assert state.counter("c").increment() == 1
+    manager.kill()
+    answers: list[int] = []
+    caller = threading.Thread(target=lambda: answers.append(state.counter("c").increment()))
+    caller.start()
+    start_manager()
+    caller.join(PATIENCE)
+    assert answers == [2]
+
+
+def test_without_a_manager_the_error_says_what_to_do_and_that_nothing_was_counted(data_dir: Path) -> None:
+    with open_state(f"manager://{data_dir}", deadline=0.1) as state, pytest.raises(DeadlineExceeded) as error:
+        state.counter("c").increment()
+    assert error.value.outcome == "not_applied"
+    assert "counter-server manager --data-dir" in str(error.value)
+    assert "nothing was counted" in str(error.value)
+
+
+def test_a_fork_after_use_gives_the_child_its_own_client_and_connection(state: State) -> None:
+    parent_values = [state.counter("c").increment()]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            values = [state.counter("c").increment() for _ in range(200)]
+            os.write(writer, msgpack.encode((values, connection_of(state))))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    parent_values += [state.counter("c").increment() for _ in range(200)]
+    with os.fdopen(reader, "rb") as pipe:
+        child_values, childs_connection = msgpack.decode(pipe.read())
+    os.waitpid(child, 0)
+    assert sorted(parent_values + child_values) == list(range(1, 402))
+    assert childs_connection != connection_of(state)
+
+
+def test_100_fresh_clients_connect_at_once(manager: Manager) -> None:
+    barrier = threading.Barrier(100)
+    values: list[int] = []
+
+    def work() -> None:
+        with open_state(manager.url, deadline=PATIENCE) as fresh:
+            barrier.wait(PATIENCE)
+            values.append(fresh.counter("c").increment())
+
+    threads = [threading.Thread(target=work) for _ in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(values) == list(range(1, 101))
+
+
+def test_32_waiting_threads_share_round_trips(manager: Manager, state: State) -> None:
+    state.counter("c").increment()
+    before = status(state)
+    values: list[int] = []
+    threads = [threading.Thread(target=lambda: values.append(state.counter("c").increment())) for _ in range(32)]
+    waiting = cast(Any, state)._combiner._waiting
+    with frozen(manager.pid):  # while it is away all but the first have to wait
+        for thread in threads:
+            thread.start()
+        eventually(lambda: len(waiting) == 31, "31 threads waiting behind one")
+    for thread in threads:
+        thread.join()
+    assert sorted(values) == list(range(2, 34))
+    after = status(state)
+    assert after["operations"] - before["operations"] == 32
+    assert after["batches"] - before["batches"] == 2
+
+
+def test_batches_of_workers_that_wait_at_the_same_time_share_a_commit(manager: Manager) -> None:
+    """With 64 clients at once there are far fewer commits than batches."""
+    barrier = threading.Barrier(64)
+
+    def work() -> None:
+        with open_state(manager.url, deadline=PATIENCE) as client:
+            client.counter("c").value  # noqa: B018 - connects
+            barrier.wait(PATIENCE)
+            for _ in range(20):
+                client.counter("c").increment()
+
+    threads = [threading.Thread(target=work) for _ in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with open_state(manager.url) as state:
+        figures = status(state)
+    assert figures["operations"] == figures["batches"] == 64 * 20
+    assert figures["commits"] < figures["batches"] / 2
+
+
+# Peers that mean no good
+
+
+def raw(data_dir: Path) -> socket.socket:
+    """A connection that has said nothing yet."""
+    peer = socket.socket(socket.AF_UNIX)
+    peer.settimeout(PATIENCE)
+    peer.connect(str(DataDirectory(data_dir).socket))
+    return peer
+
+
+def received_until_closed(peer: socket.socket) -> bytes:
+    """All that the manager says before it closes the connection, which it must."""
+    received = b""
+    try:
+        while chunk := peer.recv(65536):
+            received += chunk
+    except ConnectionResetError:
+        pass
+    return received
+
+
+def authenticated(data_dir: Path) -> Connection:
+    directory = DataDirectory(data_dir)
+    return connect(str(directory.socket), directory.existing_key("manager"))
+
+
+def frame(message: bytes) -> bytes:
+    return len(message).to_bytes(4, "big") + message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        os.urandom(300),
+        b"\x80\x00\x00\x00",  # a frame of 2 GiB
+        b"\xff\xff\xff\xff",  # negative, for who reads it so
+        frame(b"#WELCOME#"),
+        frame(pickle.dumps(os.getcwd)),
+    ],
+    ids=["http", "noise", "2 GiB", "negative length", "no digest", "a pickle"],
+)
+def test_a_peer_that_does_not_know_the_key_is_closed_and_told_nothing(
+    manager: Manager, state: State, data_dir: Path, words: bytes
+) -> None:
+    state.counter("c").increment()
+    with raw(data_dir) as peer:
+        peer.sendall(words)
+        said = received_until_closed(peer)
+    # Its own challenge, and at the most that the answer was wrong.
+    assert b"Traceback" not in said
+    assert str(data_dir).encode() not in said
+    assert len(said) < 200
+    assert state.counter("c").increment() == 2
+    assert manager.running
+
+
+def test_a_silent_peer_is_closed(manager: Manager, data_dir: Path) -> None:
+    with raw(data_dir) as peer:
+        assert b"Traceback" not in received_until_closed(peer)
+    assert manager.running
+
+
+def test_a_peer_that_drips_is_closed_by_the_total_time(manager: Manager, data_dir: Path) -> None:
+    def drip() -> None:
+        peer.sendall((200).to_bytes(4, "big"))
+        for _ in range(199):
+            peer.sendall(b"x")
+            time.sleep(0.1)  # each in time, all of them not
+
+    with raw(data_dir) as peer, pytest.raises((BrokenPipeError, ConnectionResetError)):
+        drip()
+    assert manager.running
+
+
+def test_a_wrong_key_is_refused_with_a_clear_error(manager: Manager, data_dir: Path) -> None:
+    (data_dir / "manager.key").write_text("0" * 64)
+    with open_state(manager.url) as state, pytest.raises(AccessDenied, match="does not accept this key") as error:
+        state.counter("c").increment()
+    assert error.value.outcome == "not_applied"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "shutdown",
+        "create",
+        "get_methods",
+        "debug_info",
+        "number_of_objects",
+        "dummy",
+        "incref",
+        "decref",
+        "__init__",
+        "",
+    ],
+)
+@pytest.mark.parametrize("flags", [(), ("-O",)], ids=["plain", "python -O"])
+def test_none_of_the_standard_servers_functions_can_be_called(
+    stack: ExitStack, data_dir: Path, function: str, flags: tuple[str, ...]
+) -> None:
+    manager = shared_manager(stack, data_dir, flags)
+    peer = authenticated(data_dir)
+    try:
+        peer.send((None, function, (), {}))
+        with pytest.raises((EOFError, ConnectionResetError)):
+            peer.recv()
+    finally:
+        peer.close()
+    assert manager.running
+
+
+def shared_manager(stack: ExitStack, data_dir: Path, flags: tuple[str, ...]) -> Manager:
+    class Optimised(Manager):
+        def __init__(self) -> None:
+            super(Manager, self).__init__(*flags, "manager_process.py", "--data-dir", data_dir)
+            self.url = self.expect("Manager ready:")
+
+    return stack.enter_context(Optimised())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("ledger", "__init__", (), {}),
+        ("ledger", "#GETVALUE", (), {}),
+        ("ledger", "_commit", ([],), {}),
+        ("ledger", "methods", (), {}),
+        ("0", "apply", (), {}),
+        (None, "apply", (), {}),
+        ("7f0000000000", "apply", (), {}),
+        ("ledger", "apply", (), {}),
+        ("ledger", "apply", ("no batch",), {}),
+        ("ledger", "apply", ((b"short", 1, [("increment", "c")]),), {}),
+        ("ledger", "apply", ((b"x" * 16, 1, []),), {}),
+        ("ledger", "apply", ((b"x" * 16, 1, [("increment", "c", 0)]),), {}),
+        ("ledger", "apply", ((b"x" * 16, 1, [("increment", "c", 2**63)]),), {}),
+        ("ledger", "apply", ((b"x" * 16, 1, [("increment", "c\x00")]),), {}),
+        ("ledger", "apply", ((b"x" * 16, 1, [("exec", "import os")]),), {}),
+        ("ledger", "apply", ((b"x" * 16, 0, [("increment", "c")]),), {}),
+        ("ledger", "apply", ((b"x" * 16, -1, [("increment", "c")]),), {}),
+        "not a call",
+        17,
+    ],
+    ids=repr,
+)
+def test_a_call_that_is_not_offered_or_not_valid_closes_the_connection_and_changes_nothing(
+    manager: Manager, state: State, data_dir: Path, call: object
+) -> None:
+    state.counter("c").increment()
+    peer = authenticated(data_dir)
+    try:
+        peer.send((None, "accept_connection", (), {}))
+        assert peer.recv()[0] == "#RETURN"
+        peer.send(call)
+        with pytest.raises((EOFError, ConnectionResetError)):
+            peer.recv()
+    finally:
+        peer.close()
+    assert state.counters().counters == [("c", 1)]
+    assert manager.running
+
+
+def test_a_frame_over_the_limit_closes_the_connection(manager: Manager, data_dir: Path) -> None:
+    peer = authenticated(data_dir)
+    try:
+        peer.send((None, "accept_connection", (), {}))
+        peer.recv()
+        with suppress(BrokenPipeError, ConnectionResetError):
+            peer.send_bytes(bytes(LARGEST_FRAME + 1))
+        with pytest.raises((EOFError, ConnectionResetError)):
+            peer.recv()
+    finally:
+        peer.close()
+    assert manager.running
+
+
+def test_the_connection_of_another_user_is_refused(manager: Manager, data_dir: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    for path in (data_dir, *data_dir.parents):
+        if path.stat().st_mode & 0o001 == 0:
+            path.chmod(path.stat().st_mode | 0o011)
+    (data_dir / "manager.sock").chmod(0o666)
+    child = os.fork()
+    if child == 0:
+        said = b"?"
+        try:
+            os.setuid(65534)
+            with raw(data_dir) as peer:
+                said = received_until_closed(peer)
+        finally:
+            os._exit(0 if said == b"" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert manager.running
+
+
+def test_200_half_open_peers_do_not_stop_the_service(manager: Manager, state: State, data_dir: Path) -> None:
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(raw(data_dir))
+        assert [state.counter("c").increment() for _ in range(10)] == list(range(1, 11))
+        assert manager.running
+
+
+def test_batches_resent_over_another_connection_are_answered_from_memory(manager: Manager, data_dir: Path) -> None:
+    batch = Batch(os.urandom(16), 1, [Increment("c"), Increment("c")])
+    directory = DataDirectory(data_dir)
+    answers = []
+    for _ in range(3):
+        proxy = LedgerProxy(directory)
+        answers.append(proxy.apply(batch, time.monotonic() + PATIENCE))
+        proxy.close()
+    assert answers == [[1, 2]] * 3
+
+
+def test_the_standard_handshake_is_the_one_that_is_spoken(manager: Manager, data_dir: Path) -> None:
+    """Challenge and response of the standard library itself, step by step: no home-made cryptography."""
+    directory = DataDirectory(data_dir)
+    connection = connect(str(directory.socket))
+    try:
+        key = directory.existing_key("manager")
+        answer_challenge(cast(Any, connection), key)
+        deliver_challenge(cast(Any, connection), key)
+        connection.send((None, "accept_connection", (), {}))
+        assert connection.recv()[0] == "#RETURN"
+    finally:
+        connection.close()
