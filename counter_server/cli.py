@@ -32,12 +32,22 @@ class _OneLine(click.Group):
             raise click.ClickException(str(error)) from error
 
 
+class _WithNumber(click.Command):
+    """A command whose last argument is a number, which may be negative: -5 is no option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--" not in args:
+            negative = [arg for arg in args if arg[:1] == "-" and arg[1:].isdigit()]
+            args = [arg for arg in args if arg not in negative] + (["--", *negative] if negative else [])
+        return super().parse_args(ctx, args)
+
+
 def _store_url(store: str | None, data_dir: str | None) -> str:
     """The URL that the two options, or their environment variables, name together."""
     if data_dir is not None:
         if store is not None and store != DEFAULT_STORE:
             raise InvalidRequest("--data-dir names a manager's directory, and --store something else: give one of them")
-        return f"{DEFAULT_STORE}{os.path.abspath(data_dir)}"
+        return DataDirectory(data_dir).url
     return store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
 
 
@@ -89,11 +99,11 @@ def manager(data_dir: str | None, durability: str) -> None:
     """Run the manager alone, for any number of applications of this user."""
     from .manager.server import serve
 
-    directory = DataDirectory(data_dir or default_data_dir())
-    serve(directory, cast(Durability, durability), ready=lambda: click.echo(f"Manager ready: manager://{directory}"))
+    directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
+    serve(directory, cast(Durability, durability), ready=lambda: click.echo(f"Manager ready: {directory.url}"))
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+@main.command()
 @click.argument("name")
 @click.option("--by", type=int, default=1, show_default=True)
 @click.option("--minimum", type=int, help="The result may not be less.")
@@ -122,7 +132,7 @@ def get(name: str, **where: str | None) -> None:
     click.echo(value)
 
 
-@main.command("set", context_settings={"ignore_unknown_options": True})
+@main.command("set", cls=_WithNumber)
 @click.argument("name")
 @click.argument("value", type=int)
 @data_dir_option

@@ -39,7 +39,7 @@ class SharedState:
         """
         if _NAME in app.extensions:
             raise RuntimeError("this app has a SharedState already: use that one")
-        app.config.setdefault("COUNTER_SERVER_STORE", os.environ.get(STORE_VARIABLE, DEFAULT_STORE))
+        app.config.setdefault("COUNTER_SERVER_STORE", os.environ.get(STORE_VARIABLE) or DEFAULT_STORE)
         app.config.setdefault("COUNTER_SERVER_DEADLINE", DEFAULT_DEADLINE)
         app.extensions[_NAME] = open_state(
             app.config["COUNTER_SERVER_STORE"],

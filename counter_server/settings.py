@@ -21,9 +21,9 @@ def default_data_dir(instance_path: str = "instance") -> str:
     return os.environ.get(DATA_DIR_VARIABLE) or os.path.join(instance_path, "counter-server")
 
 
-def check_deadline(seconds: float) -> float:
+def check_deadline(seconds: object) -> float:
     """`seconds`, if it can be a call's deadline: more than 0, at most 60."""
-    if not 0 < seconds <= LONGEST_DEADLINE:
+    if not (isinstance(seconds, (int, float)) and 0 < seconds <= LONGEST_DEADLINE):
         raise InvalidRequest(f"a deadline is more than 0 and at most {LONGEST_DEADLINE:g} seconds, not {seconds!r}")
     return float(seconds)
 

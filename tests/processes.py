@@ -71,6 +71,7 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="surrogateescape",  # a path may hold any bytes
             start_new_session=True,
         )
         self.pid = self._process.pid

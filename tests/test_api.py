@@ -444,6 +444,7 @@ def test_pages_hold_every_counter_once_in_the_order_of_their_names(app: Flask, l
     query = f"?limit={limit}"
     while True:
         page, after = listed(client, query)
+        assert not found or page[0] > found[-1], "the pages do not go on"
         found += page
         if after is None:
             break
@@ -619,6 +620,7 @@ def test_a_store_that_cannot_be_reached_is_a_503_that_says_so(
     detail = assert_problem(response, 503)
     assert int(response.headers["Retry-After"]) >= 1
     assert "could not be reached" in detail
+    assert str(tmp_path) not in detail  # where the counters are is for the operator's log
     assert "nothing was counted" in detail
     assert list(tmp_path.iterdir()) == []
 

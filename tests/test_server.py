@@ -203,7 +203,7 @@ def test_the_store_option_names_the_data_directory_too(stack: ExitStack, data_di
     assert (data_dir / "journal.sqlite3").exists()
 
 
-@pytest.mark.parametrize("name", ["two words", "größe", "50%", "100%25", "a?b", "a#b"])
+@pytest.mark.parametrize("name", ["größe", "100%25", "a?b #c"])
 def test_a_data_directory_of_any_name_is_served(stack: ExitStack, tmp_path: Path, name: str) -> None:
     server = stack.enter_context(Server("--workers", "1", "--data-dir", tmp_path / name))
     assert increment(server.url) == 1
@@ -304,7 +304,7 @@ def test_a_second_signal_ends_it_at_once(stack: ExitStack, start_server: StartSe
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("processes", [2, 4])
 def test_a_signal_while_it_starts_ends_it_with_status_0(
     stack: ExitStack, data_dir: Path, processes: int, number: signal.Signals
 ) -> None:
@@ -313,6 +313,24 @@ def test_a_signal_while_it_starts_ends_it_with_status_0(
     os.killpg(server.pid, number) if number == signal.SIGINT else server.send_signal(number)
     assert server.wait() == 0, server.errors
     assert not any("Traceback" in line for line in server.errors), server.errors
+    assert_no_process_left(server)
+
+
+def test_ctrl_c_while_the_children_are_still_importing_shows_no_traceback(
+    stack: ExitStack, tmp_path: Path, data_dir: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pathlib, sys, time\n"
+        "if '--multiprocessing-fork' in sys.orig_argv:\n"
+        f"    pathlib.Path({str(tmp_path / 'importing')!r}).touch()\n"
+        "    time.sleep(0.5)\n"
+    )
+    server = Program("run.py", "--port", "0", "--data-dir", data_dir, environment={"PYTHONPATH": str(tmp_path)})
+    stack.enter_context(server)
+    eventually((tmp_path / "importing").exists, "the start of a child")
+    os.killpg(server.pid, signal.SIGINT)
+    assert server.wait() == 0, server.errors
+    assert not any("Traceback" in line or "KeyboardInterrupt" in line for line in server.errors), server.errors
     assert_no_process_left(server)
 
 
@@ -338,7 +356,7 @@ def test_no_process_outlives_a_supervisor_that_was_killed_with_a_request_open(
     assert_no_process_left(server)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4, 5])
+@pytest.mark.parametrize("processes", [2, 3, 5])
 def test_no_process_outlives_a_supervisor_that_was_killed_while_it_started(
     stack: ExitStack, data_dir: Path, processes: int
 ) -> None:
@@ -413,7 +431,7 @@ def test_a_server_whose_every_child_was_killed_goes_on(start_server: StartServer
     [
         ("nonsense://x", "nonsense://x"),
         ("memory://x", "memory://x"),
-        ("manager://relative/path", "three slashes"),
+        ("manager://relative/path", "manager:///absolute/data/directory"),
         ("http://[", "http://["),
     ],
 )

@@ -11,9 +11,10 @@ import pytest
 
 from counter_server import open_state
 from counter_server.errors import InvalidRequest, KeyReused, LimitReached
+from counter_server.manager.directory import DataDirectory
 from counter_server.operations import LARGEST, SMALLEST, Batch, Get, Page, Result
 from counter_server.state import Counter, State
-from counter_server.stores import manager_directory, open_store
+from counter_server.stores import open_store
 from counter_server.stores.memory import MemoryStore
 from tests.processes import PATIENCE
 
@@ -213,9 +214,9 @@ def test_a_url_that_names_no_store_is_refused(url: str) -> None:
 
 
 def test_a_managers_url_names_its_directory_and_connects_to_nothing_yet(tmp_path: Path) -> None:
-    assert manager_directory("manager:///var/lib/counters") == "/var/lib/counters"
-    assert manager_directory("manager:///with%20space") == "/with space"
-    assert manager_directory("manager://") == ""
+    assert str(DataDirectory.from_url("manager:///var/lib/counters", "/other")) == "/var/lib/counters"
+    assert str(DataDirectory.from_url("manager:///with%20space", "/other")) == "/with space"
+    assert str(DataDirectory.from_url("manager://", "/other")) == "/other"
     store = open_store(f"manager://{tmp_path / 'data'}")
     assert str(store) == f"manager://{tmp_path / 'data'}"
     assert not (tmp_path / "data").exists()

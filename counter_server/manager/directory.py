@@ -9,8 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
+from urllib.parse import quote, unquote_to_bytes
 
-from ..errors import StartupError
+from ..errors import InvalidRequest, StartupError
 
 _KEY_BYTES = 32
 _LONGEST_ADDRESS = 107  # bytes that Linux takes for an AF_UNIX path
@@ -20,15 +22,36 @@ class DataDirectory:
     """Names of what is in a data directory, and the rules by which it is made and held.
 
     :param path: is made absolute. Nothing is touched until a method is called.
+    :raises InvalidRequest: if no directory can have that name.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not os.fspath(path) or "\0" in os.fspath(path):
+            raise InvalidRequest(f"{path!r} cannot be a data directory's name: give another with --data-dir")
         self.path = Path(os.path.abspath(path))
         self.journal = self.path / "journal.sqlite3"
         self.socket = self.path / "manager.sock"
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @property
+    def url(self) -> str:
+        """The store's URL of the manager that serves this directory."""
+        return "manager://" + quote(os.fsencode(self.path))
+
+    @classmethod
+    def from_url(cls, url: str, default: str) -> Self:
+        """The directory that a `manager://` URL names; `default` where it names none.
+
+        :raises InvalidRequest: if it names a host or anything else that is not a directory's absolute path.
+        """
+        rest = url.removeprefix("manager://")
+        if rest == url or rest[:1] not in ("", "/") or "?" in rest or "#" in rest:
+            raise InvalidRequest(
+                f"{url!r} is not a manager's URL: it has three slashes, manager:///absolute/data/directory"
+            )
+        return cls(os.fsdecode(unquote_to_bytes(rest)) or default)
 
     def make(self) -> None:
         """Make the directory, for this user alone, or check the one that is there.

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import secrets
 import signal
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 _LARGEST_COMMIT = 1000  # batches; in truth one for each connected worker at the most
 _EXIT_JOURNAL_FAILED = 74  # EX_IOERR of sysexits.h
 _SECONDS_TO_STOP = 2.0
+
+Lifeline = multiprocessing.connection.Connection  # to the supervisor: its end is closed when that stops, or ends
 
 _decode_call = msgpack.Decoder(Call).decode
 
@@ -165,19 +168,23 @@ def serve(
     durability: Durability,
     *,
     ready: Callable[[], None],
-    supervised: bool = False,
+    lifeline: Lifeline | None = None,
 ) -> NoReturn:
-    """Be the manager of `directory` until a signal, or the end of the parent if `supervised`. Ends the process.
+    """Be the manager of `directory` until a signal comes. Ends the process.
 
     :param ready: called when clients can connect.
+    :param lifeline: if it is given, only its end ends the manager, and no signal: a supervisor that was told to stop
+        together with its children still has requests to finish first.
     :raises StartupError: if the directory, its lock, journal or socket cannot be had.
     """
     os.umask(0o077)
     # An exception in the main thread is the server's own way to end; see Server.serve_forever.
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN if supervised else _stop)
-    if supervised:
-        threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    if lifeline is None:
+        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGINT, _stop)
+    else:
+        signal.signal(signal.SIGUSR1, _stop)
+        threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
     with directory.hold():
         journal = _open_journal(directory, durability)
@@ -223,11 +230,10 @@ def _fail(error: JournalFailed) -> NoReturn:
     os._exit(_EXIT_JOURNAL_FAILED)
 
 
-def _end_with_parent() -> None:
-    """End when the parent does, however it does: its end of a pipe is closed by the kernel."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_SECONDS_TO_STOP)
-        os._exit(1)  # a commit that hangs on the disk; it is there or it is not, and nobody waits
+def _end_with(lifeline: Lifeline) -> None:
+    """Have the main thread end in order when the lifeline does; if it hangs on the disk, end without."""
+    with suppress(EOFError, OSError):
+        lifeline.recv()
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+    time.sleep(_SECONDS_TO_STOP)
+    os._exit(1)  # a commit that hangs on the disk; it is there or it is not, and nobody waits

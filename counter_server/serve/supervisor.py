@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
@@ -23,7 +24,7 @@ from typing import Any
 from ..errors import CounterServerError, StartupError
 from ..manager.directory import DataDirectory
 from ..settings import Durability, ServerSettings, default_data_dir
-from ..stores import manager_directory, open_store
+from ..stores import open_store
 from .worker import BACKLOG, DRAIN_SECONDS, work
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ _STABLE_SECONDS = 1.0  # one that lived this long after it was ready was not in 
 _FIRST_PAUSE = 0.1  # seconds before the second restart in a crash loop; doubles
 _LONGEST_PAUSE = 3.0
 _MOST_FAILURES = 10  # in a row, of one child; then the server gives up
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _spawn = multiprocessing.get_context("spawn")
 
@@ -45,32 +48,42 @@ class _Child:
     target: Callable[..., None]
     arguments: tuple[Any, ...]
     process: SpawnProcess | None = None
-    ready: Connection | None = None  # until it has said that it is
+    lifeline: Connection | None = None  # on which it says that it is ready; closing it ends a manager
     ready_since: float | None = None
     failures: int = 0  # deaths in a row before it was stable
     restart_at: float = 0.0
 
     def start(self) -> None:
-        self.ready, theirs = _spawn.Pipe(duplex=False)
+        self.lifeline, theirs = _spawn.Pipe()
         self.ready_since = None
         self.process = _spawn.Process(target=_child_main, args=(self.target, *self.arguments, theirs), name=self.name)
+        # A signal to the whole process group, as a terminal or a service manager sends it, is for the supervisor to
+        # act on: the children inherit that these are blocked.
+        resource_tracker.ensure_running()  # the first start would do it, and unblock them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         self.process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def hear(self) -> None:
-        """Take note that it is ready; an end of file means that it will never be, and its death follows."""
-        assert self.ready is not None
-        with suppress(EOFError):
-            self.ready.recv()
+        """Take note that it is ready. An end of file is followed by its death, which is seen elsewhere."""
+        assert self.lifeline is not None
+        try:
+            self.lifeline.recv()
             self.ready_since = time.monotonic()
-        self.ready.close()
-        self.ready = None
+        except (EOFError, OSError):
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Close the lifeline."""
+        if self.lifeline is not None:
+            self.lifeline.close()
+            self.lifeline = None
 
     def bury(self) -> int:
         """Count the death of its process, set when to start the next, and return the exit code."""
         assert self.process is not None
-        if self.ready is not None:
-            self.hear()
+        self.let_go()
         self.process.join()
         code = self.process.exitcode
         self.process.close()
@@ -101,7 +114,7 @@ class Supervisor:
         for descriptor in (self._wakeup, wake):
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _STOP_SIGNALS:
             signal.signal(number, self._note)
         sock = self._bind()
         manager, workers = self._children(sock)
@@ -112,6 +125,7 @@ class Supervisor:
             if not self._signals:
                 print(f"Serving on {_url(sock)}", flush=True)
             self._watch(children)
+            sock.close()  # nobody new is let in; the workers have copies, which they close when they are told
             return self._stop(manager, workers)
         finally:
             for child in children:
@@ -126,6 +140,8 @@ class Supervisor:
 
     def _bind(self) -> socket.socket:
         host, port = self.settings.host, self.settings.port
+        if not host:
+            raise StartupError("--host is empty: name an address, 127.0.0.1 for this machine, 0.0.0.0 for all")
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -134,9 +150,10 @@ class Supervisor:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
             sock.listen(BACKLOG)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: what cannot be a host's name at all
+            reason = getattr(error, "strerror", None) or error
             raise StartupError(
-                f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --host or --port"
+                f"cannot listen on {host!r} port {port}: {reason}; choose another with --host or --port"
             ) from error
         return sock
 
@@ -147,9 +164,9 @@ class Supervisor:
         config: dict[str, Any] = {}
         managers = []
         if store.startswith("manager:"):
-            directory = DataDirectory(manager_directory(store) or default_data_dir())
+            directory = DataDirectory.from_url(store, default_data_dir())
             directory.make()
-            store = f"manager://{directory}"
+            store = directory.url
             config["SECRET_KEY"] = directory.key("session")
             managers.append(_Child("manager", manage, (directory, settings.durability)))
         else:
@@ -170,7 +187,7 @@ class Supervisor:
         while not self._signals and any(child.ready_since is None for child in group):
             self._wait(group, deadline)
             for child in group:
-                if child.process is not None and not child.process.is_alive():
+                if child.process is not None and not child.process.is_alive() and not self._signals:
                     raise StartupError(f"the {child.name} process could not start; its own message stands above")
             if time.monotonic() > deadline:
                 raise StartupError(f"not ready after {_BOOT_SECONDS:g} seconds; the processes' messages stand above")
@@ -192,38 +209,42 @@ class Supervisor:
 
     def _wait(self, children: list[_Child], until: float) -> None:
         """Until something happens to a child, a signal comes, or the time does."""
-        ready = {child.ready: child for child in children if child.ready is not None}
+        lifelines = {child.lifeline: child for child in children if child.lifeline is not None}
         ends = [child.process.sentinel for child in children if child.process is not None]
-        happened = wait([*ready, *ends, self._wakeup], max(until - time.monotonic(), 0))
+        happened = wait([*lifelines, *ends, self._wakeup], max(until - time.monotonic(), 0))
         for source in happened:
             if isinstance(source, Connection):
-                ready[source].hear()
+                lifelines[source].hear()
         with suppress(BlockingIOError):
             os.read(self._wakeup, 4096)
 
     def _stop(self, manager: list[_Child], workers: list[_Child]) -> int:
         """Workers first, so that their last requests are still counted; then the manager."""
-        for group in (workers, manager):
-            processes = [child.process for child in group if child.process is not None]
-            for process in processes:
-                process.terminate()
-            deadline = time.monotonic() + DRAIN_SECONDS + 1
-            for process in processes:
-                process.join(max(deadline - time.monotonic(), 0))
+        for child in workers:
+            if child.process is not None:
+                child.process.terminate()
+        _await_end(workers)
+        for child in manager:
+            child.let_go()
+        _await_end(manager)
         return 0
 
 
-def manage(directory: DataDirectory, durability: Durability, ready: Connection) -> None:
+def _await_end(children: list[_Child]) -> None:
+    """Wait until they have ended, but not for ever."""
+    deadline = time.monotonic() + DRAIN_SECONDS + 1
+    for child in children:
+        if child.process is not None:
+            child.process.join(max(deadline - time.monotonic(), 0))
+
+
+def manage(directory: DataDirectory, durability: Durability, lifeline: Connection) -> None:
     """The life of a manager process under a supervisor."""
     from ..manager.server import serve
 
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s manager {os.getpid()} %(levelname)s %(message)s")
 
-    def announce() -> None:
-        ready.send(None)
-        ready.close()
-
-    serve(directory, durability, ready=announce, supervised=True)
+    serve(directory, durability, ready=lambda: lifeline.send(None), lifeline=lifeline)
 
 
 def _child_main(target: Callable[..., None], *arguments: Any) -> None:

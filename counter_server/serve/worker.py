@@ -1,12 +1,12 @@
 """A worker process: waitress on the inherited socket, until it is told to stop or its parent ends."""
 
 import logging
-import multiprocessing
 import os
 import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, NoReturn
@@ -80,27 +80,28 @@ class Worker:
         return any(channel.requests or channel.request is not None or channel.total_outbufs_len for channel in channels)
 
 
-def work(sock: socket.socket, threads: int, config: dict[str, Any], ready: Connection) -> None:
-    """The life of a worker process. `ready` is told when the first request would be answered."""
+def work(sock: socket.socket, threads: int, config: dict[str, Any], lifeline: Connection) -> None:
+    """The life of a worker process.
+
+    :param lifeline: is told when the first request would be answered; its end means that the supervisor has gone.
+    """
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s worker {os.getpid()} %(levelname)s %(message)s")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue under load is what the threads are for
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor says who stops when
     worker = Worker(sock, threads=threads, config=config)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         worker.stop()
 
     signal.signal(signal.SIGTERM, stop)
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     worker.check()
-    ready.send(None)
-    ready.close()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    lifeline.send(None)
     worker.run()
 
 
-def _end_with_parent() -> NoReturn:
-    """The parent's end of a pipe is closed by the kernel, however the parent ends. Nobody is left to drain for."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
+def _end_with(lifeline: Connection) -> NoReturn:
+    """The supervisor's end of it is closed by the kernel, however that ends. Nobody is left to drain for."""
+    with suppress(EOFError, OSError):
+        lifeline.recv()
     os._exit(1)

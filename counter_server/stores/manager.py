@@ -22,4 +22,4 @@ class ManagerStore:
         self.proxy.close()
 
     def __str__(self) -> str:
-        return f"manager://{self.directory}"
+        return self.directory.url

@@ -20,7 +20,8 @@ _encode = msgspec.json.Encoder().encode
 class _Name(PathConverter):
     """A counter's name: the rest of the path, slashes and all; whether it is a good one is the counter's to say."""
 
-    regex = ".*?"
+    regex = "(?s:.*?)"
+    part_isolating = False
 
 
 def blueprint(shared: SharedState) -> Blueprint:
@@ -30,11 +31,10 @@ def blueprint(shared: SharedState) -> Blueprint:
     @api.get("")
     def page() -> Response:
         """Counters in the order of their names, `limit` (100, at most 1000) from the one after `after`."""
-        try:
-            limit = int(request.args.get("limit", "100"))
-        except ValueError:
-            raise InvalidRequest("limit must be an integer") from None
-        found = shared.counters(after=request.args.get("after", ""), limit=limit)
+        limit = request.args.get("limit", "100")
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 10):
+            raise InvalidRequest("limit must be a number of counters")
+        found = shared.counters(after=request.args.get("after", ""), limit=int(limit))
         return _json(
             {
                 "counters": [{"counter": name, "value": value} for name, value in found.counters],

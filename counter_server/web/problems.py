@@ -34,6 +34,11 @@ _STATUS: dict[type[CounterServerError], int] = {
     StorageFull: 503,
 }
 
+_DETAIL: dict[Outcome, str] = {
+    "not_applied": "the counters could not be reached or written; nothing was counted or changed, so try again",
+    "unknown": "no answer came in time; it may be applied, once at most: ask again with the same Idempotency-Key",
+}
+
 
 def init_app(app: Flask) -> None:
     app.before_request(_refuse)
@@ -70,9 +75,12 @@ def problem(status: int, title: str, detail: str, outcome: Outcome) -> Response:
 
 def _of_ours(error: CounterServerError) -> Response:
     status = _STATUS.get(type(error), 500)
+    detail = str(error)
     if status >= 500:
+        # The message is for the operator: it names directories and commands.
         log.warning("%s %s: %s (%s)", request.method, request.path, error, error.outcome)
-    return problem(status, type(error).__name__, str(error), error.outcome)
+        detail = _DETAIL[error.outcome]
+    return problem(status, type(error).__name__, detail, error.outcome)
 
 
 def _of_http(error: HTTPException) -> Response:

@@ -63,7 +63,7 @@ def serve_ours(path: str, durability: Any, ready: Any) -> None:
     from counter_server.manager.directory import DataDirectory
     from counter_server.manager.server import serve
 
-    serve(DataDirectory(path), durability, ready=lambda: ready.send(None), supervised=True)
+    serve(DataDirectory(path), durability, ready=lambda: ready.send(None))
 
 
 def open_plain(place: str) -> Increment:
