@@ -544,6 +544,7 @@ class Script:
         return answers_to(items)
 
 
+@pytest.mark.traces_opcodes
 @pytest.mark.parametrize(
     "gives_up",
     ["", "refused", "unknown", "not_applied"],

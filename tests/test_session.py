@@ -354,6 +354,7 @@ def test_whatever_answers_are_lost_each_list_counts_once() -> None:
         assert [session.apply(write(), in_time()) for _ in range(4)] == [[1], [2], [3], [4]], lost
 
 
+@pytest.mark.traces_opcodes
 def test_an_interrupt_at_any_moment_counts_nothing_twice_and_gives_nobody_another_ones_answer() -> None:
     """For each moment at which a signal's handler could run in the session, interrupt it there, and go on."""
     for lost in (set[int](), {2}, {102}):
@@ -376,6 +377,7 @@ def test_an_interrupt_at_any_moment_counts_nothing_twice_and_gives_nobody_anothe
         assert 5 < moment < 999
 
 
+@pytest.mark.traces_opcodes
 def test_an_interrupt_at_any_moment_and_then_another_list_counts_nothing_twice() -> None:
     moment = 0
     for moment in range(1, 1000):
