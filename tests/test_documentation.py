@@ -1,0 +1,110 @@
+"""What the documents say is so: their examples run, and the tests that they name are there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flask import Flask
+
+from tests.processes import ROOT, Manager, Server
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+def examples(document: Path) -> list[str]:
+    """The indented blocks of a document."""
+    blocks = re.findall(r"(?:^ {4}.*\n(?:\n(?= {4}))?)+", document.read_text(), re.MULTILINE)
+    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in blocks]
+
+
+def example(document: str, start: str) -> str:
+    (found,) = (block for block in examples(ROOT / document) if block.startswith(start))
+    return found
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/any-app.md"])
+def test_the_lines_for_any_app_count(document: str) -> None:
+    app = Flask(__name__)
+    app.config["COUNTER_SERVER_STORE"] = "memory://"
+    (code,) = (block for block in examples(ROOT / document) if "SharedState(app)" in block)
+    names: dict[str, object] = {"app": app}
+    with app.app_context():
+        exec(code, names)  # noqa: S102 - the example of our own document
+    assert names["number"] == 1
+
+
+def test_the_example_without_flask_says_what_it_gives(start_manager: Callable[..., Manager]) -> None:
+    code = example("docs/any-app.md", "from counter_server import open_state")
+    code = code.replace("manager:///var/lib/myapp/counters", start_manager().url)
+    head, *lines = code.rstrip().split("\n")
+    with_line, assignment, *calls = (line for line in lines if line)
+    told = [int(line.partition("#")[2].split(",")[0].split()[0]) for line in calls if "#" in line]
+    program = "\n".join(
+        [head, with_line, assignment, *(f"    print({line.partition('#')[0].strip()})" for line in calls)]
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert [int(line) for line in result.stdout.split()[: len(told)]] == told
+    assert told == [1, 6, 7, 6, 6]
+
+
+def test_the_readmes_commands_for_counters_work(start_server: Callable[..., Server], data_dir: Path) -> None:
+    server = start_server("--workers", "1")
+    commands = example("README.md", ".venv/bin/counter-server increment").strip().split("\n")
+    answers = []
+    for command in commands:
+        command = command.replace("http://127.0.0.1:8000", server.url).replace("instance/counter-server", str(data_dir))
+        program, *arguments = shlex.split(command)
+        if program == "curl":
+            answers.append(curl(arguments))
+        else:
+            line = [sys.executable, "-m", "counter_server", *arguments]
+            answers.append(subprocess.run(line, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip())
+    assert answers == ["1", '{"counter":"visits","value":2}', '{"counter":"stock","value":-1}']
+
+
+def curl(arguments: list[str]) -> str:
+    """What curl would be answered, for the options that our documents use; it may not be installed."""
+    from urllib.request import Request, urlopen
+
+    method, data, headers, url = "GET", None, {}, ""
+    remaining = iter(arguments)
+    for argument in remaining:
+        match argument:
+            case "-X":
+                method = next(remaining)
+            case "-d":
+                data = next(remaining).encode()
+            case "-H":
+                name, _, value = next(remaining).partition(": ")
+                headers[name] = value
+            case _:
+                url = argument
+    with urlopen(Request(url, data=data, headers=headers, method=method)) as response:  # noqa: S310 - of our server
+        return str(response.read().decode())
+
+
+def test_every_test_that_a_document_names_is_there() -> None:
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for document in DOCUMENTS:
+        for name in re.findall(r"`(test_\w+)`", document.read_text()):
+            assert f"def {name}(" in tests, f"{document.name} names {name}"
+
+
+def test_every_file_that_a_document_names_is_there() -> None:
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+        for path in re.findall(r"`(tests/[\w/]+\.py|docs/[\w-]+\.md)`", text):
+            assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def test_no_line_of_a_document_needs_a_scroll_bar() -> None:
+    """140 columns at the most, but for tables and commands."""
+    for document in DOCUMENTS:
+        for line in document.read_text().splitlines():
+            assert len(line) <= 140 or line.startswith(("|", "    ")), f"{document.name}: {line[:60]}…"
