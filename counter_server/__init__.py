@@ -9,12 +9,13 @@ number = shared.counter("visits").increment()
 from typing import TYPE_CHECKING, Any
 
 from .errors import CounterServerError
+from .settings import StoreOptions
 from .state import Counter, State, open_state
 
 if TYPE_CHECKING:
     from .extension import SharedState
 
-__all__ = ["Counter", "CounterServerError", "SharedState", "State", "open_state"]
+__all__ = ["Counter", "CounterServerError", "SharedState", "State", "StoreOptions", "open_state"]
 
 
 def __getattr__(name: str) -> Any:

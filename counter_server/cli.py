@@ -6,8 +6,9 @@ from typing import Any, cast
 
 import click
 
-from .errors import CounterServerError, InvalidRequest
+from .errors import CounterServerError, DirectoryHeld, InvalidRequest
 from .manager.directory import DataDirectory
+from .manager.starter import EXIT_HELD
 from .settings import (
     DATA_DIR_VARIABLE,
     DEFAULT_STORE,
@@ -15,11 +16,19 @@ from .settings import (
     STORE_VARIABLE,
     Durability,
     ServerSettings,
+    StoreOptions,
+    check_idle_timeout,
     default_data_dir,
 )
 from .state import State, open_state
 
 _DEFAULTS = ServerSettings()
+
+
+class _HeldException(click.ClickException):
+    """Tells a starter that there is a manager already, from one that cannot start at all."""
+
+    exit_code = EXIT_HELD
 
 
 class _OneLine(click.Group):
@@ -29,7 +38,7 @@ class _OneLine(click.Group):
         try:
             return super().invoke(ctx)
         except CounterServerError as error:
-            raise click.ClickException(str(error)) from error
+            raise (_HeldException if isinstance(error, DirectoryHeld) else click.ClickException)(str(error)) from error
 
 
 class _WithNumber(click.Command):
@@ -58,6 +67,12 @@ data_dir_option = click.option(
     "--data-dir",
     metavar="DIR",
     help=f"The manager's data directory (default: ${DATA_DIR_VARIABLE}, else instance/counter-server here).",
+)
+start_option = click.option(
+    "--start/--no-start",
+    default=True,
+    show_default=True,
+    help="Whether to start a manager where there is none; it ends when nobody uses it.",
 )
 durability_option = click.option(
     "--durability",
@@ -95,12 +110,23 @@ def run(data_dir: str | None, store: str | None, durability: str, **options: Any
 @main.command()
 @data_dir_option
 @durability_option
-def manager(data_dir: str | None, durability: str) -> None:
+@click.option("--idle-timeout", type=float, metavar="SECONDS", help="End when there was no client for so long.")
+@click.option("--background", is_flag=True, help="Return when clients can connect, and leave it running.")
+def manager(data_dir: str | None, durability: str, idle_timeout: float | None, *, background: bool) -> None:
     """Run the manager alone, for any number of applications of this user."""
     from .manager.server import serve
+    from .manager.starter import detach
 
     directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
-    serve(directory, cast(Durability, durability), ready=lambda: click.echo(f"Manager ready: {directory.url}"))
+    timeout = None if idle_timeout is None else check_idle_timeout(idle_timeout)
+    detached = detach(directory) if background else None
+
+    def ready() -> None:
+        click.echo(f"Manager ready: {directory.url}")
+        if detached:
+            detached()
+
+    serve(directory, cast(Durability, durability), ready=ready, idle_timeout=timeout)
 
 
 @main.command()
@@ -111,9 +137,8 @@ def manager(data_dir: str | None, durability: str) -> None:
 @click.option("--key", help="An idempotency key: the same again is counted once.")
 @data_dir_option
 @store_option
-def increment(
-    name: str, by: int, minimum: int | None, maximum: int | None, key: str | None, **where: str | None
-) -> None:
+@start_option
+def increment(name: str, by: int, minimum: int | None, maximum: int | None, key: str | None, **where: Any) -> None:
     """Add to a counter and print the result."""
     click.echo(_state(**where).counter(name).increment(by, minimum=minimum, maximum=maximum, key=key))
 
@@ -122,7 +147,8 @@ def increment(
 @click.argument("name")
 @data_dir_option
 @store_option
-def get(name: str, **where: str | None) -> None:
+@start_option
+def get(name: str, **where: Any) -> None:
     """Print a counter's value."""
     from .operations import Get
 
@@ -137,7 +163,8 @@ def get(name: str, **where: str | None) -> None:
 @click.argument("value", type=int)
 @data_dir_option
 @store_option
-def set_(name: str, value: int, **where: str | None) -> None:
+@start_option
+def set_(name: str, value: int, **where: Any) -> None:
     """Give a counter a value and print it."""
     click.echo(_state(**where).counter(name).set(value))
 
@@ -146,7 +173,8 @@ def set_(name: str, value: int, **where: str | None) -> None:
 @click.argument("name")
 @data_dir_option
 @store_option
-def delete(name: str, **where: str | None) -> None:
+@start_option
+def delete(name: str, **where: Any) -> None:
     """Remove a counter."""
     if not _state(**where).counter(name).delete():
         raise click.ClickException(f"there is no counter {name!r}")
@@ -155,7 +183,8 @@ def delete(name: str, **where: str | None) -> None:
 @main.command("list")
 @data_dir_option
 @store_option
-def list_(**where: str | None) -> None:
+@start_option
+def list_(**where: Any) -> None:
     """Print every counter and its value, a line each, separated by a tab."""
     state = _state(**where)
     page = state.counters(limit=1000)
@@ -167,5 +196,5 @@ def list_(**where: str | None) -> None:
         page = state.counters(after=page.counters[-1][0], limit=1000)
 
 
-def _state(*, store: str | None, data_dir: str | None) -> State:
-    return open_state(_store_url(store, data_dir))
+def _state(*, store: str | None, data_dir: str | None, start: bool) -> State:
+    return open_state(_store_url(store, data_dir), options=StoreOptions(start=start))

@@ -19,6 +19,7 @@ The tree::
     ├── AccessDenied          the store refused the key, or the user, of this process
     ├── Unsupported           the store cannot do this, by name
     └── StartupError          a server, manager or data directory that cannot be used as asked
+        └── DirectoryHeld     the data directory has a manager, which is another process
 
 `Disconnected` and `BatchRefused` are between a store and its session; users never see them.
 """
@@ -85,6 +86,10 @@ class Unsupported(CounterServerError):
 
 class StartupError(CounterServerError):
     """A server, a manager or a data directory that cannot be used as asked."""
+
+
+class DirectoryHeld(StartupError):
+    """The data directory has a manager, which is another process."""
 
 
 class BatchRefused(Exception):

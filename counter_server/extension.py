@@ -5,7 +5,15 @@ import os
 from flask import Flask, current_app
 
 from .operations import Operation, Page, Result
-from .settings import DEFAULT_DEADLINE, DEFAULT_STORE, STORE_VARIABLE
+from .settings import (
+    DEFAULT_DEADLINE,
+    DEFAULT_STORE,
+    DEFAULT_STORE_OPTIONS,
+    STORE_VARIABLE,
+    StoreOptions,
+    check_durability,
+    check_idle_timeout,
+)
 from .state import Counter, State, open_state
 
 _NAME = "counter_server"
@@ -24,6 +32,9 @@ class SharedState:
     - ``COUNTER_SERVER_STORE``: the store's URL; default the environment variable of that name, else ``manager://``
       with the data directory ``COUNTER_SERVER_DATA_DIR``, else ``counter-server`` in the app's instance folder.
     - ``COUNTER_SERVER_DEADLINE``: seconds that a call may take, at most 60; default 5.
+    - ``COUNTER_SERVER_START``: whether the first use starts a manager where there is none; default True.
+    - ``COUNTER_SERVER_DURABILITY``: of a manager that is started: ``"commit"`` (default), ``"process"`` or ``"none"``.
+    - ``COUNTER_SERVER_IDLE_TIMEOUT``: seconds without any client after which such a manager ends; default 60.
 
     It holds nothing of an app: each app's state lives in its `extensions`, so one object serves any number of apps.
     """
@@ -41,10 +52,17 @@ class SharedState:
             raise RuntimeError("this app has a SharedState already: use that one")
         app.config.setdefault("COUNTER_SERVER_STORE", os.environ.get(STORE_VARIABLE) or DEFAULT_STORE)
         app.config.setdefault("COUNTER_SERVER_DEADLINE", DEFAULT_DEADLINE)
-        app.extensions[_NAME] = open_state(
-            app.config["COUNTER_SERVER_STORE"],
-            deadline=app.config["COUNTER_SERVER_DEADLINE"],
+        app.config.setdefault("COUNTER_SERVER_START", DEFAULT_STORE_OPTIONS.start)
+        app.config.setdefault("COUNTER_SERVER_DURABILITY", DEFAULT_STORE_OPTIONS.durability)
+        app.config.setdefault("COUNTER_SERVER_IDLE_TIMEOUT", DEFAULT_STORE_OPTIONS.idle_timeout)
+        options = StoreOptions(
             instance_path=app.instance_path,
+            start=bool(app.config["COUNTER_SERVER_START"]),
+            durability=check_durability(app.config["COUNTER_SERVER_DURABILITY"]),
+            idle_timeout=check_idle_timeout(app.config["COUNTER_SERVER_IDLE_TIMEOUT"]),
+        )
+        app.extensions[_NAME] = open_state(
+            app.config["COUNTER_SERVER_STORE"], deadline=app.config["COUNTER_SERVER_DEADLINE"], options=options
         )
 
     @property

@@ -2,18 +2,33 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from .errors import InvalidRequest
 
 Durability = Literal["commit", "process", "none"]
 DURABILITIES: tuple[str, ...] = get_args(Durability)
 
+DEFAULT_DURABILITY: Durability = "commit"
 DEFAULT_STORE = "manager://"
 STORE_VARIABLE = "COUNTER_SERVER_STORE"
 DATA_DIR_VARIABLE = "COUNTER_SERVER_DATA_DIR"
 DEFAULT_DEADLINE = 5.0  # seconds that a call may take
 LONGEST_DEADLINE = 60.0  # seconds; client records live much longer than any resent batch
+
+
+def check_durability(name: object) -> Durability:
+    """`name`, if it is one of the durabilities."""
+    if name not in DURABILITIES:
+        raise InvalidRequest(f"a durability is one of {', '.join(DURABILITIES)}, not {name!r}")
+    return cast(Durability, name)
+
+
+def check_idle_timeout(seconds: object) -> float:
+    """`seconds`, if it can be a time without clients after which a manager ends."""
+    if not (isinstance(seconds, (int, float)) and 0 < seconds < float("inf")):
+        raise InvalidRequest(f"an idle timeout is a number of seconds, more than 0, not {seconds!r}")
+    return float(seconds)
 
 
 def default_data_dir(instance_path: str = "instance") -> str:
@@ -29,6 +44,19 @@ def check_deadline(seconds: object) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """How a store is reached, and how its manager is started where it needs one and there is none."""
+
+    instance_path: str = "instance"  # holds the data directory, where neither the URL nor the environment names one
+    start: bool = True  # start a manager on demand
+    durability: Durability = DEFAULT_DURABILITY  # of a manager that is started
+    idle_timeout: float = 60.0  # seconds without any client after which such a manager ends
+
+
+DEFAULT_STORE_OPTIONS = StoreOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     """What `counter-server run` serves, and how."""
 
@@ -38,4 +66,4 @@ class ServerSettings:
     threads: int = 8  # that run requests, in each worker
     store: str = DEFAULT_STORE
     data_dir: str = ""
-    durability: Durability = "commit"
+    durability: Durability = DEFAULT_DURABILITY

@@ -22,7 +22,7 @@ from .operations import (
     check_name,
 )
 from .session import Session
-from .settings import DEFAULT_DEADLINE, check_deadline
+from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, StoreOptions, check_deadline
 from .stores import Store, open_store
 
 Submit = Callable[[Operation], Result]
@@ -31,17 +31,19 @@ Kind = TypeVar("Kind")
 _states: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 
-def open_state(url: str, *, deadline: float = DEFAULT_DEADLINE, instance_path: str = "instance") -> "State":
+def open_state(
+    url: str, *, deadline: float = DEFAULT_DEADLINE, options: StoreOptions = DEFAULT_STORE_OPTIONS
+) -> "State":
     """The shared state at `url`, for any program; in a Flask app, `SharedState` does this.
 
     :param url: `manager:///absolute/data/directory`, or `memory://` for this process only.
     :param deadline: seconds that each call may take, at most 60.
-    :param instance_path: holds the data directory, where the URL and `COUNTER_SERVER_DATA_DIR` name none.
+    :param options: whether and how a manager is started where there is none.
     :raises InvalidRequest: if there is no such store or the deadline is not acceptable.
 
     It connects at the first call, is safe from any thread, and after a fork.
     """
-    return State(open_store(url, instance_path=instance_path), deadline=deadline)
+    return State(open_store(url, options), deadline=deadline)
 
 
 class State:

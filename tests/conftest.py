@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import Manager, Server
+from counter_server.manager.directory import DataDirectory
+from tests.processes import Manager, Server, end_manager
 
 
 @pytest.fixture
@@ -22,6 +23,14 @@ def stack() -> Iterator[ExitStack]:
 def data_dir(tmp_path: Path) -> Path:
     """A place for a data directory; it does not exist yet."""
     return tmp_path / "data"
+
+
+@pytest.fixture
+def on_demand(data_dir: Path) -> Iterator[str]:
+    """The URL of a manager on `data_dir` that is started by who uses it; afterwards it is ended, and all like it."""
+    yield DataDirectory(data_dir).url
+    for lock in data_dir.parent.rglob("manager.lock"):
+        end_manager(lock)
 
 
 @pytest.fixture

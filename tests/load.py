@@ -10,11 +10,17 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from counter_server import Counter, CounterServerError, open_state
+from counter_server import Counter, CounterServerError, State, StoreOptions, open_state
+from counter_server.settings import DEFAULT_DEADLINE
 from tests.history import Operation
 from tests.processes import PATIENCE
 
 spawn = multiprocessing.get_context("spawn")
+
+
+def open_client(url: str, *, deadline: float = DEFAULT_DEADLINE) -> State:
+    """A state on a manager that the test starts, and starts again, by itself."""
+    return open_state(url, deadline=deadline, options=StoreOptions(start=False))
 
 
 class HttpClient:
@@ -102,7 +108,7 @@ class HttpLoad:
 
 def store_client(url: str, counter: str, threads: int, each: int, start: Any, results: Any) -> None:
     """One process straight at the store; its threads share a state."""
-    state = open_state(url)
+    state = open_client(url)
     history: list[Operation] = []
     barrier = threading.Barrier(threads)
 

@@ -40,6 +40,29 @@ def group_members(group: int) -> list[int]:
     return found
 
 
+def holder(data_dir: Path) -> int | None:
+    """The pid of the manager that holds the lock of a data directory, as the kernel says."""
+    try:
+        inode = (data_dir / "manager.lock").stat().st_ino
+    except FileNotFoundError:
+        return None
+    for line in Path("/proc/locks").read_text().splitlines():
+        _, kind, _, _, pid, place, *_ = line.replace("-> ", "").split()
+        if kind == "FLOCK" and place.rpartition(":")[2] == str(inode):
+            return int(pid)
+    return None
+
+
+def end_manager(lock: Path) -> None:
+    """Kill the manager that holds this lock, if there is one, and wait until it has gone."""
+    while (pid := holder(lock.parent)) is not None:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        eventually(lambda pid=pid: holder(lock.parent) != pid, "the end of a manager")  # type: ignore[misc]
+
+
 @contextmanager
 def frozen(pid: int) -> Iterator[None]:
     """The process is stopped, every thread of it, while the block runs."""

@@ -614,7 +614,9 @@ def test_a_refused_key_is_not_repeated_in_full(client: FlaskClient, key: str) ->
 def test_a_store_that_cannot_be_reached_is_a_503_that_says_so(
     stack: ExitStack, tmp_path: Path, method: str, path: str, body: object
 ) -> None:
-    app = create_app({"COUNTER_SERVER_STORE": f"manager://{tmp_path}", "COUNTER_SERVER_DEADLINE": 0.2})
+    app = create_app(
+        {"COUNTER_SERVER_STORE": f"manager://{tmp_path}", "COUNTER_SERVER_DEADLINE": 0.2, "COUNTER_SERVER_START": False}
+    )
     stack.callback(app.extensions["counter_server"].close)
     response = app.test_client().open(path, method=method, json=body)
     detail = assert_problem(response, 503)

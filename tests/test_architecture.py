@@ -25,7 +25,7 @@ ROOMS = [
     ("stores.manager", "stores.memory"),
     ("stores.base",),
     ("manager.server", "manager.client"),
-    ("manager.wire",),
+    ("manager.wire", "manager.starter"),
     ("manager.directory",),
     ("manager",),
     ("journal",),

@@ -39,7 +39,7 @@ def test_the_lines_for_any_app_count(document: str) -> None:
 
 def test_the_example_without_flask_says_what_it_gives(start_manager: Callable[..., Manager]) -> None:
     code = example("docs/any-app.md", "from counter_server import open_state")
-    code = code.replace("manager:///var/lib/myapp/counters", start_manager().url)
+    code = code.replace("manager:///var/lib/counters", start_manager().url)
     head, *lines = code.rstrip().split("\n")
     with_line, assignment, *calls = (line for line in lines if line)
     told = [int(line.partition("#")[2].split(",")[0].split()[0]) for line in calls if "#" in line]

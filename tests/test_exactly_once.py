@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from counter_server import open_state
 from counter_server.errors import StateLost
 from tests.history import assert_exactly_once
-from tests.load import HttpLoad, StoreLoad
+from tests.load import HttpLoad, StoreLoad, open_client
 from tests.processes import Manager, Server, eventually
 
 
 def value(url: str, counter: str) -> int:
-    with open_state(url) as state:
+    with open_client(url) as state:
         return state.counter(counter).value
 
 
@@ -49,7 +48,7 @@ def test_the_store_through_5_kills_of_the_manager(
     start_manager: Callable[..., Manager], stack: ExitStack, tmp_path: Path, durability: str
 ) -> None:
     manager = start_manager("--durability", durability)
-    state = stack.enter_context(open_state(manager.url))
+    state = stack.enter_context(open_client(manager.url))
     load = StoreLoad(manager.url, "hot", 8, 8, 150)
     for kill in range(5):
         # Reading asks the manager that is there now; each kill is in the middle of the load.
@@ -104,7 +103,7 @@ def test_numbers_of_a_volatile_manager_begin_again_only_with_an_error_that_says_
     start_manager: Callable[..., Manager], stack: ExitStack
 ) -> None:
     manager = start_manager("--durability", "none")
-    state = stack.enter_context(open_state(manager.url))
+    state = stack.enter_context(open_client(manager.url))
     assert [state.counter("c").increment() for _ in range(3)] == [1, 2, 3]
     manager.kill()
     start_manager("--durability", "none")

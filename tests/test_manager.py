@@ -16,13 +16,17 @@ from typing import Any, NoReturn, cast
 import pytest
 from msgspec import msgpack
 
-from counter_server import State, open_state
+from counter_server import State
 from counter_server.errors import AccessDenied, DeadlineExceeded
+from counter_server.journal import JournalFailed
+from counter_server.ledger import Changes, Ledger
 from counter_server.manager.client import LedgerProxy
 from counter_server.manager.directory import DataDirectory
+from counter_server.manager.server import LedgerService
 from counter_server.manager.wire import LARGEST_FRAME, Connection, connect
 from counter_server.operations import Batch, Increment
 from tests.benchmarks.store import PlainManager, running, serve_plain
+from tests.load import open_client
 from tests.processes import PATIENCE, Manager, eventually, frozen
 
 
@@ -33,7 +37,7 @@ def manager(start_manager: Callable[..., Manager]) -> Manager:
 
 @pytest.fixture
 def state(manager: Manager) -> Iterator[State]:
-    with open_state(manager.url) as state:
+    with open_client(manager.url) as state:
         yield state
 
 
@@ -99,7 +103,7 @@ def test_an_interrupted_call_shifts_every_later_reply_of_a_plain_proxy(tmp_path:
 
 
 def test_a_deadline_while_the_manager_is_frozen_shifts_no_later_reply(manager: Manager) -> None:
-    with open_state(manager.url, deadline=0.3) as impatient, open_state(manager.url) as patient:
+    with open_client(manager.url, deadline=0.3) as impatient, open_client(manager.url) as patient:
         assert impatient.counter("c").increment() == 1
         with frozen(manager.pid):
             before = time.monotonic()
@@ -115,7 +119,7 @@ def test_a_deadline_while_the_manager_is_frozen_shifts_no_later_reply(manager: M
 
 def test_every_thread_keeps_its_deadline_while_the_manager_is_frozen(manager: Manager) -> None:
     outcomes = []
-    with open_state(manager.url, deadline=0.3) as state:
+    with open_client(manager.url, deadline=0.3) as state:
         state.counter("c").increment()
 
         def work() -> None:
@@ -144,7 +148,7 @@ def test_a_proxy_finds_a_restarted_manager_within_the_deadline(
     start_manager: Callable[..., Manager], stack: ExitStack
 ) -> None:
     manager = start_manager()
-    state = stack.enter_context(open_state(manager.url))
+    state = stack.enter_context(open_client(manager.url))
     assert state.counter("c").increment() == 1
     manager.kill()
     answers: list[int] = []
@@ -156,7 +160,7 @@ def test_a_proxy_finds_a_restarted_manager_within_the_deadline(
 
 
 def test_without_a_manager_the_error_says_what_to_do_and_that_nothing_was_counted(data_dir: Path) -> None:
-    with open_state(f"manager://{data_dir}", deadline=0.1) as state, pytest.raises(DeadlineExceeded) as error:
+    with open_client(f"manager://{data_dir}", deadline=0.1) as state, pytest.raises(DeadlineExceeded) as error:
         state.counter("c").increment()
     assert error.value.outcome == "not_applied"
     assert "counter-server manager --data-dir" in str(error.value)
@@ -187,7 +191,7 @@ def test_100_fresh_clients_connect_at_once(manager: Manager) -> None:
     values: list[int] = []
 
     def work() -> None:
-        with open_state(manager.url, deadline=PATIENCE) as fresh:
+        with open_client(manager.url, deadline=PATIENCE) as fresh:
             barrier.wait(PATIENCE)
             values.append(fresh.counter("c").increment())
 
@@ -217,27 +221,34 @@ def test_32_waiting_threads_share_round_trips(manager: Manager, state: State) ->
     assert after["batches"] - before["batches"] == 2
 
 
-def test_batches_of_workers_that_wait_at_the_same_time_share_a_commit(manager: Manager, state: State) -> None:
-    clients = [open_state(manager.url, deadline=PATIENCE) for _ in range(64)]
-    with ExitStack() as stack:
-        for client in clients:
-            assert stack.enter_context(client).counter("c").value == 0  # connects
-        before = status(state)
-        threads = [threading.Thread(target=client.counter("c").increment) for client in clients]
-        with frozen(manager.pid):
-            for thread in threads:
-                thread.start()
-            eventually(lambda: unread(clients) == 64, "64 batches on their way")
-        for thread in threads:
-            thread.join()
-    after = status(state)
-    assert after["batches"] - before["batches"] == 64
-    assert after["commits"] - before["commits"] < 32
+def test_batches_of_workers_that_wait_at_the_same_time_share_a_commit() -> None:
+    begun, go_on = threading.Event(), threading.Event()
 
+    def commit(_changes: Changes) -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE)
 
-def unread(states: list[State]) -> int:
-    """How many of the states wait for an answer: they have sent, and nothing has come."""
-    return sum(cast(Any, state)._session._exchange.sent for state in states)
+    def fail(error: JournalFailed) -> NoReturn:
+        raise error
+
+    service = LedgerService(Ledger(commit=commit), "commit", "epoch", fail)
+    answers: list[object] = []
+
+    def send() -> None:
+        answers.extend(service.apply(Batch(os.urandom(16), 1, [Increment("c")])))
+
+    threads = [threading.Thread(target=send) for _ in range(64)]
+    threads[0].start()
+    assert begun.wait(PATIENCE)  # its commit is under way
+    for thread in threads[1:]:
+        thread.start()
+    eventually(lambda: len(service._combiner._waiting) == 63, "63 batches waiting behind one")
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(cast(list[int], answers)) == list(range(1, 65))
+    figures = service.status()
+    assert (figures["operations"], figures["batches"], figures["commits"]) == (64, 64, 2)
 
 
 # Peers that mean no good
@@ -318,7 +329,7 @@ def test_a_peer_that_drips_is_closed_by_the_total_time(manager: Manager, data_di
 
 def test_a_wrong_key_is_refused_with_a_clear_error(manager: Manager, data_dir: Path) -> None:
     (data_dir / "manager.key").write_text("0" * 64)
-    with open_state(manager.url) as state, pytest.raises(AccessDenied, match="does not accept this key") as error:
+    with open_client(manager.url) as state, pytest.raises(AccessDenied, match="does not accept this key") as error:
         state.counter("c").increment()
     assert error.value.outcome == "not_applied"
 

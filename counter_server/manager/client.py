@@ -9,9 +9,10 @@ from typing import Any, cast
 
 from msgspec import Raw, Struct, ValidationError, msgpack
 
-from ..errors import AccessDenied, BatchRefused, Disconnected, StartupError, StateLost
+from ..errors import AccessDenied, BatchRefused, Disconnected, StateLost
 from ..operations import Batch, Result
 from .directory import DataDirectory
+from .starter import Starter
 from .wire import SERIALIZER, Connection, connect
 
 _decode_results = msgpack.Decoder(list[Result]).decode
@@ -38,8 +39,9 @@ class LedgerProxy(BaseProxy):
     _id: str
     _token: Token
 
-    def __init__(self, directory: DataDirectory) -> None:
+    def __init__(self, directory: DataDirectory, starter: Starter | None = None) -> None:
         self._directory = directory
+        self._starter = starter  # of a manager, where there is none
         self._connection: Connection | None = None
         self._epoch: str | None = None
         self._calling = threading.Lock()  # guards the two above, through a whole call
@@ -88,13 +90,11 @@ class LedgerProxy(BaseProxy):
         if self._connection is not None:
             return self._connection
         try:
-            connection = connect(str(self._token.address), self._directory.existing_key("manager"), deadline=deadline)
+            connection = self._connect_or_start(deadline)
         except AuthenticationError as error:
             raise AccessDenied(
                 f"the manager of {self._directory} does not accept this key; nothing was counted"
             ) from error
-        except StartupError as error:
-            raise AccessDenied(str(error)) from error
         try:
             connection.send((None, "accept_connection", (), {}))
             _, epoch = connection.recv()
@@ -108,6 +108,19 @@ class LedgerProxy(BaseProxy):
                 f"the manager of {self._directory} has started again without its memory: counters begin anew"
             )
         return connection
+
+    def _connect_or_start(self, deadline: float) -> Connection:
+        try:
+            return self._connect_to(self._directory, deadline)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if self._starter is None:
+                raise
+        self._starter.start(self._directory, deadline)
+        return self._connect_to(self._directory, deadline)
+
+    @staticmethod
+    def _connect_to(directory: DataDirectory, deadline: float) -> Connection:
+        return connect(str(directory.socket), directory.existing_key("manager"), deadline=deadline)
 
     def _drop(self) -> None:
         if self._connection is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import quote, unquote_to_bytes
 
-from ..errors import InvalidRequest, StartupError
+from ..errors import DirectoryHeld, InvalidRequest, StartupError
 
 _KEY_BYTES = 32
 _LONGEST_ADDRESS = 107  # bytes that Linux takes for an AF_UNIX path
@@ -74,7 +74,7 @@ class DataDirectory:
     def hold(self) -> Iterator[None]:
         """Be the one manager of this directory until the block ends, or this process does.
 
-        :raises StartupError: naming the other one, if there is one.
+        :raises DirectoryHeld: naming the other one, if there is one.
         """
         file = os.open(self.path / "manager.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -82,10 +82,24 @@ class DataDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.read(file, 32).decode("ascii", "replace").strip() or "unknown"
-                raise StartupError(f"another manager (pid {holder}) already serves {self}") from None
+                raise DirectoryHeld(f"another manager (pid {holder}) already serves {self}") from None
             os.ftruncate(file, 0)
             os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
             yield
+        finally:
+            os.close(file)
+
+    @contextmanager
+    def starting(self) -> Iterator[bool]:
+        """Whether this process is the one to start a manager now: one at a time, while the block runs."""
+        file = os.open(self.path / "starter.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
         finally:
             os.close(file)
 

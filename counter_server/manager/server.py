@@ -113,9 +113,26 @@ class StateServer(Server):
     listener: Listener
     hosted: dict[str, dict[str, Method]]
     epoch: str
+    mutex: threading.Lock
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._connections = 0
+        self._idle_since = time.monotonic()
+
+    def idle_for(self) -> float:
+        """The seconds since the last client has gone; 0 while there is one."""
+        with self.mutex:
+            return 0.0 if self._connections else time.monotonic() - self._idle_since
+
+    def _count(self, change: int) -> None:
+        with self.mutex:
+            self._connections += change
+            self._idle_since = time.monotonic()
 
     def handle_request(self, conn: Any) -> None:
         """Serve one connection, in a thread of its own, from the handshake to its end."""
+        self._count(+1)
         try:
             deliver_challenge(conn, self.authkey)
             answer_challenge(conn, self.authkey)
@@ -130,6 +147,7 @@ class StateServer(Server):
             # AssertionError and ValueError: the standard handshake's words for a peer that talks nonsense.
             log.warning("a connection was closed: %s: %s", type(error).__name__, error)
         finally:
+            self._count(-1)
             conn.close()
 
     def serve_client(self, conn: Any) -> None:
@@ -169,21 +187,24 @@ def serve(
     *,
     ready: Callable[[], None],
     lifeline: Lifeline | None = None,
+    idle_timeout: float | None = None,
 ) -> NoReturn:
     """Be the manager of `directory` until a signal comes. Ends the process.
 
     :param ready: called when clients can connect.
     :param lifeline: if it is given, only its end ends the manager, and no signal: a supervisor that was told to stop
         together with its children still has requests to finish first.
+    :param idle_timeout: seconds without any client after which to end. A manager whose counters are in its memory alone
+        (durability `none`) never ends so: they would be lost.
     :raises StartupError: if the directory, its lock, journal or socket cannot be had.
     """
     os.umask(0o077)
     # An exception in the main thread is the server's own way to end; see Server.serve_forever.
+    signal.signal(signal.SIGUSR1, _stop)  # our own threads' way to end the main one
     if lifeline is None:
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGINT, _stop)
     else:
-        signal.signal(signal.SIGUSR1, _stop)
         threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
     with directory.hold():
@@ -194,6 +215,8 @@ def serve(
         server = StateManager(str(directory.socket), directory.key("manager")).get_server()
         server.epoch = epoch
         server.hosted = {"ledger": LedgerService(ledger, durability, epoch, _fail).methods()}
+        if idle_timeout is not None and journal is not None:
+            threading.Thread(target=_end_when_idle, args=(server, idle_timeout), name="idle", daemon=True).start()
         try:
             ready()
             server.serve_forever()
@@ -234,6 +257,17 @@ def _end_with(lifeline: Lifeline) -> None:
     """Have the main thread end in order when the lifeline does; if it hangs on the disk, end without."""
     with suppress(EOFError, OSError):
         lifeline.recv()
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+    _end_main_thread()
     time.sleep(_SECONDS_TO_STOP)
     os._exit(1)  # a commit that hangs on the disk; it is there or it is not, and nobody waits
+
+
+def _end_when_idle(server: StateServer, seconds: float) -> None:
+    """Have the main thread end when there was no client for so long. Who comes just then starts another manager."""
+    while (idle := server.idle_for()) < seconds:
+        time.sleep(seconds - idle)
+    _end_main_thread()
+
+
+def _end_main_thread() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)

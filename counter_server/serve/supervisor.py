@@ -174,6 +174,7 @@ class Supervisor:
         if store == "memory://" and settings.workers > 1:
             log.warning("memory:// is not shared: each of the %d workers counts on its own", settings.workers)
         config["COUNTER_SERVER_STORE"] = store
+        config["COUNTER_SERVER_START"] = False  # that is this process's to do
         workers = [
             _Child(f"worker-{n}", work, (sock, settings.threads, config)) for n in range(1, settings.workers + 1)
         ]

@@ -7,6 +7,7 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException
 
 from ..errors import (
+    AccessDenied,
     CounterServerError,
     DeadlineExceeded,
     InvalidRequest,
@@ -14,6 +15,7 @@ from ..errors import (
     LimitReached,
     Outcome,
     OutcomeUnknown,
+    StartupError,
     StateLost,
     StorageFull,
     Unsupported,
@@ -28,6 +30,8 @@ _STATUS: dict[type[CounterServerError], int] = {
     LimitReached: 409,
     KeyReused: 422,
     Unsupported: 501,
+    AccessDenied: 503,
+    StartupError: 503,
     DeadlineExceeded: 503,
     OutcomeUnknown: 503,
     StateLost: 503,

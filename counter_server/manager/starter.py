@@ -1,0 +1,109 @@
+"""A manager on demand: the first client that finds none starts one, for all that come after it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import Disconnected, StartupError
+from ..settings import Durability
+from .directory import DataDirectory
+
+EXIT_HELD = 75  # EX_TEMPFAIL of sysexits.h: another manager holds the directory, perhaps not for long
+_PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Starter:
+    """Starts the manager of a directory, as a process of its own that outlives this one.
+
+    :param durability: of the manager that is started.
+    :param idle_timeout: seconds without any client after which it ends by itself.
+    """
+
+    durability: Durability
+    idle_timeout: float
+
+    def start(self, directory: DataDirectory, deadline: float) -> None:
+        """Return when clients can connect, or when another process is starting one just now.
+
+        :param deadline: in `time.monotonic` seconds.
+        :raises StartupError: if it cannot be started, for a reason that stays.
+        :raises Disconnected: if it may be there later: another one still holds the directory, or time ran out.
+        """
+        directory.make()
+        with directory.starting() as mine:
+            if not mine:
+                return
+            command = [
+                *(_python(), "-m", "counter_server", "manager", "--background"),
+                *("--data-dir", str(directory), "--durability", self.durability),
+                *("--idle-timeout", str(self.idle_timeout)),
+            ]
+            try:
+                done = subprocess.run(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    env=_environment(),
+                    timeout=max(deadline - time.monotonic(), 0.001),
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                raise Disconnected("the manager was not ready in time; it is still starting", sent=False) from None
+            except OSError as error:
+                raise StartupError(f"the manager of {directory} could not be started: {error}") from error
+        if done.returncode == EXIT_HELD:
+            raise Disconnected(f"another manager of {directory} is coming or going", sent=False)
+        if done.returncode != 0:
+            message = done.stderr.decode(errors="replace").strip().removeprefix("Error: ")
+            raise StartupError(f"the manager of {directory} could not be started: {message or done.returncode}")
+
+
+def _python() -> str:
+    # An embedding server (uWSGI) names itself as the executable.
+    if os.path.basename(sys.executable).startswith("python"):
+        return sys.executable
+    return os.path.join(sys.prefix, "bin", "python3")
+
+
+def _environment() -> dict[str, str]:
+    """This process's, by which the new one finds this very package."""
+    path = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def detach(directory: DataDirectory) -> Callable[[], None]:
+    """Go on as a process in the background, in a session of its own, that no terminal or parent ends.
+
+    The process that called ends with status 0 when the returned function is called, and with 1 if that never
+    happens. From then on messages go to `manager.log` in `directory`.
+    """
+    reader, writer = os.pipe()
+    if child := os.fork():
+        os.close(writer)
+        if os.read(reader, 1):
+            os._exit(0)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or 1)
+    os.close(reader)
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the one who started it may have blocked some
+
+    def ready() -> None:
+        log = os.open(directory.path / "manager.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(nothing, 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        os.close(nothing)
+        os.chdir("/")  # a file system where an app was started can be unmounted
+        os.write(writer, b"1")
+        os.close(writer)
+
+    return ready

@@ -1,0 +1,297 @@
+"""A manager on demand: two lines in any app are enough, whatever launches it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from counter_server import State, StoreOptions, open_state
+from counter_server.errors import InvalidRequest, StartupError
+from counter_server.extension import SharedState
+from counter_server.manager.directory import DataDirectory
+from tests.load import HttpClient
+from tests.processes import PATIENCE, ROOT, Manager, Program, Server, end_manager, eventually, holder
+
+APP = """
+from flask import Flask
+from counter_server import SharedState
+
+app = Flask(__name__)
+shared = SharedState(app)
+
+@app.get("/")
+def home():
+    return {"value": shared.counter("visits").increment()}
+
+if __name__ == "__main__":
+    import waitress
+    waitress.serve(app, listen="127.0.0.1:0", threads=8, _quiet=False)
+"""
+
+
+def patient(url: str, **options: object) -> State:
+    return open_state(url, deadline=PATIENCE, options=StoreOptions(**options))  # type: ignore[arg-type]
+
+
+def test_the_first_use_starts_a_manager_that_all_share(on_demand: str, data_dir: Path) -> None:
+    with patient(on_demand) as one, patient(on_demand) as other:
+        assert not data_dir.exists()  # opening is not using
+        assert [one.counter("c").increment(), other.counter("c").increment()] == [1, 2]
+    assert holder(data_dir) is not None
+
+
+def test_racing_starters_get_one_manager(on_demand: str, data_dir: Path, stack: ExitStack) -> None:
+    """30 threads with a state each, and 3 other processes, all at the same time."""
+    barrier = threading.Barrier(30)
+    values: list[int] = []
+
+    def work() -> None:
+        with patient(on_demand) as state:
+            barrier.wait(PATIENCE)
+            values.append(state.counter("c").increment())
+
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-m", "counter_server", "increment", "c", "--store", on_demand],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    threads = [threading.Thread(target=work) for _ in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    values += [int(command.communicate(timeout=PATIENCE)[0]) for command in commands]
+    assert sorted(values) == list(range(1, 34))
+    (manager,) = managers_of(data_dir)
+    assert manager == holder(data_dir)
+
+
+def managers_of(data_dir: Path) -> list[int]:
+    """The pids of all manager processes that were started for a directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"manager\x00" in command and os.fsencode(data_dir) in command:
+                found.append(int(entry.name))
+    return found
+
+
+def test_it_outlives_the_one_who_started_it_and_belongs_to_nobody(on_demand: str, data_dir: Path) -> None:
+    command = [sys.executable, "-m", "counter_server", "increment", "c", "--store", on_demand]
+    for expected in ("1\n", "2\n"):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, start_new_session=True)
+        assert (result.stdout, result.stderr) == (expected, "")
+    manager = holder(data_dir)
+    assert manager is not None
+    fields = Path(f"/proc/{manager}/stat").read_text().rpartition(")")[2].split()
+    assert int(fields[1]) != os.getpid()  # not our child: it can never be our zombie
+    assert os.getsid(manager) != os.getsid(0)  # no signal of our terminal reaches it
+    assert os.readlink(f"/proc/{manager}/cwd") == "/"
+    assert os.readlink(f"/proc/{manager}/fd/2") == str(data_dir / "manager.log")
+
+
+def test_it_ends_when_nobody_is_connected_and_comes_back_where_it_was(on_demand: str, data_dir: Path) -> None:
+    with patient(on_demand, idle_timeout=0.2) as state:
+        assert state.counter("c").increment() == 1
+        first = holder(data_dir)
+    eventually(lambda: not managers_of(data_dir), "the end of the idle manager")
+    assert first is not None
+    assert not (data_dir / "manager.sock").exists()
+    assert (data_dir / "manager.log").read_text() == ""
+    with patient(on_demand) as state:
+        assert state.counter("c").increment() == 2
+        assert holder(data_dir) != first
+
+
+def test_it_stays_while_somebody_is_connected(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
+    other = DataDirectory(tmp_path / "other").url
+    with patient(on_demand, idle_timeout=0.2) as state:
+        assert state.counter("c").increment() == 1
+        first = holder(data_dir)
+        with patient(other, idle_timeout=0.4) as shorter:
+            shorter.counter("c").increment()
+        eventually(lambda: not managers_of(tmp_path / "other"), "the end of one that nobody uses")
+        assert holder(data_dir) == first
+        assert state.counter("c").increment() == 2
+
+
+def test_one_whose_counters_are_in_memory_alone_does_not_end_by_itself(
+    on_demand: str, data_dir: Path, tmp_path: Path
+) -> None:
+    other = DataDirectory(tmp_path / "other").url
+    with patient(on_demand, idle_timeout=0.2, durability="none") as state:
+        assert state.counter("c").increment() == 1
+    with patient(other, idle_timeout=0.4) as shorter:
+        shorter.counter("c").increment()
+    eventually(lambda: not managers_of(tmp_path / "other"), "the end of one that loses nothing")
+    with patient(on_demand) as state:
+        assert state.counter("c").increment() == 2
+
+
+def test_a_killed_one_is_started_again_by_the_next_call(on_demand: str, data_dir: Path) -> None:
+    with patient(on_demand) as state:
+        for expected in (1, 2, 3):
+            assert state.counter("c").increment() == expected
+            end_manager(data_dir / "manager.lock")
+
+
+def test_it_is_started_with_the_durability_that_was_asked_for(on_demand: str, data_dir: Path) -> None:
+    with patient(on_demand, durability="none") as state:
+        assert state.counter("c").increment() == 1
+    assert not (data_dir / "journal.sqlite3").exists()
+
+
+def test_what_keeps_it_from_starting_is_told_in_one_line(on_demand: str, data_dir: Path) -> None:
+    data_dir.mkdir(mode=0o700)
+    (data_dir / "journal.sqlite3").write_text("this is no journal, and longer than a header of SQLite" * 100)
+    with patient(on_demand) as state, pytest.raises(StartupError, match=r"journal\.sqlite3 cannot be used") as error:
+        state.counter("c").increment()
+    assert error.value.outcome == "not_applied"
+    assert "\n" not in str(error.value)
+    assert managers_of(data_dir) == []
+
+
+def test_one_that_is_told_not_to_start_any_does_not(
+    data_dir: Path, on_demand: str, start_server: Callable[..., Server]
+) -> None:
+    """The workers of our own server: their supervisor starts the manager, and nobody else may take its place."""
+    server = start_server("--workers", "1")
+    (manager,) = server.children("manager")
+    os.kill(manager, signal.SIGKILL)
+    client = HttpClient(server.url)
+    try:
+        status, _ = client.request("POST", "/api/v1/counters/c/increment")
+    finally:
+        client.close()
+    assert status == 200
+    assert server.children("manager") == [holder(data_dir)]
+
+
+def test_a_manager_in_the_background_returns_when_clients_can_connect(on_demand: str, data_dir: Path) -> None:
+    command = [sys.executable, "-m", "counter_server", "manager", "--background", "--data-dir", str(data_dir)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == f"Manager ready: {on_demand}\n"
+    with patient(on_demand, start=False) as state:
+        assert state.counter("c").increment() == 1
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode != 0
+    assert again.stderr == f"Error: another manager (pid {holder(data_dir)}) already serves {data_dir}\n"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"COUNTER_SERVER_DURABILITY": "perhaps"},
+        {"COUNTER_SERVER_IDLE_TIMEOUT": 0},
+        {"COUNTER_SERVER_IDLE_TIMEOUT": "soon"},
+        {"COUNTER_SERVER_IDLE_TIMEOUT": float("inf")},
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_is_refused_at_once(wrong: dict[str, object]) -> None:
+    from flask import Flask
+
+    app = Flask(__name__)
+    app.config.update(wrong)
+    with pytest.raises(InvalidRequest):
+        SharedState(app)
+
+
+# Real launchers
+
+
+LAUNCHERS = {
+    "gunicorn, 4 sync workers": ("-m", "gunicorn", "-w", "4", "-b", "127.0.0.1:0", "app:app"),
+    "gunicorn, gthread, preloaded": (
+        *("-m", "gunicorn", "-w", "4", "-k", "gthread", "--threads", "8", "--preload", "-b", "127.0.0.1:0", "app:app"),
+    ),
+    "flask run": ("-m", "flask", "run", "--with-threads", "--port", "0"),
+    "waitress": ("app.py",),
+}
+
+
+def listening_port(group: int) -> int | None:
+    """The port that a process of the group listens on."""
+    listening = {}
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A":
+            listening[fields[9]] = int(fields[1].rpartition(":")[2], 16)
+    try:
+        for link in Path(f"/proc/{group}/fd").iterdir():
+            name = os.readlink(link)
+            if name.startswith("socket:[") and name[8:-1] in listening:
+                return listening[name[8:-1]]
+    except OSError:
+        return None
+    return None
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_lines_in_an_app_count_100_simultaneous_clients_under(
+    on_demand: str, data_dir: Path, tmp_path: Path, stack: ExitStack, launcher: str
+) -> None:
+    """No service, no configuration: the manager is in the app's instance folder."""
+    (tmp_path / "app.py").write_text(APP)
+    program = stack.enter_context(
+        Program(*LAUNCHERS[launcher], cwd=tmp_path, environment={"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"})
+    )
+    eventually(lambda: listening_port(program.pid), f"{launcher} listens; {program.errors}")
+    url = f"http://127.0.0.1:{listening_port(program.pid)}"
+    values: list[int] = []
+    barrier = threading.Barrier(100)
+
+    def visit() -> None:
+        client = HttpClient(url)
+        try:
+            barrier.wait(PATIENCE)
+            status, content = client.request("GET", "/")
+            assert status == 200, content
+            values.append(content["value"])
+        finally:
+            client.close()
+
+    threads = [threading.Thread(target=visit) for _ in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(values) == list(range(1, 101)), program.errors
+    assert holder(tmp_path / "instance" / "counter-server") is not None
+    program.stop()
+
+
+def test_two_apps_in_different_directories_do_not_see_each_other(on_demand: str, tmp_path: Path) -> None:
+    from flask import Flask
+
+    shared = SharedState()
+    answers = []
+    for name in ("one", "two"):
+        app = Flask(name, instance_path=str(tmp_path / name))
+        app.config["COUNTER_SERVER_DEADLINE"] = PATIENCE
+        shared.init_app(app)
+        with app.app_context():
+            answers.append(shared.counter("c").increment())
+            shared.state.close()
+    assert answers == [1, 1]
+
+
+def test_a_manager_by_hand_and_one_on_demand_are_the_same_to_a_client(start_manager: Callable[..., Manager]) -> None:
+    manager = start_manager()
+    with patient(manager.url) as state:
+        assert state.counter("c").increment() == 1
+    assert manager.running
