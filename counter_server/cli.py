@@ -111,11 +111,16 @@ def run(data_dir: str | None, store: str | None, durability: str, **options: Any
 @data_dir_option
 @durability_option
 @click.option("--idle-timeout", type=float, metavar="SECONDS", help="End when there was no client for so long.")
+@click.option(
+    "--host-objects", is_flag=True, hidden=True, help="Declarations of shared objects come on standard input."
+)
 @click.option("--background", is_flag=True, help="Return when clients can connect, and leave it running.")
-def manager(data_dir: str | None, durability: str, idle_timeout: float | None, *, background: bool) -> None:
+def manager(
+    data_dir: str | None, durability: str, idle_timeout: float | None, *, background: bool, host_objects: bool
+) -> None:
     """Run the manager alone, for any number of applications of this user."""
     from .manager.server import serve
-    from .manager.starter import detach
+    from .manager.starter import detach, prepare_to_host
 
     directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
     timeout = None if idle_timeout is None else check_idle_timeout(idle_timeout)
@@ -126,7 +131,8 @@ def manager(data_dir: str | None, durability: str, idle_timeout: float | None, *
         if detached:
             detached()
 
-    serve(directory, cast(Durability, durability), ready=ready, idle_timeout=timeout)
+    declarations = prepare_to_host(sys.stdin.buffer.read()) if host_objects else []
+    serve(directory, cast(Durability, durability), ready=ready, idle_timeout=timeout, declarations=declarations)
 
 
 @main.command()

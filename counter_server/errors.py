@@ -18,6 +18,8 @@ The tree::
     ├── StorageFull           the store cannot write; reads go on, and it heals by itself
     ├── AccessDenied          the store refused the key, or the user, of this process
     ├── Unsupported           the store cannot do this, by name
+    ├── NotHosted             the manager that runs does not have this object, or has another of its name
+    ├── RemoteError           a method of a shared object raised an error of a type that is not built in
     └── StartupError          a server, manager or data directory that cannot be used as asked
         └── DirectoryHeld     the data directory has a manager, which is another process
 
@@ -82,6 +84,28 @@ class AccessDenied(CounterServerError):
 
 class Unsupported(CounterServerError):
     """The store in use cannot do this."""
+
+
+class NotHosted(CounterServerError):
+    """The manager that runs was started without this object, or with another one of its name."""
+
+
+class RemoteError(CounterServerError):
+    """A method of a shared object raised an error of a type that is not built in. The call was made, once.
+
+    :param name: the error's type, qualified.
+    :param text: its message.
+    :param remote_traceback: where it was raised, as text.
+    """
+
+    def __init__(self, name: str, text: str, remote_traceback: str) -> None:
+        super().__init__(name, text, remote_traceback)
+        self.name = name
+        self.text = text
+        self.remote_traceback = remote_traceback
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text}"
 
 
 class StartupError(CounterServerError):

@@ -1,6 +1,7 @@
 """`SharedState`, the Flask extension: shared counters in anybody's app."""
 
 import os
+from typing import Any, TypeVar, cast
 
 from flask import Flask, current_app
 
@@ -14,7 +15,9 @@ from .settings import (
     check_durability,
     check_idle_timeout,
 )
-from .state import Counter, State, open_state
+from .state import Counter, Declarations, SharedObject, State, open_state
+
+Kind = TypeVar("Kind")
 
 _NAME = "counter_server"
 
@@ -36,10 +39,12 @@ class SharedState:
     - ``COUNTER_SERVER_DURABILITY``: of a manager that is started: ``"commit"`` (default), ``"process"`` or ``"none"``.
     - ``COUNTER_SERVER_IDLE_TIMEOUT``: seconds without any client after which such a manager ends; default 60.
 
-    It holds nothing of an app: each app's state lives in its `extensions`, so one object serves any number of apps.
+    It holds nothing of an app, only what was declared: each app's state lives in its `extensions`, so one object serves
+    any number of apps.
     """
 
     def __init__(self, app: Flask | None = None) -> None:
+        self._declarations = Declarations()
         if app is not None:
             self.init_app(app)
 
@@ -62,7 +67,10 @@ class SharedState:
             idle_timeout=check_idle_timeout(app.config["COUNTER_SERVER_IDLE_TIMEOUT"]),
         )
         app.extensions[_NAME] = open_state(
-            app.config["COUNTER_SERVER_STORE"], deadline=app.config["COUNTER_SERVER_DEADLINE"], options=options
+            app.config["COUNTER_SERVER_STORE"],
+            deadline=app.config["COUNTER_SERVER_DEADLINE"],
+            options=options,
+            declarations=self._declarations,
         )
 
     @property
@@ -79,6 +87,17 @@ class SharedState:
         :raises InvalidRequest: if that cannot be a name.
         """
         return Counter(name, self.submit)
+
+    def object(self, name: str, cls: type[Kind], *arguments: Any, durable: bool = False, **keywords: Any) -> Kind:
+        """Declare a shared object, at import time; the handle calls its public methods. See `State.object`.
+
+        ::
+
+            global_obj = shared.object("global_obj", SomeObj, 0)
+            global_obj.query()        # in a view: 1, 2, 3, … across all workers
+        """
+        self._declarations.add(name, cls, arguments, keywords, durable=durable)
+        return cast(Kind, SharedObject(name, lambda name, operation: self.state.invoke(name, operation)))
 
     def counters(self, *, after: str = "", limit: int = 100) -> Page:
         """A page of the current app's counters; see `State.counters`."""

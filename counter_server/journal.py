@@ -9,6 +9,7 @@ and the process must end: the disk is read again by the next one.
 import os
 import secrets
 import sqlite3
+import threading
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -23,8 +24,9 @@ _VERSION = 1
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE clients (client BLOB PRIMARY KEY, sequence INTEGER NOT NULL, results BLOB NOT NULL, used REAL NOT NULL)
-    WITHOUT ROWID;
+CREATE TABLE clients (client BLOB PRIMARY KEY, sequence INTEGER NOT NULL, results BLOB NOT NULL, used REAL NOT NULL,
+    object TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE objects (name TEXT PRIMARY KEY, state BLOB NOT NULL);
 CREATE TABLE keys (key TEXT PRIMARY KEY, fingerprint BLOB NOT NULL, value INTEGER NOT NULL, used REAL NOT NULL)
     WITHOUT ROWID;
 """
@@ -41,7 +43,7 @@ class JournalFailed(Exception):
 
 
 class Journal:
-    """The file behind a ledger. For one process (who holds the data directory's lock), one thread at a time.
+    """The file behind the ledger and the durable objects. For one process, who holds the data directory's lock.
 
     :param durability: ``"commit"`` or ``"process"``.
     :raises StartupError: if the file is not a journal, is damaged, or was written by a newer version.
@@ -49,6 +51,7 @@ class Journal:
 
     def __init__(self, path: Path, durability: str = "commit") -> None:
         self.path = path
+        self._committing = threading.Lock()  # held through a transaction: the ledger's, or one object's
         try:
             self._sync()
             self._check()
@@ -99,6 +102,13 @@ class Journal:
         empty = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
         execute("PRAGMA journal_mode = WAL")
         execute(f"PRAGMA synchronous = {synchronous}")
+        try:
+            # After a failed fsync the kernel may hold what the disk does not have, and say that it does: what was read
+            # is written again before it is believed.
+            execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:  # then it stays in the log, and is read from there
+                raise
         if empty:
             self._connection.executescript(f"BEGIN; {_SCHEMA}")
             execute("INSERT INTO meta VALUES ('epoch', ?)", (secrets.token_hex(16),))
@@ -119,13 +129,14 @@ class Journal:
             return Contents(
                 counters=dict(rows("SELECT name, value FROM counters ORDER BY name")),
                 clients={
-                    client: ClientRecord(sequence, _decode_results(results), used)
-                    for client, sequence, results, used in rows("SELECT * FROM clients ORDER BY used")
+                    client: ClientRecord(sequence, _decode_results(results), used, name)
+                    for client, sequence, results, used, name in rows("SELECT * FROM clients ORDER BY used")
                 },
                 keys={
                     key: KeyRecord(fingerprint, value, used)
                     for key, fingerprint, value, used in rows("SELECT * FROM keys ORDER BY used")
                 },
+                objects=dict(rows("SELECT name, state FROM objects")),
             )
         except (sqlite3.Error, ValueError) as error:
             raise self._unusable(error) from error
@@ -136,6 +147,10 @@ class Journal:
         :raises StorageFull: there was no room; nothing was changed.
         :raises JournalFailed: nobody knows.
         """
+        with self._committing:
+            self._commit(changes)
+
+    def _commit(self, changes: Changes) -> None:
         execute = self._connection.execute
         try:
             execute("BEGIN IMMEDIATE")
@@ -148,15 +163,17 @@ class Journal:
                 if record is None:
                     execute("DELETE FROM clients WHERE client = ?", (client,))
                 else:
-                    row = (client, record.sequence, _encode(record.results), record.used)
-                    execute("REPLACE INTO clients VALUES (?, ?, ?, ?)", row)
+                    row = (client, record.sequence, _encode(record.results), record.used, record.object)
+                    execute("REPLACE INTO clients VALUES (?, ?, ?, ?, ?)", row)
             for key, known in changes.keys.items():
                 if known is None:
                     execute("DELETE FROM keys WHERE key = ?", (key,))
                 else:
                     execute("REPLACE INTO keys VALUES (?, ?, ?, ?)", (key, *known))
+            for name, state in changes.objects.items():
+                execute("REPLACE INTO objects VALUES (?, ?)", (name, state))
             execute("COMMIT")
-        except sqlite3.Error as error:
+        except BaseException as error:
             if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
                 raise JournalFailed(f"the journal {self.path} failed: {error}") from error
             self._roll_back()

@@ -22,6 +22,7 @@ from .operations import (
     Delete,
     Get,
     Increment,
+    Invoke,
     Operation,
     Page,
     Refusal,
@@ -43,6 +44,7 @@ class ClientRecord(NamedTuple):
     sequence: int
     results: list[Result]
     used: float
+    object: str = ""  # whose batches they are: a shared object's name, or none for the counters
 
 
 class KeyRecord(NamedTuple):
@@ -55,11 +57,12 @@ class KeyRecord(NamedTuple):
 
 @dataclass
 class Contents:
-    """All that a ledger holds. `clients` and `keys` are in the order of `used`."""
+    """All that is remembered. `clients` and `keys` are in the order of `used`; `objects` are pickles by name."""
 
     counters: dict[str, int] = field(default_factory=dict)
     clients: dict[bytes, ClientRecord] = field(default_factory=dict)
     keys: dict[str, KeyRecord] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -70,6 +73,17 @@ class Changes:
     counters: dict[str, int | None] = field(default_factory=dict)
     clients: dict[bytes, ClientRecord | None] = field(default_factory=dict)
     keys: dict[str, KeyRecord | None] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+
+
+def judge(record: ClientRecord | None, sequence: int) -> list[Result] | BatchRefused | None:
+    """The rule of sequences: the answer to a client's batch of that number, or None where it is to be executed."""
+    last = 0 if record is None else record.sequence
+    if record is not None and sequence == last:
+        return record.results
+    if sequence != last + 1:
+        return BatchRefused(f"batch {sequence} does not follow batch {last}")
+    return None
 
 
 Commit = Callable[[Changes], None]
@@ -94,9 +108,11 @@ class Ledger:
         contents = contents or Contents()
         self._commit = commit
         self._counters: Any = SortedDict(contents.counters)
-        self._clients = contents.clients
+        self._clients = {client: record for client, record in contents.clients.items() if not record.object}
         self._keys = contents.keys
-        last_used = [record.used for record in self._clients.values()] + [known.used for known in self._keys.values()]
+        last_used = [record.used for record in contents.clients.values()] + [
+            known.used for known in self._keys.values()
+        ]
         self._born = time.monotonic() - max(last_used, default=0.0)
         self._next_forgetting = 0.0
         self._execute: dict[type[Operation], Callable[[Any, Changes], Result]] = {
@@ -105,6 +121,7 @@ class Ledger:
             Delete: self._delete,
             Get: self._get,
             Scan: self._scan,
+            Invoke: lambda _operation, _changes: Refusal("unsupported", "counters have no methods"),
         }
         self.after_fork()
 
@@ -116,6 +133,10 @@ class Ledger:
     def stop(self) -> None:
         """Wait for the commit under way; no other one will ever begin."""
         self._writing.acquire()
+
+    def now(self) -> float:
+        """Its own time, in seconds; see the class."""
+        return time.monotonic() - self._born
 
     def __len__(self) -> int:
         return len(self._counters)
@@ -132,7 +153,7 @@ class Ledger:
         Where there is no room to write, each write is answered with a refusal, and reads go on.
         """
         with self._writing:
-            changes = Changes(time.monotonic() - self._born)
+            changes = Changes(self.now())
             answers = [self._apply(batch, changes) for batch in batches]
             if changes.now >= self._next_forgetting:
                 self._forget(changes)
@@ -150,12 +171,9 @@ class Ledger:
     def _apply(self, batch: Batch, changes: Changes, refusal: Refusal | None = None) -> list[Result] | BatchRefused:
         """One batch, by the rule of sequences, its writes answered with `refusal` if there is one."""
         client, sequence = batch.client, batch.sequence
-        record = changes.clients.get(client) or self._clients.get(client)
-        last = record.sequence if record is not None else 0
-        if record is not None and sequence == last:
-            return record.results
-        if sequence != last + 1:
-            return BatchRefused(f"batch {sequence} does not follow batch {last}")
+        answered = judge(changes.clients.get(client) or self._clients.get(client), sequence)
+        if answered is not None:
+            return answered
         execute = self._execute
         results = [
             execute[type(operation)](operation, changes) if refusal is None or isinstance(operation, READS) else refusal

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct, msgpack, structs
 
-from .errors import CounterServerError, InvalidRequest, KeyReused, LimitReached, StorageFull
+from .errors import CounterServerError, InvalidRequest, KeyReused, LimitReached, StorageFull, Unsupported
 
 SMALLEST = -(2**63)
 LARGEST = 2**63 - 1
@@ -169,7 +169,26 @@ class Scan(Struct, frozen=True, array_like=True, gc=False, tag="scan"):
             raise InvalidRequest(f"limit must be 1 to {LARGEST_PAGE}")
 
 
-Operation = Increment | Set | Delete | Get | Scan
+class Invoke(Struct, frozen=True, array_like=True, gc=False, tag="invoke"):
+    """Call a method of a shared object; the answer is `Returned` or `Raised`.
+
+    `arguments` is plain data, encoded: a tuple of the positional ones and a dict of those by keyword.
+    """
+
+    method: str
+    arguments: bytes
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+
+
+def check_method(name: str) -> None:
+    """Raise `InvalidRequest` unless `name` can be a public method's."""
+    if not name.isidentifier() or name.startswith("_"):
+        raise InvalidRequest(f"{name!r} is not the name of a public method")
+
+
+Operation = Increment | Set | Delete | Get | Scan | Invoke
 READS = (Get, Scan)
 
 
@@ -186,6 +205,21 @@ class Page(Struct, frozen=True, array_like=True, tag="page"):
     more: bool
 
 
+class Returned(Struct, frozen=True, array_like=True, gc=False, tag="returned"):
+    """What a method returned: plain data, encoded."""
+
+    value: bytes
+
+
+class Raised(Struct, frozen=True, array_like=True, gc=False, tag="raised"):
+    """What a method raised. `arguments` are the exception's, encoded, where its type is built in and they are plain."""
+
+    name: str
+    text: str
+    traceback: str
+    arguments: bytes | None = None
+
+
 class Refusal(Struct, frozen=True, array_like=True, gc=False, tag="refusal"):
     """One operation of a batch that was not applied, and why."""
 
@@ -200,9 +234,11 @@ _REFUSALS: dict[str, type[CounterServerError]] = {
     "limit": LimitReached,
     "key_reused": KeyReused,
     "storage_full": StorageFull,
+    "unsupported": Unsupported,
+    "invalid": InvalidRequest,
 }
 
-Result = int | bool | None | Replayed | Page | Refusal
+Result = int | bool | None | Replayed | Page | Returned | Raised | Refusal
 
 
 class Batch(Struct, frozen=True, array_like=True):

@@ -65,5 +65,4 @@ class ServerSettings:
     workers: int = max(2, os.cpu_count() or 1)
     threads: int = 8  # that run requests, in each worker
     store: str = DEFAULT_STORE
-    data_dir: str = ""
     durability: Durability = DEFAULT_DURABILITY

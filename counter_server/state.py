@@ -1,60 +1,119 @@
 """What a user holds: a state, and the counters in it."""
 
+import builtins
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
+from . import plain
 from .combiner import Combiner
+from .errors import InvalidRequest, RemoteError, Unsupported
+from .objects import LARGEST_CALL_BATCH, Declaration, declare
 from .operations import (
     LARGEST_BATCH,
     Delete,
     Get,
     Increment,
+    Invoke,
     Operation,
     Page,
+    Raised,
     Refusal,
     Replayed,
     Result,
+    Returned,
     Scan,
     Set,
     check_name,
 )
 from .session import Session
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, StoreOptions, check_deadline
-from .stores import Store, open_store
+from .stores import HostsObjects, Store, open_store
 
 Submit = Callable[[Operation], Result]
 Kind = TypeVar("Kind")
 
+_noticing = threading.Lock()  # held while a child finds out that it is one
 _states: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 
 def open_state(
-    url: str, *, deadline: float = DEFAULT_DEADLINE, options: StoreOptions = DEFAULT_STORE_OPTIONS
+    url: str,
+    *,
+    deadline: float = DEFAULT_DEADLINE,
+    options: StoreOptions = DEFAULT_STORE_OPTIONS,
+    declarations: "Declarations | None" = None,
 ) -> "State":
     """The shared state at `url`, for any program; in a Flask app, `SharedState` does this.
 
     :param url: `manager:///absolute/data/directory`, or `memory://` for this process only.
     :param deadline: seconds that each call may take, at most 60.
     :param options: whether and how a manager is started where there is none.
+    :param declarations: the shared objects, where several states are to have the same ones.
     :raises InvalidRequest: if there is no such store or the deadline is not acceptable.
 
     It connects at the first call, is safe from any thread, and after a fork.
     """
-    return State(open_store(url, options), deadline=deadline)
+    declarations = Declarations() if declarations is None else declarations
+    return State(open_store(url, options, declarations), deadline=deadline, declarations=declarations)
+
+
+class Declarations(dict[str, Declaration]):
+    """The shared objects that a program has declared, by name."""
+
+    def add(self, name: str, cls: type, arguments: tuple[Any, ...], keywords: dict[str, Any], *, durable: bool) -> None:
+        """Declare one; the same one again is the same.
+
+        :raises InvalidRequest: if it cannot be hosted, or another one has its name.
+        """
+        declaration = declare(name, cls, arguments, keywords, durable=durable)
+        if self.setdefault(name, declaration) != declaration:
+            raise InvalidRequest(f"{declaration} is declared, but {self[name]} has that name already")
+
+
+class _Channel:
+    """One client of one store: its threads share calls, each call is made exactly once."""
+
+    def __init__(self, store: Store, limit: int) -> None:
+        self.store = store
+        self._session = Session(store)
+        self._combiner: Combiner[Operation, Result] = Combiner(self._session.apply, limit=limit)
+
+    def submit(self, operation: Operation, deadline: float) -> Result:
+        result = self._combiner.submit(operation, deadline)
+        if isinstance(result, Refusal):
+            raise result.error()
+        return result
+
+    def after_fork(self) -> None:
+        self._combiner.reset()
+        self._session.renew()
+        self.store.after_fork()
 
 
 class State:
-    """Counters in one store. All threads of a process share one, and with it their round trips."""
+    """Counters and shared objects in one store. All threads of a process share one, and with it their round trips."""
 
-    def __init__(self, store: Store, *, deadline: float = DEFAULT_DEADLINE) -> None:
-        self.store = store
+    def __init__(
+        self, store: Store, *, deadline: float = DEFAULT_DEADLINE, declarations: Declarations | None = None
+    ) -> None:
         self._deadline = check_deadline(deadline)
-        self._session = Session(store)
-        self._combiner: Combiner[Operation, Result] = Combiner(self._session.apply, limit=LARGEST_BATCH)
+        self._counters = _Channel(store, LARGEST_BATCH)
+        # A page is large: it shares a round trip with nothing, and nobody has to remember it.
+        self._pages = _Channel(store, 1)
+        self._declarations = Declarations() if declarations is None else declarations
+        self._process = os.getpid()
+        self._opening = threading.Lock()  # guards the making of the channels below
+        self._objects: dict[str, _Channel] = {}
         _states.add(self)
+
+    @property
+    def store(self) -> Store:
+        """Where the counters are."""
+        return self._counters.store
 
     def counter(self, name: str) -> "Counter":
         """The counter of that name. It exists from its first increment on.
@@ -69,32 +128,103 @@ class State:
         :param after: the last name of the page before.
         :param limit: how many, at most 1000.
         """
-        return expect(Page, self.submit(Scan(after, limit)))
+        self._notice_fork()
+        return expect(Page, self._pages.submit(Scan(after, limit), time.monotonic() + self._deadline))
 
     def submit(self, operation: Operation) -> Result:
-        """Have one operation applied, exactly once, and return its result.
+        """Have one operation on a counter applied, exactly once, and return its result.
 
         :raises CounterServerError: any of its tree; its `outcome` says whether something may have been counted.
         """
-        result = self._combiner.submit(operation, time.monotonic() + self._deadline)
-        if isinstance(result, Refusal):
-            raise result.error()
-        return result
+        self._notice_fork()
+        return self._counters.submit(operation, time.monotonic() + self._deadline)
+
+    def object(self, name: str, cls: type[Kind], *arguments: Any, durable: bool = False, **keywords: Any) -> Kind:
+        """Declare a shared object, and return a handle that calls its public methods, for all processes the same one.
+
+        To be declared before the first use of the state in any process: what starts the manager tells it what to host.
+
+        :param name: what it is known by; all who use it declare the same.
+        :param cls: its class, found by module and qualified name; made as `cls(*arguments, **keywords)`.
+        :param durable: keep its pickled state in the journal, in the same commit as each call.
+        :raises InvalidRequest: if it cannot be hosted.
+
+        Each call is atomic, made exactly once, and has the state's deadline. Arguments and results are plain data.
+        """
+        self._declarations.add(name, cls, arguments, keywords, durable=durable)
+        return cast(Kind, SharedObject(name, self.invoke))
+
+    def invoke(self, name: str, operation: Invoke) -> Result:
+        """Have a method of a declared object called, exactly once; see `object`."""
+        self._notice_fork()
+        deadline = time.monotonic() + self._deadline
+        with self._opening:
+            channel = self._objects.get(name)
+            if channel is None:
+                if not isinstance(self.store, HostsObjects):
+                    raise Unsupported(f"{self.store} hosts no shared objects, only counters")
+                channel = _Channel(self.store.object(self._declarations[name]), LARGEST_CALL_BATCH)
+                self._objects[name] = channel
+        return channel.submit(operation, deadline)
 
     def close(self) -> None:
-        """Close the connection to the store. The next call opens it again."""
+        """Close the connections to the store. The next call opens them again."""
+        self._notice_fork()
         self.store.close()
+        for channel in list(self._objects.values()):
+            channel.store.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, *_exception: Any) -> None:
         self.close()
 
+    def _notice_fork(self) -> None:
+        if self._process != os.getpid():
+            with _noticing:
+                if self._process != os.getpid():
+                    self._after_fork()
+
     def _after_fork(self) -> None:
-        self._combiner.reset()
-        self._session.renew()
-        self.store.after_fork()
+        self._opening = threading.Lock()
+        for channel in (self._counters, self._pages, *self._objects.values()):
+            channel.after_fork()
+        self._process = os.getpid()  # last: until then other threads wait
+
+
+class SharedObject:
+    """A handle on a shared object: a public method of it is a method of this."""
+
+    def __init__(self, name: str, invoke: Callable[[str, Invoke], Result]) -> None:
+        self._name = name
+        self._invoke = invoke
+
+    def __repr__(self) -> str:
+        return f"<SharedObject {self._name!r}>"
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method.startswith("_"):
+            raise AttributeError(f"{self!r} has public methods only, not {method!r}")
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            packed = plain.encode((arguments, keywords), f"the arguments of {self._name}.{method}")
+            return _answer(self._invoke(self._name, Invoke(method, packed)))
+
+        call.__name__ = method
+        return call
+
+
+def _answer(result: Result) -> Any:
+    """What a method returned; or its exception, in its own type where that is built in."""
+    if isinstance(result, Returned):
+        return plain.decode(result.value)
+    raised = expect(Raised, result)
+    if raised.arguments is None:
+        raise RemoteError(raised.name, raised.text, raised.traceback)
+    error = getattr(builtins, raised.name)(*plain.decode(raised.arguments))
+    error.add_note(f"Raised in the manager process:\n{raised.traceback}")
+    raise error
 
 
 class Counter:
@@ -160,5 +290,6 @@ def _after_fork_in_child() -> None:
         state._after_fork()
 
 
-# Also called for `multiprocessing`'s forks, gunicorn's and uWSGI's: they all go through the interpreter.
+# For `os.fork`, `multiprocessing` and gunicorn. A server that forks without telling the interpreter, as uWSGI does, is
+# found out by the process id, at the next call.
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -29,9 +29,11 @@ ROOMS = [
     ("manager.directory",),
     ("manager",),
     ("journal",),
+    ("objects",),
     ("ledger",),
     ("combiner",),
     ("operations",),
+    ("plain",),
     ("settings",),
     ("errors",),
 ]

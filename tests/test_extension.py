@@ -179,7 +179,7 @@ def test_it_holds_no_reference_to_the_app() -> None:
     assert state() is None
     with memory_app(shared).app_context():
         assert counter.increment() == 1
-    assert vars(shared) == {}
+    assert vars(shared) == {"_declarations": {}}
     assert isinstance(counter, Counter)
 
 

@@ -19,6 +19,7 @@ from counter_server.operations import (
     Delete,
     Get,
     Increment,
+    Invoke,
     Operation,
     Page,
     Refusal,
@@ -664,6 +665,8 @@ class Model:
 
     def execute(self, operation: Operation) -> Result:
         match operation:
+            case Invoke():
+                raise AssertionError("counters have no methods")
             case Get(name):
                 return self.counters.get(name)
             case Set(name, value):

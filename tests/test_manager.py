@@ -1,8 +1,10 @@
 """The manager and its proxies: interrupted calls, forks, crowds, shared round trips, and peers that mean no good."""
 
+import ctypes
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import socket
 import threading
@@ -20,7 +22,8 @@ from counter_server import State
 from counter_server.errors import AccessDenied, DeadlineExceeded
 from counter_server.journal import JournalFailed
 from counter_server.ledger import Changes, Ledger
-from counter_server.manager.client import LedgerProxy
+from counter_server.manager import client as client_module
+from counter_server.manager.client import StateProxy
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.server import LedgerService
 from counter_server.manager.wire import LARGEST_FRAME, Connection, connect
@@ -28,6 +31,7 @@ from counter_server.operations import Batch, Increment
 from tests.benchmarks.store import PlainManager, running, serve_plain
 from tests.load import open_client
 from tests.processes import PATIENCE, Manager, eventually, frozen
+from tests.test_combiner import InterruptedAt
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def state(manager: Manager) -> Iterator[State]:
 def status(state: State) -> dict[str, Any]:
     """The manager's own figures."""
     proxy = getattr(state.store, "proxy", None)
-    assert isinstance(proxy, LedgerProxy)
+    assert isinstance(proxy, StateProxy)
     return proxy.status(time.monotonic() + PATIENCE)
 
 
@@ -208,7 +212,7 @@ def test_32_waiting_threads_share_round_trips(manager: Manager, state: State) ->
     before = status(state)
     values: list[int] = []
     threads = [threading.Thread(target=lambda: values.append(state.counter("c").increment())) for _ in range(32)]
-    waiting = cast(Any, state)._combiner._waiting
+    waiting = cast(Any, state)._counters._combiner._waiting
     with frozen(manager.pid):  # while it is away all but the first have to wait
         for thread in threads:
             thread.start()
@@ -404,7 +408,7 @@ def test_a_call_that_is_not_offered_or_not_valid_closes_the_connection_and_chang
     state.counter("c").increment()
     peer = authenticated(data_dir)
     try:
-        peer.send((None, "accept_connection", (), {}))
+        peer.send((None, "accept_connection", ("ledger", None), {}))
         assert peer.recv()[0] == "#RETURN"
         peer.send(call)
         with pytest.raises((EOFError, ConnectionResetError)):
@@ -418,7 +422,7 @@ def test_a_call_that_is_not_offered_or_not_valid_closes_the_connection_and_chang
 def test_a_frame_over_the_limit_closes_the_connection(manager: Manager, data_dir: Path) -> None:
     peer = authenticated(data_dir)
     try:
-        peer.send((None, "accept_connection", (), {}))
+        peer.send((None, "accept_connection", ("ledger", None), {}))
         peer.recv()
         with suppress(BrokenPipeError, ConnectionResetError):
             peer.send_bytes(bytes(LARGEST_FRAME + 1))
@@ -462,7 +466,7 @@ def test_batches_resent_over_another_connection_are_answered_from_memory(manager
     directory = DataDirectory(data_dir)
     answers = []
     for _ in range(3):
-        proxy = LedgerProxy(directory)
+        proxy = StateProxy(directory)
         answers.append(proxy.apply(batch, time.monotonic() + PATIENCE))
         proxy.close()
     assert answers == [[1, 2]] * 3
@@ -476,7 +480,107 @@ def test_the_standard_handshake_is_the_one_that_is_spoken(manager: Manager, data
         key = directory.existing_key("manager")
         answer_challenge(cast(Any, connection), key)
         deliver_challenge(cast(Any, connection), key)
-        connection.send((None, "accept_connection", (), {}))
+        connection.send((None, "accept_connection", ("ledger", None), {}))
         assert connection.recv()[0] == "#RETURN"
     finally:
         connection.close()
+
+
+# What a review found
+
+
+def test_a_fork_that_the_interpreter_is_not_told_of_is_noticed(state: State) -> None:
+    """As uWSGI forks: the state is made, and here even used, before; no hook is called."""
+    assert state.counter("c").increment() == 1
+    reader, writer = os.pipe()
+    children = []
+    for _ in range(3):
+        child = ctypes.PyDLL(None).fork()
+        if child == 0:
+            try:
+                os.write(writer, msgpack.encode([state.counter("c").increment() for _ in range(50)]))
+            finally:
+                os._exit(0)
+        children.append(child)
+    os.close(writer)
+    values = [state.counter("c").increment() for _ in range(50)]
+    with os.fdopen(reader, "rb") as pipe:
+        data = pipe.read()
+    for child in children:
+        os.waitpid(child, 0)
+    unpacker = [msgpack.decode(part) for part in split_messages(data)]
+    assert sorted([1, *values, *(value for part in unpacker for value in part)]) == list(range(1, 202))
+
+
+def split_messages(data: bytes) -> list[bytes]:
+    """The arrays of 50 small integers that follow one another in `data`."""
+    starts = [place for place in range(len(data)) if data[place : place + 3] == b"\xdc\x00\x32"]
+    return [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)], strict=True)]
+
+
+def test_many_pages_at_once_disturb_no_increment(state: State) -> None:
+    """Their answers together are larger than a frame may be."""
+    names = [f"{number:04}" + "x" * 251 for number in range(1000)]
+    threads = [
+        threading.Thread(target=lambda part=names[n::20]: [state.counter(name).set(1) for name in part])
+        for n in range(20)
+    ]
+    run_all(threads)
+    sizes: list[int] = []
+    values: list[int] = []
+    barrier = threading.Barrier(70)
+
+    def read() -> None:
+        barrier.wait(PATIENCE)
+        sizes.append(len(state.counters(limit=1000).counters))
+
+    def count() -> None:
+        barrier.wait(PATIENCE)
+        values.append(state.counter("c").increment())
+
+    run_all([threading.Thread(target=work) for work in [read] * 65 + [count] * 5])
+    assert set(sizes) == {1000}
+    assert len(sizes) == 65
+    assert sorted(values) == [1, 2, 3, 4, 5]
+
+
+def run_all(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.traces_opcodes
+def test_an_exception_of_a_handler_while_it_sends_or_takes_the_lock_leaves_the_store_usable(state: State) -> None:
+    """At every moment at which a signal's handler could run in the proxy."""
+    assert state.counter("c").increment() == 1
+    moment, struck = 1, True
+    while struck:
+        before = state.counter("c").value
+        interrupt = InterruptedAt(client_module, moment)
+        with suppress(KeyboardInterrupt), interrupt:
+            state.counter("c").increment()
+        struck = interrupt.place is not None
+        following = state.counter("c").increment()
+        assert following in (before + 1, before + 2), interrupt.place
+        assert state.counter("c").value == following, interrupt.place
+        moment += 1
+    assert moment > 10
+
+
+def test_a_manager_that_cannot_start_a_thread_goes_on_when_it_can(
+    manager: Manager, state: State, data_dir: Path
+) -> None:
+    """Its memory is limited to what it has, so there is none for the stack of another thread."""
+    state.counter("c").increment()
+    unlimited = resource.prlimit(manager.pid, resource.RLIMIT_AS)
+    size = int(Path(f"/proc/{manager.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(manager.pid, resource.RLIMIT_AS, (size + 2**20, unlimited[1]))  # less than a thread's stack
+    try:
+        with raw(data_dir) as peer:
+            assert received_until_closed(peer) == b""
+    finally:
+        resource.prlimit(manager.pid, resource.RLIMIT_AS, unlimited)
+    with open_client(manager.url) as fresh:
+        assert fresh.counter("c").increment() == 2

@@ -331,7 +331,7 @@ def test_a_child_works_though_a_thread_of_the_parent_held_a_lock_at_the_fork(sta
     assert isinstance(state.store, MemoryStore)
     ledger = state.store._ledger
     locks = {
-        "combiner": state._combiner._lock,
+        "combiner": state._counters._combiner._lock,
         "ledger's commit": ledger._writing,
         "ledger's memory": ledger._memory,
     }

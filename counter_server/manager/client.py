@@ -1,7 +1,6 @@
 """The client's end: a proxy that finds its manager again, by name, within a deadline."""
 
 import threading
-import time
 from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.managers import BaseProxy, Token
@@ -9,11 +8,12 @@ from typing import Any, cast
 
 from msgspec import Raw, Struct, ValidationError, msgpack
 
-from ..errors import AccessDenied, BatchRefused, Disconnected, StateLost
+from ..errors import AccessDenied, BatchRefused, Disconnected, NotHosted, StateLost
+from ..objects import Declaration
 from ..operations import Batch, Result
 from .directory import DataDirectory
 from .starter import Starter
-from .wire import SERIALIZER, Connection, connect
+from .wire import SERIALIZER, Connection, connect, object_ident
 
 _decode_results = msgpack.Decoder(list[Result]).decode
 _decode = msgpack.Decoder().decode
@@ -27,8 +27,8 @@ class _Reply(Struct, array_like=True, frozen=True):
 _decode_reply = msgpack.Decoder(_Reply).decode
 
 
-class LedgerProxy(BaseProxy):
-    """A `BaseProxy` of the ledger in the manager of a data directory.
+class StateProxy(BaseProxy):
+    """A `BaseProxy` of the ledger, or of a shared object, in the manager of a data directory.
 
     One connection for the process, made when first needed and again after it broke. What differs from the standard
     proxy is what it does when something goes wrong: any exception between sending and receiving closes the
@@ -39,13 +39,18 @@ class LedgerProxy(BaseProxy):
     _id: str
     _token: Token
 
-    def __init__(self, directory: DataDirectory, starter: Starter | None = None) -> None:
+    def __init__(
+        self, directory: DataDirectory, starter: Starter | None = None, declaration: Declaration | None = None
+    ) -> None:
         self._directory = directory
+        self._declaration = declaration  # of the shared object; without one it is the ledger
         self._starter = starter  # of a manager, where there is none
-        self._connection: Connection | None = None
+        self._connection: Connection | None = None  # that is ready for a call
+        self._latest: Connection | None = None  # that was made, in a call or not: what a child of a fork has to close
         self._epoch: str | None = None
         self._calling = threading.Lock()  # guards the two above, through a whole call
-        token = Token("ledger", str(directory.socket), "ledger")
+        ident = "ledger" if declaration is None else object_ident(declaration.name)
+        token = Token(ident, str(directory.socket), ident)
         # No key here: it is read from the directory at each connection, so a new one is found too.
         super().__init__(token, SERIALIZER, authkey=b"", incref=False)
 
@@ -65,30 +70,48 @@ class LedgerProxy(BaseProxy):
 
         :raises Disconnected: if there is no answer by `deadline`, or no manager.
         """
-        if not self._calling.acquire(timeout=max(deadline - time.monotonic(), 0)):
-            raise Disconnected("another call was still under way", sent=False)
-        sent = False
-        try:
+        with self._calling:
             connection = self._connected(deadline)
-            connection.set_deadline(deadline)
-            connection.send((self._id, methodname, args, kwds or {}))
-            sent = True  # only now: a frame that did not leave whole is never executed
-            reply = _decode_reply(connection.recv_bytes())
-        except BaseException as error:
-            self._drop()
-            if isinstance(error, (OSError, EOFError, ValidationError)):
-                raise Disconnected(_explain(error, self._directory), sent=sent) from error
-            raise
-        finally:
-            self._calling.release()
+            self._connection = None  # until the whole reply is here: whatever strikes, nobody reads it as another's
+            try:
+                reply = self._exchange(connection, (self._id, methodname, args, kwds or {}), deadline)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
         if reply.kind == "#RETURN":
             return reply.content
         raise BatchRefused(_decode(reply.content))
 
+    def _exchange(self, connection: Connection, call: tuple[Any, ...], deadline: float) -> _Reply:
+        connection.set_deadline(deadline)
+        try:
+            connection.send(call)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            # The manager is gone, and a frame that did not reach it whole is never executed. Any other error may come
+            # from a signal's handler, a moment after the last byte has left.
+            raise Disconnected(_explain(error, self._directory), sent=False) from error
+        except OSError as error:
+            raise Disconnected(_explain(error, self._directory), sent=True) from error
+        try:
+            return _decode_reply(connection.recv_bytes())
+        except (OSError, EOFError, ValidationError) as error:
+            raise Disconnected(_explain(error, self._directory), sent=True) from error
+
     def _connected(self, deadline: float) -> Connection:
-        """The connection, made anew where there is none."""
+        """The connection, made anew where there is none.
+
+        :raises Disconnected: where there is no manager, or it does not answer.
+        """
         if self._connection is not None:
             return self._connection
+        try:
+            return self._greeted(deadline)
+        except (OSError, EOFError, ValidationError) as error:
+            raise Disconnected(_explain(error, self._directory), sent=False) from error
+
+    def _greeted(self, deadline: float) -> Connection:
+        """A new connection, to the object that is meant."""
         try:
             connection = self._connect_or_start(deadline)
         except AuthenticationError as error:
@@ -96,17 +119,22 @@ class LedgerProxy(BaseProxy):
                 f"the manager of {self._directory} does not accept this key; nothing was counted"
             ) from error
         try:
-            connection.send((None, "accept_connection", (), {}))
-            _, epoch = connection.recv()
+            connection.send((None, "accept_connection", (self._id, self._declaration), {}))
+            kind, epoch = connection.recv()
+            if kind != "#RETURN":
+                raise NotHosted(
+                    f"{epoch}, and not {self._declaration} as it is declared here: it was started by another program;"
+                    f" stop it, or name another data directory than {self._directory}"
+                )
+            known, self._epoch = self._epoch, epoch
+            if known not in (None, epoch):
+                raise StateLost(
+                    f"the manager of {self._directory} has started again without its memory: {self._id} begins anew"
+                )
         except BaseException:
             connection.close()
             raise
-        known, self._epoch = self._epoch, epoch
-        self._connection = connection
-        if known not in (None, epoch):
-            raise StateLost(
-                f"the manager of {self._directory} has started again without its memory: counters begin anew"
-            )
+        self._latest = connection
         return connection
 
     def _connect_or_start(self, deadline: float) -> Connection:
@@ -123,10 +151,10 @@ class LedgerProxy(BaseProxy):
         return connect(str(directory.socket), directory.existing_key("manager"), deadline=deadline)
 
     def _drop(self) -> None:
-        if self._connection is not None:
+        if self._latest is not None:
             with suppress(OSError):
-                self._connection.close()
-            self._connection = None
+                self._latest.close()
+        self._connection = self._latest = None
 
     def after_fork(self) -> None:
         """Close this process's copy of the descriptor; the parent's connection goes on."""

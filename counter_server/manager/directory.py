@@ -83,8 +83,9 @@ class DataDirectory:
             except BlockingIOError:
                 holder = os.read(file, 32).decode("ascii", "replace").strip() or "unknown"
                 raise DirectoryHeld(f"another manager (pid {holder}) already serves {self}") from None
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+            with suppress(OSError):  # for people only: on a full disk it does without
+                os.ftruncate(file, 0)
+                os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
             yield
         finally:
             os.close(file)

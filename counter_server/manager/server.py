@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
@@ -22,10 +22,11 @@ from ..combiner import Combiner
 from ..errors import BatchRefused, StartupError
 from ..journal import Journal, JournalFailed
 from ..ledger import Contents, Ledger
+from ..objects import Declaration, HostedObject
 from ..operations import Batch, Result
 from ..settings import Durability
 from .directory import DataDirectory
-from .wire import FRAME_SECONDS, SERIALIZER, Call, Connection, Listener
+from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ _SECONDS_TO_STOP = 2.0
 Lifeline = multiprocessing.connection.Connection  # to the supervisor: its end is closed when that stops, or ends
 
 _decode_call = msgpack.Decoder(Call).decode
+_decode_greeting = msgpack.Decoder(tuple[str, Declaration | None]).decode
 
 
 class Method(NamedTuple):
@@ -43,6 +45,14 @@ class Method(NamedTuple):
 
     function: Callable[..., Any]
     decode: Callable[[bytes], tuple[Any, ...]]
+
+
+class Hosted(NamedTuple):
+    """One object that proxies can reach by its name: a counter's ledger, or a shared object."""
+
+    methods: dict[str, Method]
+    epoch: str  # of its state: another one means that what was there before is lost
+    declaration: Declaration | None = None
 
 
 class LedgerService:
@@ -111,8 +121,7 @@ class StateServer(Server):
     public: list[str] = ["accept_connection"]  # noqa: RUF012 - the standard class spells it so
     authkey: bytes
     listener: Listener
-    hosted: dict[str, dict[str, Method]]
-    epoch: str
+    hosted: dict[str, Hosted]
     mutex: threading.Lock
 
     def __init__(self, *arguments: Any) -> None:
@@ -130,6 +139,20 @@ class StateServer(Server):
             self._connections += change
             self._idle_since = time.monotonic()
 
+    def accepter(self) -> None:
+        """Accept connections, each for a thread of its own. Where there can be no thread, the next try may have one."""
+        while True:
+            try:
+                connection = self.listener.accept()
+            except OSError:
+                continue
+            try:
+                threading.Thread(target=self.handle_request, args=(connection,), daemon=True).start()
+            except RuntimeError as error:
+                log.warning("a connection was closed: %s", error)
+                connection.close()
+                time.sleep(ACCEPT_PAUSE)
+
     def handle_request(self, conn: Any) -> None:
         """Serve one connection, in a thread of its own, from the handshake to its end."""
         self._count(+1)
@@ -139,7 +162,12 @@ class StateServer(Server):
             call = _decode_call(conn.recv_bytes())
             if call.method != "accept_connection":
                 raise PermissionError(f"{call.method!r} is not offered")
-            conn.send(("#RETURN", self.epoch))
+            ident, declaration = _decode_greeting(call.arguments)
+            hosted = self.hosted.get(ident)
+            if hosted is None or hosted.declaration != declaration:
+                conn.send(("#ERROR", self._what_is_hosted()))
+                return
+            conn.send(("#RETURN", hosted.epoch))
             self.serve_client(conn)
         except EOFError:
             log.debug("a client has gone")
@@ -150,14 +178,19 @@ class StateServer(Server):
             self._count(-1)
             conn.close()
 
+    def _what_is_hosted(self) -> str:
+        names = [str(hosted.declaration) for hosted in self.hosted.values() if hosted.declaration]
+        return f"the manager (pid {os.getpid()}) hosts {', '.join(names) or 'counters only'}"
+
     def serve_client(self, conn: Any) -> None:
         """Answer calls, one after the other, until the client goes or breaks the rules."""
         connection: Connection = conn
         while True:
             connection.await_frame()
             call = _decode_call(connection.recv_bytes())
-            method = self.hosted.get(call.ident or "", {}).get(call.method)
-            if method is None:
+            hosted = self.hosted.get(call.ident or "")
+            method = hosted and hosted.methods.get(call.method)
+            if not method:
                 raise PermissionError(f"{call.method!r} of {call.ident!r} is not offered")
             arguments = method.decode(call.arguments)
             try:
@@ -188,6 +221,7 @@ def serve(
     ready: Callable[[], None],
     lifeline: Lifeline | None = None,
     idle_timeout: float | None = None,
+    declarations: Sequence[Declaration] = (),
 ) -> NoReturn:
     """Be the manager of `directory` until a signal comes. Ends the process.
 
@@ -196,6 +230,7 @@ def serve(
         together with its children still has requests to finish first.
     :param idle_timeout: seconds without any client after which to end. A manager whose counters are in its memory alone
         (durability `none`) never ends so: they would be lost.
+    :param declarations: the shared objects to host, beside the counters. No client can add any.
     :raises StartupError: if the directory, its lock, journal or socket cannot be had.
     """
     os.umask(0o077)
@@ -209,12 +244,14 @@ def serve(
     directory.make()
     with directory.hold():
         journal = _open_journal(directory, durability)
-        ledger = Ledger(journal.load(), journal.commit) if journal else Ledger(Contents())
+        contents = journal.load() if journal else Contents()
+        ledger = Ledger(contents, journal.commit) if journal else Ledger(contents)
         epoch = journal.epoch if journal else secrets.token_hex(16)
         directory.remove_stale_socket()
         server = StateManager(str(directory.socket), directory.key("manager")).get_server()
-        server.epoch = epoch
-        server.hosted = {"ledger": LedgerService(ledger, durability, epoch, _fail).methods()}
+        server.hosted = {"ledger": Hosted(LedgerService(ledger, durability, epoch, _fail).methods(), epoch)}
+        for declaration in declarations:
+            server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents)
         if idle_timeout is not None and journal is not None:
             threading.Thread(target=_end_when_idle, args=(server, idle_timeout), name="idle", daemon=True).start()
         try:
@@ -228,6 +265,31 @@ def serve(
             if journal:
                 journal.close()
     raise AssertionError("serve_forever returned")
+
+
+def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, contents: Contents) -> Hosted:
+    """Make a shared object, from what the journal holds of it where it is durable."""
+    if declaration.durable and journal is None:
+        raise StartupError(f"the shared object {declaration} cannot be kept with durability 'none'")
+    hosted = HostedObject(
+        declaration,
+        ledger.now,
+        commit=journal.commit if journal else None,
+        state=contents.objects.get(declaration.name),
+        clients={client: record for client, record in contents.clients.items() if record.object == declaration.name},
+    )
+
+    def apply(batch: Batch) -> list[Result]:
+        try:
+            answer = hosted.apply(batch)
+        except JournalFailed as error:
+            _fail(error)
+        if isinstance(answer, BatchRefused):
+            raise answer
+        return answer
+
+    epoch = journal.epoch if declaration.durable and journal else secrets.token_hex(16)
+    return Hosted({"apply": Method(apply, msgpack.Decoder(tuple[Batch]).decode)}, epoch, declaration)
 
 
 def _open_journal(directory: DataDirectory, durability: Durability) -> Journal | None:

@@ -5,11 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import spawn
 from pathlib import Path
+from typing import Any
+
+from msgspec import Struct, msgpack
 
 from ..errors import Disconnected, StartupError
+from ..objects import Declaration
 from ..settings import Durability
 from .directory import DataDirectory
 
@@ -23,10 +28,12 @@ class Starter:
 
     :param durability: of the manager that is started.
     :param idle_timeout: seconds without any client after which it ends by itself.
+    :param declarations: the shared objects that it hosts: those that are there when it is started.
     """
 
     durability: Durability
     idle_timeout: float
+    declarations: Mapping[str, Declaration]
 
     def start(self, directory: DataDirectory, deadline: float) -> None:
         """Return when clients can connect, or when another process is starting one just now.
@@ -43,11 +50,12 @@ class Starter:
                 *(_python(), "-m", "counter_server", "manager", "--background"),
                 *("--data-dir", str(directory), "--durability", self.durability),
                 *("--idle-timeout", str(self.idle_timeout)),
+                *(["--host-objects"] if self.declarations else []),
             ]
             try:
                 done = subprocess.run(
                     command,
-                    stdin=subprocess.DEVNULL,
+                    input=hosting(list(self.declarations.values())),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     env=_environment(),
@@ -63,6 +71,36 @@ class Starter:
         if done.returncode != 0:
             message = done.stderr.decode(errors="replace").strip().removeprefix("Error: ")
             raise StartupError(f"the manager of {directory} could not be started: {message or done.returncode}")
+
+
+class _Hosting(Struct, array_like=True):
+    """What a starter hands over: the declarations, and how their classes are found."""
+
+    declarations: list[Declaration]
+    preparation: dict[str, Any]
+
+
+def hosting(declarations: list[Declaration]) -> bytes:
+    """The declarations as bytes, with what another process needs to import their classes as this one did."""
+    data = spawn.get_preparation_data("manager")
+    wanted = {"sys_path"}
+    if any(declaration.module == "__main__" for declaration in declarations):
+        wanted |= {"init_main_from_name", "init_main_from_path"}
+    return msgpack.encode(_Hosting(declarations, {name: data[name] for name in wanted & set(data)}))
+
+
+def prepare_to_host(handed_over: bytes) -> list[Declaration]:
+    """The declarations, when this process has been made to find their classes.
+
+    The main program of the starter is imported where it holds one of them, as `multiprocessing` does for a spawned
+    process: not under the name of `__main__`, so that it does not begin to serve.
+    """
+    received = msgpack.decode(handed_over, type=_Hosting)
+    try:
+        spawn.prepare(received.preparation)
+    except Exception as error:
+        raise StartupError(f"the program that declares the shared objects cannot be imported: {error!r}") from error
+    return received.declarations
 
 
 def _python() -> str:

@@ -20,15 +20,20 @@ from msgspec import Raw, Struct, msgpack
 from .directory import peer_uid, short_address
 
 SERIALIZER = "counter_server"
-LARGEST_FRAME = 2**20  # bytes; a batch or a page of the largest size has under 0.6 MiB
+LARGEST_FRAME = 2**24  # bytes; a batch of the largest calls of shared objects has under 16 MiB
 HANDSHAKE_SECONDS = 2.0  # for all of it: a peer that says nothing holds a thread no longer
 FRAME_SECONDS = 2.0  # to finish a frame once begun, and to take one that was sent
 _CHUNK = 8192  # bytes asked of the kernel at once; nearly every frame is shorter
 _BACKLOG = 1024  # the standard 16 refuses or hangs a crowd of fresh clients
-_ACCEPT_PAUSE = 0.05  # seconds, when there is no descriptor left for a new connection
+ACCEPT_PAUSE = 0.05  # seconds, when there is no descriptor left for a new connection
 
 _encode = msgpack.Encoder().encode
 _decode = msgpack.Decoder().decode
+
+
+def object_ident(name: str) -> str:
+    """How a shared object is addressed: by its name, which no counter's ledger has."""
+    return f"object:{name}"
 
 
 class Call(Struct, array_like=True, frozen=True):
@@ -160,7 +165,7 @@ class Listener:
         except OSError:
             if self._closed:
                 raise SystemExit from None  # ends the accepting thread, which would ask for ever
-            time.sleep(_ACCEPT_PAUSE)
+            time.sleep(ACCEPT_PAUSE)
             raise
         if peer_uid(sock) != os.geteuid():
             sock.close()

@@ -61,8 +61,10 @@ class _Child:
         # act on: the children inherit that these are blocked.
         resource_tracker.ensure_running()  # the first start would do it, and unblock them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-        self.process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def hear(self) -> None:

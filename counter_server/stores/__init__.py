@@ -1,15 +1,24 @@
 """One file per store; `open_store` picks by the URL's scheme and imports only that one."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from ..errors import InvalidRequest
+from ..objects import Declaration
 from ..settings import DEFAULT_STORE_OPTIONS, StoreOptions, default_data_dir
-from .base import Store
+from .base import HostsObjects, Store
 
-__all__ = ["Store", "open_store"]
+__all__ = ["HostsObjects", "Store", "open_store"]
 
 
-def open_store(url: str, options: StoreOptions = DEFAULT_STORE_OPTIONS) -> Store:
+def open_store(
+    url: str,
+    options: StoreOptions = DEFAULT_STORE_OPTIONS,
+    declarations: Mapping[str, Declaration] = MappingProxyType({}),
+) -> Store:
     """The store that `url` names. Nothing is connected yet.
 
+    :param declarations: the shared objects that a manager is to host, if it is started from here.
     :raises InvalidRequest: if there is no such store.
     """
     match url.partition(":")[0]:
@@ -18,9 +27,11 @@ def open_store(url: str, options: StoreOptions = DEFAULT_STORE_OPTIONS) -> Store
             from ..manager.starter import Starter
             from .manager import ManagerStore
 
-            starter = (
-                Starter(durability=options.durability, idle_timeout=options.idle_timeout) if options.start else None
-            )
+            starter = None
+            if options.start:
+                starter = Starter(
+                    durability=options.durability, idle_timeout=options.idle_timeout, declarations=declarations
+                )
             return ManagerStore(DataDirectory.from_url(url, default_data_dir(options.instance_path)), starter)
         case "memory" if url == "memory://":
             from .memory import MemoryStore

@@ -1,7 +1,8 @@
 """The seam: what an engine has to do to be a store. One method is the whole of it."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from ..objects import Declaration
 from ..operations import Batch, Result
 
 
@@ -34,4 +35,13 @@ class Store(Protocol):
 
     def __str__(self) -> str:
         """The store's URL, without secrets: it stands in messages for people."""
+        ...
+
+
+@runtime_checkable
+class HostsObjects(Protocol):
+    """What a store has beside, if it can host shared objects."""
+
+    def object(self, declaration: Declaration) -> Store:
+        """A store of its own for the calls of one shared object."""
         ...

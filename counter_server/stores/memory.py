@@ -2,6 +2,7 @@
 
 from ..errors import BatchRefused
 from ..ledger import Ledger
+from ..objects import Declaration, HostedObject
 from ..operations import Batch, Result
 
 
@@ -14,10 +15,10 @@ class MemoryStore:
     def apply(self, batch: Batch, deadline: float) -> list[Result]:  # noqa: ARG002 - it never waits
         if batch.sequence == 0:
             return self._ledger.read(batch)
-        answer = self._ledger.apply([batch])[0]
-        if isinstance(answer, BatchRefused):
-            raise answer
-        return answer
+        return _results(self._ledger.apply([batch])[0])
+
+    def object(self, declaration: Declaration) -> "MemoryObject":
+        return MemoryObject(HostedObject(declaration, self._ledger.now))
 
     def after_fork(self) -> None:
         self._ledger.after_fork()
@@ -27,3 +28,28 @@ class MemoryStore:
 
     def __str__(self) -> str:
         return "memory://"
+
+
+class MemoryObject:
+    """The store of one shared object's calls, in this process's own memory."""
+
+    def __init__(self, hosted: HostedObject) -> None:
+        self._hosted = hosted
+
+    def apply(self, batch: Batch, deadline: float) -> list[Result]:  # noqa: ARG002 - it never waits
+        return _results(self._hosted.apply(batch))
+
+    def after_fork(self) -> None:
+        self._hosted.after_fork()
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def __str__(self) -> str:
+        return "memory://"
+
+
+def _results(answer: list[Result] | BatchRefused) -> list[Result]:
+    if isinstance(answer, BatchRefused):
+        raise answer
+    return answer

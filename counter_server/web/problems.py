@@ -57,8 +57,12 @@ def _refuse() -> None:
         request.environ["PATH_INFO"].encode("latin-1").decode()
     except UnicodeDecodeError:
         raise BadRequest("the path is not valid UTF-8") from None
-    # Other sites' pages may not count here in their visitors' names.
-    if request.method not in ("GET", "HEAD", "OPTIONS") and request.headers.get("Sec-Fetch-Site") == "cross-site":
+    # Other sites' pages may not count here in their visitors' names. Browsers tell by the first header, or the second.
+    origin = request.headers.get("Origin")
+    foreign = origin is not None and origin.partition("://")[2] != request.host
+    if request.method not in ("GET", "HEAD", "OPTIONS") and (
+        foreign or request.headers.get("Sec-Fetch-Site") == "cross-site"
+    ):
         raise Forbidden("requests from other sites' pages change nothing here")
 
 

@@ -1,0 +1,177 @@
+"""Shared objects: plain Python objects, each behind a lock of its own, whose methods are called exactly once.
+
+A slow method holds up its own object only. What a durable one has done is in the journal, as a pickle of the object
+in the same transaction as the memory of the call, before anybody is told.
+"""
+
+import builtins
+import importlib
+import pickle
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from . import plain
+from .errors import BatchRefused, InvalidRequest, StartupError, StorageFull
+from .ledger import CLIENT_LIFETIME, Changes, ClientRecord, Commit, judge
+from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
+
+LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still under the frame limit
+LARGEST_STATE = 2**20  # bytes, of a durable object's pickle
+
+
+class Declaration(Struct, frozen=True, array_like=True):
+    """What is to be hosted: which class, by module and qualified name, made with which arguments (encoded)."""
+
+    name: str
+    module: str
+    qualname: str
+    arguments: bytes
+    durable: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.module}.{self.qualname}{', durable' if self.durable else ''})"
+
+
+def declare(
+    name: str, cls: type, arguments: tuple[Any, ...], keywords: dict[str, Any], *, durable: bool
+) -> Declaration:
+    """The declaration of an object that `cls(*arguments, **keywords)` makes.
+
+    :raises InvalidRequest: if another process could not find the class, or the arguments are not plain data.
+    """
+    check_name(name)
+    if not isinstance(cls, type):
+        raise InvalidRequest(f"a shared object is declared with its class, not {cls!r}")
+    if "<" in cls.__qualname__:
+        raise InvalidRequest(
+            f"{cls.__qualname__} cannot be imported by the manager: define the class at the top of a module"
+        )
+    packed = plain.encode((arguments, keywords), f"the arguments of {cls.__qualname__}")
+    return Declaration(name, cls.__module__, cls.__qualname__, packed, durable)
+
+
+def _find(declaration: Declaration) -> Any:
+    found: Any = importlib.import_module(declaration.module)
+    for part in declaration.qualname.split("."):
+        found = getattr(found, part)
+    return found
+
+
+class HostedObject:
+    """One shared object, in the process that holds it.
+
+    :param commit: makes `Changes` durable, for a durable object.
+    :param state: its pickle, where it was there before.
+    :param clients: what is remembered of its clients, in the order of their last use.
+    :param clock: the time that `clients` are remembered by.
+    :raises StartupError: if it cannot be made; with the reason.
+    """
+
+    def __init__(
+        self,
+        declaration: Declaration,
+        clock: Callable[[], float],
+        *,
+        commit: Commit | None = None,
+        state: bytes | None = None,
+        clients: Mapping[bytes, ClientRecord] | None = None,
+    ) -> None:
+        self.declaration = declaration
+        self._clock = clock
+        self._commit = commit if declaration.durable else None
+        self._clients = dict(clients or {})
+        self._state = b""
+        try:
+            if state is not None and self._commit is not None:
+                self._object = pickle.loads(state)  # noqa: S301 - written by us, into a file of this user alone
+            else:
+                arguments, keywords = plain.decode(declaration.arguments)
+                self._object = _find(declaration)(*arguments, **keywords)
+            if self._commit is not None:
+                self._state = state or self._pickled()
+        except Exception as error:
+            raise StartupError(
+                f"the shared object {declaration} cannot be made: {type(error).__name__}: {error}"
+            ) from error
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """A new lock: in the child of a fork nobody is left to release the old one."""
+        self._lock = threading.Lock()  # held through a batch of calls and its commit
+
+    def apply(self, batch: Batch) -> list[Result] | BatchRefused:
+        """Make a batch's calls, in order, unless it was made before."""
+        with self._lock:
+            record = self._clients.get(batch.client)
+            answered = judge(record, batch.sequence)
+            if answered is not None:
+                return answered
+            now = self._clock()
+            results: list[Result] = [self._call(operation) for operation in batch.operations]
+            changes = Changes(now)
+            changes.clients[batch.client] = ClientRecord(batch.sequence, results, now, self.declaration.name)
+            for client, known in self._clients.items():
+                if known.used > now - CLIENT_LIFETIME:
+                    break
+                changes.clients.setdefault(client, None)
+            refusal = self._keep(changes)
+            if refusal is not None:
+                results = list[Result](refusal for _ in batch.operations)
+                changes.clients[batch.client] = ClientRecord(batch.sequence, results, now, self.declaration.name)
+            for client, known_or_none in changes.clients.items():
+                self._clients.pop(client, None)
+                if known_or_none is not None:
+                    self._clients[client] = known_or_none
+            return results
+
+    def _keep(self, changes: Changes) -> Refusal | None:
+        """Commit, where it is durable; if that is refused, go back to what the object was before."""
+        if self._commit is None:
+            return None
+        try:
+            state = self._pickled()
+            changes.objects[self.declaration.name] = state
+            self._commit(changes)
+        except (InvalidRequest, StorageFull) as error:
+            self._object = pickle.loads(self._state)  # noqa: S301 - pickled by us, just now
+            return Refusal("storage_full" if isinstance(error, StorageFull) else "invalid", str(error))
+        self._state = state
+        return None
+
+    def _pickled(self) -> bytes:
+        try:
+            state = pickle.dumps(self._object, pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            raise InvalidRequest(f"{self.declaration} cannot be pickled, and so not be durable: {error}") from error
+        if len(state) > LARGEST_STATE:
+            raise InvalidRequest(f"{self.declaration} has a state of {len(state)} bytes; at most {LARGEST_STATE}")
+        return state
+
+    def _call(self, operation: object) -> Result:
+        if not isinstance(operation, Invoke):
+            return Refusal("unsupported", f"{self.declaration.name} is a shared object, not a counter")
+        if not callable(getattr(type(self._object), operation.method, None)):
+            return Refusal("unsupported", f"{self.declaration} has no public method {operation.method!r}")
+        try:
+            arguments, keywords = plain.decode(operation.arguments)
+            value = getattr(self._object, operation.method)(*arguments, **keywords)
+            return Returned(plain.encode(value, f"the result of {self.declaration.qualname}.{operation.method}"))
+        except Exception as error:  # noqa: BLE001 - it is the method's caller who is to handle it
+            return _raised(error)
+
+
+def _raised(error: Exception) -> Raised:
+    name = type(error).__qualname__
+    text, arguments = str(error), None
+    if getattr(builtins, name, None) is type(error):
+        try:
+            arguments = plain.encode(error.args, "an error")
+        except InvalidRequest:
+            arguments = plain.encode((text,), "an error")
+    elif type(error).__module__ != "builtins":
+        name = f"{type(error).__module__}.{name}"
+    return Raised(name, text, "".join(traceback.format_exception(error)), arguments)

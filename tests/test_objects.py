@@ -1,0 +1,365 @@
+"""Shared objects: a plain class, one for all workers, each call made exactly once."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from counter_server import State, StoreOptions, open_state
+from counter_server.errors import InvalidRequest, NotHosted, RemoteError, StartupError, StateLost, Unsupported
+from counter_server.objects import LARGEST_STATE
+from counter_server.operations import Invoke
+from counter_server.plain import LARGEST_VALUE
+from counter_server.state import SharedObject
+from tests.hosted_classes import OwnError, Refusing, Slow, SomeObj, Toolbox, not_a_class
+from tests.load import HttpClient, spawn
+from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, holder
+from tests.test_on_demand import listening_port
+
+
+@pytest.fixture(params=["memory", "manager"])
+def state(request: pytest.FixtureRequest, on_demand: str) -> Iterator[State]:
+    with open_state("memory://" if request.param == "memory" else on_demand, deadline=PATIENCE) as state:
+        yield state
+
+
+def patient(url: str, **options: Any) -> State:
+    return open_state(url, deadline=PATIENCE, options=StoreOptions(**options))
+
+
+def test_the_seeds_object_counts_for_all_threads(state: State) -> None:
+    global_obj = state.object("global_obj", SomeObj, 0)
+    values: list[int] = []
+    barrier = threading.Barrier(50)
+
+    def work() -> None:
+        barrier.wait(PATIENCE)
+        values.extend(global_obj.query() for _ in range(4))
+
+    threads = [threading.Thread(target=work) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(values) == list(range(1, 201))
+
+
+def query_often(url: str, times: int, start: Any, results: Any) -> None:
+    with patient(url) as state:
+        global_obj = state.object("global_obj", SomeObj, 0)
+        start.wait(PATIENCE)
+        results.send([global_obj.query() for _ in range(times)])
+
+
+def test_the_seeds_object_counts_for_all_processes(on_demand: str) -> None:
+    start = spawn.Barrier(4)
+    clients = []
+    for _ in range(4):
+        reader, writer = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=query_often, args=(on_demand, 100, start, writer))
+        process.start()
+        writer.close()
+        clients.append((process, reader))
+    values: list[int] = []
+    for process, reader in clients:
+        with reader:
+            values += reader.recv()
+        process.join()
+        process.close()
+    assert sorted(values) == list(range(1, 401))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        0,
+        -1,
+        2**63,
+        2**64,
+        -(2**200),
+        1.5,
+        "",
+        "é",
+        b"\x00\xff",
+        [],
+        [1, [2]],
+        (),
+        (1, (2,)),
+        {},
+        {"a": (1,)},
+        {1: 2, None: 3, (1, 2): [4], b"x": 5.0},
+    ],
+    ids=repr,
+)
+def test_plain_data_comes_back_as_it_went(state: State, value: object) -> None:
+    toolbox: Any = state.object("toolbox", Toolbox)
+    back = toolbox.echo(value, word=value)
+    assert back == ((value,), {"word": value})
+    assert repr(back) == repr(((value,), {"word": value}))
+
+
+@pytest.mark.parametrize("value", [{1}, object(), Toolbox, 1j, [{1}], {"a": {1}}, "\ud800"], ids=repr)
+def test_what_is_not_plain_data_is_refused_before_it_is_sent(state: State, value: object) -> None:
+    toolbox: Any = state.object("toolbox", Toolbox)
+    with pytest.raises(InvalidRequest, match=r"the arguments of toolbox\.add"):
+        toolbox.add(value)
+    assert toolbox.count() == 0
+
+
+def test_too_large_an_argument_is_refused(state: State) -> None:
+    toolbox: Any = state.object("toolbox", Toolbox)
+    with pytest.raises(InvalidRequest, match="at most"):
+        toolbox.add("x" * (LARGEST_VALUE + 1))
+    assert toolbox.count() == 0
+
+
+def test_many_large_arguments_at_once_fit(state: State) -> None:
+    toolbox: Any = state.object("toolbox", Toolbox)
+    large = "x" * (LARGEST_VALUE - 100)
+    sizes: list[int] = []
+    threads = [threading.Thread(target=lambda: sizes.append(len(toolbox.echo(large)[0][0]))) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sizes == [len(large)] * 40
+
+
+def test_a_result_that_is_not_plain_data_is_an_error(state: State) -> None:
+    toolbox: Any = state.object("toolbox", Toolbox)
+    with pytest.raises(RemoteError, match="set is not plain data"):
+        toolbox.give()
+
+
+def test_an_exception_that_is_built_in_comes_in_its_own_type_with_the_remote_traceback(state: State) -> None:
+    toolbox: Any = state.object("toolbox", Toolbox)
+    with pytest.raises(KeyError) as error:
+        toolbox.fail()
+    assert error.value.args == ("no such tool", 7)
+    assert "hosted_classes.py" in error.value.__notes__[0]
+    assert toolbox.count() == 1  # it was called, once
+
+
+def test_another_exception_comes_as_a_remote_error(state: State) -> None:
+    toolbox: Any = state.object("toolbox", Toolbox)
+    with pytest.raises(RemoteError) as error:
+        toolbox.fail_in_its_own_way()
+    assert error.value.name == f"{OwnError.__module__}.OwnError"
+    assert error.value.text == "with a message"
+    assert "hosted_classes.py" in error.value.remote_traceback
+
+
+@pytest.mark.parametrize("name", ["_private", "__init__", "__class__", "__reduce__"])
+def test_methods_that_are_not_public_cannot_be_called(state: State, name: str) -> None:
+    handle = SharedObject("toolbox", state.invoke)
+    state.object("toolbox", Toolbox)
+    with pytest.raises(AttributeError, match="public methods only"):
+        handle.__getattr__(name)
+    with pytest.raises(InvalidRequest, match="public method"):
+        Invoke(name, b"")
+
+
+@pytest.mark.parametrize("name", ["items", "kind", "nothing"])
+def test_what_is_no_method_cannot_be_called(state: State, name: str) -> None:
+    toolbox: Any = state.object("toolbox", Toolbox)
+    with pytest.raises(Unsupported, match=f"no public method '{name}'"):
+        getattr(toolbox, name)()
+
+
+def test_a_class_that_cannot_be_imported_is_refused_when_it_is_declared(state: State) -> None:
+    class Local:
+        pass
+
+    for wrong in (Local, lambda: None, not_a_class, SomeObj(0)):
+        with pytest.raises(InvalidRequest):
+            state.object("wrong", wrong)  # type: ignore[arg-type]
+
+
+def test_two_objects_of_one_name_are_refused_and_the_same_twice_is_one(state: State) -> None:
+    one = state.object("obj", SomeObj, 0)
+    assert [one.query(), state.object("obj", SomeObj, 0).query()] == [1, 2]
+    for wrong in (lambda: state.object("obj", SomeObj, 1), lambda: state.object("obj", Toolbox)):
+        with pytest.raises(InvalidRequest, match="has that name already"):
+            wrong()
+
+
+def test_a_slow_method_holds_up_neither_counters_nor_other_objects(state: State, tmp_path: Path) -> None:
+    slow = state.object("slow", Slow)
+    other = state.object("other", SomeObj, 0)
+    answers: list[str] = []
+    gate = tmp_path / "gate"
+    caller = threading.Thread(target=lambda: answers.append(slow.wait_for(str(gate))))
+    caller.start()
+    assert [other.query() for _ in range(20)] == list(range(1, 21))
+    assert [state.counter("c").increment() for _ in range(20)] == list(range(1, 21))
+    assert answers == []
+    gate.touch()
+    caller.join(PATIENCE)
+    assert answers == ["done"]
+
+
+def test_counters_and_objects_of_one_name_are_different(state: State) -> None:
+    obj = state.object("same", SomeObj, 10)
+    assert (obj.query(), state.counter("same").increment()) == (11, 1)
+
+
+# Loss, and durability
+
+
+def test_an_object_in_memory_is_lost_with_its_manager_and_says_so_once(on_demand: str, data_dir: Path) -> None:
+    with patient(on_demand) as state:
+        obj = state.object("obj", SomeObj, 0)
+        assert [obj.query(), obj.query()] == [1, 2]
+        assert state.counter("c").increment() == 1
+        end_manager(data_dir / "manager.lock")
+        with pytest.raises(StateLost, match="object:obj begins anew") as lost:
+            obj.query()
+        assert lost.value.outcome == "not_applied"
+        assert obj.query() == 1
+        assert state.counter("c").increment() == 2  # which is durable, and lost nothing
+
+
+def test_a_durable_object_goes_on_where_it_was(on_demand: str, data_dir: Path) -> None:
+    with patient(on_demand) as state:
+        obj = state.object("obj", SomeObj, 0, durable=True)
+        for expected in range(1, 6):
+            assert obj.query() == expected
+            end_manager(data_dir / "manager.lock")
+
+
+def test_a_durable_object_under_load_and_kill_9_counts_each_call_once(on_demand: str, data_dir: Path) -> None:
+    """Calls are resent by their sessions; what was acknowledged is there, and nothing was done twice."""
+    values: list[int] = []
+
+    def work() -> None:
+        with patient(on_demand) as state:
+            obj = state.object("obj", SomeObj, 0, durable=True)
+            for _ in range(100):
+                values.append(obj.query())  # noqa: PERF401 - its progress is watched
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        done = len(values)
+        eventually(lambda: len(values) > done + 50, "progress")
+        before = holder(data_dir)
+        end_manager(data_dir / "manager.lock")
+        eventually(lambda: holder(data_dir) not in (None, before), "another manager")
+    for thread in threads:
+        thread.join()
+    assert sorted(values) == list(range(1, 601))
+
+
+def test_a_durable_object_that_grows_too_large_stays_what_it_was(state: State, on_demand: str) -> None:
+    with patient(on_demand) as durable:
+        toolbox: Any = durable.object("toolbox", Toolbox, durable=True)
+        assert toolbox.add("tool") == 1
+        for call in (lambda: toolbox.add("tool", LARGEST_STATE), toolbox.break_pickle):
+            with pytest.raises(InvalidRequest, match="toolbox"):
+                call()
+            assert toolbox.count() == 1
+        assert toolbox.add("tool") == 2
+
+
+def test_a_durable_object_is_refused_where_nothing_is_kept(on_demand: str) -> None:
+    with patient(on_demand, durability="none") as state:
+        obj = state.object("obj", SomeObj, 0, durable=True)
+        with pytest.raises(StartupError, match="cannot be kept with durability 'none'"):
+            obj.query()
+
+
+def test_an_object_that_cannot_be_made_is_told(on_demand: str) -> None:
+    with patient(on_demand) as state:
+        obj = state.object("obj", Refusing)
+        with pytest.raises(StartupError, match="ValueError: not today"):
+            obj.anything()  # type: ignore[attr-defined]
+
+
+def test_a_running_manager_hosts_what_it_was_started_with(on_demand: str) -> None:
+    with patient(on_demand) as first, patient(on_demand) as second:
+        assert first.object("one", SomeObj, 0).query() == 1
+        for wrong in (second.object("other", SomeObj, 0), patient(on_demand).object("one", SomeObj, 5)):
+            with pytest.raises(NotHosted, match=r"hosts one \(tests\.hosted_classes\.SomeObj\)") as error:
+                wrong.query()
+            assert error.value.outcome == "not_applied"
+        assert second.counter("c").increment() == 1
+
+
+# In apps
+
+
+APP = """
+from flask import Flask
+from counter_server import SharedState
+
+class SomeObj:
+    def __init__(self, param):
+        self.param = param
+    def query(self):
+        self.param += 1
+        return self.param
+
+app = Flask(__name__)
+shared = SharedState(app)
+global_obj = shared.object("global_obj", SomeObj, 0)
+
+@app.get("/")
+def home():
+    return {"value": global_obj.query()}
+
+if __name__ == "__main__":
+    with app.app_context():
+        print(global_obj.query())
+"""
+
+
+def test_the_seeds_object_in_an_app_of_4_workers(on_demand: str, tmp_path: Path, stack: ExitStack) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    program = stack.enter_context(
+        Program(
+            *("-m", "gunicorn", "-w", "4", "-b", "127.0.0.1:0", "app:app"),
+            cwd=tmp_path,
+            environment={"PYTHONPATH": str(ROOT)},
+        )
+    )
+    eventually(lambda: listening_port(program.pid), "gunicorn listens")
+    values: list[int] = []
+    barrier = threading.Barrier(100)
+
+    def visit() -> None:
+        client = HttpClient(f"http://127.0.0.1:{listening_port(program.pid)}")
+        try:
+            barrier.wait(PATIENCE)
+            values.append(client.request("GET", "/")[1]["value"])
+        finally:
+            client.close()
+
+    threads = [threading.Thread(target=visit) for _ in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(values) == list(range(1, 101)), program.errors
+    program.stop()
+
+
+def test_a_class_of_the_main_program_works(on_demand: str, tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    for expected in ("1\n", "2\n"):
+        result = subprocess.run(
+            [sys.executable, "app.py"],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert result.stdout == expected
