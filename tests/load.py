@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from counter_server import Counter, CounterServerError, State, StoreOptions, open_state
@@ -15,12 +17,37 @@ from counter_server.settings import DEFAULT_DEADLINE
 from tests.history import Operation
 from tests.processes import PATIENCE
 
+Answer = TypeVar("Answer")
+
 spawn = multiprocessing.get_context("spawn")
 
 
 def open_client(url: str, *, deadline: float = DEFAULT_DEADLINE) -> State:
     """A state on a manager that the test starts, and starts again, by itself."""
     return open_state(url, deadline=deadline, options=StoreOptions(start=False))
+
+
+def at_once(count: int, work: Callable[[], Answer]) -> list[Answer]:
+    """What `count` threads, begun on a barrier, are each given by `work`; or the first failure of one."""
+    barrier = threading.Barrier(count)
+
+    def begin() -> Answer:
+        barrier.wait(PATIENCE)
+        return work()
+
+    with ThreadPoolExecutor(count) as threads:
+        return [future.result() for future in [threads.submit(begin) for _ in range(count)]]
+
+
+def visit(url: str, path: str = "/") -> Any:
+    """The JSON content that a fresh client is given."""
+    client = HttpClient(url)
+    try:
+        status, content = client.request("GET", path)
+    finally:
+        client.close()
+    assert status == 200, content
+    return content
 
 
 class HttpClient:

@@ -29,7 +29,7 @@ from counter_server.manager.server import LedgerService
 from counter_server.manager.wire import LARGEST_FRAME, Connection, connect
 from counter_server.operations import Batch, Increment
 from tests.benchmarks.store import PlainManager, running, serve_plain
-from tests.load import open_client
+from tests.load import at_once, open_client
 from tests.processes import PATIENCE, Manager, eventually, frozen
 from tests.test_combiner import InterruptedAt
 
@@ -191,20 +191,11 @@ def test_a_fork_after_use_gives_the_child_its_own_client_and_connection(state: S
 
 
 def test_100_fresh_clients_connect_at_once(manager: Manager) -> None:
-    barrier = threading.Barrier(100)
-    values: list[int] = []
-
-    def work() -> None:
+    def increment() -> int:
         with open_client(manager.url, deadline=PATIENCE) as fresh:
-            barrier.wait(PATIENCE)
-            values.append(fresh.counter("c").increment())
+            return fresh.counter("c").increment()
 
-    threads = [threading.Thread(target=work) for _ in range(100)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(values) == list(range(1, 101))
+    assert sorted(at_once(100, increment)) == list(range(1, 101))
 
 
 def test_32_waiting_threads_share_round_trips(manager: Manager, state: State) -> None:
@@ -521,34 +512,18 @@ def split_messages(data: bytes) -> list[bytes]:
 def test_many_pages_at_once_disturb_no_increment(state: State) -> None:
     """Their answers together are larger than a frame may be."""
     names = [f"{number:04}" + "x" * 251 for number in range(1000)]
-    threads = [
-        threading.Thread(target=lambda part=names[n::20]: [state.counter(name).set(1) for name in part])
-        for n in range(20)
-    ]
-    run_all(threads)
-    sizes: list[int] = []
-    values: list[int] = []
-    barrier = threading.Barrier(70)
+    todo = iter(names)
+    at_once(20, lambda: [state.counter(name).set(1) for name in todo])
+    turns = iter(range(70))
 
-    def read() -> None:
-        barrier.wait(PATIENCE)
-        sizes.append(len(state.counters(limit=1000).counters))
+    def work() -> tuple[str, int]:
+        if next(turns) % 14 == 0:
+            return "increment", state.counter("c").increment()
+        return "page", len(state.counters(limit=1000).counters)
 
-    def count() -> None:
-        barrier.wait(PATIENCE)
-        values.append(state.counter("c").increment())
-
-    run_all([threading.Thread(target=work) for work in [read] * 65 + [count] * 5])
-    assert set(sizes) == {1000}
-    assert len(sizes) == 65
-    assert sorted(values) == [1, 2, 3, 4, 5]
-
-
-def run_all(threads: list[threading.Thread]) -> None:
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    answers = at_once(70, work)
+    assert sorted(value for kind, value in answers if kind == "increment") == [1, 2, 3, 4, 5]
+    assert [size for kind, size in answers if kind == "page"] == [1000] * 65
 
 
 @pytest.mark.traces_opcodes

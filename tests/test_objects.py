@@ -17,7 +17,7 @@ from counter_server.operations import Invoke
 from counter_server.plain import LARGEST_VALUE
 from counter_server.state import SharedObject
 from tests.hosted_classes import OwnError, Refusing, Slow, SomeObj, Toolbox, not_a_class
-from tests.load import HttpClient, spawn
+from tests.load import at_once, spawn, visit
 from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, holder
 from tests.test_on_demand import listening_port
 
@@ -34,19 +34,8 @@ def patient(url: str, **options: Any) -> State:
 
 def test_the_seeds_object_counts_for_all_threads(state: State) -> None:
     global_obj = state.object("global_obj", SomeObj, 0)
-    values: list[int] = []
-    barrier = threading.Barrier(50)
-
-    def work() -> None:
-        barrier.wait(PATIENCE)
-        values.extend(global_obj.query() for _ in range(4))
-
-    threads = [threading.Thread(target=work) for _ in range(50)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(values) == list(range(1, 201))
+    values = at_once(50, lambda: [global_obj.query() for _ in range(4)])
+    assert sorted(value for four in values for value in four) == list(range(1, 201))
 
 
 def query_often(url: str, times: int, start: Any, results: Any) -> None:
@@ -123,12 +112,7 @@ def test_too_large_an_argument_is_refused(state: State) -> None:
 def test_many_large_arguments_at_once_fit(state: State) -> None:
     toolbox: Any = state.object("toolbox", Toolbox)
     large = "x" * (LARGEST_VALUE - 100)
-    sizes: list[int] = []
-    threads = [threading.Thread(target=lambda: sizes.append(len(toolbox.echo(large)[0][0]))) for _ in range(40)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    sizes = at_once(40, lambda: len(toolbox.echo(large)[0][0]))
     assert sizes == [len(large)] * 40
 
 
@@ -331,22 +315,8 @@ def test_the_seeds_object_in_an_app_of_4_workers(on_demand: str, tmp_path: Path,
         )
     )
     eventually(lambda: listening_port(program.pid), "gunicorn listens")
-    values: list[int] = []
-    barrier = threading.Barrier(100)
-
-    def visit() -> None:
-        client = HttpClient(f"http://127.0.0.1:{listening_port(program.pid)}")
-        try:
-            barrier.wait(PATIENCE)
-            values.append(client.request("GET", "/")[1]["value"])
-        finally:
-            client.close()
-
-    threads = [threading.Thread(target=visit) for _ in range(100)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    url = f"http://127.0.0.1:{listening_port(program.pid)}"
+    values = [content["value"] for content in at_once(100, lambda: visit(url))]
     assert sorted(values) == list(range(1, 101)), program.errors
     program.stop()
 

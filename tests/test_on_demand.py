@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +14,7 @@ from counter_server import State, StoreOptions, open_state
 from counter_server.errors import InvalidRequest, StartupError
 from counter_server.extension import SharedState
 from counter_server.manager.directory import DataDirectory
-from tests.load import HttpClient
+from tests.load import HttpClient, at_once, visit
 from tests.processes import PATIENCE, ROOT, Manager, Program, Server, end_manager, eventually, holder
 
 APP = """
@@ -48,13 +47,10 @@ def test_the_first_use_starts_a_manager_that_all_share(on_demand: str, data_dir:
 
 def test_racing_starters_get_one_manager(on_demand: str, data_dir: Path, stack: ExitStack) -> None:
     """30 threads with a state each, and 3 other processes, all at the same time."""
-    barrier = threading.Barrier(30)
-    values: list[int] = []
 
-    def work() -> None:
+    def increment() -> int:
         with patient(on_demand) as state:
-            barrier.wait(PATIENCE)
-            values.append(state.counter("c").increment())
+            return state.counter("c").increment()
 
     commands = [
         subprocess.Popen(
@@ -65,11 +61,7 @@ def test_racing_starters_get_one_manager(on_demand: str, data_dir: Path, stack: 
         )
         for _ in range(3)
     ]
-    threads = [threading.Thread(target=work) for _ in range(30)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    values = at_once(30, increment)
     values += [int(command.communicate(timeout=PATIENCE)[0]) for command in commands]
     assert sorted(values) == list(range(1, 34))
     (manager,) = managers_of(data_dir)
@@ -252,24 +244,7 @@ def test_two_lines_in_an_app_count_100_simultaneous_clients_under(
     )
     eventually(lambda: listening_port(program.pid), f"{launcher} listens; {program.errors}")
     url = f"http://127.0.0.1:{listening_port(program.pid)}"
-    values: list[int] = []
-    barrier = threading.Barrier(100)
-
-    def visit() -> None:
-        client = HttpClient(url)
-        try:
-            barrier.wait(PATIENCE)
-            status, content = client.request("GET", "/")
-            assert status == 200, content
-            values.append(content["value"])
-        finally:
-            client.close()
-
-    threads = [threading.Thread(target=visit) for _ in range(100)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    values = [content["value"] for content in at_once(100, lambda: visit(url))]
     assert sorted(values) == list(range(1, 101)), program.errors
     assert holder(tmp_path / "instance" / "counter-server") is not None
     program.stop()
