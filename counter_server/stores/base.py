@@ -16,7 +16,7 @@ class Store(Protocol):
         answered with the remembered results and executes nothing; the next one (1 for a client not known) is
         executed and remembered; any other is refused. Sequence 0, reads only, is just read.
 
-        Called by one thread at a time.
+        Called by one thread at a time with what writes; a batch of reads may come beside it.
 
         :param deadline: in `time.monotonic` seconds.
         :raises Disconnected: when there is no answer; the caller may send the same batch again.
