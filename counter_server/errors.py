@@ -19,9 +19,10 @@ The tree::
     ├── AccessDenied          the store refused the key, or the user, of this process
     ├── Unsupported           the store cannot do this, by name
     ├── NotHosted             the manager that runs does not have this object, or has another of its name
-    ├── RemoteError           a method of a shared object raised an error of a type that is not built in
     └── StartupError          a server, manager or data directory that cannot be used as asked
         └── DirectoryHeld     the data directory has a manager, which is another process
+
+`RemoteError` stands beside the tree: the call was made, once, and its own error is the answer.
 
 `Disconnected` and `BatchRefused` are between a store and its session; users never see them.
 """
@@ -90,7 +91,7 @@ class NotHosted(CounterServerError):
     """The manager that runs was started without this object, or with another one of its name."""
 
 
-class RemoteError(CounterServerError):
+class RemoteError(Exception):
     """A method of a shared object raised an error of a type that is not built in. The call was made, once.
 
     :param name: the error's type, qualified.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from counter_server import State, StoreOptions, open_state
+from counter_server import CounterServerError, State, StoreOptions, open_state
 from counter_server.errors import InvalidRequest, NotHosted, RemoteError, StartupError, StateLost, Unsupported
 from counter_server.objects import LARGEST_STATE
 from counter_server.operations import Invoke
@@ -137,6 +137,7 @@ def test_another_exception_comes_as_a_remote_error(state: State) -> None:
         toolbox.fail_in_its_own_way()
     assert error.value.name == f"{OwnError.__module__}.OwnError"
     assert error.value.text == "with a message"
+    assert not isinstance(error.value, CounterServerError)  # none of ours: there is no outcome to be told
     assert "hosted_classes.py" in error.value.remote_traceback
 
 
