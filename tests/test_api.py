@@ -653,3 +653,24 @@ def test_a_failure_of_our_own_shows_nothing_of_itself(
     assert "secret" not in response.text
     assert "Traceback" not in response.text
     assert "a secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "http://localhost:8001", "null", "https://localhost.evil.example"]
+)
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+def test_the_page_of_another_origin_changes_nothing(client: FlaskClient, method: str, origin: str) -> None:
+    """Browsers that send no Sec-Fetch-Site (to a plain http:// address that is not this machine) send this."""
+    client.put(f"{COUNTERS}/x", json={"value": 5})
+    path = f"{COUNTERS}/x/increment" if method == "POST" else f"{COUNTERS}/x"
+    response = client.open(
+        path, method=method, json={"value": 7} if method == "PUT" else None, headers={"Origin": origin}
+    )
+    assert_problem(response, 403)
+    assert client.get(f"{COUNTERS}/x").get_json()["value"] == 5
+
+
+def test_our_own_page_and_programs_that_send_no_origin_may_count(client: FlaskClient) -> None:
+    path = f"{COUNTERS}/x/increment"
+    assert client.post(path, headers={"Origin": "http://localhost"}).get_json()["value"] == 1
+    assert client.post(path).get_json()["value"] == 2

@@ -48,7 +48,7 @@ class StateProxy(BaseProxy):
         self._connection: Connection | None = None  # that is ready for a call
         self._latest: Connection | None = None  # that was made, in a call or not: what a child of a fork has to close
         self._epoch: str | None = None
-        self._calling = threading.Lock()  # guards the two above, through a whole call
+        self._calling = threading.Lock()  # guards the three above, through a whole call
         ident = "ledger" if declaration is None else object_ident(declaration.name)
         token = Token(ident, str(directory.socket), ident)
         # No key here: it is read from the directory at each connection, so a new one is found too.

@@ -23,7 +23,7 @@ SERIALIZER = "counter_server"
 LARGEST_FRAME = 2**24  # bytes; a batch of the largest calls of shared objects has under 16 MiB
 HANDSHAKE_SECONDS = 2.0  # for all of it: a peer that says nothing holds a thread no longer
 FRAME_SECONDS = 2.0  # to finish a frame once begun, and to take one that was sent
-_CHUNK = 8192  # bytes asked of the kernel at once; nearly every frame is shorter
+_CHUNK = 8192  # bytes asked of the kernel at least; nearly every frame is shorter
 _BACKLOG = 1024  # the standard 16 refuses or hangs a crowd of fresh clients
 ACCEPT_PAUSE = 0.05  # seconds, when there is no descriptor left for a new connection
 
@@ -111,7 +111,7 @@ class Connection:
         """Have at least `size` bytes in `_received`."""
         while len(self._received) < size:
             try:
-                chunk = self._socket.recv(_CHUNK)
+                chunk = self._socket.recv(max(_CHUNK, size - len(self._received)))
             except BlockingIOError:
                 self._waited()
                 continue
