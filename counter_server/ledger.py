@@ -86,6 +86,13 @@ def judge(record: ClientRecord | None, sequence: int) -> list[Result] | BatchRef
     return None
 
 
+def results_of(answer: list[Result] | BatchRefused) -> list[Result]:
+    """A batch's results; its refusal is raised."""
+    if isinstance(answer, BatchRefused):
+        raise answer
+    return answer
+
+
 Commit = Callable[[Changes], None]
 Name = TypeVar("Name", str, bytes)
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from counter_server import Counter, CounterServerError, State, StoreOptions, open_state
 from counter_server.settings import DEFAULT_DEADLINE
 from tests.history import Operation
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, eventually
 
 Answer = TypeVar("Answer")
 
@@ -117,10 +117,7 @@ class HttpLoad:
     def progress(self, operations: int) -> None:
         """Wait until so many more operations have ended."""
         goal = len(self.history) + operations
-        deadline = time.monotonic() + PATIENCE
-        while len(self.history) < goal and not self._failures:
-            assert time.monotonic() < deadline, f"{len(self.history)} operations, not {goal}"
-            time.sleep(0.005)
+        eventually(lambda: len(self.history) >= goal or self._failures, f"{goal} operations")
 
     def finish(self, *, stop: bool = True) -> list[Operation]:
         """The whole history, when every client has ended."""

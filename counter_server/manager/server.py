@@ -21,7 +21,7 @@ from msgspec import MsgspecError, msgpack
 from ..combiner import Combiner
 from ..errors import BatchRefused, StartupError
 from ..journal import Journal, JournalFailed
-from ..ledger import Contents, Ledger
+from ..ledger import Contents, Ledger, results_of
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Result
 from ..settings import Durability
@@ -82,10 +82,7 @@ class LedgerService:
         """Apply a batch, in one durable commit with those of other workers that wait at the same time."""
         if batch.sequence == 0:
             return self._ledger.read(batch)
-        answer = self._combiner.submit(batch)
-        if isinstance(answer, BatchRefused):
-            raise answer
-        return answer
+        return results_of(self._combiner.submit(batch))
 
     def _commit(self, batches: list[Batch], _deadline: float) -> list[list[Result] | BatchRefused]:
         try:
@@ -281,12 +278,9 @@ def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, con
 
     def apply(batch: Batch) -> list[Result]:
         try:
-            answer = hosted.apply(batch)
+            return results_of(hosted.apply(batch))
         except JournalFailed as error:
             _fail(error)
-        if isinstance(answer, BatchRefused):
-            raise answer
-        return answer
 
     epoch = journal.epoch if declaration.durable and journal else secrets.token_hex(16)
     return Hosted({"apply": Method(apply, msgpack.Decoder(tuple[Batch]).decode)}, epoch, declaration)

@@ -1,7 +1,6 @@
 """`memory://`: this process only. For tests, and to see what goes wrong with several workers."""
 
-from ..errors import BatchRefused
-from ..ledger import Ledger
+from ..ledger import Ledger, results_of
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Result
 
@@ -15,7 +14,7 @@ class MemoryStore:
     def apply(self, batch: Batch, deadline: float) -> list[Result]:  # noqa: ARG002 - it never waits
         if batch.sequence == 0:
             return self._ledger.read(batch)
-        return _results(self._ledger.apply([batch])[0])
+        return results_of(self._ledger.apply([batch])[0])
 
     def object(self, declaration: Declaration) -> "MemoryObject":
         return MemoryObject(HostedObject(declaration, self._ledger.now))
@@ -37,7 +36,7 @@ class MemoryObject:
         self._hosted = hosted
 
     def apply(self, batch: Batch, deadline: float) -> list[Result]:  # noqa: ARG002 - it never waits
-        return _results(self._hosted.apply(batch))
+        return results_of(self._hosted.apply(batch))
 
     def after_fork(self) -> None:
         self._hosted.after_fork()
@@ -47,9 +46,3 @@ class MemoryObject:
 
     def __str__(self) -> str:
         return "memory://"
-
-
-def _results(answer: list[Result] | BatchRefused) -> list[Result]:
-    if isinstance(answer, BatchRefused):
-        raise answer
-    return answer
