@@ -7,23 +7,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
+
+_Found = TypeVar("_Found")
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 30.0  # seconds that any event may take on a busy machine before the test has failed
 
 
-def eventually(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
-    """Return when `condition` gives something true; fail, saying `what` did not come, when it does not in time."""
+def eventually(condition: Callable[[], _Found], what: str, seconds: float = PATIENCE) -> _Found:
+    """What `condition` gives, as soon as it is true; fail, saying `what` did not come, when it is not in time."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"not after {seconds} s: {what}")
         time.sleep(0.01)
+    return found
 
 
 def group_members(group: int) -> list[int]:
@@ -199,15 +202,29 @@ class Server(Program):
 
     def children(self, kind: str) -> list[int]:
         """The pids of its worker or manager processes, those of `kind`; told by what they have open."""
-        return [pid for pid in group_members(self.pid) if pid != self.pid and _kind(pid) == kind]
+        ours = _opened(self.pid)
+        return [pid for pid in group_members(self.pid) if pid != self.pid and _kind(pid, ours) == kind]
 
 
-def _kind(pid: int) -> str:
+def _opened(pid: int) -> set[str]:
+    """What a process has open; nothing, if it has gone."""
+    opened = set()
+    with suppress(FileNotFoundError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed since it was listed; the process lives on
+                opened.add(os.readlink(link))
+    return opened
+
+
+def _kind(pid: int, supervisors: set[str]) -> str:
+    """A manager holds the lock, a worker the supervisor's listening socket; one that begins or ends, neither."""
     try:
-        opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return "gone"
-    if b"resource_tracker" in command:
-        return "tracker"
-    return "manager" if any(name.endswith("manager.lock") for name in opened) else "worker"
+    if b"--multiprocessing-fork" not in command:
+        return "helper"  # multiprocessing's resource tracker, or a copy of the supervisor that is yet to become itself
+    opened = _opened(pid)
+    if any(name.endswith("manager.lock") for name in opened):
+        return "manager"
+    return "worker" if any(name.startswith("socket:") for name in opened & supervisors) else "beginning"

@@ -374,8 +374,7 @@ def test_a_killed_worker_is_replaced_and_the_numbers_go_on(start_server: StartSe
     os.kill(killed, signal.SIGKILL)
     eventually(lambda: not alive(killed, server), "the end of the killed worker")
     assert increment(server.url) == 2  # the other one is there meanwhile
-    eventually(lambda: len(server.children("worker")) == 2, "a new worker")
-    (new,) = set(server.children("worker")) - {other}
+    (new,) = eventually(lambda: set(server.children("worker")) - {other}, "a new worker")
     with ThreadPoolExecutor(16) as pool:
         eventually(
             lambda: new in {worker for _, worker in pool.map(lambda _: visit(server.url), range(32))},
