@@ -1,11 +1,18 @@
 """`SharedState`, the Flask extension: shared counters in anybody's app."""
 
+import logging
 import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
 from typing import Any, TypeVar, cast
 
-from flask import Flask, current_app
+from flask import Flask, Response, current_app, g, has_request_context
 
-from .operations import Operation, Page, Result
+from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries
+from .errors import DeadlineExceeded
+from .operations import Invoke, Operation, Page, Result, Scan
 from .settings import (
     DEFAULT_DEADLINE,
     DEFAULT_STORE,
@@ -14,12 +21,43 @@ from .settings import (
     StoreOptions,
     check_durability,
     check_idle_timeout,
+    check_patience,
 )
-from .state import Counter, Declarations, SharedObject, State, open_state
+from .state import Counter, Declarations, SharedObject, State, expect, open_state
+from .visitors import DEFAULT_TTL, VisitorCounter
 
 Kind = TypeVar("Kind")
 
+log = logging.getLogger(__name__)
+
 _NAME = "counter_server"
+_BORROWED = "_counter_server"  # in `g`
+
+
+@dataclass(slots=True)
+class _Borrowed:
+    """An app's state, as one request has it: what its calls have waited, and may wait yet. Its place is `g`."""
+
+    state: State
+    patience: float  # seconds, for all calls together
+    calls: int = 0
+    waited: float = 0.0  # seconds
+
+    def call(self, ask: Callable[[State, float], Result]) -> Result:
+        """Have the state asked, within the seconds that are left."""
+        left = self.patience - self.waited
+        if left <= 0:
+            raise DeadlineExceeded(
+                f"this request has waited {self.patience:g} seconds for shared state, which is all it may; nothing was"
+                " counted",
+                "not_applied",
+            )
+        began = time.monotonic()
+        try:
+            return ask(self.state, left)
+        finally:
+            self.calls += 1
+            self.waited += time.monotonic() - began
 
 
 class SharedState:
@@ -35,6 +73,9 @@ class SharedState:
     - ``COUNTER_SERVER_STORE``: the store's URL; default the environment variable of that name, else ``manager://``
       with the data directory ``COUNTER_SERVER_DATA_DIR``, else ``counter-server`` in the app's instance folder.
     - ``COUNTER_SERVER_DEADLINE``: seconds that a call may take, at most 60; default 5.
+    - ``COUNTER_SERVER_REQUEST_DEADLINE``: seconds that all calls of one request may wait together;
+      default twice the deadline.
+    - ``COUNTER_SERVER_TIMING``: whether responses say in ``Server-Timing`` how long that was; default False.
     - ``COUNTER_SERVER_START``: whether the first use starts a manager where there is none; default True.
     - ``COUNTER_SERVER_DURABILITY``: of a manager that is started: ``"commit"`` (default), ``"process"`` or ``"none"``.
     - ``COUNTER_SERVER_IDLE_TIMEOUT``: seconds without any client after which such a manager ends; default 60.
@@ -55,23 +96,12 @@ class SharedState:
         """
         if _NAME in app.extensions:
             raise RuntimeError("this app has a SharedState already: use that one")
-        app.config.setdefault("COUNTER_SERVER_STORE", os.environ.get(STORE_VARIABLE) or DEFAULT_STORE)
-        app.config.setdefault("COUNTER_SERVER_DEADLINE", DEFAULT_DEADLINE)
-        app.config.setdefault("COUNTER_SERVER_START", DEFAULT_STORE_OPTIONS.start)
-        app.config.setdefault("COUNTER_SERVER_DURABILITY", DEFAULT_STORE_OPTIONS.durability)
-        app.config.setdefault("COUNTER_SERVER_IDLE_TIMEOUT", DEFAULT_STORE_OPTIONS.idle_timeout)
-        options = StoreOptions(
-            instance_path=app.instance_path,
-            start=bool(app.config["COUNTER_SERVER_START"]),
-            durability=check_durability(app.config["COUNTER_SERVER_DURABILITY"]),
-            idle_timeout=check_idle_timeout(app.config["COUNTER_SERVER_IDLE_TIMEOUT"]),
-        )
-        app.extensions[_NAME] = open_state(
-            app.config["COUNTER_SERVER_STORE"],
-            deadline=app.config["COUNTER_SERVER_DEADLINE"],
-            options=options,
-            declarations=self._declarations,
-        )
+        app.extensions[_NAME] = state_of(app, self._declarations)
+        app.config.setdefault("COUNTER_SERVER_REQUEST_DEADLINE", 2 * app.config["COUNTER_SERVER_DEADLINE"])
+        check_patience(app.config["COUNTER_SERVER_REQUEST_DEADLINE"])
+        if app.config.setdefault("COUNTER_SERVER_TIMING", False):
+            app.after_request(_tell_the_time)
+        app.teardown_appcontext(_give_back)
 
     @property
     def state(self) -> State:
@@ -80,6 +110,15 @@ class SharedState:
         if not isinstance(state, State):
             raise RuntimeError("this app has no SharedState: call init_app(app) first")
         return state
+
+    def _borrowed(self) -> _Borrowed:
+        """The state as the current request has it, borrowed at its first use."""
+        borrowed = g.get(_BORROWED)
+        if borrowed is None:
+            patience = current_app.config["COUNTER_SERVER_REQUEST_DEADLINE"] if has_request_context() else inf
+            borrowed = _Borrowed(self.state, patience)
+            setattr(g, _BORROWED, borrowed)
+        return cast(_Borrowed, borrowed)
 
     def counter(self, name: str) -> Counter:
         """The counter of that name, of whichever app is current when it is used: may be made at import time.
@@ -97,12 +136,81 @@ class SharedState:
             global_obj.query()        # in a view: 1, 2, 3, … across all workers
         """
         self._declarations.add(name, cls, arguments, keywords, durable=durable)
-        return cast(Kind, SharedObject(name, lambda name, operation: self.state.invoke(name, operation)))
+        return cast(Kind, SharedObject(name, self.invoke))
+
+    def dict(self, name: str, *, max_entries: int = DEFAULT_ENTRIES, ttl: float | None = None) -> SharedDict:
+        """Declare a bounded dict with expiry, at import time; one for all workers. See `State.dict`.
+
+        ::
+
+            carts = shared.dict("carts", max_entries=10_000, ttl=3600)
+            carts.set("anna", ["tea"])
+        """
+        return SharedDict(self.object(name, BoundedDict, check_entries(max_entries)), ttl)
+
+    def visitor_counter(
+        self, name: str, *, max_visitors: int = DEFAULT_ENTRIES, ttl: float = DEFAULT_TTL
+    ) -> VisitorCounter:
+        """Declare a counter of which each visitor has one, at import time. It needs the app's ``SECRET_KEY``.
+
+        ::
+
+            basket = shared.visitor_counter("basket")
+            basket.increment()        # in a view: 1, 2, 3, … for each browser
+
+        :param max_visitors: the most that have a number; when there is no room, the one used least recently goes.
+        :param ttl: seconds without use after which a visitor's number is forgotten.
+        """
+        numbers = self.object(f"visitor counter {name}", BoundedDict, check_entries(max_visitors))
+        return VisitorCounter(name, numbers, ttl)
 
     def counters(self, *, after: str = "", limit: int = 100) -> Page:
         """A page of the current app's counters; see `State.counters`."""
-        return self.state.counters(after=after, limit=limit)
+        return expect(Page, self.submit(Scan(after, limit)))
 
     def submit(self, operation: Operation) -> Result:
         """Have the current app's state apply one operation; see `State.submit`."""
-        return self.state.submit(operation)
+        return self._borrowed().call(lambda state, within: state.submit(operation, within=within))
+
+    def invoke(self, name: str, operation: Invoke) -> Result:
+        """Have a method of one of the current app's shared objects called; see `State.invoke`."""
+        return self._borrowed().call(lambda state, within: state.invoke(name, operation, within=within))
+
+
+def state_of(app: Flask, declarations: Declarations | None = None) -> State:
+    """A state as `app` is configured; what the configuration does not say is set to its default.
+
+    :raises InvalidRequest: if it names no store, or something else in it cannot be.
+    """
+    app.config.setdefault("COUNTER_SERVER_STORE", os.environ.get(STORE_VARIABLE) or DEFAULT_STORE)
+    app.config.setdefault("COUNTER_SERVER_DEADLINE", DEFAULT_DEADLINE)
+    app.config.setdefault("COUNTER_SERVER_START", DEFAULT_STORE_OPTIONS.start)
+    app.config.setdefault("COUNTER_SERVER_DURABILITY", DEFAULT_STORE_OPTIONS.durability)
+    app.config.setdefault("COUNTER_SERVER_IDLE_TIMEOUT", DEFAULT_STORE_OPTIONS.idle_timeout)
+    options = StoreOptions(
+        instance_path=app.instance_path,
+        start=bool(app.config["COUNTER_SERVER_START"]),
+        durability=check_durability(app.config["COUNTER_SERVER_DURABILITY"]),
+        idle_timeout=check_idle_timeout(app.config["COUNTER_SERVER_IDLE_TIMEOUT"]),
+    )
+    return open_state(
+        app.config["COUNTER_SERVER_STORE"],
+        deadline=app.config["COUNTER_SERVER_DEADLINE"],
+        options=options,
+        declarations=declarations,
+    )
+
+
+def _tell_the_time(response: Response) -> Response:
+    borrowed = g.get(_BORROWED)
+    if borrowed is not None:
+        response.headers.add(
+            "Server-Timing", f'counter-server;dur={borrowed.waited * 1000:.3f};desc="{borrowed.calls} calls"'
+        )
+    return response
+
+
+def _give_back(_error: BaseException | None) -> None:
+    borrowed = g.pop(_BORROWED, None)
+    if borrowed is not None:
+        log.debug("%d calls in %.6f s", borrowed.calls, borrowed.waited)

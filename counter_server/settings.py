@@ -43,6 +43,13 @@ def check_deadline(seconds: object) -> float:
     return float(seconds)
 
 
+def check_patience(seconds: object) -> float:
+    """`seconds`, if all calls of one request can wait so long together."""
+    if not (isinstance(seconds, (int, float)) and seconds > 0):
+        raise InvalidRequest(f"a request's deadline is a number of seconds, more than 0, not {seconds!r}")
+    return float(seconds)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
     """How a store is reached, and how its manager is started where it needs one and there is none."""

@@ -1,16 +1,19 @@
 """What a user holds: a state, and the counters in it."""
 
 import builtins
+import logging
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from math import inf
 from typing import Any, Self, TypeVar, cast
 
 from . import plain
 from .combiner import Combiner
-from .errors import InvalidRequest, RemoteError, Unsupported
+from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries
+from .errors import InvalidRequest, RemoteError, StateLost, Unsupported
 from .objects import LARGEST_CALL_BATCH, Declaration, declare
 from .operations import (
     LARGEST_BATCH,
@@ -32,6 +35,8 @@ from .operations import (
 from .session import Session
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, StoreOptions, check_deadline
 from .stores import HostsObjects, Store, open_store
+
+log = logging.getLogger(__name__)
 
 Submit = Callable[[Operation], Result]
 Kind = TypeVar("Kind")
@@ -58,7 +63,7 @@ def open_state(
     It connects at the first call, is safe from any thread, and after a fork.
     """
     declarations = Declarations() if declarations is None else declarations
-    return State(open_store(url, options, declarations), deadline=deadline, declarations=declarations)
+    return State(open_store(url, options, _declared_for), deadline=deadline, declarations=declarations)
 
 
 class Declarations(dict[str, Declaration]):
@@ -72,6 +77,15 @@ class Declarations(dict[str, Declaration]):
         declaration = declare(name, cls, arguments, keywords, durable=durable)
         if self.setdefault(name, declaration) != declaration:
             raise InvalidRequest(f"{declaration} is declared, but {self[name]} has that name already")
+
+
+def _declared_for(url: str) -> list[Declaration]:
+    """What this process declares for one store: a manager that it starts is for all its states, caches and limits."""
+    found = Declarations()
+    for state in list(_states):
+        if str(state.store) == url:
+            found.update(state.declarations)
+    return list(found.values())
 
 
 class _Channel:
@@ -104,7 +118,7 @@ class State:
         self._counters = _Channel(store, LARGEST_BATCH)
         # A page is large: it shares a round trip with nothing, and nobody has to remember it.
         self._pages = _Channel(store, 1)
-        self._declarations = Declarations() if declarations is None else declarations
+        self.declarations = Declarations() if declarations is None else declarations
         self._process = os.getpid()
         self._opening = threading.Lock()  # guards the making of the channels below
         self._objects: dict[str, _Channel] = {}
@@ -128,16 +142,17 @@ class State:
         :param after: the last name of the page before.
         :param limit: how many, at most 1000.
         """
-        self._notice_fork()
-        return expect(Page, self._pages.submit(Scan(after, limit), time.monotonic() + self._deadline))
+        return expect(Page, self.submit(Scan(after, limit)))
 
-    def submit(self, operation: Operation) -> Result:
-        """Have one operation on a counter applied, exactly once, and return its result.
+    def submit(self, operation: Operation, *, within: float = inf) -> Result:
+        """Have one operation on the counters applied, exactly once, and return its result.
 
+        :param within: seconds that it may take, where that is less than the state's deadline.
         :raises CounterServerError: any of its tree; its `outcome` says whether something may have been counted.
         """
         self._notice_fork()
-        return self._counters.submit(operation, time.monotonic() + self._deadline)
+        channel = self._pages if isinstance(operation, Scan) else self._counters
+        return channel.submit(operation, self._until(within))
 
     def object(self, name: str, cls: type[Kind], *arguments: Any, durable: bool = False, **keywords: Any) -> Kind:
         """Declare a shared object, and return a handle that calls its public methods, for all processes the same one.
@@ -151,21 +166,35 @@ class State:
 
         Each call is atomic, made exactly once, and has the state's deadline. Arguments and results are plain data.
         """
-        self._declarations.add(name, cls, arguments, keywords, durable=durable)
+        self.declarations.add(name, cls, arguments, keywords, durable=durable)
         return cast(Kind, SharedObject(name, self.invoke))
 
-    def invoke(self, name: str, operation: Invoke) -> Result:
-        """Have a method of a declared object called, exactly once; see `object`."""
+    def dict(self, name: str, *, max_entries: int = DEFAULT_ENTRIES, ttl: float | None = None) -> SharedDict:
+        """Declare a shared dict that is bounded, and return a handle on it, for all processes the same one.
+
+        Declared as an `object` is, and kept as one in the manager's memory, not on the disk.
+
+        :param max_entries: the most; when there is no room, the one used least recently goes.
+        :param ttl: seconds that an entry lives after it was set; None for ever.
+        :raises InvalidRequest: if that cannot be.
+        """
+        return SharedDict(self.object(name, BoundedDict, check_entries(max_entries)), ttl)
+
+    def invoke(self, name: str, operation: Invoke, *, within: float = inf) -> Result:
+        """Have a method of a declared object called, exactly once; see `object` and `submit`."""
         self._notice_fork()
-        deadline = time.monotonic() + self._deadline
+        deadline = self._until(within)
         with self._opening:
             channel = self._objects.get(name)
             if channel is None:
                 if not isinstance(self.store, HostsObjects):
                     raise Unsupported(f"{self.store} hosts no shared objects, only counters")
-                channel = _Channel(self.store.object(self._declarations[name]), LARGEST_CALL_BATCH)
+                channel = _Channel(self.store.object(self.declarations[name]), LARGEST_CALL_BATCH)
                 self._objects[name] = channel
         return channel.submit(operation, deadline)
+
+    def _until(self, within: float) -> float:
+        return time.monotonic() + min(within, self._deadline)
 
     def close(self) -> None:
         """Close the connections to the store. The next call opens them again."""
@@ -213,6 +242,22 @@ class SharedObject:
 
         call.__name__ = method
         return call
+
+
+def forgetful(handle: Kind) -> Kind:
+    """A handle on the same shared object that forgives its loss: for a cache, one lost with its manager is empty."""
+    if not isinstance(handle, SharedObject):
+        raise TypeError(f"{handle!r} is no shared object")
+    invoke = handle._invoke
+
+    def invoke_again(name: str, operation: Invoke) -> Result:
+        try:
+            return invoke(name, operation)
+        except StateLost as lost:
+            log.info("%s", lost)
+            return invoke(name, operation)
+
+    return cast(Kind, SharedObject(handle._name, invoke_again))
 
 
 def _answer(result: Result) -> Any:

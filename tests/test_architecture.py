@@ -17,10 +17,13 @@ ROOMS = [
     ("web",),
     ("web.api", "web.pages"),
     ("web.problems",),
+    ("caching", "limiting"),
     ("extension",),
+    ("visitors",),
     ("",),  # counter_server itself: what users import
     ("state",),
     ("session",),
+    ("dicts",),
     ("stores",),
     ("stores.manager", "stores.memory"),
     ("stores.base",),

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import spawn
 from pathlib import Path
@@ -28,12 +28,12 @@ class Starter:
 
     :param durability: of the manager that is started.
     :param idle_timeout: seconds without any client after which it ends by itself.
-    :param declarations: the shared objects that it hosts: those that are there when it is started.
+    :param declared: tells, of a store's URL, the shared objects that it is to host: those declared when it is started.
     """
 
     durability: Durability
     idle_timeout: float
-    declarations: Mapping[str, Declaration]
+    declared: Callable[[str], list[Declaration]]
 
     def start(self, directory: DataDirectory, deadline: float) -> None:
         """Return when clients can connect, or when another process is starting one just now.
@@ -46,16 +46,17 @@ class Starter:
         with directory.starting() as mine:
             if not mine:
                 return
+            declarations = self.declared(directory.url)
             command = [
                 *(_python(), "-m", "counter_server", "manager", "--background"),
                 *("--data-dir", str(directory), "--durability", self.durability),
                 *("--idle-timeout", str(self.idle_timeout)),
-                *(["--host-objects"] if self.declarations else []),
+                *(["--host-objects"] if declarations else []),
             ]
             try:
                 done = subprocess.run(
                     command,
-                    input=hosting(list(self.declarations.values())),
+                    input=hosting(declarations),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     env=_environment(),

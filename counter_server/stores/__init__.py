@@ -1,7 +1,6 @@
 """One file per store; `open_store` picks by the URL's scheme and imports only that one."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 
 from ..errors import InvalidRequest
 from ..objects import Declaration
@@ -14,11 +13,11 @@ __all__ = ["HostsObjects", "Store", "open_store"]
 def open_store(
     url: str,
     options: StoreOptions = DEFAULT_STORE_OPTIONS,
-    declarations: Mapping[str, Declaration] = MappingProxyType({}),
+    declared: Callable[[str], list[Declaration]] = lambda _url: [],
 ) -> Store:
     """The store that `url` names. Nothing is connected yet.
 
-    :param declarations: the shared objects that a manager is to host, if it is started from here.
+    :param declared: tells, of a URL, the shared objects that a manager is to host, if it is started from here.
     :raises InvalidRequest: if there is no such store.
     """
     match url.partition(":")[0]:
@@ -29,9 +28,7 @@ def open_store(
 
             starter = None
             if options.start:
-                starter = Starter(
-                    durability=options.durability, idle_timeout=options.idle_timeout, declarations=declarations
-                )
+                starter = Starter(durability=options.durability, idle_timeout=options.idle_timeout, declared=declared)
             return ManagerStore(DataDirectory.from_url(url, default_data_dir(options.instance_path)), starter)
         case "memory" if url == "memory://":
             from .memory import MemoryStore
