@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "cache"
 
 
-class ManagerCache(_Base):
+class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either one
     """A `cachelib.BaseCache` in the manager process: one for all workers, and `add`, `inc` and `dec` really are atomic.
 
     An entry expires exactly when its timeout is over. When there is no room, the one used least recently goes; never a
