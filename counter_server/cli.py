@@ -23,6 +23,7 @@ from .settings import (
 from .state import State, open_state
 
 _DEFAULTS = ServerSettings()
+_IDLE_SECONDS = 1.0
 
 
 class _HeldException(click.ClickException):
@@ -203,4 +204,5 @@ def list_(**where: Any) -> None:
 
 
 def _state(*, store: str | None, data_dir: str | None, start: bool) -> State:
-    return open_state(_store_url(store, data_dir), options=StoreOptions(start=start))
+    # A manager for one command hosts nobody's objects: it is to be gone before an app that declares some comes along.
+    return open_state(_store_url(store, data_dir), options=StoreOptions(start=start, idle_timeout=_IDLE_SECONDS))

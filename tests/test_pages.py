@@ -7,6 +7,7 @@ import pytest
 from flask import Flask, session
 from flask.testing import FlaskClient
 
+from counter_server import SharedState
 from counter_server.state import State
 from counter_server.web import create_app
 
@@ -190,3 +191,58 @@ def test_the_session_cookie_is_out_of_reach_for_scripts_and_other_sites(app: Fla
     cookie = app.test_client().get("/remember").headers["Set-Cookie"]
     assert "HttpOnly" in cookie
     assert "SameSite=Lax" in cookie
+
+
+# The visitor's own counter
+
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+
+
+def test_the_seeds_routes_count_for_one_visitor(client: FlaskClient) -> None:
+    steps = ["reset", "inc", "inc", "inc", "dec", "reset", "dec"]
+    answers = [client.post(f"/session/{step}").text for step in steps]
+    assert answers == [
+        "counter was reset",
+        *(f"counter is {number}" for number in (1, 2, 3, 2)),
+        "counter was reset",
+        "counter is -1",
+    ]
+
+
+def test_two_browsers_do_not_share_a_counter(app: Flask) -> None:
+    one, other = app.test_client(), app.test_client()
+    assert one.post("/session/inc").text == "counter is 1"
+    assert one.post("/session/inc").text == "counter is 2"
+    assert other.post("/session/inc").text == "counter is 1"
+    assert one.post("/session/inc").text == "counter is 3"
+
+
+def test_the_page_has_a_button_for_each_route_and_shows_the_number(client: FlaskClient) -> None:
+    page = Page(client.get("/session").text)
+    assert page.only("id", "sentence")[1] == "counter is 0"
+    forms = [attributes for tag, attributes, _ in page.elements if tag == "form"]
+    assert {(form["method"], form["action"]) for form in forms} == {
+        ("post", f"/session/{step}") for step in ("inc", "dec", "reset")
+    }
+    assert sum(tag == "button" for tag, _, _ in page.elements) == 3
+
+
+def test_a_browser_that_pressed_a_button_is_shown_the_page_again(client: FlaskClient) -> None:
+    client.get("/session", headers=BROWSER)
+    response = client.post("/session/inc", headers=BROWSER)
+    assert response.mimetype == "text/html"
+    assert Page(response.text).only("id", "sentence")[1] == "counter is 1"
+
+
+@pytest.mark.parametrize("step", ["inc", "dec", "reset"])
+def test_a_link_changes_no_visitors_counter(client: FlaskClient, step: str) -> None:
+    client.post("/session/inc")
+    assert client.get(f"/session/{step}").status_code == 405
+    assert client.post(f"/session/{step}", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    assert Page(client.get("/session").text).only("id", "sentence")[1] == "counter is 1"
+
+
+def test_looking_at_the_page_takes_up_no_room(client: FlaskClient, app: Flask) -> None:
+    client.get("/session")
+    with app.test_request_context():
+        assert SharedState().dict("visitor counter session").keys() == []

@@ -153,6 +153,32 @@ def test_every_worker_answers_and_no_number_is_given_twice(start_server: StartSe
     assert answering == set(server.children("worker"))
 
 
+def test_a_visitors_counter_is_one_for_all_workers_and_two_tabs_lose_nothing(start_server: StartServer) -> None:
+    server = start_server("--workers", "2")
+    cookies = []
+    answering = set()
+    for _ in range(2):
+        _, headers, text = ask(server.url, "GET", "/session")
+        assert "counter is 0" in text
+        cookies.append(headers["Set-Cookie"].partition(";")[0])
+
+    def click(cookie: str) -> int:
+        status, _, text = ask(server.url, "POST", "/session/inc", headers={"Cookie": cookie, "Accept": "text/html"})
+        assert status == 200, text
+        worker, number = re.search(r"worker process (\d+)", text), re.search(r"counter is (\d+)", text)
+        assert worker
+        assert number
+        answering.add(int(worker[1]))
+        return int(number[1])
+
+    with ThreadPoolExecutor(16) as pool:
+        mine = [pool.submit(click, cookies[0]) for _ in range(60)]
+        theirs = [pool.submit(click, cookies[1]) for _ in range(40)]
+        assert sorted(answer.result() for answer in mine) == list(range(1, 61))
+        assert sorted(answer.result() for answer in theirs) == list(range(1, 41))
+    assert answering == set(server.children("worker"))
+
+
 @pytest.mark.parametrize("name", ["счётчик", "two words", "50%", "a?b", "a/b", "a//b", "/a", "a/", "//"])
 def test_names_come_through_the_whole_server(any_server: Server, name: str) -> None:
     path = f"{COUNTERS}/{quote(name, safe='')}"

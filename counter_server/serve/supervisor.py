@@ -22,9 +22,12 @@ from types import FrameType
 from typing import Any
 
 from ..errors import CounterServerError, StartupError
+from ..extension import SharedState
 from ..manager.directory import DataDirectory
+from ..objects import Declaration
 from ..settings import Durability, ServerSettings, default_data_dir
 from ..stores import open_store
+from ..web import create_app
 from .worker import BACKLOG, DRAIN_SECONDS, work
 
 log = logging.getLogger(__name__)
@@ -165,12 +168,15 @@ class Supervisor:
         open_store(store).close()  # a URL that names none is told here, in one line
         config: dict[str, Any] = {}
         managers = []
+        app = create_app({"COUNTER_SERVER_STORE": "memory://"})  # to know what it declares
+        with app.app_context():
+            declarations = list(SharedState().state.declarations.values())
         if store.startswith("manager:"):
             directory = DataDirectory.from_url(store, default_data_dir())
             directory.make()
             store = directory.url
             config["SECRET_KEY"] = directory.key("session")
-            managers.append(_Child("manager", manage, (directory, settings.durability)))
+            managers.append(_Child("manager", manage, (directory, settings.durability, declarations)))
         else:
             config["SECRET_KEY"] = os.urandom(32)
         if store == "memory://" and settings.workers > 1:
@@ -241,13 +247,15 @@ def _await_end(children: list[_Child]) -> None:
             child.process.join(max(deadline - time.monotonic(), 0))
 
 
-def manage(directory: DataDirectory, durability: Durability, lifeline: Connection) -> None:
+def manage(
+    directory: DataDirectory, durability: Durability, declarations: list[Declaration], lifeline: Connection
+) -> None:
     """The life of a manager process under a supervisor."""
     from ..manager.server import serve
 
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s manager {os.getpid()} %(levelname)s %(message)s")
 
-    serve(directory, durability, ready=lambda: lifeline.send(None), lifeline=lifeline)
+    serve(directory, durability, ready=lambda: lifeline.send(None), lifeline=lifeline, declarations=declarations)
 
 
 def _child_main(target: Callable[..., None], *arguments: Any) -> None:

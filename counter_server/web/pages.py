@@ -2,7 +2,7 @@
 
 import os
 
-from flask import Blueprint, flash, render_template, request
+from flask import Blueprint, Response, flash, render_template, request
 from werkzeug.exceptions import ServiceUnavailable
 
 from ..extension import SharedState
@@ -11,6 +11,7 @@ from ..extension import SharedState
 def blueprint(shared: SharedState) -> Blueprint:
     pages = Blueprint("pages", __name__)
     visits = shared.counter("visits")
+    yours = shared.visitor_counter("session")
 
     @pages.get("/")
     def home() -> str:
@@ -24,7 +25,32 @@ def blueprint(shared: SharedState) -> Blueprint:
         flash(f"You are visitor number {number}.")
         return render_template("index.html", number=number, pid=os.getpid())
 
+    @pages.get("/session")
+    def session() -> str:
+        """The visitor's own counter, and the buttons that change it."""
+        return render_template("session.html", sentence=f"counter is {yours.value}", pid=os.getpid())
+
+    @pages.post("/session/inc")
+    def session_inc() -> Response:
+        return _told(f"counter is {yours.increment()}")
+
+    @pages.post("/session/dec")
+    def session_dec() -> Response:
+        return _told(f"counter is {yours.decrement()}")
+
+    @pages.post("/session/reset")
+    def session_reset() -> Response:
+        yours.reset()
+        return _told("counter was reset")
+
     return pages
+
+
+def _told(sentence: str) -> Response:
+    """The sentence: on the page, buttons and all, for a browser, and alone for everybody else."""
+    if request.accept_mimetypes.best_match(["text/plain", "text/html"]) == "text/html":
+        return Response(render_template("session.html", sentence=sentence, pid=os.getpid()))
+    return Response(sentence, mimetype="text/plain")
 
 
 def _is_prefetch() -> bool:
