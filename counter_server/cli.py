@@ -1,14 +1,16 @@
 """The command line: `counter-server run`, `manager`, and the counters without HTTP."""
 
+import importlib
 import os
 import sys
 from typing import Any, cast
 
 import click
 
-from .errors import CounterServerError, DirectoryHeld, InvalidRequest
+from .errors import CounterServerError, DirectoryHeld, InvalidRequest, StartupError
 from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
+from .objects import Declaration
 from .settings import (
     DATA_DIR_VARIABLE,
     DEFAULT_STORE,
@@ -20,7 +22,7 @@ from .settings import (
     check_idle_timeout,
     default_data_dir,
 )
-from .state import State, open_state
+from .state import State, declared_for, open_state
 
 _DEFAULTS = ServerSettings()
 _IDLE_SECONDS = 1.0
@@ -113,11 +115,20 @@ def run(data_dir: str | None, store: str | None, durability: str, **options: Any
 @durability_option
 @click.option("--idle-timeout", type=float, metavar="SECONDS", help="End when there was no client for so long.")
 @click.option(
+    "--hosting", metavar="MODULE", help="Import MODULE, an app, and host the shared objects that it declares."
+)
+@click.option(
     "--host-objects", is_flag=True, hidden=True, help="Declarations of shared objects come on standard input."
 )
 @click.option("--background", is_flag=True, help="Return when clients can connect, and leave it running.")
 def manager(
-    data_dir: str | None, durability: str, idle_timeout: float | None, *, background: bool, host_objects: bool
+    data_dir: str | None,
+    durability: str,
+    idle_timeout: float | None,
+    hosting: str | None,
+    *,
+    background: bool,
+    host_objects: bool,
 ) -> None:
     """Run the manager alone, for any number of applications of this user."""
     from .manager.server import serve
@@ -125,6 +136,7 @@ def manager(
 
     directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
     timeout = None if idle_timeout is None else check_idle_timeout(idle_timeout)
+    declarations = _declared_by(hosting, directory) if hosting else []
     detached = detach(directory) if background else None
 
     def ready() -> None:
@@ -132,8 +144,22 @@ def manager(
         if detached:
             detached()
 
-    declarations = prepare_to_host(sys.stdin.buffer.read()) if host_objects else []
+    if host_objects:
+        declarations = prepare_to_host(sys.stdin.buffer.read())
     serve(directory, cast(Durability, durability), ready=ready, idle_timeout=timeout, declarations=declarations)
+
+
+def _declared_by(module: str, directory: DataDirectory) -> list[Declaration]:
+    """What a module declares for a directory when it is imported, from here or from wherever else Python looks."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        raise StartupError(f"{module} cannot be imported: {type(error).__name__}: {error}") from error
+    declarations = declared_for(directory.url)
+    if not declarations:
+        raise StartupError(f"{module} declares no shared objects for {directory}: does its app use that directory?")
+    return declarations
 
 
 @main.command()

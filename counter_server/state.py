@@ -63,7 +63,7 @@ def open_state(
     It connects at the first call, is safe from any thread, and after a fork.
     """
     declarations = Declarations() if declarations is None else declarations
-    return State(open_store(url, options, _declared_for), deadline=deadline, declarations=declarations)
+    return State(open_store(url, options, declared_for), deadline=deadline, declarations=declarations)
 
 
 class Declarations(dict[str, Declaration]):
@@ -79,7 +79,7 @@ class Declarations(dict[str, Declaration]):
             raise InvalidRequest(f"{declaration} is declared, but {self[name]} has that name already")
 
 
-def _declared_for(url: str) -> list[Declaration]:
+def declared_for(url: str) -> list[Declaration]:
     """What this process declares for one store: a manager that it starts is for all its states, caches and limits."""
     found = Declarations()
     for state in list(_states):

@@ -334,3 +334,53 @@ def test_a_class_of_the_main_program_works(on_demand: str, tmp_path: Path) -> No
             check=True,
         )
         assert result.stdout == expected
+
+
+HOSTED_APP = """
+from flask import Flask
+from counter_server import SharedState
+
+class SomeObj:
+    def __init__(self, param):
+        self.param = param
+    def query(self):
+        self.param += 1
+        return self.param
+
+app = Flask(__name__)
+app.config["COUNTER_SERVER_START"] = False
+shared = SharedState(app)
+global_obj = shared.object("global_obj", SomeObj, 0)
+
+if __name__ == "__main__":
+    import app
+    with app.app.app_context():
+        print(app.global_obj.query())
+"""
+
+
+def test_a_manager_by_hand_hosts_what_an_app_declares(stack: ExitStack, tmp_path: Path, data_dir: Path) -> None:
+    (tmp_path / "app.py").write_text(HOSTED_APP)
+    environment = {"PYTHONPATH": str(ROOT), "COUNTER_SERVER_DATA_DIR": str(data_dir)}
+    command = ("-m", "counter_server", "manager", "--hosting", "app")
+    manager = stack.enter_context(Program(*command, cwd=tmp_path, environment=environment))
+    manager.expect("Manager ready:")
+    for expected in ("1", "2"):
+        client = stack.enter_context(Program("app.py", cwd=tmp_path, environment=environment))
+        assert client.wait() == 0, client.errors
+        assert client.output == [expected]
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [("no_such_module", "No module named"), ("json", "json declares no shared objects for")],
+)
+def test_a_manager_told_to_host_what_there_is_not_says_so(
+    stack: ExitStack, data_dir: Path, module: str, says: str
+) -> None:
+    command = ("-m", "counter_server", "manager", "--data-dir", data_dir, "--hosting", module)
+    manager = stack.enter_context(Program(*command))
+    assert manager.wait() == 1
+    (line,) = manager.errors
+    assert line.startswith("Error: ")
+    assert says in line
