@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,7 @@ class _Hosting(Struct, array_like=True):
 
     declarations: list[Declaration]
     preparation: dict[str, Any]
+    files: dict[str, str]  # of modules that no import finds by their name
 
 
 def hosting(declarations: list[Declaration]) -> bytes:
@@ -87,7 +90,18 @@ def hosting(declarations: list[Declaration]) -> bytes:
     wanted = {"sys_path"}
     if any(declaration.module == "__main__" for declaration in declarations):
         wanted |= {"init_main_from_name", "init_main_from_path"}
-    return msgpack.encode(_Hosting(declarations, {name: data[name] for name in wanted & set(data)}))
+    modules = {declaration.module for declaration in declarations} - {"__main__"}
+    files = {name: file for name in modules if (file := _file_of(name))}
+    return msgpack.encode(_Hosting(declarations, {name: data[name] for name in wanted & set(data)}, files))
+
+
+def _file_of(name: str) -> str | None:
+    """The file of a module that was loaded from it under a name of the loader's own, as `uwsgi --wsgi-file` does."""
+    package = name.partition(".")[0]
+    if any(finder.find_spec(package, None) for finder in sys.meta_path):
+        return None
+    file = getattr(sys.modules[name], "__file__", None)
+    return os.path.abspath(file) if file else None
 
 
 def prepare_to_host(handed_over: bytes) -> list[Declaration]:
@@ -99,9 +113,19 @@ def prepare_to_host(handed_over: bytes) -> list[Declaration]:
     received = msgpack.decode(handed_over, type=_Hosting)
     try:
         spawn.prepare(received.preparation)
+        for name, file in received.files.items():
+            _load(name, file)
     except Exception as error:
         raise StartupError(f"the program that declares the shared objects cannot be imported: {error!r}") from error
     return received.declarations
+
+
+def _load(name: str, file: str) -> None:
+    spec = spec_from_file_location(name, file, loader=SourceFileLoader(name, file))
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} cannot be loaded as a module")
+    sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
 def _python() -> str:
