@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flask import Flask
 
 DEFAULT_NAME = "cache"
+FLASK_CACHING_NAME = "flask-caching"  # of a cache that Flask-Caching makes: to clear it is not to end sessions
 
 
 class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either one
@@ -40,8 +41,8 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either 
     :param name: what the cache is known by in the manager; caches of one name are the same, and are declared alike.
     :param threshold: the most entries.
     :param default_timeout: seconds, or a `timedelta`; 0 is for ever.
-    :param deadline: seconds that each call may take.
-    :param options: whether and how a manager is started where there is none.
+    :param deadline: seconds that each call may take; a `State` has its own.
+    :param options: whether and how a manager is started where there is none; a `State` has its own.
     :raises InvalidRequest: if there is no such store, or the threshold cannot be.
 
     Each method raises `CounterServerError` where the manager cannot be reached. An entry that was lost with a killed
@@ -69,9 +70,15 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either 
     def factory(cls, app: "Flask", config: dict[str, Any], args: list[Any], kwargs: dict[str, Any]) -> Self:
         """What Flask-Caching calls: a cache where the app's configuration has its shared state.
 
-        ``CACHE_THRESHOLD`` is the most entries; ``CACHE_ARGS`` and ``CACHE_OPTIONS`` are the class's own.
+        ``CACHE_THRESHOLD`` is the most entries; ``CACHE_ARGS`` and ``CACHE_OPTIONS`` are the class's own. The name is
+        ``flask-caching`` where they give none.
         """
-        return cls(*(args or [state_of(app)]), **{"threshold": config["CACHE_THRESHOLD"], **kwargs})
+        options = {"threshold": config["CACHE_THRESHOLD"], **kwargs}
+        if not args and "url" not in options:
+            options["url"] = state_of(app)
+        if len(args) < 2:
+            options.setdefault("name", FLASK_CACHING_NAME)
+        return cls(*args, **options)
 
     def _seconds(self, timeout: int | timedelta | None) -> int | None:
         return self._normalize_timeout(timeout) or None
@@ -88,20 +95,20 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either 
         return packed if packed is None or type(packed) in (int, float) else self.serializer.loads(packed)
 
     def get(self, key: str) -> Any:
-        return self._unpack(self._entries.get(key))
+        return self._unpack(self._entries.get(_plain(key)))
 
     def set(self, key: str, value: Any, timeout: int | timedelta | None = None) -> bool:
-        self._entries.set(key, self._pack(value), self._seconds(timeout))
+        self._entries.set(_plain(key), self._pack(value), self._seconds(timeout))
         return True
 
     def add(self, key: str, value: Any, timeout: int | timedelta | None = None) -> bool:
-        return self._entries.add(key, self._pack(value), self._seconds(timeout))
+        return self._entries.add(_plain(key), self._pack(value), self._seconds(timeout))
 
     def delete(self, key: str) -> bool:
-        return self._entries.delete(key)
+        return self._entries.delete(_plain(key))
 
     def has(self, key: str) -> bool:
-        return self._entries.has(key)
+        return self._entries.has(_plain(key))
 
     def clear(self) -> bool:
         self._entries.clear()
@@ -110,10 +117,21 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either 
     def inc(self, key: str, delta: int = 1) -> Any:
         """Add to a number in one atomic step; as a `set` does, it renews the entry with the default timeout.
 
-        :raises TypeError: if the value is not a number.
+        :raises TypeError: if the value or `delta` is not a number.
         """
-        return self._entries.incr(key, delta, self._seconds(None), renew=True)
+        if not isinstance(delta, (int, float)):
+            raise TypeError(f"a number is added to a number, not {delta!r}")  # to a serialised value it could be bytes
+        return self._entries.incr(_plain(key), delta, self._seconds(None), renew=True)
 
     def dec(self, key: str, delta: int = 1) -> Any:
         """Subtract; all else is as for `inc`."""
         return self.inc(key, -delta)
+
+    def close(self) -> None:
+        """Close the connections, those of a `State` that was given too. The next call opens them again."""
+        self._state.close()
+
+
+def _plain(key: Any) -> Any:
+    """The string itself, where a key is one of a class of its own."""
+    return str.__str__(key) if isinstance(key, str) else key

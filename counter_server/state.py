@@ -108,6 +108,11 @@ class _Channel:
         self.store.after_fork()
 
 
+def _close(counters: _Channel, objects: dict[str, _Channel]) -> None:
+    for channel in (counters, *objects.values()):
+        channel.store.close()
+
+
 class State:
     """Counters and shared objects in one store. All threads of a process share one, and with it their round trips."""
 
@@ -123,6 +128,8 @@ class State:
         self._opening = threading.Lock()  # guards the making of the channels below
         self._objects: dict[str, _Channel] = {}
         _states.add(self)
+        # One that nobody holds any more lets its connections go, as the standard library's do.
+        weakref.finalize(self, _close, self._counters, self._objects).atexit = False
 
     @property
     def store(self) -> Store:
@@ -199,9 +206,7 @@ class State:
     def close(self) -> None:
         """Close the connections to the store. The next call opens them again."""
         self._notice_fork()
-        self.store.close()
-        for channel in list(self._objects.values()):
-            channel.store.close()
+        _close(self._counters, self._objects)
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from flask import Flask
 
+from counter_server import SharedState
 from tests.processes import ROOT, Manager, Server
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -49,6 +50,38 @@ def test_the_example_without_flask_says_what_it_gives(start_manager: Callable[..
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert [int(line) for line in result.stdout.split()[: len(told)]] == told
     assert told == [1, 6, 7, 6, 6]
+
+
+def test_the_examples_of_a_dict_a_visitors_counter_a_cache_and_limits_work(on_demand: str, tmp_path: Path) -> None:
+    """With a directory that a test may write to; each line of the dict gives what stands beside it."""
+    app = Flask(__name__, instance_path=str(tmp_path))
+    app.config.update(COUNTER_SERVER_STORE=on_demand, SECRET_KEY="for this test")
+    shared = SharedState(app)
+    names: dict[str, object] = {"app": app, "shared": shared}
+
+    def code(start: str) -> str:
+        return example("docs/any-app.md", start).replace("manager:///var/lib/counters", on_demand)
+
+    # What is declared, is declared before the first use of any.
+    (carts, *uses), (basket, use) = (code(start).strip().split("\n") for start in ("carts = ", "basket = "))
+    declarations = (
+        code(s) for s in ("from flask_caching", "from counter_server.caching", "import counter_server.limiting")
+    )
+    for statement in (carts, basket, *declarations):
+        exec(statement, names)  # noqa: S102 - the examples of our own document
+    with app.test_request_context():
+        for line in (use, *uses):
+            run_example_line(line, names)
+    assert names["items"] == 1
+
+
+def run_example_line(line: str, names: dict[str, object]) -> None:
+    """Run it; where it says beside it what it gives, look whether it does."""
+    statement, _, told = (part.strip() for part in line.partition("  #"))
+    if told.startswith(("'", "[")) or told.isdigit():
+        assert repr(eval(statement, names)) == told, statement  # noqa: S307 - of our own document
+    else:
+        exec(statement, names)  # noqa: S102 - of our own document
 
 
 def test_the_readmes_commands_for_counters_work(start_server: Callable[..., Server], data_dir: Path) -> None:

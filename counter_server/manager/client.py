@@ -123,8 +123,8 @@ class StateProxy(BaseProxy):
             kind, epoch = connection.recv()
             if kind != "#RETURN":
                 raise NotHosted(
-                    f"{epoch}, and not {self._declaration} as it is declared here: it was started by another program;"
-                    f" stop it, or name another data directory than {self._directory}"
+                    f"{epoch}, and not {self._declaration} as it is declared here: it was started by another program,"
+                    f" or before that was declared; stop it, or name another data directory than {self._directory}"
                 )
             known, self._epoch = self._epoch, epoch
             if known not in (None, epoch):
