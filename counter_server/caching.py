@@ -95,7 +95,8 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either 
         return packed if packed is None or type(packed) in (int, float) else self.serializer.loads(packed)
 
     def get(self, key: str) -> Any:
-        return self._unpack(self._entries.get(_plain(key)))
+        found = self._entries.find(_plain(key))
+        return self._unpack(found[0]) if found else None
 
     def set(self, key: str, value: Any, timeout: int | timedelta | None = None) -> bool:
         self._entries.set(_plain(key), self._pack(value), self._seconds(timeout))
@@ -119,8 +120,6 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either 
 
         :raises TypeError: if the value or `delta` is not a number.
         """
-        if not isinstance(delta, (int, float)):
-            raise TypeError(f"a number is added to a number, not {delta!r}")  # to a serialised value it could be bytes
         return self._entries.incr(_plain(key), delta, self._seconds(None), renew=True)
 
     def dec(self, key: str, delta: int = 1) -> Any:

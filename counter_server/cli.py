@@ -19,7 +19,7 @@ from .settings import (
     Durability,
     ServerSettings,
     StoreOptions,
-    check_idle_timeout,
+    check_seconds,
     default_data_dir,
 )
 from .state import State, declared_for, open_state
@@ -135,7 +135,7 @@ def manager(
     from .manager.starter import detach, prepare_to_host
 
     directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
-    timeout = None if idle_timeout is None else check_idle_timeout(idle_timeout)
+    timeout = None if idle_timeout is None else check_seconds(idle_timeout, "an idle timeout")
     declarations = _declared_by(hosting, directory) if hosting else []
     detached = detach(directory) if background else None
 

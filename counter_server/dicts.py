@@ -12,6 +12,7 @@ from cachetools import TLRUCache
 
 from . import plain
 from .errors import InvalidRequest, LimitReached
+from .settings import check_seconds
 
 DEFAULT_ENTRIES = 10_000
 
@@ -31,11 +32,7 @@ def check_ttl(seconds: object) -> float | None:
 
     :raises InvalidRequest: if it cannot.
     """
-    if seconds is None:
-        return None
-    if isinstance(seconds, bool) or not (isinstance(seconds, (int, float)) and 0 < seconds < inf):
-        raise InvalidRequest(f"a ttl is a number of seconds, more than 0, or None for ever, not {seconds!r}")
-    return float(seconds)
+    return None if seconds is None else check_seconds(seconds, "a ttl")
 
 
 class _Entry(NamedTuple):
@@ -45,6 +42,11 @@ class _Entry(NamedTuple):
 
 def _expires(_key: Hashable, entry: _Entry, _now: float) -> float:
     return entry.expires
+
+
+def _spread(key: Hashable) -> int:
+    """A hash by which any two keys can be parted: Python's own is the same for many numbers, as 1 and 2**61."""
+    return hash(key if isinstance(key, (str, bytes)) else (key, plain.encode(key, "a key")))
 
 
 class BoundedDict:
@@ -65,13 +67,10 @@ class BoundedDict:
     def _until(self, ttl: float | None) -> float:
         return inf if ttl is None else self._timer() + ttl
 
-    def get(self, key: Any, default: Any = None) -> Any:
+    def find(self, key: Any) -> tuple[Any, ...]:
+        """The value, alone, of a key that is there; else nothing."""
         entry = self._entries.get(key)
-        return default if entry is None else entry.value
-
-    def take(self, key: Any) -> Any:
-        """The value of a key that is there; else `KeyError`."""
-        return self._entries[key].value
+        return () if entry is None else (entry.value,)
 
     def has(self, key: Any) -> bool:
         return key in self._entries
@@ -87,19 +86,19 @@ class BoundedDict:
         return True
 
     def setdefault(self, key: Any, default: Any, ttl: float | None) -> Any:
-        self.add(key, default, ttl)
-        return self.take(key)
-
-    def pop(self, key: Any, *default: Any) -> Any:
-        entry = self._entries.pop(key, None)
+        entry = self._entries.get(key)
         if entry is not None:
             return entry.value
-        if default:
-            return default[0]
-        raise KeyError(key)
+        self.set(key, default, ttl)
+        return default  # not read again: its time may be over by now
+
+    def remove(self, key: Any) -> tuple[Any, ...]:
+        """What was there, as it is found."""
+        entry = self._entries.pop(key, None)
+        return () if entry is None else (entry.value,)
 
     def delete(self, key: Any) -> bool:
-        """Whether it was there."""
+        """Remove it; whether it was there."""
         return self._entries.pop(key, None) is not None
 
     def incr(
@@ -115,10 +114,14 @@ class BoundedDict:
         """Add to a number, 0 where there is none, and return the result; out of bounds it is None, and nothing is done.
 
         :param ttl: of an entry that is made; with `renew` of any.
+        :raises TypeError: if either is not a number.
         """
+        if not isinstance(by, (int, float)):  # else two lists would be one
+            raise TypeError(f"a number can be added, not {type(by).__name__}")
         entry = self._entries.get(key)
         number: float = (0 if entry is None else entry.value) + by
-        if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
+        # Said so that not a number, which is neither less nor more, lies within no bounds.
+        if not ((minimum is None or number >= minimum) and (maximum is None or number <= maximum)):
             return None
         expires = self._until(ttl) if entry is None or renew else entry.expires
         self._entries[key] = _Entry(number, expires)
@@ -134,7 +137,7 @@ class BoundedDict:
 
     def keys(self, part: int, parts: int) -> list[Any] | None:
         """The keys of one of so many parts, by their hash; None if that is too much for one answer."""
-        found = [key for key in self._entries if hash(key) % parts == part]
+        found = [key for key in self._entries if parts == 1 or _spread(key) % parts == part]
         try:
             plain.encode(found, "keys")
         except InvalidRequest:
@@ -170,7 +173,8 @@ class SharedDict:
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value of `key`, or `default`. Reading does not make an entry live longer."""
-        return self._hosted.get(key, default)
+        found = self._hosted.find(key)
+        return found[0] if found else default
 
     def set(self, key: Any, value: Any, *, ttl: float | None = None) -> None:
         """Set a value, which lives for `ttl` seconds from now, or as the dict's do."""
@@ -185,7 +189,10 @@ class SharedDict:
 
         :raises KeyError: if it is not there and there is no default.
         """
-        return self._hosted.pop(key, *default)
+        found = self._hosted.remove(key) or default
+        if not found:
+            raise KeyError(key)
+        return found[0]
 
     def incr(
         self,
@@ -205,7 +212,7 @@ class SharedDict:
         :raises TypeError: if the value is not a number.
         """
         number = self._hosted.incr(key, by, self._seconds(ttl), minimum, maximum)
-        return within_bounds(number, key, by)
+        return within_bounds(number, key)
 
     def keys(self) -> list[Any]:
         """All keys, in no order. Where they are too many for one answer, those set meanwhile may be missing."""
@@ -234,20 +241,24 @@ class SharedDict:
         return iter(self.keys())
 
     def __getitem__(self, key: Any) -> Any:
-        return self._hosted.take(key)
+        found = self._hosted.find(key)
+        if not found:
+            raise KeyError(key)
+        return found[0]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.set(key, value)
 
     def __delitem__(self, key: Any) -> None:
-        self.pop(key)
+        if not self._hosted.delete(key):
+            raise KeyError(key)
 
 
-def within_bounds(number: float | None, key: Any, by: float) -> float:
+def within_bounds(number: float | None, key: Any) -> float:
     """What an increment has given.
 
     :raises LimitReached: if it was out of bounds.
     """
     if number is None:
-        raise LimitReached(f"{by:+} would take {key!r} out of its bounds; nothing was changed")
+        raise LimitReached(f"the result for {key!r} would lie outside the bounds; nothing was changed")
     return number

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, TypeVar, cast
 
-from flask import Flask, Response, current_app, g, has_request_context
+from flask import Flask, Request, Response, current_app, g, has_request_context, request
 
-from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries
+from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
 from .errors import DeadlineExceeded
 from .operations import Invoke, Operation, Page, Result, Scan
 from .settings import (
@@ -20,8 +20,7 @@ from .settings import (
     STORE_VARIABLE,
     StoreOptions,
     check_durability,
-    check_idle_timeout,
-    check_patience,
+    check_seconds,
 )
 from .state import Counter, Declarations, SharedObject, State, expect, open_state
 from .visitors import DEFAULT_TTL, VisitorCounter
@@ -39,6 +38,7 @@ class _Borrowed:
     """An app's state, as one request has it: what its calls have waited, and may wait yet. Its place is `g`."""
 
     state: State
+    request: Request | None  # whose it is; none in a command
     patience: float  # seconds, for all calls together
     calls: int = 0
     waited: float = 0.0  # seconds
@@ -96,9 +96,10 @@ class SharedState:
         """
         if _NAME in app.extensions:
             raise RuntimeError("this app has a SharedState already: use that one")
-        app.extensions[_NAME] = state_of(app, self._declarations)
+        state = state_of(app, self._declarations)
         app.config.setdefault("COUNTER_SERVER_REQUEST_DEADLINE", 2 * app.config["COUNTER_SERVER_DEADLINE"])
-        check_patience(app.config["COUNTER_SERVER_REQUEST_DEADLINE"])
+        check_seconds(app.config["COUNTER_SERVER_REQUEST_DEADLINE"], "a request's deadline", inf)
+        app.extensions[_NAME] = state
         if app.config.setdefault("COUNTER_SERVER_TIMING", False):
             app.after_request(_tell_the_time)
         app.teardown_appcontext(_give_back)
@@ -113,12 +114,12 @@ class SharedState:
 
     def _borrowed(self) -> _Borrowed:
         """The state as the current request has it, borrowed at its first use."""
-        borrowed = g.get(_BORROWED)
+        borrowed = _borrowed()
         if borrowed is None:
             patience = current_app.config["COUNTER_SERVER_REQUEST_DEADLINE"] if has_request_context() else inf
-            borrowed = _Borrowed(self.state, patience)
+            borrowed = _Borrowed(self.state, _current_request(), patience)
             setattr(g, _BORROWED, borrowed)
-        return cast(_Borrowed, borrowed)
+        return borrowed
 
     def counter(self, name: str) -> Counter:
         """The counter of that name, of whichever app is current when it is used: may be made at import time.
@@ -146,6 +147,7 @@ class SharedState:
             carts = shared.dict("carts", max_entries=10_000, ttl=3600)
             carts.set("anna", ["tea"])
         """
+        check_ttl(ttl)  # what cannot be is not declared
         return SharedDict(self.object(name, BoundedDict, check_entries(max_entries)), ttl)
 
     def visitor_counter(
@@ -161,6 +163,7 @@ class SharedState:
         :param max_visitors: the most that have a number; when there is no room, the one used least recently goes.
         :param ttl: seconds without use after which a visitor's number is forgotten.
         """
+        check_ttl(ttl)
         numbers = self.object(f"visitor counter {name}", BoundedDict, check_entries(max_visitors))
         return VisitorCounter(name, numbers, ttl)
 
@@ -191,7 +194,7 @@ def state_of(app: Flask, declarations: Declarations | None = None) -> State:
         instance_path=app.instance_path,
         start=bool(app.config["COUNTER_SERVER_START"]),
         durability=check_durability(app.config["COUNTER_SERVER_DURABILITY"]),
-        idle_timeout=check_idle_timeout(app.config["COUNTER_SERVER_IDLE_TIMEOUT"]),
+        idle_timeout=check_seconds(app.config["COUNTER_SERVER_IDLE_TIMEOUT"], "an idle timeout"),
     )
     return open_state(
         app.config["COUNTER_SERVER_STORE"],
@@ -201,8 +204,18 @@ def state_of(app: Flask, declarations: Declarations | None = None) -> State:
     )
 
 
+def _current_request() -> Request | None:
+    return cast(Request, request._get_current_object()) if has_request_context() else None  # type: ignore[attr-defined]
+
+
+def _borrowed() -> _Borrowed | None:
+    """What the current request has borrowed. In an app context that was there before, `g` may hold another one's."""
+    borrowed: _Borrowed | None = g.get(_BORROWED)
+    return borrowed if borrowed is not None and borrowed.request is _current_request() else None
+
+
 def _tell_the_time(response: Response) -> Response:
-    borrowed = g.get(_BORROWED)
+    borrowed = _borrowed()
     if borrowed is not None:
         response.headers.add(
             "Server-Timing", f'counter-server;dur={borrowed.waited * 1000:.3f};desc="{borrowed.calls} calls"'

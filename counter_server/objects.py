@@ -7,6 +7,7 @@ in the same transaction as the memory of the call, before anybody is told.
 import builtins
 import importlib
 import pickle
+import reprlib
 import threading
 import traceback
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_
 
 LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still under the frame limit
 LARGEST_STATE = 2**20  # bytes, of a durable object's pickle
+_TELL = reprlib.Repr()  # of an object's arguments in a message: not all of a long one
+_LONGEST_TEXT = 10_000  # bytes of an error's message, and of its traceback
 
 
 class Declaration(Struct, frozen=True, array_like=True):
@@ -33,7 +36,12 @@ class Declaration(Struct, frozen=True, array_like=True):
     durable: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.module}.{self.qualname}{', durable' if self.durable else ''})"
+        positional, by_keyword = plain.decode(self.arguments)
+        arguments = ", ".join(
+            [*map(_TELL.repr, positional), *(f"{name}={_TELL.repr(value)}" for name, value in by_keyword.items())]
+        )
+        made = f"{self.module}.{self.qualname}({arguments})"
+        return f"{self.name} = {made}{', durable' if self.durable else ''}"
 
 
 def declare(
@@ -160,13 +168,18 @@ class HostedObject:
             arguments, keywords = plain.decode(operation.arguments)
             value = getattr(self._object, operation.method)(*arguments, **keywords)
             return Returned(plain.encode(value, f"the result of {self.declaration.qualname}.{operation.method}"))
-        except Exception as error:  # noqa: BLE001 - it is the method's caller who is to handle it
+        except BaseException as error:  # noqa: BLE001 - it is for the method's caller, whatever it is
             return _raised(error)
 
 
-def _raised(error: Exception) -> Raised:
-    name = type(error).__qualname__
-    text, arguments = str(error), None
+def _raised(error: BaseException) -> Raised:
+    """What is told of a method's error. Nothing may fail here: the call was made, and has to be remembered."""
+    name, arguments = type(error).__qualname__, None
+    try:
+        text = str(error)
+    except Exception as untold:  # noqa: BLE001 - its class is somebody else's
+        text = f"({type(untold).__name__} in telling it)"
+    text = _told(text, slice(_LONGEST_TEXT))
     if getattr(builtins, name, None) is type(error):
         try:
             arguments = plain.encode(error.args, "an error")
@@ -174,4 +187,10 @@ def _raised(error: Exception) -> Raised:
             arguments = plain.encode((text,), "an error")
     elif type(error).__module__ != "builtins":
         name = f"{type(error).__module__}.{name}"
-    return Raised(name, text, "".join(traceback.format_exception(error)), arguments)
+    trace = _told("".join(traceback.format_exception(error)), slice(-_LONGEST_TEXT, None))
+    return Raised(_told(name, slice(_LONGEST_TEXT)), text, trace, arguments)
+
+
+def _told(text: str, part: slice) -> str:
+    """Text that can be sent, as not all that Python has in a `str` can be."""
+    return text.encode(errors="backslashreplace")[part].decode(errors="ignore")

@@ -1,7 +1,9 @@
 """Options, once: their names, defaults and limits, for the command line, the extension and the servers."""
 
 import os
+import sys
 from dataclasses import dataclass
+from math import nan
 from typing import Literal, cast, get_args
 
 from .errors import InvalidRequest
@@ -24,30 +26,25 @@ def check_durability(name: object) -> Durability:
     return cast(Durability, name)
 
 
-def check_idle_timeout(seconds: object) -> float:
-    """`seconds`, if it can be a time without clients after which a manager ends."""
-    if not (isinstance(seconds, (int, float)) and 0 < seconds < float("inf")):
-        raise InvalidRequest(f"an idle timeout is a number of seconds, more than 0, not {seconds!r}")
-    return float(seconds)
+def check_seconds(seconds: object, what: str, most: float = sys.float_info.max) -> float:
+    """`seconds`, if that is a time of more than 0 and at most `most`.
+
+    :param what: names it in the error.
+    :raises InvalidRequest: if it is not.
+    """
+    try:
+        number = float(seconds) if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) else nan
+    except OverflowError:  # an int beyond any float
+        number = nan
+    if not 0 < number <= most:
+        limit = f" and at most {most:g}" if most <= LONGEST_DEADLINE else ""
+        raise InvalidRequest(f"{what} is a number of seconds, more than 0{limit}, not {seconds!r}")
+    return number
 
 
 def default_data_dir(instance_path: str = "instance") -> str:
     """The data directory where none was named: an app's instance folder, or one here, holds it."""
     return os.environ.get(DATA_DIR_VARIABLE) or os.path.join(instance_path, "counter-server")
-
-
-def check_deadline(seconds: object) -> float:
-    """`seconds`, if it can be a call's deadline: more than 0, at most 60."""
-    if not (isinstance(seconds, (int, float)) and 0 < seconds <= LONGEST_DEADLINE):
-        raise InvalidRequest(f"a deadline is more than 0 and at most {LONGEST_DEADLINE:g} seconds, not {seconds!r}")
-    return float(seconds)
-
-
-def check_patience(seconds: object) -> float:
-    """`seconds`, if all calls of one request can wait so long together."""
-    if not (isinstance(seconds, (int, float)) and seconds > 0):
-        raise InvalidRequest(f"a request's deadline is a number of seconds, more than 0, not {seconds!r}")
-    return float(seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, cast
 
 from . import plain
 from .combiner import Combiner
-from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries
+from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
 from .errors import InvalidRequest, RemoteError, StateLost, Unsupported
 from .objects import LARGEST_CALL_BATCH, Declaration, declare
 from .operations import (
@@ -31,9 +31,10 @@ from .operations import (
     Scan,
     Set,
     check_name,
+    check_step,
 )
 from .session import Session
-from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, StoreOptions, check_deadline
+from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, LONGEST_DEADLINE, StoreOptions, check_seconds
 from .stores import HostsObjects, Store, open_store
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 Submit = Callable[[Operation], Result]
 Kind = TypeVar("Kind")
 
+_MOST_LOSSES = 10  # in a row that a forgetful handle forgives: a manager that is killed each time is told
 _noticing = threading.Lock()  # held while a child finds out that it is one
 _states: "weakref.WeakSet[State]" = weakref.WeakSet()
 
@@ -119,7 +121,7 @@ class State:
     def __init__(
         self, store: Store, *, deadline: float = DEFAULT_DEADLINE, declarations: Declarations | None = None
     ) -> None:
-        self._deadline = check_deadline(deadline)
+        self._deadline = check_seconds(deadline, "a deadline", LONGEST_DEADLINE)
         self._counters = _Channel(store, LARGEST_BATCH)
         # A page is large: it shares a round trip with nothing, and nobody has to remember it.
         self._pages = _Channel(store, 1)
@@ -185,6 +187,7 @@ class State:
         :param ttl: seconds that an entry lives after it was set; None for ever.
         :raises InvalidRequest: if that cannot be.
         """
+        check_ttl(ttl)  # what cannot be is not declared
         return SharedDict(self.object(name, BoundedDict, check_entries(max_entries)), ttl)
 
     def invoke(self, name: str, operation: Invoke, *, within: float = inf) -> Result:
@@ -256,11 +259,12 @@ def forgetful(handle: Kind) -> Kind:
     invoke = handle._invoke
 
     def invoke_again(name: str, operation: Invoke) -> Result:
-        try:
-            return invoke(name, operation)
-        except StateLost as lost:
-            log.info("%s", lost)
-            return invoke(name, operation)
+        for _ in range(_MOST_LOSSES):
+            try:
+                return invoke(name, operation)
+            except StateLost as lost:
+                log.info("%s", lost)
+        return invoke(name, operation)
 
     return cast(Kind, SharedObject(handle._name, invoke_again))
 
@@ -272,7 +276,10 @@ def _answer(result: Result) -> Any:
     raised = expect(Raised, result)
     if raised.arguments is None:
         raise RemoteError(raised.name, raised.text, raised.traceback)
-    error = getattr(builtins, raised.name)(*plain.decode(raised.arguments))
+    try:
+        error = getattr(builtins, raised.name)(*plain.decode(raised.arguments))
+    except TypeError:  # one that wants other arguments than it has itself
+        raise RemoteError(raised.name, raised.text, raised.traceback) from None
     error.add_note(f"Raised in the manager process:\n{raised.traceback}")
     raise error
 
@@ -312,6 +319,7 @@ class Counter:
         self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None, key: str | None = None
     ) -> int:
         """Subtract `by` and return the result; all else is as for `increment`."""
+        check_step(by, minimum, maximum)  # before its sign is changed: -True is an int
         return self.increment(-by, minimum=minimum, maximum=maximum, key=key)
 
     @property

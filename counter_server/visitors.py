@@ -40,10 +40,11 @@ class VisitorCounter:
         """
         check_step(by, minimum, maximum)
         number = self._hosted.incr(_visitor(), by, self._ttl, minimum, maximum, renew=True)
-        return cast(int, within_bounds(number, self.name, by))
+        return cast(int, within_bounds(number, self.name))
 
     def decrement(self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None) -> int:
         """Subtract `by` and return the result; all else is as for `increment`."""
+        check_step(by, minimum, maximum)  # before the sign is changed: -True is an int
         return self.increment(-by, minimum=minimum, maximum=maximum)
 
     @property
@@ -53,7 +54,7 @@ class VisitorCounter:
 
     def reset(self) -> None:
         """Begin at 0 again."""
-        self._hosted.pop(_visitor(), None)
+        self._hosted.delete(_visitor())
 
 
 def _visitor() -> str:

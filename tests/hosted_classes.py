@@ -52,6 +52,35 @@ class Toolbox:
         return self._secret
 
 
+class Awkward:
+    """Counts its calls, and raises what is hard to tell."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def fail(self, how: str) -> None:
+        self.calls += 1
+        raise {
+            "a number too long for str()": KeyError(10**5000),
+            "a message that cannot be made": UntellableError(),
+            "a message that cannot be encoded": ValueError("\ud800"),
+            "a message longer than a frame": OwnError("x" * 2**25),
+            "arguments longer than a frame": ValueError("y" * 2**25),
+            "arguments that do not make it again": UnicodeDecodeError("utf-8", b"\xff", 0, 1, "object " * 300_000),
+            "a group": ExceptionGroup("several", [ValueError("one")]),
+            "the end of the program": SystemExit(3),
+            "Ctrl-C": KeyboardInterrupt(),
+        }[how]
+
+    def count(self) -> int:
+        return self.calls
+
+
+class UntellableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("never")
+
+
 class OwnError(Exception):
     """Not a type that is built in."""
 

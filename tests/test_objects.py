@@ -16,7 +16,7 @@ from counter_server.objects import LARGEST_STATE
 from counter_server.operations import Invoke
 from counter_server.plain import LARGEST_VALUE
 from counter_server.state import SharedObject
-from tests.hosted_classes import OwnError, Refusing, Slow, SomeObj, Toolbox, not_a_class
+from tests.hosted_classes import Awkward, OwnError, Refusing, Slow, SomeObj, Toolbox, not_a_class
 from tests.load import at_once, spawn, visit
 from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, holder
 from tests.test_on_demand import listening_port
@@ -272,10 +272,31 @@ def test_a_running_manager_hosts_what_it_was_started_with(on_demand: str) -> Non
     with patient(on_demand) as first, patient(on_demand) as second:
         assert first.object("one", SomeObj, 0).query() == 1
         for wrong in (second.object("other", SomeObj, 0), patient(on_demand).object("one", SomeObj, 5)):
-            with pytest.raises(NotHosted, match=r"hosts one \(tests\.hosted_classes\.SomeObj\)") as error:
+            with pytest.raises(NotHosted, match=r"hosts one = tests\.hosted_classes\.SomeObj\(0\), and not") as error:
                 wrong.query()
             assert error.value.outcome == "not_applied"
         assert second.counter("c").increment() == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ("a number too long for str()", KeyError),
+        ("a message that cannot be made", RemoteError),
+        ("a message that cannot be encoded", ValueError),
+        ("a message longer than a frame", RemoteError),
+        ("arguments longer than a frame", ValueError),
+        ("arguments that do not make it again", RemoteError),
+        ("a group", RemoteError),
+        ("the end of the program", SystemExit),
+        ("Ctrl-C", KeyboardInterrupt),
+    ],
+)
+def test_a_method_whose_error_is_hard_to_tell_was_called_once(state: State, how: str, kind: type) -> None:
+    awkward = state.object("awkward", Awkward)
+    with pytest.raises(kind):
+        awkward.fail(how)
+    assert awkward.count() == 1
 
 
 # In apps

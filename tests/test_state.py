@@ -166,6 +166,8 @@ def test_what_cannot_be_asked_is_refused_before_it_is_sent(state: State) -> None
         lambda: counter.increment(True),  # noqa: FBT003 - that it is refused is the test
         lambda: counter.increment(LARGEST + 1),
         lambda: counter.decrement(SMALLEST),
+        lambda: counter.decrement(True),  # noqa: FBT003 - what is no number
+        lambda: counter.decrement("1"),  # type: ignore[arg-type]
         lambda: counter.increment(minimum=1, maximum=0),
         lambda: counter.increment(key=""),
         lambda: counter.increment(key="\u00e9"),

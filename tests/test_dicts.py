@@ -1,0 +1,591 @@
+"""A bounded dict with expiry: its rules against a plain model, and one dict for all workers."""
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from counter_server import State, StoreOptions, open_state
+from counter_server.dicts import BoundedDict, SharedDict
+from counter_server.errors import InvalidRequest, LimitReached, StateLost
+from counter_server.plain import LARGEST_VALUE
+from tests.load import at_once, spawn
+from tests.processes import PATIENCE, end_manager, eventually
+
+
+class Clock:
+    """A clock that goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class RunningClock(Clock):
+    """A clock that has gone on by a second whenever it is read."""
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+# The rules
+
+
+_KEYS: list[Any] = ["a", "é", b"a", 1, None, (1, "a")]
+keys = st.sampled_from(_KEYS)
+values = st.one_of(st.integers(-3, 3), st.just(2**70), st.just("text"), st.none())
+times = st.sampled_from([None, 0.5, 1.0, 2.0, 3.0])
+bounds = st.one_of(st.none(), st.integers(-3, 3))
+
+_Answer = tuple[str, Any]  # "is" and what was returned, or "raises" and the error's type
+
+
+def answer(call: Callable[[], Any]) -> _Answer:
+    try:
+        return "is", call()
+    except (KeyError, TypeError) as error:
+        return "raises", type(error)
+
+
+class TheRules(RuleBasedStateMachine):
+    """A bounded dict does what a plain dict would, with expiry and eviction as they are written down.
+
+    The model lists its entries in the order of their last use.
+    """
+
+    @initialize(max_entries=st.integers(1, 4))
+    def begin(self, max_entries: int) -> None:
+        self.clock = Clock()
+        self.max_entries = max_entries
+        self.dict = BoundedDict(max_entries, self.clock)
+        self.model: dict[Any, tuple[Any, float]] = {}
+
+    def expire(self) -> None:
+        self.model = {key: entry for key, entry in self.model.items() if self.clock.now < entry[1]}
+
+    def use(self, key: Any) -> Any:
+        self.expire()
+        self.model[key] = self.model.pop(key)
+        return self.model[key][0]
+
+    def write(self, key: Any, value: Any, ttl: float | None, expires: float | None = None) -> None:
+        self.expire()
+        if key not in self.model and len(self.model) == self.max_entries:
+            del self.model[next(iter(self.model))]
+        self.model.pop(key, None)
+        if expires is None:
+            expires = math.inf if ttl is None else self.clock.now + ttl
+        self.model[key] = (value, expires)
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 2.0]))
+    def time_goes_on(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.expire()
+
+    @rule(key=keys)
+    def find(self, key: Any) -> None:
+        assert self.dict.find(key) == ((self.use(key),) if key in self.model else ())
+
+    @rule(key=keys, value=values, ttl=times)
+    def set(self, key: Any, value: Any, ttl: float | None) -> None:
+        self.dict.set(key, value, ttl)
+        self.write(key, value, ttl)
+
+    @rule(key=keys, value=values, ttl=times)
+    def add(self, key: Any, value: Any, ttl: float | None) -> None:
+        missing = key not in self.model
+        assert self.dict.add(key, value, ttl) is missing
+        if missing:
+            self.write(key, value, ttl)
+
+    @rule(key=keys, value=values, ttl=times)
+    def setdefault(self, key: Any, value: Any, ttl: float | None) -> None:
+        found = self.dict.setdefault(key, value, ttl)
+        if key in self.model:
+            assert found == self.use(key)
+        else:
+            assert found == value
+            self.write(key, value, ttl)
+
+    @rule(key=keys)
+    def remove(self, key: Any) -> None:
+        assert self.dict.remove(key) == ((self.model.pop(key)[0],) if key in self.model else ())
+
+    @rule(key=keys)
+    def delete(self, key: Any) -> None:
+        assert self.dict.delete(key) is (self.model.pop(key, None) is not None)
+
+    @rule(key=keys, by=st.integers(-3, 3), ttl=times, minimum=bounds, maximum=bounds, renew=st.booleans())
+    def incr(
+        self, key: Any, by: int, ttl: float | None, minimum: int | None, maximum: int | None, *, renew: bool
+    ) -> None:
+        found = answer(lambda: self.dict.incr(key, by, ttl, minimum, maximum, renew=renew))
+        there = key in self.model
+        number = self.use(key) if there else 0
+        if not isinstance(number, int):
+            assert found == ("raises", TypeError)
+        elif (minimum is not None and number + by < minimum) or (maximum is not None and number + by > maximum):
+            assert found == ("is", None)
+        else:
+            assert found == ("is", number + by)
+            self.write(key, number + by, ttl, self.model[key][1] if there and not renew else None)
+
+    @rule(key=keys, ttl=times)
+    def renew(self, key: Any, ttl: float | None) -> None:
+        expected = "default"
+        if key in self.model:
+            expected = self.use(key)
+            self.write(key, expected, ttl)
+        assert self.dict.renew(key, "default", ttl) == expected
+
+    @rule()
+    def size(self) -> None:
+        assert self.dict.size() == len(self.model)
+
+    @rule()
+    def clear(self) -> None:
+        self.dict.clear()
+        self.model.clear()
+
+    @rule(parts=st.integers(1, 5))
+    def keys_in_parts(self, parts: int) -> None:
+        found: list[Any] = []
+        for part in range(parts):
+            some = self.dict.keys(part, parts)
+            assert some is not None
+            found += some
+        assert len(found) == len(self.model)
+        assert {*found} == {*self.model}
+
+    @invariant()
+    def the_same_keys_are_there(self) -> None:
+        """Told by what changes nothing: `size` would remove what has expired."""
+        assert [self.dict.has(key) for key in _KEYS] == [key in self.model for key in _KEYS]
+
+
+TestTheRules = TheRules.TestCase
+TestTheRules.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+def test_an_entry_is_there_until_its_time_is_over_and_not_an_instant_longer() -> None:
+    clock = Clock()
+    bounded = BoundedDict(10, clock)
+    bounded.set("k", "v", 10)
+    clock.now = math.nextafter(10, 0)
+    assert (bounded.find("k"), bounded.has("k"), bounded.keys(0, 1), bounded.size()) == (("v",), True, ["k"], 1)
+    clock.now = 10
+    assert (bounded.find("k"), bounded.has("k"), bounded.keys(0, 1), bounded.size()) == ((), False, [], 0)
+
+
+def test_what_was_used_least_recently_goes_and_to_ask_whether_it_is_there_is_no_use() -> None:
+    uses: dict[str, Callable[[BoundedDict], object]] = {
+        "find": lambda bounded: bounded.find("old"),
+        "renew": lambda bounded: bounded.renew("old", None, None),
+        "set": lambda bounded: bounded.set("old", 2, None),
+        "incr": lambda bounded: bounded.incr("old", 1, None),
+        "setdefault": lambda bounded: bounded.setdefault("old", 2, None),
+    }
+    others: dict[str, Callable[[BoundedDict], object]] = {
+        "has": lambda bounded: bounded.has("old"),
+        "keys": lambda bounded: bounded.keys(0, 1),
+        "size": lambda bounded: bounded.size(),
+        "find another": lambda bounded: bounded.find("another"),
+    }
+    stayed = []
+    for name, use in (uses | others).items():
+        bounded = BoundedDict(2, Clock())
+        bounded.set("old", 1, None)
+        bounded.set("new", 1, None)
+        use(bounded)
+        bounded.set("newest", 1, None)
+        assert bounded.size() == 2
+        if bounded.has("old"):
+            stayed.append(name)
+    assert stayed == list(uses)
+
+
+def test_no_live_entry_goes_while_there_is_one_whose_time_is_over() -> None:
+    clock = Clock()
+    bounded = BoundedDict(3, clock)
+    bounded.set("oldest, for ever", 1, None)
+    bounded.set("short", 1, 5)
+    bounded.set("longer", 1, 6)
+    assert bounded.find("short") == (1,)  # used last
+    clock.now = 5
+    bounded.set("new", 1, None)
+    assert [bounded.has(key) for key in ("oldest, for ever", "short", "longer", "new")] == [True, False, True, True]
+
+
+def test_a_time_that_is_over_while_the_default_is_set_is_no_error() -> None:
+    """The clock is read more than once in a call, and may have gone on in between."""
+    for ttl in (1, 1.5, 2, 3):
+        bounded = BoundedDict(10, RunningClock())
+        assert [bounded.setdefault("k", "v", ttl) for _ in range(5)] == ["v"] * 5
+    bounded = BoundedDict(10)
+    assert bounded.setdefault("k", "v", 1e-300) == "v"  # so short that the clock cannot tell it from none
+    assert not bounded.has("k")
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_a_number_keeps_its_time_unless_it_is_renewed(renewed: bool) -> None:  # noqa: FBT001 - a parameter
+    clock = Clock()
+    bounded = BoundedDict(10, clock)
+    bounded.incr("n", 1, 10, renew=renewed)
+    clock.now = 9
+    assert bounded.incr("n", 1, 10, renew=renewed) == 2
+    for clock.now in (10, math.nextafter(19, 0)):
+        assert bounded.has("n") is renewed
+    clock.now = 19
+    assert not bounded.has("n")
+
+
+def test_a_refused_increment_changes_neither_the_number_nor_its_time() -> None:
+    clock = Clock()
+    bounded = BoundedDict(10, clock)
+    bounded.set("n", 5, 10)
+    clock.now = 9
+    assert bounded.incr("n", 1, 100, None, 5, renew=True) is None
+    assert bounded.incr("n", -1, 100, 5, None, renew=True) is None
+    assert bounded.incr("none", 6, 100, None, 5) is None
+    assert (bounded.find("n"), bounded.has("none")) == ((5,), False)
+    clock.now = 10
+    assert not bounded.has("n")
+
+
+def test_much_rewriting_leaves_nothing_behind() -> None:
+    """A heap holds an item for each write until it is tidied."""
+    bounded = BoundedDict(3, Clock())
+    for number in range(10_000):
+        bounded.incr(number % 3, 1, 10, renew=True)
+    (heap,) = [kept for kept in vars(bounded._entries).values() if isinstance(kept, list)]
+    assert len(heap) < 20
+
+
+def test_numbers_that_hash_alike_are_parted_too() -> None:
+    """Python's hash of an int is its remainder by 2**61 - 1: 1 for each of these, too many for one answer."""
+    alike = [2 ** (61 * count) for count in range(1000)]
+    assert {hash(number) for number in alike} == {1}
+    bounded = BoundedDict(1000, Clock())
+    for number in alike:
+        bounded.set(number, None, None)
+    assert bounded.keys(0, 1) is None
+    assert sorted(SharedDict(bounded, None).keys()) == alike
+
+
+# One for all workers
+
+
+@pytest.fixture(params=["memory", "manager"])
+def state(request: pytest.FixtureRequest, on_demand: str) -> Iterator[State]:
+    with open_state("memory://" if request.param == "memory" else on_demand, deadline=PATIENCE) as state:
+        yield state
+
+
+def patient(url: str) -> State:
+    return open_state(url, deadline=PATIENCE, options=StoreOptions())
+
+
+def test_it_does_what_a_dict_does(state: State) -> None:
+    shared, plain = state.dict("d"), dict[Any, Any]()
+    for either in (shared, plain):
+        either["a"] = 1
+        either["é"] = None
+        either[(1, None)] = [1, (2,)]
+        either[1.5] = {"b": b"\x00"}
+    assert shared["é"] is None
+    for read in (
+        lambda d: [d[key] for key in plain],
+        lambda d: [d.get("a"), d.get("é", 1), d.get("no"), d.get("no", 2)],
+        lambda d: ["a" in d, "é" in d, "no" in d, 1.5 in d],
+        lambda d: {*d} == {*d.keys()} == {*plain},
+        lambda d: [d.setdefault("a", 9), d.setdefault("é", 9), d.setdefault("new", 9), d.setdefault("newer")],
+        lambda d: [d.pop("a"), d.pop("a", 3), d.pop("a", None), d.pop("é", 4)],
+        lambda d: d.__delitem__("new"),
+        lambda d: (len(d), sorted(map(repr, d))),
+        lambda d: d.clear(),
+        lambda d: (len(d), list(d), "a" in d),
+    ):
+        assert read(shared) == read(plain)
+
+
+def test_what_is_not_there_is_a_key_error_with_the_key(state: State) -> None:
+    shared = state.dict("d")
+    for key in ("no", "ключ", (1, "no"), None):
+        for wrong in (lambda: shared[key], lambda: shared.pop(key), lambda: shared.__delitem__(key)):
+            with pytest.raises(KeyError) as error:
+                wrong()
+            assert error.value.args == (key,)
+    assert len(shared) == 0
+
+
+def test_a_key_that_cannot_be_hashed_is_a_type_error(state: State) -> None:
+    shared = state.dict("d")
+    shared["a"] = 1
+    keys: list[Any] = [[], {}, ([],), [{"a": 1}]]
+    for key in keys:
+        for wrong in (
+            lambda: shared.get(key),
+            lambda: shared.set(key, 1),
+            lambda: shared.setdefault(key, 1),
+            lambda: shared.pop(key, None),
+            lambda: shared.incr(key),
+            lambda: key in shared,
+            lambda: shared[key],
+        ):
+            with pytest.raises(TypeError, match="unhashable"):
+                wrong()
+    assert shared.keys() == ["a"]
+
+
+def test_what_cannot_be_sent_is_neither_key_nor_value(state: State) -> None:
+    shared = state.dict("d")
+    shared["a"] = 1
+    values: list[Any] = [frozenset(), object(), "\ud800", "x" * (LARGEST_VALUE + 1)]
+    for value in values:
+        for wrong in (lambda: shared.set("a", value), lambda: shared.set(value, 1), lambda: shared.get(value)):
+            with pytest.raises(InvalidRequest):
+                wrong()
+    assert (shared["a"], len(shared)) == (1, 1)
+
+
+def test_the_largest_value_comes_back(state: State) -> None:
+    shared = state.dict("d")
+    large = "x" * (LARGEST_VALUE - 100)
+    shared["large"] = large
+    assert shared["large"] == shared.get("large") == shared.pop("large") == large
+
+
+def test_increments_of_ints_of_any_size_and_of_floats(state: State) -> None:
+    shared = state.dict("d")
+    assert [shared.incr("n"), shared.incr("n", 2), shared.incr("n", -4), shared.incr("n", 0)] == [1, 3, -1, -1]
+    assert [shared.incr("big", 2**200), shared.incr("big")] == [2**200, 2**200 + 1]
+    assert [shared.incr("f", 0.5), shared.incr("f")] == [0.5, 1.5]
+    assert repr(shared.incr("n", 3)) == "2"  # an int stays one
+
+
+def test_what_is_no_number_is_neither_added_nor_added_to_and_stays(state: State) -> None:
+    shared = state.dict("d")
+    values: list[Any] = ["1", "", b"1", None, [], [1], (), {}]
+    for value in values:
+        shared["v"] = value
+        for by in (1, 0.5, value):
+            with pytest.raises(TypeError):
+                shared.incr("v", by)
+            with pytest.raises(TypeError):
+                shared.incr("v", by, minimum=0, maximum=10)
+        assert shared["v"] == value
+        with pytest.raises(TypeError):
+            shared.incr("n", value)
+        assert "n" not in shared
+
+
+def test_a_result_outside_the_bounds_is_refused_and_changes_nothing(state: State) -> None:
+    shared = state.dict("d")
+    shared["n"] = 5
+    refused: list[tuple[float, dict[str, float]]] = [
+        (1, {"maximum": 5}),
+        (-1, {"minimum": 5}),
+        (0.5, {"maximum": 5.25}),
+        (10**5000, {"maximum": 5}),
+        (math.inf, {"maximum": 5}),
+        (math.nan, {"maximum": 5}),
+        (math.nan, {"minimum": 5}),
+        (1, {"maximum": math.nan}),
+        (1, {"minimum": 10, "maximum": 0}),
+    ]
+    for by, bound in refused:
+        with pytest.raises(LimitReached) as limit:
+            shared.incr("n", by, **bound)
+        assert limit.value.outcome == "not_applied"
+    with pytest.raises(LimitReached):
+        shared.incr("none", minimum=2)
+    assert (shared["n"], "none" in shared) == (5, False)
+    assert [shared.incr("n", 1, maximum=6), shared.incr("n", -1, minimum=5)] == [6, 5]
+
+
+@pytest.mark.parametrize(
+    "ttl",
+    [True, False, 0, -1, 0.0, math.nan, math.inf, -math.inf, "1", b"1", [], 10**400],
+    ids=lambda ttl: repr(ttl)[:9],
+)
+def test_a_time_to_live_that_cannot_be_is_refused_and_nothing_is_set(ttl: Any) -> None:
+    with open_state("memory://") as state:
+        shared = state.dict("d")
+        for wrong in (
+            lambda: state.dict("other", ttl=ttl),
+            lambda: shared.set("k", 1, ttl=ttl),
+            lambda: shared.setdefault("k", 1, ttl=ttl),
+            lambda: shared.incr("k", ttl=ttl),
+        ):
+            with pytest.raises(InvalidRequest, match="ttl"):
+                wrong()
+        assert len(shared) == 0
+
+
+@pytest.mark.parametrize("most", [True, False, 0, -1, 1.0, math.nan, math.inf, "1", None, []], ids=str)
+def test_a_size_that_cannot_be_is_refused_and_nothing_is_declared(most: Any) -> None:
+    with open_state("memory://") as state:
+        with pytest.raises(InvalidRequest, match="most entries"):
+            state.dict("d", max_entries=most)
+        assert state.declarations == {}
+
+
+def test_it_holds_as_many_as_it_may_and_those_used_last(state: State) -> None:
+    shared = state.dict("d", max_entries=3)
+    for number in range(10):
+        shared[number] = number
+        assert shared.get(0) == 0
+        assert len(shared) == min(number + 1, 3)
+    assert sorted(shared) == [0, 8, 9]
+
+
+def test_a_time_to_live_is_the_dicts_own_where_none_is_given(state: State) -> None:
+    brief, lasting = state.dict("brief", ttl=0.05), state.dict("lasting")
+    brief["dict's"] = 1
+    brief.set("own", 1, ttl=3600)
+    lasting["dict's"] = 1
+    lasting.set("own", 1, ttl=0.05)
+    lasting.incr("number", ttl=0.05)
+    lasting.setdefault("default", 1, ttl=0.05)
+    eventually(lambda: len(brief) == len(lasting) == 1, "the end of what was to live for a moment")
+    assert (brief.keys(), lasting.keys()) == (["own"], ["dict's"])
+
+
+def test_keys_that_are_too_many_for_one_answer_come_in_several(state: State) -> None:
+    shared = state.dict("d")
+    expected: set[Any] = {f"{number} ключ ".ljust(20_000, "x") for number in range(120)}
+    expected |= {(number, b"x" * 20_000) for number in range(40)}
+    expected |= {*range(100)}
+    for key in expected:
+        shared[key] = None
+    assert sum(len(key) for key in expected if isinstance(key, str)) > 2 * LARGEST_VALUE
+    found = shared.keys()
+    assert len(found) == len(shared) == len(expected)
+    assert {*found} == {*shared} == expected
+
+
+def test_one_key_may_be_as_large_as_a_call(state: State) -> None:
+    shared = state.dict("d")
+    for letter in "abc":
+        shared[letter * (LARGEST_VALUE - 100)] = 1
+    assert sorted(key[0] for key in shared) == ["a", "b", "c"]
+
+
+def test_two_of_one_name_are_the_same_and_one_of_another_size_is_refused(state: State) -> None:
+    one, other = state.dict("d", max_entries=5), state.dict("d", max_entries=5, ttl=60)
+    one["k"] = 1
+    assert other["k"] == 1
+    with pytest.raises(InvalidRequest, match="has that name already"):
+        state.dict("d", max_entries=6)
+    with pytest.raises(InvalidRequest, match="has that name already"):
+        state.dict("d")
+    other["l"] = 2
+    assert sorted(one) == ["k", "l"]
+
+
+def increment_often(url: str, threads: int, each: int, start: Any, results: Any) -> None:
+    with patient(url) as state:
+        shared = state.dict("d")
+        start.wait(PATIENCE)
+        found = at_once(threads, lambda: [(shared.incr("n"), shared.incr(("own", 1.5), 2)) for _ in range(each)])
+        results.send([pair for pairs in found for pair in pairs])
+
+
+def test_4_processes_of_8_threads_lose_no_increment(on_demand: str) -> None:
+    start = spawn.Barrier(4)
+    clients = []
+    for _ in range(4):
+        reader, writer = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=increment_often, args=(on_demand, 8, 25, start, writer))
+        process.start()
+        writer.close()
+        clients.append((process, reader))
+    pairs: list[tuple[int, int]] = []
+    for process, reader in clients:
+        with reader:
+            pairs += reader.recv()
+        process.join()
+        process.close()
+    assert sorted(one for one, _ in pairs) == list(range(1, 801))
+    assert sorted(two for _, two in pairs) == list(range(2, 1602, 2))
+
+
+def test_of_many_who_add_or_take_at_once_one_has_it(state: State) -> None:
+    shared = state.dict("d")
+    numbers = iter(range(1000))
+    first = at_once(16, lambda: shared.setdefault("k", next(numbers)))
+    assert len({*first}) == 1
+    assert sorted(at_once(16, lambda: shared.pop("k", -1))) == [-1] * 15 + first[:1]
+
+
+def test_a_killed_manager_is_told_once_and_then_it_begins_anew(on_demand: str, data_dir: Path) -> None:
+    with patient(on_demand) as state, patient(on_demand) as other:
+        mine, theirs = state.dict("d"), other.dict("d")
+        mine["k"] = 1
+        assert theirs["k"] == 1
+        end_manager(data_dir / "manager.lock")
+        for shared in (mine, theirs):
+            with pytest.raises(StateLost, match="begins anew") as lost:
+                shared.incr("k")
+            assert lost.value.outcome == "not_applied"
+        assert (mine.incr("k"), theirs.incr("k"), mine.keys()) == (1, 2, ["k"])
+
+
+def test_a_manager_killed_under_load_begins_anew_for_all_at_once(on_demand: str, data_dir: Path) -> None:
+    """Before and after the loss, the numbers that were told are each a row without a gap."""
+    values: list[int] = []
+    told: list[StateLost] = []
+    lost = threading.Event()
+
+    with patient(on_demand) as state:
+        shared = state.dict("d")
+
+        def work() -> None:
+            after = 25
+            while after:
+                after -= lost.is_set()
+                try:
+                    values.append(shared.incr("n"))
+                except StateLost as error:
+                    told.append(error)
+                    lost.set()
+
+        workers = [threading.Thread(target=work) for _ in range(8)]
+        for worker in workers:
+            worker.start()
+        eventually(lambda: len(values) > 100, "progress")
+        end_manager(data_dir / "manager.lock")
+        for worker in workers:
+            worker.join()
+    assert 1 <= len(told) <= 8
+    assert "begins anew" in str(told[0])
+    twice = len(values) - len({*values})
+    assert twice > 0
+    assert sorted(values) == sorted([*range(1, twice + 1), *range(1, len(values) - twice + 1)])
+
+
+def test_a_default_stays_here_and_may_be_anything() -> None:
+    with open_state("memory://") as state:
+        shared = state.dict("d")
+        default = object()
+        assert shared.get("none", default) is default
+        assert shared.pop("none", default) is default
+        shared["there"] = None
+        assert shared.get("there", default) is None
+        assert shared.pop("there", default) is None
+
+
+def test_a_dict_that_cannot_be_is_not_declared() -> None:
+    with open_state("memory://") as state:
+        with pytest.raises(InvalidRequest):
+            state.dict("d", max_entries=5, ttl=-1)
+        assert len(state.dict("d", max_entries=10)) == 0
