@@ -83,14 +83,20 @@ def frozen(pid: int) -> Iterator[None]:
 
 
 class Program:
-    """A Python program in a process group of its own.
+    """A program in a process group of its own: one of Python's, if no other is named.
 
-    :param arguments: after the interpreter: a script of the checkout, and its options.
+    :param arguments: of the program; of the interpreter, a script of the checkout, and its options.
     """
 
-    def __init__(self, *arguments: str | Path, environment: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
+    def __init__(
+        self,
+        *arguments: str | Path,
+        program: str = sys.executable,
+        environment: dict[str, str] | None = None,
+        cwd: Path = ROOT,
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
+            [program, *map(str, arguments)],
             cwd=cwd,
             env={**os.environ, **(environment or {})},
             stdin=subprocess.DEVNULL,

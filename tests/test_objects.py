@@ -17,9 +17,9 @@ from counter_server.operations import Invoke
 from counter_server.plain import LARGEST_VALUE
 from counter_server.state import SharedObject
 from tests.hosted_classes import Awkward, OwnError, Refusing, Slow, SomeObj, Toolbox, not_a_class
+from tests.launchers import LAUNCHERS, launch
 from tests.load import at_once, spawn, visit
 from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, holder
-from tests.test_on_demand import listening_port
 
 
 @pytest.fixture(params=["memory", "manager"])
@@ -327,17 +327,12 @@ if __name__ == "__main__":
 """
 
 
-def test_the_seeds_object_in_an_app_of_4_workers(on_demand: str, tmp_path: Path, stack: ExitStack) -> None:
+@pytest.mark.parametrize("launcher", [name for name, launcher in LAUNCHERS.items() if launcher.processes > 1])
+def test_the_seeds_object_in_the_apps_own_module(
+    on_demand: str, tmp_path: Path, stack: ExitStack, launcher: str
+) -> None:
     (tmp_path / "app.py").write_text(APP)
-    program = stack.enter_context(
-        Program(
-            *("-m", "gunicorn", "-w", "4", "-b", "127.0.0.1:0", "app:app"),
-            cwd=tmp_path,
-            environment={"PYTHONPATH": str(ROOT)},
-        )
-    )
-    eventually(lambda: listening_port(program.pid), "gunicorn listens")
-    url = f"http://127.0.0.1:{listening_port(program.pid)}"
+    program, url = launch(stack, launcher, tmp_path)
     values = [content["value"] for content in at_once(100, lambda: visit(url))]
     assert sorted(values) == list(range(1, 101)), program.errors
     program.stop()

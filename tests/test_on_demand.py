@@ -14,8 +14,9 @@ from counter_server import State, StoreOptions, open_state
 from counter_server.errors import InvalidRequest, StartupError
 from counter_server.extension import SharedState
 from counter_server.manager.directory import DataDirectory
+from tests.launchers import LAUNCHERS, launch
 from tests.load import HttpClient, at_once, visit
-from tests.processes import PATIENCE, ROOT, Manager, Program, Server, end_manager, eventually, holder
+from tests.processes import PATIENCE, ROOT, Manager, Server, end_manager, eventually, holder
 
 APP = """
 from flask import Flask
@@ -206,44 +207,13 @@ def test_a_setting_that_cannot_be_is_refused_at_once(wrong: dict[str, object]) -
 # Real launchers
 
 
-LAUNCHERS = {
-    "gunicorn, 4 sync workers": ("-m", "gunicorn", "-w", "4", "-b", "127.0.0.1:0", "app:app"),
-    "gunicorn, gthread, preloaded": (
-        *("-m", "gunicorn", "-w", "4", "-k", "gthread", "--threads", "8", "--preload", "-b", "127.0.0.1:0", "app:app"),
-    ),
-    "flask run": ("-m", "flask", "run", "--with-threads", "--port", "0"),
-    "waitress": ("app.py",),
-}
-
-
-def listening_port(group: int) -> int | None:
-    """The port that a process of the group listens on."""
-    listening = {}
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A":
-            listening[fields[9]] = int(fields[1].rpartition(":")[2], 16)
-    try:
-        for link in Path(f"/proc/{group}/fd").iterdir():
-            name = os.readlink(link)
-            if name.startswith("socket:[") and name[8:-1] in listening:
-                return listening[name[8:-1]]
-    except OSError:
-        return None
-    return None
-
-
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_lines_in_an_app_count_100_simultaneous_clients_under(
     on_demand: str, data_dir: Path, tmp_path: Path, stack: ExitStack, launcher: str
 ) -> None:
     """No service, no configuration: the manager is in the app's instance folder."""
     (tmp_path / "app.py").write_text(APP)
-    program = stack.enter_context(
-        Program(*LAUNCHERS[launcher], cwd=tmp_path, environment={"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"})
-    )
-    eventually(lambda: listening_port(program.pid), f"{launcher} listens; {program.errors}")
-    url = f"http://127.0.0.1:{listening_port(program.pid)}"
+    program, url = launch(stack, launcher, tmp_path)
     values = [content["value"] for content in at_once(100, lambda: visit(url))]
     assert sorted(values) == list(range(1, 101)), program.errors
     assert holder(tmp_path / "instance" / "counter-server") is not None

@@ -22,9 +22,10 @@ from typing import Any
 import pytest
 
 from tests.history import Operation, assert_exactly_once
+from tests.launchers import LAUNCHERS
+from tests.launchers import launch as launch_app
 from tests.load import at_once
-from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, holder
-from tests.test_on_demand import LAUNCHERS, listening_port
+from tests.processes import PATIENCE, ROOT, end_manager, eventually, holder
 
 PROGRAMS = ROOT / "tests" / "programs"
 SYNC = "gunicorn, 4 sync workers"
@@ -97,16 +98,8 @@ def launch(on_demand: str, tmp_path: Path, stack: ExitStack) -> Launch:
         (tmp_path / "program.py").write_text(text.replace(line, instead) if line else text)
         (tmp_path / "app.py").write_text(APP)
         shutil.copy(PROGRAMS / "common.py", tmp_path)
-        servers = [
-            stack.enter_context(Program(*LAUNCHERS[launcher], cwd=tmp_path, environment={"PYTHONPATH": str(ROOT)}))
-            for _ in range(1 if "gunicorn" in launcher else 2)
-        ]
-        ports = []
-        for server in servers:
-            eventually(lambda: listening_port(server.pid) or not server.running, f"{launcher} listens")
-            assert server.running, server.errors
-            ports.append(listening_port(server.pid))
-        return [f"http://127.0.0.1:{port}" for port in ports]
+        servers = 1 if LAUNCHERS[launcher].processes > 1 else 2
+        return [launch_app(stack, launcher, tmp_path)[1] for _ in range(servers)]
 
     return launch
 

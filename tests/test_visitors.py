@@ -18,10 +18,10 @@ from counter_server.dicts import BoundedDict
 from counter_server.errors import InvalidRequest, LimitReached, StateLost
 from counter_server.operations import LARGEST, SMALLEST
 from counter_server.visitors import VisitorCounter
+from tests.launchers import listening_port
 from tests.load import at_once
 from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, holder
 from tests.test_dicts import Clock
-from tests.test_on_demand import listening_port
 
 BASKET = "_counter_server_visitor"  # the session's key
 
