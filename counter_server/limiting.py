@@ -6,10 +6,9 @@ Importing this registers the scheme: ``RATELIMIT_STORAGE_URI = "manager://..."``
 
 import logging
 import time
-from typing import Any
 
 from .errors import CounterServerError
-from .settings import DEFAULT_DEADLINE
+from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, StoreOptions
 from .state import forgetful, open_state
 
 try:
@@ -21,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _NAME = "limits"
 _FORGET_EVERY = 1.0  # seconds
+_LOOK_AT = 10_000  # windows a second, on average: where there are more, what is over is found later
+_KEEP = 1.0  # seconds that a window is kept after its end: which side of its edge a hit is on is not for us to say
 
 
 class _NoTimer:
@@ -40,8 +41,9 @@ class Windows(MemoryStorage):
     def __init__(self) -> None:
         super().__init__()
         self.timer.cancel()
+        self.timer.join()
         self.timer = _NoTimer()  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
-        self._next_forgetting = 0.0
+        self._forgot = 0.0
 
     def incr(self, key: str, expiry: float, amount: int = 1) -> int:
         self._forget()
@@ -52,15 +54,26 @@ class Windows(MemoryStorage):
         return super().acquire_entry(key, limit, expiry, amount)
 
     def _forget(self) -> None:
-        """Let go of what no limit can ask for any more."""
+        """Let go of what has been over for a while, which no answer depends on any more.
+
+        Of one key a fixed and a moving window may be there, and one of them be over.
+        """
         now = time.time()
-        if now < self._next_forgetting:
+        pause = max(_FORGET_EVERY, len(self.locks) / _LOOK_AT)
+        if 0 <= now - self._forgot < pause:  # less than 0 where the clock was set back
             return
-        self._next_forgetting = now + _FORGET_EVERY
-        for key in [key for key, expires in self.expirations.items() if expires <= now]:
-            self.clear(key)
-        for key in [key for key, events in self.events.items() if not events or events[0].expiry <= now]:
-            self.clear(key)
+        self._forgot = now
+        past = now - _KEEP
+        for key in [key for key, expires in self.expirations.items() if expires < past]:
+            del self.expirations[key]
+            self.storage.pop(key, None)
+        for key, events in list(self.events.items()):
+            while events and events[-1].expiry < past:  # the newest are in front
+                events.pop()
+            if not events:
+                del self.events[key]
+        for key in [key for key in self.locks if key not in self.expirations and key not in self.events]:
+            del self.locks[key]
 
 
 class ManagerStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
@@ -70,7 +83,8 @@ class ManagerStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
     :param wrap_exceptions: raise `limits.errors.StorageError` in place of `CounterServerError`.
     :param name: what the windows are known by in the manager; storages of one name share their budgets.
     :param deadline: seconds that each call may take.
-    :raises InvalidRequest: if there is no such store.
+    :param options: whether and how a manager is started where there is none.
+    :raises InvalidRequest: if there is no such store, or no such name or deadline can be.
 
     Windows that were lost with a killed manager begin anew.
     """
@@ -84,10 +98,10 @@ class ManagerStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         *,
         name: str = _NAME,
         deadline: float = DEFAULT_DEADLINE,
-        **_options: Any,
+        options: StoreOptions = DEFAULT_STORE_OPTIONS,
     ) -> None:
         super().__init__(uri, wrap_exceptions)
-        self._windows = forgetful(open_state(uri, deadline=deadline).object(name, Windows))
+        self._windows = forgetful(open_state(uri, deadline=deadline, options=options).object(name, Windows))
 
     @property
     def base_exceptions(self) -> type[Exception]:

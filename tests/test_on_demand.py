@@ -185,6 +185,12 @@ def test_a_manager_in_the_background_returns_when_clients_can_connect(on_demand:
     assert again.stderr == f"Error: another manager (pid {holder(data_dir)}) already serves {data_dir}\n"
 
 
+def test_a_directory_below_a_file_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with patient(f"manager://{tmp_path}/file/data") as state, pytest.raises(StartupError, match="Not a directory"):
+        state.counter("c").increment()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -140,7 +140,7 @@ class StateProxy(BaseProxy):
     def _connect_or_start(self, deadline: float) -> Connection:
         try:
             return self._connect_to(self._directory, deadline)
-        except (FileNotFoundError, ConnectionRefusedError):
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
             if self._starter is None:
                 raise
         self._starter.start(self._directory, deadline)

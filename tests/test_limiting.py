@@ -1,0 +1,748 @@
+"""Limits that all workers share: the contract of limits' storages, with limits' own memory storage as the reference."""
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from flask import Flask
+from flask_limiter import Limiter
+from flask_limiter.util import get_remote_address
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from limits import (
+    RateLimitItem,
+    RateLimitItemPerMinute,
+    RateLimitItemPerSecond,
+    RateLimitItemPerYear,
+)
+from limits.errors import StorageError
+from limits.storage import MemoryStorage, Storage, storage_from_string
+from limits.strategies import STRATEGIES, RateLimiter
+
+from counter_server import CounterServerError, SharedState, StoreOptions
+from counter_server.errors import DeadlineExceeded, InvalidRequest, NotHosted, StartupError
+from counter_server.limiting import ManagerStorage, Windows
+from counter_server.manager.directory import DataDirectory
+from tests.hosted_classes import SomeObj
+from tests.launchers import listening_port
+from tests.load import at_once, spawn
+from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, frozen, holder
+
+LONG = RateLimitItemPerYear(3)  # none of its windows ends while a test runs
+BEGINNING = 1_700_000_000.0  # in seconds: where the clock of a test starts
+
+
+@pytest.fixture(scope="module")
+def shared_manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of one on-demand manager for all tests that do it no harm."""
+    data_dir = tmp_path_factory.mktemp("limits") / "data"
+    yield DataDirectory(data_dir).url
+    end_manager(data_dir / "manager.lock")
+
+
+@pytest.fixture(params=["MemoryStorage", "memory", "manager"])
+def storage(request: pytest.FixtureRequest, shared_manager: str) -> Storage:
+    """One that is empty: the reference, and ours in this process and in a manager."""
+    if request.param == "MemoryStorage":
+        return MemoryStorage()
+    storage = ManagerStorage("memory://" if request.param == "memory" else shared_manager, deadline=PATIENCE)
+    storage.reset()
+    return storage
+
+
+@pytest.fixture(params=STRATEGIES)
+def strategy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def limiter(storage: Storage, strategy: str) -> RateLimiter:
+    return STRATEGIES[strategy](storage)
+
+
+def hits(limiter: RateLimiter, times: int, limit: RateLimitItem = LONG, who: str = "anna") -> list[bool]:
+    return [limiter.hit(limit, who) for _ in range(times)]
+
+
+def remaining(limiter: RateLimiter, limit: RateLimitItem = LONG, who: str = "anna") -> int:
+    return limiter.get_window_stats(limit, who).remaining
+
+
+# The contract
+
+
+def test_so_many_are_admitted_and_no_more(limiter: RateLimiter) -> None:
+    assert hits(limiter, 6) == [True, True, True, False, False, False]
+
+
+def test_a_test_tells_what_a_hit_would_and_takes_nothing(limiter: RateLimiter) -> None:
+    for left in (3, 2, 1, 0):
+        for cost in (1, 2, 3, 4):
+            assert limiter.test(LONG, "anna", cost=cost) is (cost <= left)
+        assert remaining(limiter) == left
+        assert limiter.hit(LONG, "anna") is (left > 0)
+
+
+def test_the_stats_tell_what_remains_and_when_it_begins_anew(limiter: RateLimiter, strategy: str) -> None:
+    assert remaining(limiter) == 3
+    before = time.time()
+    for left in (2, 1, 0):
+        assert limiter.hit(LONG, "anna")
+        stats = limiter.get_window_stats(LONG, "anna")
+        assert stats.remaining == left
+        # A sliding window begins by the calendar, the others with the first hit.
+        length = 0 if strategy == "sliding-window-counter" else LONG.get_expiry()
+        assert before + length <= stats.reset_time <= time.time() + LONG.get_expiry()
+
+
+def test_a_hit_may_cost_more_than_1(limiter: RateLimiter, strategy: str) -> None:
+    assert limiter.hit(LONG, "anna", cost=2)
+    assert not limiter.hit(LONG, "anna", cost=2)
+    left = 0 if strategy == "fixed-window" else 1  # which counts what it refuses
+    assert remaining(limiter) == left
+    assert limiter.hit(LONG, "anna") is bool(left)
+
+
+def test_a_hit_that_costs_more_than_the_limit_is_refused(limiter: RateLimiter, strategy: str) -> None:
+    assert not limiter.hit(LONG, "anna", cost=4)
+    assert remaining(limiter) == (0 if strategy == "fixed-window" else 3)
+
+
+@pytest.mark.parametrize("cost", [0, True, 10**30])
+def test_a_strange_cost_is_as_in_memory(storage: Storage, strategy: str, cost: int) -> None:
+    def run(storage: Storage) -> list[object]:
+        limiter = STRATEGIES[strategy](storage)
+        first = limiter.hit(LONG, "anna", cost=cost)
+        return [first, remaining(limiter), *hits(limiter, 4)]
+
+    assert run(storage) == run(MemoryStorage())
+
+
+@pytest.mark.parametrize("cost", ["1", None])
+def test_a_cost_that_is_no_number_is_a_type_error_and_takes_nothing(limiter: RateLimiter, cost: Any) -> None:
+    with pytest.raises(TypeError):
+        limiter.hit(LONG, "anna", cost=cost)
+    assert hits(limiter, 4) == [True, True, True, False]
+
+
+def test_a_limit_of_0_admits_nobody(limiter: RateLimiter) -> None:
+    nothing = RateLimitItemPerYear(0)
+    assert not limiter.test(nothing, "anna")
+    assert hits(limiter, 2, nothing) == [False, False]
+
+
+def test_cleared_it_begins_anew_for_that_one_alone(limiter: RateLimiter) -> None:
+    for who in ("anna", "ben"):
+        assert hits(limiter, 4, who=who)[-1] is False
+    limiter.clear(LONG, "anna")
+    limiter.clear(LONG, "nobody")
+    assert (remaining(limiter, who="anna"), remaining(limiter, who="ben")) == (3, 0)
+    assert hits(limiter, 4) == [True, True, True, False]
+    assert not limiter.hit(LONG, "ben")
+
+
+def test_reset_all_begin_anew_and_it_says_how_many_they_were(limiter: RateLimiter, storage: Storage) -> None:
+    for who in ("anna", "ben"):
+        hits(limiter, 4, who=who)
+    assert storage.reset() == 2
+    assert storage.reset() == 0
+    for who in ("anna", "ben"):
+        assert hits(limiter, 4, who=who) == [True, True, True, False]
+
+
+def test_each_identifier_and_each_limit_has_a_budget_of_its_own(limiter: RateLimiter) -> None:
+    who: list[tuple[str, ...]] = [
+        (),
+        ("anna",),
+        ("anna", "page"),
+        ("page", "anna"),
+        ("ключ \N{GRINNING FACE}",),
+        ("\0",),
+        ("x" * 100_000,),
+        ("::1", "/a/b"),
+    ]
+    limits = [LONG, RateLimitItemPerYear(2), RateLimitItemPerYear(3, 2), RateLimitItemPerYear(3, namespace="OTHER")]
+    for _ in range(2):
+        for identifiers in who:
+            for limit in limits:
+                assert limiter.hit(limit, *identifiers)
+    for identifiers in who:
+        for limit in limits:
+            assert limiter.get_window_stats(limit, *identifiers).remaining == limit.amount - 2
+
+
+def test_strategies_on_one_storage_do_not_take_from_each_other(storage: Storage) -> None:
+    for name in STRATEGIES:
+        assert hits(STRATEGIES[name](storage), 4) == [True, True, True, False], name
+
+
+def test_a_storage_that_is_there_says_so(storage: Storage) -> None:
+    assert storage.check() is True
+
+
+def test_100_threads_have_one_budget(shared_manager: str, strategy: str) -> None:
+    """Of the reference nothing of the kind is promised."""
+    storage = ManagerStorage(shared_manager, deadline=PATIENCE)
+    storage.reset()
+    admitted = at_once(100, lambda: STRATEGIES[strategy](storage).hit(RateLimitItemPerYear(30), "anna"))
+    assert sorted(admitted) == [False] * 70 + [True] * 30
+
+
+# Time
+
+
+class Clock:
+    """Stands where a module has imported `time`."""
+
+    def __init__(self) -> None:
+        self.now = BEGINNING
+
+    def time(self) -> float:
+        return self.now
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        for module in ("limits.storage.memory", "limits.strategies", "counter_server.limiting"):
+            patch.setattr(f"{module}.time", self)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    clock.install(monkeypatch)
+    return clock
+
+
+class NeverAgain(threading.Timer):
+    """A timer that is said to be about to run, and does not."""
+
+    def is_alive(self) -> bool:
+        return True
+
+
+def reference() -> MemoryStorage:
+    """The original without its thread: what it answers then depends on the times of the calls alone."""
+    storage = MemoryStorage()
+    storage.timer.cancel()
+    storage.timer.join()
+    storage.timer = NeverAgain(0, lambda: None)
+    return storage
+
+
+def held(windows: Windows) -> list[str]:
+    """All keys that it knows anything of."""
+    return sorted({*windows.storage, *windows.expirations, *windows.events, *windows.locks})
+
+
+def test_a_window_ends_when_its_time_is_over(clock: Clock, strategy: str) -> None:
+    clock.now -= clock.now % 60  # where a sliding window begins
+    limiter = STRATEGIES[strategy](Windows())
+    limit = RateLimitItemPerMinute(3)
+    assert hits(limiter, 4, limit) == [True, True, True, False]
+    clock.now += 59.75
+    assert hits(limiter, 1, limit) == [False]
+    clock.now += 60 if strategy == "sliding-window-counter" else 0.5
+    assert hits(limiter, 4, limit) == [True, True, True, False]
+
+
+def test_what_is_over_is_let_go_of_all_of_it(clock: Clock, strategy: str) -> None:
+    windows = Windows()
+    limiter = STRATEGIES[strategy](windows)
+    for number in range(100):
+        assert hits(limiter, 4, RateLimitItemPerMinute(3), f"visitor {number}") == [True, True, True, False]
+        limiter.test(RateLimitItemPerMinute(3), f"other {number}")
+        limiter.get_window_stats(RateLimitItemPerMinute(3), f"other {number}")
+        assert not limiter.hit(RateLimitItemPerMinute(3), f"greedy {number}", cost=4)
+        limiter.hit(RateLimitItemPerMinute(3), f"free {number}", cost=0)
+    assert len(held(windows)) >= 200
+    clock.now += 130
+    assert limiter.hit(LONG, "anna")
+    (_the_last,) = held(windows)
+    limiter.clear(LONG, "anna")
+    assert held(windows) == []
+
+
+def test_a_window_that_is_always_in_use_does_not_grow(clock: Clock, strategy: str) -> None:
+    """One client that comes for ever, as often as it may and twice as often."""
+    windows = Windows()
+    limiter = STRATEGIES[strategy](windows)
+    admitted = 0
+    for _ in range(5_000):
+        clock.now += 3
+        admitted += limiter.hit(RateLimitItemPerMinute(10), "anna")
+        assert sum(len(events) for events in windows.events.values()) <= 11
+        assert len(held(windows)) <= 3
+    assert admitted >= 2_000
+
+
+def test_what_is_over_for_one_strategy_is_kept_for_another(clock: Clock) -> None:
+    """One limit and one identifier are one key, whatever the strategy."""
+    limit = RateLimitItemPerMinute(3)
+    for first, second in (("fixed-window", "moving-window"), ("moving-window", "fixed-window")):
+        windows = Windows()
+        assert STRATEGIES[first](windows).hit(limit, "anna")
+        clock.now += 59
+        assert hits(STRATEGIES[second](windows), 3, limit) == [True, True, True]
+        clock.now += 30
+        assert STRATEGIES[first](windows).hit(LONG, "ben")
+        assert remaining(STRATEGIES[first](windows), limit) == 3
+        assert hits(STRATEGIES[second](windows), 1, limit) == [False], f"{first} made {second} forget"
+
+
+def test_a_clock_that_was_set_back_does_not_keep_it_from_forgetting(clock: Clock, strategy: str) -> None:
+    windows = Windows()
+    limiter = STRATEGIES[strategy](windows)
+    assert limiter.hit(RateLimitItemPerSecond(1), "before")
+    clock.now -= 86_400
+    for number in range(200):
+        clock.now += 10
+        assert limiter.hit(RateLimitItemPerSecond(1), f"visitor {number}")
+        assert len(held(windows)) <= 2
+
+
+@pytest.mark.parametrize(("visitors", "expected"), [(10, [1, 2, 3, 4, 5, 6]), (30_000, [3.125, 6.25])])
+def test_it_looks_for_what_is_over_from_time_to_time_and_not_in_every_call(
+    clock: Clock, visitors: int, expected: list[float]
+) -> None:
+    """To look at all windows takes longer, the more there are, and holds up everybody."""
+    windows = Windows()
+    limiter = STRATEGIES["fixed-window"](windows)
+    looks = []
+
+    class Watched(dict[str, Any]):
+        def items(self) -> Any:
+            looks.append(clock.now - BEGINNING)
+            return super().items()
+
+    for number in range(visitors):
+        limiter.hit(LONG, f"visitor {number}")
+    windows.expirations = Watched(windows.expirations)
+    for _ in range(6 * 8 + 2):
+        clock.now += 0.125
+        limiter.hit(LONG, "anna")
+    assert looks == expected
+
+
+def test_it_starts_no_thread() -> None:
+    before = threading.enumerate()
+    windows = Windows()
+    assert threading.enumerate() == before
+    for _ in range(20):
+        for strategy in STRATEGIES.values():
+            limiter = strategy(windows)
+            limiter.hit(LONG, "anna")
+            limiter.test(LONG, "anna")
+            limiter.get_window_stats(LONG, "anna")
+            limiter.clear(LONG, "ben")
+            assert threading.enumerate() == before
+    windows.reset()
+    assert threading.enumerate() == before
+
+
+ITEMS = [RateLimitItemPerSecond(1), RateLimitItemPerMinute(3), RateLimitItemPerMinute(1)]
+STEPS = st.tuples(
+    # Parts of a second that are exact, so that an edge is met exactly.
+    st.sampled_from([0.0, 0.0, 0.25, 0.75, 1.0, 1.0, 2.0, 29.0, 30.0, 31.0]),
+    st.sampled_from(["hit", "hit", "hit", "hit", "hit", "test", "get_window_stats", "clear"]),
+    st.sampled_from(sorted(STRATEGIES)),
+    st.sampled_from(ITEMS),
+    st.sampled_from(["anna", "ben"]),
+    st.sampled_from([1, 1, 1, 2, 3, 0]),
+)
+
+
+def _steps(*steps: tuple[float, str, str]) -> list[tuple[float, str, str, RateLimitItem, str, int]]:
+    return [(seconds, "hit", strategy, RateLimitItemPerMinute(1), who, 1) for seconds, strategy, who in steps]
+
+
+# At the very edge of a window, and half a second before it.
+@example(_steps((0.0, "moving-window", "anna"), (60.0, "moving-window", "anna")))
+@example(_steps((0.0, "fixed-window", "anna"), (59.5, "fixed-window", "ben"), (0.0, "fixed-window", "anna")))
+@settings(deadline=None, max_examples=300)
+@given(st.lists(STEPS, min_size=50, max_size=50))
+def test_it_answers_as_the_original_at_the_same_times(
+    steps: list[tuple[float, str, str, RateLimitItem, str, int]],
+) -> None:
+    clock = Clock()
+    with pytest.MonkeyPatch.context() as patch:
+        clock.install(patch)
+        original, windows = reference(), Windows()
+        for number, (seconds, method, strategy, item, who, cost) in enumerate(steps):
+            clock.now += seconds
+            expected, answer = (
+                _answer(STRATEGIES[strategy](storage), method, item, who, cost) for storage in (original, windows)
+            )
+            assert answer == expected, f"step {number}"
+        clock.now += 3600
+        windows.incr("the last", 1)
+        assert held(windows) == ["the last"]
+
+
+def _answer(limiter: RateLimiter, method: str, item: RateLimitItem, who: str, cost: int) -> object:
+    if method in ("hit", "test"):
+        return getattr(limiter, method)(item, who, cost=cost)
+    answer = getattr(limiter, method)(item, who)
+    if method == "get_window_stats" and answer.remaining == item.amount:
+        return answer.remaining  # the end of a window in which there is nothing is not told
+    return answer
+
+
+# Several processes
+
+
+def take(url: str, start: Any, results: Any) -> None:
+    storage = ManagerStorage(url, deadline=PATIENCE)
+    for strategy in STRATEGIES.values():
+        limiter = strategy(storage)
+        start.wait(PATIENCE)
+        results.send(sum(limiter.hit(RateLimitItemPerYear(100), "anna") for _ in range(50)))
+
+
+def test_4_processes_have_one_budget(on_demand: str) -> None:
+    start = spawn.Barrier(4)
+    clients = []
+    for _ in range(4):
+        reader, writer = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=take, args=(on_demand, start, writer))
+        process.start()
+        writer.close()  # theirs alone: if it dies, reading ends
+        clients.append((process, reader))
+    admitted = []
+    for process, reader in clients:
+        with reader:
+            admitted.append([reader.recv() for _ in STRATEGIES])
+        process.join()
+        process.close()
+    totals = [sum(each) for each in zip(*admitted, strict=True)]
+    assert dict(zip(STRATEGIES, totals, strict=True)) == dict.fromkeys(STRATEGIES, 100)
+
+
+def test_after_a_fork_the_child_has_the_same_budget(shared_manager: str, strategy: str) -> None:
+    storage = ManagerStorage(shared_manager, deadline=PATIENCE)
+    storage.reset()
+    limiter = STRATEGIES[strategy](storage)
+    assert hits(limiter, 1) == [True]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, bytes(hits(limiter, 1)))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert list(pipe.read()) == [True]
+    os.waitpid(child, 0)
+    assert hits(limiter, 2) == [True, False]
+
+
+def test_storages_of_one_name_share_their_budgets_and_those_of_two_do_not(on_demand: str) -> None:
+    storages = [ManagerStorage(on_demand, deadline=PATIENCE, name=name) for name in ("limits", "limits", "logins")]
+    first, same, other = (STRATEGIES["fixed-window"](storage) for storage in storages)
+    assert hits(first, 2) == [True, True]
+    assert hits(same, 2) == [True, False]
+    assert hits(other, 4) == [True, True, True, False]
+
+
+# A manager that is killed, and one that is not to be had
+
+
+def test_windows_that_were_lost_begin_anew_and_nobody_is_told(on_demand: str, data_dir: Path) -> None:
+    storage = ManagerStorage(on_demand, deadline=PATIENCE)
+    limiters = [strategy(storage) for strategy in STRATEGIES.values()]
+    for limiter in limiters:
+        assert hits(limiter, 4) == [True, True, True, False]
+    end_manager(data_dir / "manager.lock")
+    assert [remaining(limiter) for limiter in limiters] == [3, 3, 3]
+    for limiter in limiters:
+        assert hits(limiter, 4) == [True, True, True, False]
+
+
+CALLS: dict[str, tuple[Any, ...]] = {
+    "incr": ("key", 60),
+    "get": ("key",),
+    "get_expiry": ("key",),
+    "reset": (),
+    "clear": ("key",),
+    "acquire_entry": ("key", 3, 60),
+    "get_moving_window": ("key", 3, 60),
+    "acquire_sliding_window_entry": ("key", 3, 60),
+    "get_sliding_window": ("key", 60),
+    "clear_sliding_window": ("key", 60),
+}
+
+
+def test_each_first_call_after_a_loss_is_forgiven(on_demand: str, data_dir: Path) -> None:
+    storages = {method: ManagerStorage(on_demand, deadline=PATIENCE) for method in [*CALLS, "check"]}
+    for storage in storages.values():
+        storage.incr("key", 60)
+    end_manager(data_dir / "manager.lock")
+    assert storages["check"].check() is True
+    for method, arguments in CALLS.items():
+        getattr(storages[method], method)(*arguments)
+
+
+def test_clients_at_work_see_no_error_when_the_manager_is_killed(on_demand: str, data_dir: Path) -> None:
+    admitted: list[bool] = []
+    done = threading.Event()
+
+    def work() -> None:
+        limiter = STRATEGIES["moving-window"](ManagerStorage(on_demand, deadline=PATIENCE))
+        while not done.is_set():
+            admitted.append(limiter.hit(RateLimitItemPerYear(100), "anna"))
+
+    def kill() -> None:
+        try:
+            for _ in range(2):
+                so_far = len(admitted)
+                eventually(lambda: len(admitted) > so_far + 150, "progress")
+                before = holder(data_dir)
+                end_manager(data_dir / "manager.lock")
+                eventually(lambda: holder(data_dir) not in (None, before), "another manager")
+            so_far = len(admitted)
+            eventually(lambda: len(admitted) > so_far + 150, "progress")
+        finally:
+            done.set()
+
+    jobs = iter([kill, work, work, work, work])
+    at_once(5, lambda: next(jobs)())
+    assert sum(admitted) == 300  # a limit for each manager's life, each of which was used up
+
+
+@pytest.fixture
+def nowhere(data_dir: Path) -> Iterator[str]:
+    """The URL of a directory that no manager takes, as long as anybody may write to it."""
+    data_dir.mkdir()
+    data_dir.chmod(0o777)
+    yield DataDirectory(data_dir).url
+    end_manager(data_dir / "manager.lock")
+
+
+@pytest.mark.parametrize("method", CALLS)
+def test_a_manager_that_cannot_be_started_is_an_error(nowhere: str, method: str) -> None:
+    with pytest.raises(StartupError, match="can be written by others"):
+        getattr(ManagerStorage(nowhere), method)(*CALLS[method])
+    wrapping = storage_from_string(nowhere, wrap_exceptions=True)
+    with pytest.raises(StorageError) as error:
+        getattr(wrapping, method)(*CALLS[method])
+    assert isinstance(error.value.storage_error, StartupError)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_storage_that_cannot_be_reached_says_so_when_asked(
+    nowhere: str,
+    caplog: pytest.LogCaptureFixture,
+    wrap: bool,  # noqa: FBT001
+) -> None:
+    assert ManagerStorage(nowhere, wrap_exceptions=wrap).check() is False
+    assert "can be written by others" in caplog.text
+
+
+def test_a_manager_that_does_not_answer_is_an_error_within_the_deadline(on_demand: str, data_dir: Path) -> None:
+    storage = ManagerStorage(on_demand, deadline=PATIENCE)
+    hasty = ManagerStorage(on_demand, deadline=0.1)
+    wrapping = ManagerStorage(on_demand, wrap_exceptions=True, deadline=0.1)
+    assert storage.incr("key", 60) == 1
+    manager = holder(data_dir)
+    assert manager is not None
+    with frozen(manager):
+        with pytest.raises(DeadlineExceeded):
+            hasty.get("key")
+        with pytest.raises(StorageError):
+            wrapping.get("key")
+        assert hasty.check() is False
+    assert storage.get("key") == 1
+
+
+def test_none_is_started_where_that_was_not_wanted(on_demand: str, data_dir: Path) -> None:
+    storage = ManagerStorage(on_demand, deadline=0.1, options=StoreOptions(start=False))
+    assert storage.check() is False
+    assert not data_dir.exists()
+    assert ManagerStorage(on_demand, deadline=PATIENCE).check() is True
+
+
+def test_a_manager_that_was_started_without_limits_says_what_it_hosts(on_demand: str) -> None:
+    app = Flask(__name__)
+    app.config.update(COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=PATIENCE)
+    shared = SharedState(app)
+    obj = shared.object("obj", SomeObj, 0)
+    with app.app_context():
+        assert obj.query() == 1
+    with pytest.raises(NotHosted, match=r"hosts obj = tests\.hosted_classes\.SomeObj"):
+        ManagerStorage(on_demand, deadline=PATIENCE).incr("key", 60)
+
+
+# How it is made
+
+
+def test_the_scheme_is_known_to_limits_and_memory_is_still_its_own() -> None:
+    assert type(storage_from_string("manager:///somewhere")) is ManagerStorage
+    assert type(storage_from_string("memory://")) is MemoryStorage
+
+
+@pytest.mark.parametrize(
+    "url", ["manager://host/data", "manager://localhost:1/data", "manager:/data", "manager:///data?x=1", "redis://"]
+)
+def test_a_url_that_cannot_be_is_refused_at_once(url: str) -> None:
+    with pytest.raises(InvalidRequest):
+        ManagerStorage(url)
+
+
+def test_an_app_with_a_url_that_cannot_be_is_refused_at_once() -> None:
+    with pytest.raises(InvalidRequest, match="three slashes"):
+        Limiter(get_remote_address, app=Flask(__name__), storage_uri="manager://host/data")
+
+
+@pytest.mark.parametrize("options", [{"deadlin": 1}, {"password": "secret"}], ids=str)
+def test_an_option_that_there_is_not_is_refused_at_once(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        storage_from_string("manager:///data", **options)
+    app = Flask(__name__)
+    app.config["RATELIMIT_STORAGE_OPTIONS"] = options
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        Limiter(get_remote_address, app=app, storage_uri="manager:///data")
+
+
+@pytest.mark.parametrize("options", [{"deadline": 0}, {"deadline": "soon"}, {"name": ""}, {"name": 7}], ids=str)
+def test_an_option_that_cannot_be_is_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        storage_from_string("manager:///data", **options)
+
+
+def test_without_limits_the_error_names_the_extra() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['limits'] = None\nimport counter_server.limiting"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("ImportError: a limit's storage needs limits: pip install 'counter-server[limits]'\n")
+
+
+# Flask-Limiter
+
+
+def limited(storage_uri: str, **options: Any) -> tuple[Flask, Limiter]:
+    app = Flask("limited")
+    app.testing = True  # so that errors are raised
+    app.config["RATELIMIT_STORAGE_OPTIONS"] = {"deadline": PATIENCE}
+    limiter = Limiter(get_remote_address, app=app, storage_uri=storage_uri, default_limits=["3 per year"], **options)
+    app.add_url_rule("/", view_func=lambda: "here", endpoint="home")
+    return app, limiter
+
+
+def statuses(app: Flask, times: int) -> list[int]:
+    client = app.test_client()
+    return [client.get("/").status_code for _ in range(times)]
+
+
+def test_a_view_tells_its_visitors_what_remains(shared_manager: str, strategy: str) -> None:
+    app, limiter = limited(shared_manager, strategy=strategy, headers_enabled=True)
+    limiter.reset()
+    client = app.test_client()
+    answers = [client.get("/") for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert [answer.headers["X-RateLimit-Remaining"] for answer in answers] == ["2", "1", "0", "0"]
+    assert int(answers[-1].headers["Retry-After"]) >= 0
+    limiter.reset()
+    assert statuses(app, 1) == [200]
+
+
+def test_a_view_goes_on_after_the_manager_was_killed(on_demand: str, data_dir: Path) -> None:
+    app, _ = limited(on_demand)
+    assert statuses(app, 4) == [200, 200, 200, 429]
+    end_manager(data_dir / "manager.lock")
+    assert statuses(app, 4) == [200, 200, 200, 429]
+
+
+def test_without_a_manager_a_request_fails(nowhere: str) -> None:
+    app, _ = limited(nowhere)
+    with pytest.raises(CounterServerError):
+        statuses(app, 1)
+
+
+def test_without_a_manager_all_are_admitted_where_errors_are_swallowed(nowhere: str) -> None:
+    app, _ = limited(nowhere, swallow_errors=True)
+    assert statuses(app, 5) == [200] * 5
+
+
+def test_without_a_manager_the_fallback_holds_until_there_is_one(nowhere: str, data_dir: Path) -> None:
+    app, _ = limited(nowhere, in_memory_fallback=["1 per year"])
+    assert statuses(app, 3) == [200, 429, 429]
+    data_dir.chmod(0o700)
+    eventually(lambda: statuses(app, 1) == [200], "the return to the manager")  # it looks again after a second
+    assert statuses(app, 3) == [200, 200, 429]
+
+
+APP = """
+import counter_server.limiting
+from flask import Flask
+from flask_limiter import Limiter
+from flask_limiter.util import get_remote_address
+from counter_server import SharedState
+
+class SomeObj:
+    def __init__(self, param):
+        self.param = param
+    def query(self):
+        self.param += 1
+        return self.param
+
+app = Flask(__name__)
+app.config.from_prefixed_env("APP")
+app.config["COUNTER_SERVER_STORE"] = app.config["RATELIMIT_STORAGE_URI"]
+shared = SharedState(app)
+global_obj = shared.object("global_obj", SomeObj, 0)
+limiter = Limiter(get_remote_address, app=app, default_limits=["30 per year"])
+
+@app.get("/")
+def home():
+    return {"value": global_obj.query()}
+"""
+
+
+def knock(url: str) -> tuple[int, bytes]:
+    """What a fresh client is answered."""
+    parts = urlsplit(url)
+    client = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
+    try:
+        client.request("GET", "/")
+        response = client.getresponse()
+        return response.status, response.read()
+    finally:
+        client.close()
+
+
+def test_of_100_simultaneous_clients_of_4_workers_so_many_are_admitted_as_there_may(
+    on_demand: str, tmp_path: Path, stack: ExitStack, strategy: str
+) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    program = stack.enter_context(
+        Program(
+            *("-m", "gunicorn", "-w", "4", "-b", "127.0.0.1:0", "app:app"),
+            cwd=tmp_path,
+            environment={
+                "PYTHONPATH": str(ROOT),
+                "APP_RATELIMIT_STORAGE_URI": on_demand,
+                "APP_RATELIMIT_STRATEGY": strategy,
+            },
+        )
+    )
+    eventually(lambda: listening_port(program.pid), "gunicorn listens")
+    url = f"http://127.0.0.1:{listening_port(program.pid)}"
+    answers = at_once(100, lambda: knock(url))
+    assert sorted(status for status, _ in answers) == [200] * 30 + [429] * 70, program.errors
+    assert sorted(json.loads(body)["value"] for status, body in answers if status == 200) == list(range(1, 31))
+    program.stop()
