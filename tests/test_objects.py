@@ -352,37 +352,16 @@ def test_a_class_of_the_main_program_works(on_demand: str, tmp_path: Path) -> No
         assert result.stdout == expected
 
 
-HOSTED_APP = """
-from flask import Flask
-from counter_server import SharedState
-
-class SomeObj:
-    def __init__(self, param):
-        self.param = param
-    def query(self):
-        self.param += 1
-        return self.param
-
-app = Flask(__name__)
-app.config["COUNTER_SERVER_START"] = False
-shared = SharedState(app)
-global_obj = shared.object("global_obj", SomeObj, 0)
-
-if __name__ == "__main__":
-    import app
-    with app.app.app_context():
-        print(app.global_obj.query())
-"""
-
-
 def test_a_manager_by_hand_hosts_what_an_app_declares(stack: ExitStack, tmp_path: Path, data_dir: Path) -> None:
-    (tmp_path / "app.py").write_text(HOSTED_APP)
+    never = 'app.config["COUNTER_SERVER_START"] = False\n'
+    (tmp_path / "app.py").write_text(APP.replace("shared = ", f"{never}shared = "))
     environment = {"PYTHONPATH": str(ROOT), "COUNTER_SERVER_DATA_DIR": str(data_dir)}
     command = ("-m", "counter_server", "manager", "--hosting", "app")
     manager = stack.enter_context(Program(*command, cwd=tmp_path, environment=environment))
     manager.expect("Manager ready:")
+    use = "from app import app, global_obj\nwith app.app_context(): print(global_obj.query())"
     for expected in ("1", "2"):
-        client = stack.enter_context(Program("app.py", cwd=tmp_path, environment=environment))
+        client = stack.enter_context(Program("-c", use, cwd=tmp_path, environment=environment))
         assert client.wait() == 0, client.errors
         assert client.output == [expected]
 
