@@ -112,9 +112,10 @@ under_each_launcher = pytest.mark.parametrize("launcher", LAUNCHERS)
 @under_each_launcher
 def test_the_object_gives_100_simultaneous_clients_1_to_100(launch: Launch, tmp_path: Path, launcher: str) -> None:
     urls = cycle(launch("some_obj", launcher))
-    answers = at_once(100, lambda: Browser([next(urls)]).visit())
-    assert sorted(answer.content for answer in answers) == list(range(1, 101))
-    assert len({answer.worker for answer in answers}) > 1
+    answers: list[Answer] = []
+    while len({answer.worker for answer in answers}) < 2:  # mostly so at once; one that is quick may answer them all
+        answers += at_once(100, lambda: Browser([next(urls)]).visit())
+        assert sorted(answer.content for answer in answers) == list(range(1, len(answers) + 1))
     assert holder(tmp_path / DATA_DIR) is not None
 
 
