@@ -76,6 +76,22 @@ class Changes:
     objects: dict[str, bytes] = field(default_factory=dict)
 
 
+KEY_REUSED = Refusal("key_reused", "this idempotency key was used for another request; nothing was counted")
+
+
+def beyond_bounds(operation: Increment, current: int) -> Refusal | None:
+    """The refusal of an increment that would leave its bounds, or 64 bits."""
+    minimum = SMALLEST if operation.minimum is None else operation.minimum
+    maximum = LARGEST if operation.maximum is None else operation.maximum
+    value = current + operation.by
+    if minimum <= value <= maximum:
+        return None
+    bound = f"below {minimum}" if value < minimum else f"above {maximum}"
+    return Refusal(
+        "limit", f"{operation.name!r} is {current} and {operation.by:+d} would take it {bound}; nothing was counted"
+    )
+
+
 def judge(record: ClientRecord | None, sequence: int) -> list[Result] | BatchRefused | None:
     """The rule of sequences: the answer to a client's batch of that number, or None where it is to be executed."""
     last = 0 if record is None else record.sequence
@@ -215,16 +231,12 @@ class Ledger:
             if known is not None and known.used > changes.now - KEY_LIFETIME:
                 if known.fingerprint == operation.fingerprint():
                     return Replayed(known.value)
-                return Refusal("key_reused", "this idempotency key was used for another request; nothing was counted")
+                return KEY_REUSED
         current = self._value(name, changes) or 0
         value = current + operation.by
-        minimum = SMALLEST if operation.minimum is None else operation.minimum
-        maximum = LARGEST if operation.maximum is None else operation.maximum
-        if not minimum <= value <= maximum:
-            bound = f"below {minimum}" if value < minimum else f"above {maximum}"
-            return Refusal(
-                "limit", f"{name!r} is {current} and {operation.by:+d} would take it {bound}; nothing was counted"
-            )
+        refusal = beyond_bounds(operation, current)
+        if refusal is not None:
+            return refusal
         changes.counters[name] = value
         if key is not None:
             changes.keys[key] = KeyRecord(operation.fingerprint(), value, changes.now)

@@ -94,6 +94,7 @@ class HttpLoad:
         self._url = url
         self._counter = counter
         self._each = each
+        self._keys = os.urandom(8).hex()  # of this load and no other
         self._stop = threading.Event()
         self._barrier = threading.Barrier(clients)
         self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(clients)]
@@ -106,7 +107,7 @@ class HttpLoad:
             self._barrier.wait(PATIENCE)
             count = 0
             while not self._stop.is_set() and count != self._each:
-                key = f"{self._counter}-{number}-{count}"
+                key = f"{self._keys}-{number}-{count}"
                 self.history.append(client.increment(self._counter, key, time.monotonic() + PATIENCE))
                 count += 1
         except BaseException as error:  # noqa: BLE001 - told by finish()

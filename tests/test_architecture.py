@@ -25,7 +25,7 @@ ROOMS = [
     ("session",),
     ("dicts",),
     ("stores",),
-    ("stores.manager", "stores.memory"),
+    ("stores.manager", "stores.memory", "stores.redis"),
     ("stores.base",),
     ("manager.server", "manager.client"),
     ("manager.wire", "manager.starter"),

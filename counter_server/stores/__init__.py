@@ -30,9 +30,15 @@ def open_store(
             if options.start:
                 starter = Starter(durability=options.durability, idle_timeout=options.idle_timeout, declared=declared)
             return ManagerStore(DataDirectory.from_url(url, default_data_dir(options.instance_path)), starter)
+        case "redis" | "rediss" | "valkey" | "valkeys" | "unix":
+            from .redis import RedisStore
+
+            return RedisStore(url)
         case "memory" if url == "memory://":
             from .memory import MemoryStore
 
             return MemoryStore()
         case _:
-            raise InvalidRequest(f"no store is called {url!r}: use manager:///absolute/data/directory or memory://")
+            raise InvalidRequest(
+                f"no store is called {url!r}: use manager:///absolute/data/directory, redis://host or memory://"
+            )

@@ -1,0 +1,211 @@
+"""`redis://`, `rediss://`, `valkey://`, `valkeys://` and `unix://`: Redis or Valkey, one script call for each batch.
+
+What is durable is what the server keeps: with `appendonly yes` and `appendfsync always`, each number is on its disk
+before it is answered.
+"""
+
+import os
+import time
+from hashlib import sha1
+from importlib.resources import files
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from msgspec import msgpack
+
+from ..errors import AccessDenied, BatchRefused, Disconnected, InvalidRequest, OutcomeUnknown, StateLost, StorageFull
+from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, KEY_REUSED, beyond_bounds
+from ..operations import Batch, Delete, Get, Increment, Operation, Page, Refusal, Replayed, Result, Scan, Set
+
+try:
+    from redis import ConnectionPool, exceptions
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+except ImportError as error:
+    raise InvalidRequest("this store needs redis-py: pip install 'counter-server[redis]'") from error
+
+_DEFAULT_PREFIX = "counter_server"
+_SCRIPT = files(__name__.rpartition(".")[0]).joinpath("redis_batch.lua").read_bytes()
+_SHA = sha1(_SCRIPT, usedforsecurity=False).hexdigest()
+_SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
+
+# What a server's answers mean, by redis-py's class for them or, where it has none, by their first word.
+_DENIED = (
+    exceptions.AuthenticationError,
+    exceptions.AuthenticationWrongNumberOfArgsError,
+    exceptions.AuthorizationError,
+    exceptions.NoPermissionError,
+)
+_DENIED_WORDS = ("Protocol error: unauthenticated",)
+_PASSING = (  # it will do it later, or another one will in its place: the same batch is sent again
+    exceptions.ReadOnlyError,
+    exceptions.BusyLoadingError,
+    exceptions.ClusterDownError,
+    exceptions.TryAgainError,
+    exceptions.AskError,
+)
+_PASSING_WORDS = ("BUSY", "NOREPLICAS")
+_FULL = (exceptions.OutOfMemoryError,)
+_FULL_WORDS = ("MISCONF",)
+
+_encode = msgpack.Encoder().encode
+_decode = msgpack.Decoder(list[str | list[str]]).decode
+
+
+class RedisStore:
+    """A `Store` in a Redis or Valkey server.
+
+    :param url: as redis-py takes it; `prefix` in its query keeps apart what shares a database.
+    :raises InvalidRequest: if it cannot be one.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        tag = query.pop("prefix", _DEFAULT_PREFIX)
+        if not tag or set(tag) & set("{}"):
+            raise InvalidRequest(f"a prefix of keys has one character or more, and no braces, not {tag!r}")
+        scheme = _SCHEMES.get(parts.scheme, parts.scheme)
+        host = parts.netloc.rpartition("@")[2]
+        self._name = _url(parts.scheme, host + parts.path, {} if tag == _DEFAULT_PREFIX else {"prefix": tag})
+        try:
+            # One retries who keeps the deadline: the session, and nobody below it.
+            self._pool = ConnectionPool.from_url(
+                _url(scheme, parts.netloc + parts.path, query),
+                retry=Retry(NoBackoff(), 0),
+                retry_on_error=[],
+                protocol=2,
+            )
+            self._pool.make_connection()  # not connected: to see that its options are some
+        except (ValueError, TypeError) as error:
+            raise InvalidRequest(f"{self._name} is not a URL of Redis: {error}") from None
+        prefix = f"{{{tag}}}:"  # a hash tag: all keys are in one slot of a cluster
+        self._client_prefix, self._key_prefix = f"{prefix}client:", f"{prefix}key:"
+        self._shared_keys = (f"{prefix}counters", f"{prefix}names", f"{prefix}epoch")
+        self._epoch = ""  # as it was when it was last told
+
+    def __str__(self) -> str:
+        return self._name
+
+    def apply(self, batch: Batch, deadline: float) -> list[Result]:
+        keys = [*self._shared_keys, self._client_prefix + batch.client.hex()]
+        operations = []
+        for operation in batch.operations:
+            operations.append(_pack(operation))
+            if isinstance(operation, Increment) and operation.key is not None:
+                keys.append(self._key_prefix + operation.key)
+        lifetimes = (int(CLIENT_LIFETIME), int(KEY_LIFETIME))
+        arguments = (self._epoch, os.urandom(16).hex(), batch.sequence, *lifetimes, _encode(operations))
+        status, told, *packed = self._call(deadline, len(keys), *keys, *arguments)
+        if status == b"refused":
+            raise BatchRefused(f"batch {batch.sequence} does not follow batch {told.decode()}")
+        self._epoch = told.decode()
+        if status == b"lost":
+            raise StateLost(f"{self} has lost what it held: its counters begin anew")
+        return [_unpack(*pair) for pair in zip(batch.operations, _decode(packed[0]), strict=True)]
+
+    def _call(self, deadline: float, *arguments: object) -> list[bytes]:
+        """Have the script run, which may have to be sent first.
+
+        :raises Disconnected: if there is no answer by `deadline`.
+        """
+        try:
+            return self._exchange(deadline, "EVALSHA", _SHA, *arguments)
+        except exceptions.NoScriptError:
+            return self._exchange(deadline, "EVAL", _SCRIPT, *arguments)
+
+    def _exchange(self, deadline: float, *command: object) -> list[bytes]:
+        sent = False
+        connection = None
+        try:
+            self._pool.connection_kwargs["socket_connect_timeout"] = _remaining(deadline)
+            self._pool.connection_kwargs["socket_timeout"] = _remaining(deadline)
+            connection = self._pool.get_connection()
+            sent = True
+            connection.send_command(*command, check_health=False)  # type: ignore[no-untyped-call]
+            answer: list[bytes] = connection.read_response(disable_decoding=True, timeout=_remaining(deadline))
+            return answer
+        except exceptions.NoScriptError:
+            raise
+        except exceptions.RedisError as error:
+            raise self._translated(error, sent=sent) from error
+        except BaseException:
+            if connection is not None:
+                connection.disconnect()  # type: ignore[no-untyped-call] # a late answer is nobody else's
+            raise
+        finally:
+            if connection is not None:
+                self._pool.release(connection)
+
+    def _translated(self, error: exceptions.RedisError, *, sent: bool) -> Exception:
+        """Our own error for each of redis-py's."""
+        text = str(error)
+        if isinstance(error, _DENIED) or text.startswith(_DENIED_WORDS):
+            return AccessDenied(f"{self} does not let this process in: {text}; nothing was counted")
+        if isinstance(error, _FULL) or text.startswith(_FULL_WORDS):
+            return StorageFull(f"{self} cannot write: {text}; nothing was counted, and reads go on")
+        if isinstance(error, _PASSING) or text.startswith(_PASSING_WORDS):
+            self._pool.disconnect()  # the name may lead to another server now
+            return Disconnected(f"{self}: {text}", sent=False)
+        if isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError)):
+            return Disconnected(f"{self}: {text}", sent=sent)
+        return OutcomeUnknown(f"{self} failed: {text}")
+
+    def after_fork(self) -> None:
+        """redis-py's pool knows the process that it belongs to, and leaves the parent's connections alone."""
+
+    def close(self) -> None:
+        self._pool.disconnect()
+
+
+def _url(scheme: str, place: str, query: dict[str, str]) -> str:
+    return f"{scheme}://{place}{'?' if query else ''}{urlencode(query)}"
+
+
+def _remaining(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.001)
+
+
+def _text(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+def _pack(operation: Operation) -> str | list[str | int]:
+    """An operation as the script takes it; nearly every one is the plain increment, which is just a name."""
+    match operation:
+        case Increment(name, 1, None, None, None):
+            return name
+        case Increment(name, by, minimum, maximum, key):
+            fingerprint = "" if key is None else operation.fingerprint().hex()
+            return ["increment", name, str(by), _text(minimum), _text(maximum), fingerprint]
+        case Get(name):
+            return ["get", name]
+        case Set(name, value):
+            return ["set", name, str(value)]
+        case Delete(name):
+            return ["delete", name]
+        case Scan(after, limit):
+            return ["scan", after, limit]
+        case _:
+            return ["invoke", ""]
+
+
+def _unpack(operation: Operation, result: str | list[str]) -> Result:
+    if isinstance(result, list):
+        more, *rest = result
+        return Page([(name, int(value)) for name, value in zip(rest[::2], rest[1::2], strict=True)], more == "more")
+    kind, value = result[0], result[1:]
+    match kind:
+        case "i":
+            return int(value)
+        case "n":
+            return None
+        case "t" | "f":
+            return kind == "t"
+        case "r":
+            return Replayed(int(value))
+        case "k":
+            return KEY_REUSED
+        case "l" if isinstance(operation, Increment):
+            return beyond_bounds(operation, int(value))
+        case _:
+            return Refusal("unsupported", "counters have no methods")

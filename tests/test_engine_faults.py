@@ -1,0 +1,279 @@
+"""Other people's servers killed under load, and connections cut in the middle of a reply: the checker passes."""
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+from redis._parsers.base import BaseParser
+
+from counter_server.errors import AccessDenied, DeadlineExceeded, Disconnected, OutcomeUnknown, StateLost, StorageFull
+from counter_server.stores.redis import RedisStore
+from tests.engines import RedisServer
+from tests.history import assert_exactly_once
+from tests.load import HttpLoad, StoreLoad, open_client
+from tests.processes import PATIENCE, Server, eventually, frozen
+
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
+
+
+@pytest.fixture
+def start_redis(stack: ExitStack, tmp_path: Path) -> Callable[..., RedisServer]:
+    return lambda *options: stack.enter_context(RedisServer(tmp_path / "redis", *options))
+
+
+def test_redis_killed_and_started_again_under_load(
+    start_redis: Callable[..., RedisServer], stack: ExitStack, tmp_path: Path
+) -> None:
+    server = start_redis(*DURABLE)
+    state = stack.enter_context(open_client(server.url))
+    load = StoreLoad(server.url, "hot", 4, 8, 300)
+    for kill in range(5):
+        goal = (kill + 1) * 1000
+        eventually(lambda: state.counter("hot").value > goal, "progress of the load")
+        server.kill()
+        server.start()
+    history = load.finish()
+    assert len(history) == 4 * 8 * 300
+    assert_exactly_once(history, state.counter("hot").value, tmp_path / "history.json")
+
+
+def test_redis_without_its_memory_says_so_before_any_number_begins_anew(
+    start_redis: Callable[..., RedisServer], stack: ExitStack
+) -> None:
+    server = start_redis()
+    state = stack.enter_context(open_client(server.url))
+    assert [state.counter("c").increment() for _ in range(3)] == [1, 2, 3]
+    server.kill()
+    server.start()
+    with pytest.raises(StateLost) as lost:
+        state.counter("c").increment()
+    assert lost.value.outcome == "not_applied"
+    assert state.counter("c").increment() == 1
+
+
+def test_a_redis_that_forgot_the_script_is_sent_it_again(
+    start_redis: Callable[..., RedisServer], stack: ExitStack
+) -> None:
+    server = start_redis()
+    state = stack.enter_context(open_client(server.url))
+    for expected in (1, 2, 3):
+        assert state.counter("c").increment() == expected
+        assert server.command("SCRIPT", "FLUSH") == b"+OK\r\n"
+
+
+def test_a_full_redis_refuses_writes_answers_reads_and_heals(
+    start_redis: Callable[..., RedisServer], stack: ExitStack
+) -> None:
+    server = start_redis()
+    state = stack.enter_context(open_client(server.url))
+    assert state.counter("c").increment() == 1
+    server.command("CONFIG", "SET", "maxmemory", "1")
+    with pytest.raises(StorageFull) as full:
+        state.counter("c").increment()
+    assert full.value.outcome == "not_applied"
+    assert state.counter("c").value == 1
+    server.command("CONFIG", "SET", "maxmemory", "0")
+    assert state.counter("c").increment() == 2
+
+
+def test_a_redis_that_wants_a_password_says_so(start_redis: Callable[..., RedisServer], stack: ExitStack) -> None:
+    server = start_redis("--requirepass", "secret")
+    for url in (server.url, f"unix://:wrong@{server.socket}"):
+        with pytest.raises(AccessDenied) as denied:
+            stack.enter_context(open_client(url)).counter("c").increment()
+        assert denied.value.outcome == "not_applied"
+        assert "secret" not in str(denied.value)
+        assert "wrong" not in str(denied.value)
+    assert stack.enter_context(open_client(f"unix://:secret@{server.socket}")).counter("c").increment() == 1
+
+
+def test_a_redis_that_became_a_replica_is_asked_until_it_is_none(
+    start_redis: Callable[..., RedisServer], stack: ExitStack
+) -> None:
+    server = start_redis()
+    counter = stack.enter_context(open_client(server.url, deadline=PATIENCE)).counter("c")
+    assert counter.increment() == 1
+    server.command("REPLICAOF", "127.0.0.1", "1")
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(counter.increment)
+        eventually(lambda: b"errorstat_READONLY" in server.command("INFO", "errorstats"), "a refusal of the replica")
+        assert not waiting.done()
+        server.command("REPLICAOF", "NO", "ONE")
+        assert waiting.result() == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("NOAUTH Authentication required.", AccessDenied),
+        ("WRONGPASS invalid username-password pair or user is disabled.", AccessDenied),
+        ("NOPERM this user has no permissions to run the 'evalsha' command", AccessDenied),
+        ("OOM command not allowed when used memory > 'maxmemory'.", StorageFull),
+        ("MISCONF Errors writing to the AOF file: No space left on device", StorageFull),
+        ("LOADING Redis is loading the dataset in memory", Disconnected),
+        ("READONLY You can't write against a read only replica.", Disconnected),
+        ("MASTERDOWN Link with MASTER is down", Disconnected),
+        ("CLUSTERDOWN Hash slot not served", Disconnected),
+        ("MOVED 3999 127.0.0.1:6381", Disconnected),
+        ("TRYAGAIN Multiple keys request during rehashing of slot", Disconnected),
+        ("NOREPLICAS Not enough good replicas to write.", Disconnected),
+        ("BUSY Redis is busy running a script.", Disconnected),
+        ("ERR max number of clients reached", Disconnected),
+        ("WRONGTYPE Operation against a key holding the wrong kind of value", OutcomeUnknown),
+    ],
+)
+def test_each_answer_of_redis_that_is_none_is_one_of_our_errors(answer: str, kind: type[Exception]) -> None:
+    store = RedisStore("redis://127.0.0.1:1")
+    error = store._translated(BaseParser.parse_error(answer), sent=True)  # type: ignore[no-untyped-call]
+    assert type(error) is kind
+    assert str(error).startswith("redis://127.0.0.1:1")
+
+
+def test_a_redis_cluster_takes_the_script(start_redis: Callable[..., RedisServer], stack: ExitStack) -> None:
+    """One node that has all the slots: keys of several slots would be refused."""
+    server = start_redis("--cluster-enabled", "yes")
+    server.command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+    eventually(lambda: b"cluster_state:ok" in server.command("CLUSTER", "INFO"), "the cluster is up")
+    state = stack.enter_context(open_client(server.url))
+    assert state.counter("a").increment(key="k") == 1
+    assert state.counter("b").increment(key="l", maximum=5) == 1
+    assert state.counter("a").increment(key="k") == 1
+
+
+def test_a_frozen_redis_holds_nobody_beyond_the_deadline_and_its_late_answer_is_nobodys(
+    start_redis: Callable[..., RedisServer], stack: ExitStack
+) -> None:
+    server = start_redis(*DURABLE)
+    state = stack.enter_context(open_client(server.url, deadline=0.3))
+    counter = state.counter("c")
+    assert counter.increment() == 1
+    with frozen(server.pid), pytest.raises(DeadlineExceeded) as late:
+        counter.increment()
+    assert late.value.outcome == "unknown"
+    found = stack.enter_context(open_client(server.url)).counter("c").value
+    assert found in (1, 2)
+    assert [counter.increment() for _ in range(3)] == [found + 1, found + 2, found + 3]
+
+
+def test_a_child_of_a_fork_talks_to_redis_on_a_connection_of_its_own(
+    start_redis: Callable[..., RedisServer], stack: ExitStack
+) -> None:
+    server = start_redis()
+    counter = stack.enter_context(open_client(server.url)).counter("c")
+    assert counter.increment() == 1
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            for _ in range(100):
+                os.write(writer, b"%d\n" % counter.increment())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    ours = [counter.increment() for _ in range(100)]
+    with open(reader) as pipe:
+        theirs = [int(line) for line in pipe]
+    os.waitpid(child, 0)
+    assert sorted(ours + theirs) == list(range(2, 202))
+
+
+# Cut connections
+
+
+class Cutter:
+    """A proxy on a free port that cuts each connection after so many bytes of answers, in the middle of one."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.cuts = 0
+        self._thread = threading.Thread(target=self._accept)
+        self._serving: list[threading.Thread] = []
+        self._thread.start()
+
+    def _accept(self) -> None:
+        lengths = (n for _ in iter(int, 1) for n in (5000, 777, 20_011, 90, 3001))
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.socket(socket.AF_UNIX)
+                try:
+                    server.connect(os.fspath(self._target))
+                except OSError:
+                    client.close()
+                    server.close()
+                    continue
+                for work in ((self._pass, client, server, None), (self._pass, server, client, next(lengths))):
+                    thread = threading.Thread(target=work[0], args=work[1:])
+                    thread.start()
+                    self._serving.append(thread)
+
+    def _pass(self, source: socket.socket, target: socket.socket, most: int | None) -> None:
+        """Pass on bytes, all of them or so many; then there is no connection any more."""
+        passed = 0
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if most is not None and passed + len(data) > most:
+                    target.sendall(data[: most - passed])
+                    self.cuts += 1
+                    break
+                target.sendall(data)
+                passed += len(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        source.close()  # each end by the one that reads it
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+        for thread in self._serving:
+            thread.join()
+
+
+@pytest.fixture
+def cut(stack: ExitStack) -> Callable[[Path], Cutter]:
+    def start(target: Path) -> Cutter:
+        cutter = Cutter(target)
+        stack.callback(cutter.close)
+        return cutter
+
+    return start
+
+
+def test_redis_whose_connections_are_cut_in_the_middle_of_a_reply(
+    start_redis: Callable[..., RedisServer], cut: Callable[[Path], Cutter], stack: ExitStack, tmp_path: Path
+) -> None:
+    server = start_redis(*DURABLE)
+    cutter = cut(server.socket)
+    history = StoreLoad(f"redis://127.0.0.1:{cutter.port}", "hot", 4, 8, 100).finish()
+    assert len(history) == 4 * 8 * 100
+    assert cutter.cuts >= 10
+    state = stack.enter_context(open_client(server.url))
+    assert_exactly_once(history, state.counter("hot").value, tmp_path / "history.json")
+
+
+# Two machines' worth of apps
+
+
+def test_two_supervisors_over_one_redis_give_no_number_twice(
+    start_redis: Callable[..., RedisServer], stack: ExitStack, tmp_path: Path
+) -> None:
+    """On two addresses, as two machines would be: all that they share is the store."""
+    server = start_redis(*DURABLE)
+    servers = [
+        stack.enter_context(Server("--host", host, "--workers", "2", "--store", server.url))
+        for host in ("127.0.0.1", "127.0.0.2")
+    ]
+    loads = [HttpLoad(one.url, "visits", 20, each=10) for one in servers]
+    histories = [load.finish(stop=False) for load in loads]
+    state = stack.enter_context(open_client(server.url))
+    assert state.counter("visits").value == 2 * 20 * 10
+    assert_exactly_once([*histories[0], *histories[1]], 2 * 20 * 10, tmp_path / "history.json")
