@@ -73,8 +73,8 @@ def open_plain(place: str) -> Increment:
     return proxy.increment  # type: ignore[no-any-return]
 
 
-def open_ours(place: str) -> Increment:
-    return open_state(f"manager://{place}").counter("hot").increment
+def open_ours(url: str) -> Increment:
+    return open_state(url).counter("hot").increment
 
 
 @dataclass
@@ -167,29 +167,30 @@ def main() -> None:
         peers = [Peer("BaseProxy (AF_UNIX)", open_plain, str(root / "plain.sock"))]
         for durability in DURABILITIES:
             stack.enter_context(running(serve_ours, str(root / durability), durability))
-            peers.append(Peer(f"ours, {durability}", open_ours, str(root / durability)))
-        print(
-            f"Python {sys.version.split()[0]}, {multiprocessing.cpu_count()} cores, median of {options.rounds} rounds\n"
-        )
-        print(
-            f"{'shape':>6} {'store':<22} {'increments/s':>12} {'ratio':>6} {'median us':>10} {'ratio':>6} {'p99 us':>8}"
-        )
-        for processes, threads in SHAPES:
-            rounds: dict[str, list[Round]] = {peer.name: [] for peer in peers}
-            for _ in range(options.rounds):
-                for peer in peers:
-                    rounds[peer.name].append(measure(peer, processes, threads, options.seconds))
-            plain: tuple[float, float] | None = None
+            peers.append(Peer(f"ours, {durability}", open_ours, f"manager://{root / durability}"))
+        compare(peers, SHAPES, options.rounds, options.seconds)
+
+
+def compare(peers: list[Peer], shapes: list[tuple[int, int]], rounds: int, seconds: float) -> None:
+    """Measure all peers in turn, several times, and print a table; ratios are to the first peer."""
+    print(f"Python {sys.version.split()[0]}, {multiprocessing.cpu_count()} cores, median of {rounds} rounds\n")
+    print(f"{'shape':>6} {'store':<30} {'increments/s':>12} {'ratio':>6} {'median us':>10} {'ratio':>6} {'p99 us':>8}")
+    for processes, threads in shapes:
+        measured: dict[str, list[Round]] = {peer.name: [] for peer in peers}
+        for _ in range(rounds):
             for peer in peers:
-                rate, median, p99 = (
-                    statistics.median(getattr(r, what) for r in rounds[peer.name]) for what in ("rate", "median", "p99")
-                )
-                plain = plain or (rate, median)
-                print(
-                    f"{processes:>3}x{threads:<2} {peer.name:<22} {rate:>12,.0f} {rate / plain[0]:>6.2f}"
-                    f" {median:>10.1f} {median / plain[1]:>6.2f} {p99:>8.1f}",
-                    flush=True,
-                )
+                measured[peer.name].append(measure(peer, processes, threads, seconds))
+        first: tuple[float, float] | None = None
+        for peer in peers:
+            rate, median, p99 = (
+                statistics.median(getattr(r, what) for r in measured[peer.name]) for what in ("rate", "median", "p99")
+            )
+            first = first or (rate, median)
+            print(
+                f"{processes:>3}x{threads:<2} {peer.name:<30} {rate:>12,.0f} {rate / first[0]:>6.2f}"
+                f" {median:>10.1f} {median / first[1]:>6.2f} {p99:>8.1f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
