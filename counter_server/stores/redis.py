@@ -59,6 +59,8 @@ class RedisStore:
     """
 
     def __init__(self, url: str) -> None:
+        if "://" not in url:
+            raise InvalidRequest(f"{url!r} is not a URL of Redis: it begins with redis://")
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         tag = query.pop("prefix", _DEFAULT_PREFIX)
