@@ -1,8 +1,9 @@
 """The command line: `counter-server run`, `manager`, and the counters without HTTP."""
 
-import importlib
 import os
+import signal
 import sys
+import time
 from typing import Any, cast
 
 import click
@@ -26,6 +27,7 @@ from .state import State, declared_for, open_state
 
 _DEFAULTS = ServerSettings()
 _IDLE_SECONDS = 1.0
+_SECONDS_TO_STOP = 10.0
 
 
 class _HeldException(click.ClickException):
@@ -115,7 +117,9 @@ def run(data_dir: str | None, store: str | None, durability: str, **options: Any
 @durability_option
 @click.option("--idle-timeout", type=float, metavar="SECONDS", help="End when there was no client for so long.")
 @click.option(
-    "--hosting", metavar="MODULE", help="Import MODULE, an app, and host the shared objects that it declares."
+    "--hosting",
+    metavar="APP",
+    help="Host the shared objects that APP declares: module, module:app or module:create_app().",
 )
 @click.option(
     "--host-objects", is_flag=True, hidden=True, help="Declarations of shared objects come on standard input."
@@ -151,15 +155,41 @@ def manager(
 
 def _declared_by(module: str, directory: DataDirectory) -> list[Declaration]:
     """What a module declares for a directory when it is imported, from here or from wherever else Python looks."""
+    from flask.cli import ScriptInfo
+
+    from .manager.starter import begin_to_host
+
+    begin_to_host()
     sys.path.insert(0, os.getcwd())
     try:
-        importlib.import_module(module)
-    except Exception as error:
-        raise StartupError(f"{module} cannot be imported: {type(error).__name__}: {error}") from error
+        ScriptInfo(app_import_path=module).load_app()
+    except (Exception, click.ClickException) as error:
+        message = error.message if isinstance(error, click.ClickException) else f"{type(error).__name__}: {error}"
+        raise StartupError(f"no app can be had from {module}: {message.strip()}") from error
     declarations = declared_for(directory.url)
     if not declarations:
         raise StartupError(f"{module} declares no shared objects for {directory}: does its app use that directory?")
     return declarations
+
+
+@main.command()
+@data_dir_option
+def stop(data_dir: str | None) -> None:
+    """End the manager of a directory in order: what is durable stays, and the next use starts another."""
+    directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
+    pid = directory.holder()
+    if pid is None:
+        raise click.ClickException(f"no manager is running in {directory}")
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except OSError as error:
+        raise click.ClickException(f"the manager (pid {pid}) cannot be told to end: {error.strerror}") from error
+    deadline = time.monotonic() + _SECONDS_TO_STOP
+    while directory.holder() == pid:
+        if time.monotonic() > deadline:
+            raise click.ClickException(f"the manager (pid {pid}) goes on; under a supervisor, end that")
+        time.sleep(0.02)
+    click.echo(f"The manager (pid {pid}) has ended.")
 
 
 @main.command()

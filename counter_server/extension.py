@@ -137,7 +137,7 @@ class SharedState:
             global_obj.query()        # in a view: 1, 2, 3, … across all workers
         """
         self._declarations.add(name, cls, arguments, keywords, durable=durable)
-        return cast(Kind, SharedObject(name, self.invoke))
+        return cast(Kind, SharedObject(name, cls, self.invoke))
 
     def dict(self, name: str, *, max_entries: int = DEFAULT_ENTRIES, ttl: float | None = None) -> SharedDict:
         """Declare a bounded dict with expiry, at import time; one for all workers. See `State.dict`.

@@ -6,11 +6,14 @@ in the same transaction as the memory of the call, before anybody is told.
 
 import builtins
 import importlib
+import inspect
+import io
 import pickle
 import reprlib
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from hashlib import blake2b
 from typing import Any
 
 from msgspec import Struct
@@ -34,6 +37,7 @@ class Declaration(Struct, frozen=True, array_like=True):
     qualname: str
     arguments: bytes
     durable: bool = False
+    source: bytes = b""  # digest of the class's source: an object of what the class was before is another one
 
     def __str__(self) -> str:
         positional, by_keyword = plain.decode(self.arguments)
@@ -59,14 +63,35 @@ def declare(
             f"{cls.__qualname__} cannot be imported by the manager: define the class at the top of a module"
         )
     packed = plain.encode((arguments, keywords), f"the arguments of {cls.__qualname__}")
-    return Declaration(name, cls.__module__, cls.__qualname__, packed, durable)
+    return Declaration(name, cls.__module__, cls.__qualname__, packed, durable, _digest(cls))
 
 
-def _find(declaration: Declaration) -> Any:
-    found: Any = importlib.import_module(declaration.module)
-    for part in declaration.qualname.split("."):
+def _digest(cls: type) -> bytes:
+    try:
+        return blake2b(inspect.getsource(cls).encode(errors="surrogatepass"), digest_size=16).digest()
+    except (OSError, TypeError):  # there is no source
+        return b""
+
+
+def _find(module: str, qualname: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
         found = getattr(found, part)
     return found
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds a class of the declared module also where its name was another one: `__main__`, or before it was moved."""
+
+    def __init__(self, state: bytes, declaration: Declaration) -> None:
+        super().__init__(io.BytesIO(state))
+        self._module = declaration.module
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            return _find(self._module, name)
 
 
 class HostedObject:
@@ -95,12 +120,13 @@ class HostedObject:
         self._state = b""
         try:
             if state is not None and self._commit is not None:
-                self._object = pickle.loads(state)  # noqa: S301 - written by us, into a file of this user alone
+                self._object = self._unpickled(state)
             else:
                 arguments, keywords = plain.decode(declaration.arguments)
-                self._object = _find(declaration)(*arguments, **keywords)
+                self._object = _find(declaration.module, declaration.qualname)(*arguments, **keywords)
             if self._commit is not None:
                 self._state = state or self._pickled()
+                self._unpickled(self._state)
         except Exception as error:
             raise StartupError(
                 f"the shared object {declaration} cannot be made: {type(error).__name__}: {error}"
@@ -145,10 +171,20 @@ class HostedObject:
             changes.objects[self.declaration.name] = state
             self._commit(changes)
         except (InvalidRequest, StorageFull) as error:
-            self._object = pickle.loads(self._state)  # noqa: S301 - pickled by us, just now
+            self._object = self._unpickled(self._state)
             return Refusal("storage_full" if isinstance(error, StorageFull) else "invalid", str(error))
         self._state = state
         return None
+
+    def _unpickled(self, state: bytes) -> Any:
+        """What was pickled here, or by an earlier manager into a file of this user alone.
+
+        :raises StartupError: if its class refuses to be made of it.
+        """
+        try:
+            return _Unpickler(state, self.declaration).load()
+        except Exception as error:
+            raise StartupError(f"{self.declaration} cannot be made of what was kept of it: {error!r}") from error
 
     def _pickled(self) -> bytes:
         try:
@@ -180,7 +216,7 @@ def _raised(error: BaseException) -> Raised:
     except Exception as untold:  # noqa: BLE001 - its class is somebody else's
         text = f"({type(untold).__name__} in telling it)"
     text = _told(text, slice(_LONGEST_TEXT))
-    if getattr(builtins, name, None) is type(error):
+    if isinstance(error, Exception) and getattr(builtins, name, None) is type(error):
         try:
             arguments = plain.encode(error.args, "an error")
         except InvalidRequest:

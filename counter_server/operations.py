@@ -12,7 +12,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct, msgpack, structs
 
-from .errors import CounterServerError, InvalidRequest, KeyReused, LimitReached, StorageFull, Unsupported
+from .errors import CounterServerError, InvalidRequest, KeyReused, LimitReached, StartupError, StorageFull, Unsupported
 
 SMALLEST = -(2**63)
 LARGEST = 2**63 - 1
@@ -236,6 +236,7 @@ _REFUSALS: dict[str, type[CounterServerError]] = {
     "storage_full": StorageFull,
     "unsupported": Unsupported,
     "invalid": InvalidRequest,
+    "not_made": StartupError,
 }
 
 Result = int | bool | None | Replayed | Page | Returned | Raised | Refusal

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar, cast
 from . import plain
 from .combiner import Combiner
 from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
-from .errors import InvalidRequest, RemoteError, StateLost, Unsupported
+from .errors import InvalidRequest, NotHosted, RemoteError, StateLost, Unsupported
 from .objects import LARGEST_CALL_BATCH, Declaration, declare
 from .operations import (
     LARGEST_BATCH,
@@ -44,6 +44,7 @@ Kind = TypeVar("Kind")
 
 _MOST_LOSSES = 10  # in a row that a forgetful handle forgives: a manager that is killed each time is told
 _noticing = threading.Lock()  # held while a child finds out that it is one
+_listing = threading.Lock()  # guards the set below
 _states: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 
@@ -84,9 +85,13 @@ class Declarations(dict[str, Declaration]):
 def declared_for(url: str) -> list[Declaration]:
     """What this process declares for one store: a manager that it starts is for all its states, caches and limits."""
     found = Declarations()
-    for state in list(_states):
+    with _listing:
+        states = list(_states)
+    for state in states:
         if str(state.store) == url:
-            found.update(state.declarations)
+            for name, declaration in dict(state.declarations).items():
+                if found.setdefault(name, declaration) != declaration:
+                    log.warning("two declarations of one name: %s is hosted, and %s is not", found[name], declaration)
     return list(found.values())
 
 
@@ -111,7 +116,7 @@ class _Channel:
 
 
 def _close(counters: _Channel, objects: dict[str, _Channel]) -> None:
-    for channel in (counters, *objects.values()):
+    for channel in (counters, *list(objects.values())):
         channel.store.close()
 
 
@@ -129,7 +134,8 @@ class State:
         self._process = os.getpid()
         self._opening = threading.Lock()  # guards the making of the channels below
         self._objects: dict[str, _Channel] = {}
-        _states.add(self)
+        with _listing:
+            _states.add(self)
         # One that nobody holds any more lets its connections go, as the standard library's do.
         weakref.finalize(self, _close, self._counters, self._objects).atexit = False
 
@@ -176,7 +182,7 @@ class State:
         Each call is atomic, made exactly once, and has the state's deadline. Arguments and results are plain data.
         """
         self.declarations.add(name, cls, arguments, keywords, durable=durable)
-        return cast(Kind, SharedObject(name, self.invoke))
+        return cast(Kind, SharedObject(name, cls, self.invoke))
 
     def dict(self, name: str, *, max_entries: int = DEFAULT_ENTRIES, ttl: float | None = None) -> SharedDict:
         """Declare a shared dict that is bounded, and return a handle on it, for all processes the same one.
@@ -199,7 +205,10 @@ class State:
             if channel is None:
                 if not isinstance(self.store, HostsObjects):
                     raise Unsupported(f"{self.store} hosts no shared objects, only counters")
-                channel = _Channel(self.store.object(self.declarations[name]), LARGEST_CALL_BATCH)
+                declaration = self.declarations.get(name)
+                if declaration is None:
+                    raise NotHosted(f"{name!r} is declared with a SharedState that was not given this app: init_app it")
+                channel = _Channel(self.store.object(declaration), LARGEST_CALL_BATCH)
                 self._objects[name] = channel
         return channel.submit(operation, deadline)
 
@@ -233,16 +242,19 @@ class State:
 class SharedObject:
     """A handle on a shared object: a public method of it is a method of this."""
 
-    def __init__(self, name: str, invoke: Callable[[str, Invoke], Result]) -> None:
-        self._name = name
-        self._invoke = invoke
+    _name: str
+    _cls: type
+    _invoke: Callable[[str, Invoke], Result]
+
+    def __init__(self, name: str, cls: type, invoke: Callable[[str, Invoke], Result]) -> None:
+        vars(self).update(_name=name, _cls=cls, _invoke=invoke)
 
     def __repr__(self) -> str:
         return f"<SharedObject {self._name!r}>"
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
-        if method.startswith("_"):
-            raise AttributeError(f"{self!r} has public methods only, not {method!r}")
+        if method.startswith("_") or not callable(getattr(self._cls, method, None)):
+            raise AttributeError(f"only public methods of {self._cls.__qualname__} are shared, not {method!r}")
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             packed = plain.encode((arguments, keywords), f"the arguments of {self._name}.{method}")
@@ -250,6 +262,11 @@ class SharedObject:
 
         call.__name__ = method
         return call
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(
+            f"{name!r} would be set here and nowhere else: {self._cls.__qualname__} needs a method for it"
+        )
 
 
 def forgetful(handle: Kind) -> Kind:
@@ -266,7 +283,7 @@ def forgetful(handle: Kind) -> Kind:
                 log.info("%s", lost)
         return invoke(name, operation)
 
-    return cast(Kind, SharedObject(handle._name, invoke_again))
+    return cast(Kind, SharedObject(handle._name, handle._cls, invoke_again))
 
 
 def _answer(result: Result) -> Any:
@@ -276,8 +293,11 @@ def _answer(result: Result) -> Any:
     raised = expect(Raised, result)
     if raised.arguments is None:
         raise RemoteError(raised.name, raised.text, raised.traceback)
+    kind = getattr(builtins, raised.name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        raise RemoteError(raised.name, raised.text, raised.traceback)
     try:
-        error = getattr(builtins, raised.name)(*plain.decode(raised.arguments))
+        error = kind(*plain.decode(raised.arguments))
     except TypeError:  # one that wants other arguments than it has itself
         raise RemoteError(raised.name, raised.text, raised.traceback) from None
     error.add_note(f"Raised in the manager process:\n{raised.traceback}")
@@ -344,6 +364,8 @@ def expect(kind: type[Kind], result: object) -> Kind:
 
 
 def _after_fork_in_child() -> None:
+    global _listing
+    _listing = threading.Lock()
     for state in list(_states):
         state._after_fork()
 

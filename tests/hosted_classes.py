@@ -81,6 +81,21 @@ class UntellableError(Exception):
         raise RuntimeError("never")
 
 
+class TwoArgumentsError(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class OneWay:
+    """Can be pickled, and not be made again of that."""
+
+    def __init__(self) -> None:
+        self.error = TwoArgumentsError(1, 2)
+
+    def query(self) -> None:
+        """Never called."""
+
+
 class OwnError(Exception):
     """Not a type that is built in."""
 
@@ -102,6 +117,9 @@ class Refusing:
 
     def __init__(self) -> None:
         raise ValueError("not today")
+
+    def anything(self) -> None:
+        """Never called."""
 
 
 def not_a_class() -> None:

@@ -121,10 +121,13 @@ class StateProxy(BaseProxy):
         try:
             connection.send((None, "accept_connection", (self._id, self._declaration), {}))
             kind, epoch = connection.recv()
+            if kind == "#AWAY":
+                raise Disconnected(f"{epoch}, and ends for one that hosts {self._declaration}", sent=False)
             if kind != "#RETURN":
                 raise NotHosted(
                     f"{epoch}, and not {self._declaration} as it is declared here: it was started by another program,"
-                    f" or before that was declared; stop it, or name another data directory than {self._directory}"
+                    f" or before that was declared or changed; 'counter-server stop --data-dir {self._directory}'"
+                    " ends it, or name another data directory"
                 )
             known, self._epoch = self._epoch, epoch
             if known not in (None, epoch):

@@ -90,6 +90,23 @@ class DataDirectory:
         finally:
             os.close(file)
 
+    def holder(self) -> int | None:
+        """The pid of the manager that holds this directory, if there is one.
+
+        :raises StartupError: if it may not be looked at.
+        """
+        try:
+            with open(self.path / "manager.lock", "rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(file.read(32) or b"0") or None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise StartupError(f"the lock of {self} cannot be read: {error}") from error
+        return None
+
     @contextmanager
     def starting(self) -> Iterator[bool]:
         """Whether this process is the one to start a manager now: one at a time, while the block runs."""

@@ -23,7 +23,7 @@ from ..errors import BatchRefused, StartupError
 from ..journal import Journal, JournalFailed
 from ..ledger import Contents, Ledger, results_of
 from ..objects import Declaration, HostedObject
-from ..operations import Batch, Result
+from ..operations import Batch, Refusal, Result
 from ..settings import Durability
 from .directory import DataDirectory
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
@@ -124,6 +124,8 @@ class StateServer(Server):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._connections = 0
+        self._users = 0  # connections to shared objects, among them
+        self.gives_way = False
         self._idle_since = time.monotonic()
 
     def idle_for(self) -> float:
@@ -162,10 +164,9 @@ class StateServer(Server):
             ident, declaration = _decode_greeting(call.arguments)
             hosted = self.hosted.get(ident)
             if hosted is None or hosted.declaration != declaration:
-                conn.send(("#ERROR", self._what_is_hosted()))
-                return
-            conn.send(("#RETURN", hosted.epoch))
-            self.serve_client(conn)
+                self._turn_away(conn)
+            else:
+                self._welcome(conn, hosted)
         except EOFError:
             log.debug("a client has gone")
         except (OSError, AuthenticationError, AssertionError, MsgspecError, ValueError) as error:
@@ -174,6 +175,25 @@ class StateServer(Server):
         finally:
             self._count(-1)
             conn.close()
+
+    def _welcome(self, conn: Any, hosted: Hosted) -> None:
+        uses = hosted.declaration is not None
+        with self.mutex:
+            self._users += uses
+        try:
+            conn.send(("#RETURN", hosted.epoch))
+            self.serve_client(conn)
+        finally:
+            with self.mutex:
+                self._users -= uses
+
+    def _turn_away(self, conn: Any) -> None:
+        """Say that it hosts something else; if nobody uses any of that, make way for a one that has this."""
+        with self.mutex:
+            makes_way = self.gives_way and not self._users
+        conn.send(("#AWAY" if makes_way else "#ERROR", self._what_is_hosted()))
+        if makes_way:
+            _end_main_thread()
 
     def _what_is_hosted(self) -> str:
         names = [str(hosted.declaration) for hosted in self.hosted.values() if hosted.declaration]
@@ -250,6 +270,7 @@ def serve(
         for declaration in declarations:
             server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents)
         if idle_timeout is not None and journal is not None:
+            server.gives_way = True
             threading.Thread(target=_end_when_idle, args=(server, idle_timeout), name="idle", daemon=True).start()
         try:
             ready()
@@ -266,24 +287,34 @@ def serve(
 
 def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, contents: Contents) -> Hosted:
     """Make a shared object, from what the journal holds of it where it is durable."""
-    if declaration.durable and journal is None:
-        raise StartupError(f"the shared object {declaration} cannot be kept with durability 'none'")
-    hosted = HostedObject(
-        declaration,
-        ledger.now,
-        commit=journal.commit if journal else None,
-        state=contents.objects.get(declaration.name),
-        clients={client: record for client, record in contents.clients.items() if record.object == declaration.name},
-    )
+    epoch = journal.epoch if declaration.durable and journal else secrets.token_hex(16)
+    decode = msgpack.Decoder(tuple[Batch]).decode
+    try:
+        if declaration.durable and journal is None:
+            raise StartupError(f"the shared object {declaration} cannot be kept with durability 'none'")
+        hosted = HostedObject(
+            declaration,
+            ledger.now,
+            commit=journal.commit if journal else None,
+            state=contents.objects.get(declaration.name),
+            clients={
+                client: record for client, record in contents.clients.items() if record.object == declaration.name
+            },
+        )
+    except StartupError as error:
+        # What cannot be made is refused by name; counters and other objects go on.
+        log.error("%s", error)
+        refusal = Refusal("not_made", str(error))
+        refuse = Method(lambda batch: [refusal] * len(batch.operations), decode)
+        return Hosted({"apply": refuse}, epoch, declaration)
 
     def apply(batch: Batch) -> list[Result]:
         try:
             return results_of(hosted.apply(batch))
-        except JournalFailed as error:
+        except (JournalFailed, StartupError) as error:  # or it could not be put back to what it was
             _fail(error)
 
-    epoch = journal.epoch if declaration.durable and journal else secrets.token_hex(16)
-    return Hosted({"apply": Method(apply, msgpack.Decoder(tuple[Batch]).decode)}, epoch, declaration)
+    return Hosted({"apply": Method(apply, decode)}, epoch, declaration)
 
 
 def _open_journal(directory: DataDirectory, durability: Durability) -> Journal | None:
@@ -300,7 +331,7 @@ def _stop(_number: int, _frame: object) -> NoReturn:
     raise SystemExit(0)
 
 
-def _fail(error: JournalFailed) -> NoReturn:
+def _fail(error: Exception) -> NoReturn:
     """Stop at once, with nothing answered: what the disk says at the next start is what happened."""
     print(
         f"manager: {error}; what was being written is unknown; stopping to start again from the disk", file=sys.stderr

@@ -44,6 +44,11 @@ class Starter:
         :raises StartupError: if it cannot be started, for a reason that stays.
         :raises Disconnected: if it may be there later: another one still holds the directory, or time ran out.
         """
+        if _hosts:
+            raise StartupError(
+                "shared state cannot be used here: the manager, too, imports the module that declares shared objects;"
+                " use them in a view, in a command or under if __name__ == '__main__'"
+            )
         directory.make()
         with directory.starting() as mine:
             if not mine:
@@ -76,6 +81,15 @@ class Starter:
             raise StartupError(f"the manager of {directory} could not be started: {message or done.returncode}")
 
 
+_hosts = False  # whether this process is to host what it imports, and so can start no other one
+
+
+def begin_to_host() -> None:
+    """From now on this process starts no manager: it is one, or is about to be."""
+    global _hosts
+    _hosts = True
+
+
 class _Hosting(Struct, array_like=True):
     """What a starter hands over: the declarations, and how their classes are found."""
 
@@ -87,7 +101,8 @@ class _Hosting(Struct, array_like=True):
 def hosting(declarations: list[Declaration]) -> bytes:
     """The declarations as bytes, with what another process needs to import their classes as this one did."""
     data = spawn.get_preparation_data("manager")
-    wanted = {"sys_path"}
+    data["sys_argv"] = [argument.encode(errors="backslashreplace").decode() for argument in data["sys_argv"]]
+    wanted = {"sys_path", "sys_argv"}
     if any(declaration.module == "__main__" for declaration in declarations):
         wanted |= {"init_main_from_name", "init_main_from_path"}
     modules = {declaration.module for declaration in declarations} - {"__main__"}
@@ -110,6 +125,7 @@ def prepare_to_host(handed_over: bytes) -> list[Declaration]:
     The main program of the starter is imported where it holds one of them, as `multiprocessing` does for a spawned
     process: not under the name of `__main__`, so that it does not begin to serve.
     """
+    begin_to_host()
     received = msgpack.decode(handed_over, type=_Hosting)
     try:
         spawn.prepare(received.preparation)

@@ -13,6 +13,7 @@ from ..errors import (
     InvalidRequest,
     KeyReused,
     LimitReached,
+    NotHosted,
     Outcome,
     OutcomeUnknown,
     StartupError,
@@ -35,6 +36,7 @@ _STATUS: dict[type[CounterServerError], int] = {
     DeadlineExceeded: 503,
     OutcomeUnknown: 503,
     StateLost: 503,
+    NotHosted: 503,
     StorageFull: 503,
 }
 
