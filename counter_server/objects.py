@@ -144,37 +144,48 @@ class HostedObject:
             answered = judge(record, batch.sequence)
             if answered is not None:
                 return answered
-            now = self._clock()
-            results: list[Result] = [self._call(operation) for operation in batch.operations]
-            changes = Changes(now)
-            changes.clients[batch.client] = ClientRecord(batch.sequence, results, now, self.declaration.name)
-            for client, known in self._clients.items():
-                if known.used > now - CLIENT_LIFETIME:
-                    break
-                changes.clients.setdefault(client, None)
-            refusal = self._keep(changes)
-            if refusal is not None:
-                results = list[Result](refusal for _ in batch.operations)
-                changes.clients[batch.client] = ClientRecord(batch.sequence, results, now, self.declaration.name)
+            changes = Changes(self._clock())
+            results = self._call_all(batch, changes)
+            self._remember(batch, results, changes)
+            try:
+                if self._commit is not None:
+                    self._commit(changes)
+            except StorageFull as error:
+                self._object = self._unpickled(self._state)
+                results = list[Result](Refusal("storage_full", str(error)) for _ in batch.operations)
+                self._remember(batch, results, changes)
+            else:
+                self._state = changes.objects.get(self.declaration.name, self._state)
             for client, known_or_none in changes.clients.items():
                 self._clients.pop(client, None)
                 if known_or_none is not None:
                     self._clients[client] = known_or_none
             return results
 
-    def _keep(self, changes: Changes) -> Refusal | None:
-        """Commit, where it is durable; if that is refused, go back to what the object was before."""
+    def _call_all(self, batch: Batch, changes: Changes) -> list[Result]:
+        """Make the calls. One that leaves a durable object in a state that cannot be kept is undone, it alone."""
         if self._commit is None:
-            return None
-        try:
-            state = self._pickled()
-            changes.objects[self.declaration.name] = state
-            self._commit(changes)
-        except (InvalidRequest, StorageFull) as error:
-            self._object = self._unpickled(self._state)
-            return Refusal("storage_full" if isinstance(error, StorageFull) else "invalid", str(error))
-        self._state = state
-        return None
+            return [self._call(operation) for operation in batch.operations]
+        results: list[Result] = []
+        state = self._state
+        for operation in batch.operations:
+            result = self._call(operation)
+            try:
+                state = self._pickled()
+            except InvalidRequest as error:
+                self._object = self._unpickled(state)
+                result = Refusal("invalid", str(error))
+            results.append(result)
+        changes.objects[self.declaration.name] = state
+        return results
+
+    def _remember(self, batch: Batch, results: list[Result], changes: Changes) -> None:
+        """Note the answer for when the batch is sent again, and forget those that never will be."""
+        changes.clients[batch.client] = ClientRecord(batch.sequence, results, changes.now, self.declaration.name)
+        for client, known in self._clients.items():
+            if known.used > changes.now - CLIENT_LIFETIME:
+                break
+            changes.clients.setdefault(client, None)
 
     def _unpickled(self, state: bytes) -> Any:
         """What was pickled here, or by an earlier manager into a file of this user alone.

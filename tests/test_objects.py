@@ -1,5 +1,6 @@
 """Shared objects: a plain class, one for all workers, each call made exactly once."""
 
+import pickle
 import subprocess
 import sys
 import threading
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from counter_server import CounterServerError, SharedState, State, StoreOptions, open_state
+from counter_server import CounterServerError, SharedState, State, StoreOptions, open_state, plain
 from counter_server.errors import InvalidRequest, NotHosted, RemoteError, StartupError, StateLost, Unsupported
-from counter_server.objects import LARGEST_STATE
-from counter_server.operations import Invoke
+from counter_server.ledger import Changes
+from counter_server.objects import LARGEST_STATE, HostedObject, declare
+from counter_server.operations import Batch, Invoke, Refusal, Returned
 from counter_server.plain import LARGEST_VALUE
 from counter_server.state import SharedObject
 from tests.hosted_classes import Awkward, OneWay, OwnError, Refusing, Slow, SomeObj, Toolbox, not_a_class
@@ -391,6 +393,23 @@ def test_an_object_that_cannot_be_made_holds_up_no_counter(on_demand: str, data_
             assert told.value.outcome == "not_applied"
             assert state.counter("c").increment() == number
             assert good.query() == number
+
+
+def test_a_call_that_cannot_be_kept_refuses_no_other_of_its_batch() -> None:
+    committed: list[Changes] = []
+    hosted = HostedObject(declare("toolbox", Toolbox, (), {}, durable=True), lambda: 1.0, commit=committed.append)
+
+    def call(method: str, *arguments: object) -> Invoke:
+        return Invoke(method, plain.encode((arguments, {}), "arguments"))
+
+    batch = Batch(b"0" * 16, 1, [call("add", "one", 1), call("break_pickle"), call("add", "two", 1)])
+    results = hosted.apply(batch)
+    assert isinstance(results, list)
+    assert [type(result) for result in results] == [Returned, Refusal, Returned]
+    assert hosted.apply(batch) is results
+    (changes,) = committed
+    kept = pickle.loads(changes.objects["toolbox"])  # noqa: S301 - written just now
+    assert kept.items == ["one", "two"]
 
 
 def test_an_object_that_cannot_be_made_again_of_what_is_kept_is_refused_at_once(on_demand: str) -> None:
