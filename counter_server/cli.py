@@ -7,6 +7,7 @@ import time
 from typing import Any, cast
 
 import click
+from click.core import ParameterSource
 
 from .errors import CounterServerError, DirectoryHeld, InvalidRequest, StartupError
 from .manager.directory import DataDirectory
@@ -14,6 +15,7 @@ from .manager.starter import EXIT_HELD
 from .objects import Declaration
 from .settings import (
     DATA_DIR_VARIABLE,
+    DEFAULT_DEADLINE,
     DEFAULT_STORE,
     DURABILITIES,
     STORE_VARIABLE,
@@ -108,7 +110,11 @@ def run(data_dir: str | None, store: str | None, durability: str, **options: Any
     """Serve the web application: one manager process, several workers, one port."""
     from .serve.supervisor import Supervisor
 
-    settings = ServerSettings(store=_store_url(store, data_dir), durability=cast(Durability, durability), **options)
+    url = _store_url(store, data_dir)
+    given = click.get_current_context().get_parameter_source("durability") is not ParameterSource.DEFAULT
+    if given and not url.startswith("manager:"):
+        raise InvalidRequest("--durability is a manager's; another store keeps what its own server is set to keep")
+    settings = ServerSettings(store=url, durability=cast(Durability, durability), **options)
     sys.exit(Supervisor(settings).run())
 
 
@@ -257,6 +263,20 @@ def list_(**where: Any) -> None:
         if not page.more:
             return
         page = state.counters(after=page.counters[-1][0], limit=1000)
+
+
+@main.command()
+@data_dir_option
+@store_option
+def doctor(store: str | None, data_dir: str | None) -> None:
+    """Ask the store's server what decides whether numbers can be lost. Exit status 0 if nothing of that kind is so."""
+    from .doctor import examine
+
+    name, findings = examine(_store_url(store, data_dir), DEFAULT_DEADLINE)
+    click.echo(name)
+    for finding in findings:
+        click.echo(f"{finding.level:<8}  {finding.sentence}")
+    sys.exit(1 if any(finding.level != "ok" for finding in findings) else 0)
 
 
 def _state(*, store: str | None, data_dir: str | None, start: bool) -> State:

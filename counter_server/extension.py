@@ -12,6 +12,7 @@ from flask import Flask, Request, Response, current_app, g, has_request_context,
 
 from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
 from .errors import DeadlineExceeded
+from .handles import Counter, SharedObject, expect
 from .operations import Invoke, Operation, Page, Result, Scan
 from .settings import (
     DEFAULT_DEADLINE,
@@ -22,7 +23,7 @@ from .settings import (
     check_durability,
     check_seconds,
 )
-from .state import Counter, Declarations, SharedObject, State, expect, open_state
+from .state import Declarations, State, open_state
 from .visitors import DEFAULT_TTL, VisitorCounter
 
 Kind = TypeVar("Kind")
@@ -93,6 +94,7 @@ class SharedState:
         """Give `app` its state. Nothing is connected before the first use.
 
         :raises InvalidRequest: if the configuration names no store.
+        :raises Unsupported: if shared objects are declared, and the store hosts none.
         """
         if _NAME in app.extensions:
             raise RuntimeError("this app has a SharedState already: use that one")
@@ -135,6 +137,8 @@ class SharedState:
 
             global_obj = shared.object("global_obj", SomeObj, 0)
             global_obj.query()        # in a view: 1, 2, 3, … across all workers
+
+        :raises Unsupported: if the store of an app hosts none; told by `init_app` if that comes later.
         """
         self._declarations.add(name, cls, arguments, keywords, durable=durable)
         return cast(Kind, SharedObject(name, cls, self.invoke))

@@ -8,8 +8,9 @@ import logging
 import time
 
 from .errors import CounterServerError
+from .handles import forgetful
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, StoreOptions
-from .state import forgetful, open_state
+from .state import open_state
 
 try:
     from limits.storage import MemoryStorage, MovingWindowSupport, SlidingWindowCounterSupport, Storage

@@ -1,48 +1,25 @@
-"""What a user holds: a state, and the counters in it."""
+"""What a user opens: a state, and through it the counters and shared objects of one store."""
 
-import builtins
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from math import inf
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
-from . import plain
 from .combiner import Combiner
 from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
-from .errors import InvalidRequest, NotHosted, RemoteError, StateLost, Unsupported
+from .errors import InvalidRequest, NotHosted, Unsupported
+from .handles import Counter, Kind, SharedObject, expect
 from .objects import LARGEST_CALL_BATCH, Declaration, declare
-from .operations import (
-    LARGEST_BATCH,
-    Delete,
-    Get,
-    Increment,
-    Invoke,
-    Operation,
-    Page,
-    Raised,
-    Refusal,
-    Replayed,
-    Result,
-    Returned,
-    Scan,
-    Set,
-    check_name,
-    check_step,
-)
+from .operations import LARGEST_BATCH, Invoke, Operation, Page, Refusal, Result, Scan
 from .session import Session
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, LONGEST_DEADLINE, StoreOptions, check_seconds
 from .stores import HostsObjects, Store, open_store
 
 log = logging.getLogger(__name__)
 
-Submit = Callable[[Operation], Result]
-Kind = TypeVar("Kind")
-
-_MOST_LOSSES = 10  # in a row that a forgetful handle forgives: a manager that is killed each time is told
 _noticing = threading.Lock()  # held while a child finds out that it is one
 _listing = threading.Lock()  # guards the set below
 _states: "weakref.WeakSet[State]" = weakref.WeakSet()
@@ -72,11 +49,26 @@ def open_state(
 class Declarations(dict[str, Declaration]):
     """The shared objects that a program has declared, by name."""
 
+    _unable: Store | None = None  # one that they are for, and that hosts none
+
+    def use(self, store: Store) -> None:
+        """They are for `store`, those too that are declared from now on.
+
+        :raises Unsupported: if something is declared and it hosts nothing; later that is told to who declares.
+        """
+        if self:
+            hosting(store)
+        if not isinstance(store, HostsObjects):
+            self._unable = store
+
     def add(self, name: str, cls: type, arguments: tuple[Any, ...], keywords: dict[str, Any], *, durable: bool) -> None:
         """Declare one; the same one again is the same.
 
         :raises InvalidRequest: if it cannot be hosted, or another one has its name.
+        :raises Unsupported: if a store that they are for hosts none.
         """
+        if self._unable is not None:
+            hosting(self._unable)
         declaration = declare(name, cls, arguments, keywords, durable=durable)
         if self.setdefault(name, declaration) != declaration:
             raise InvalidRequest(f"{declaration} is declared, but {self[name]} has that name already")
@@ -93,6 +85,17 @@ def declared_for(url: str) -> list[Declaration]:
                 if found.setdefault(name, declaration) != declaration:
                     log.warning("two declarations of one name: %s is hosted, and %s is not", found[name], declaration)
     return list(found.values())
+
+
+def hosting(store: Store) -> HostsObjects:
+    """`store`, if it hosts shared objects.
+
+    :raises Unsupported: if it does not.
+    """
+    if isinstance(store, HostsObjects):
+        return store
+    scheme = str(store).partition("://")[0]  # no more: pages tell this, and the URL is for operators
+    raise Unsupported(f"{scheme}:// hosts no shared objects, only counters")
 
 
 class _Channel:
@@ -131,6 +134,7 @@ class State:
         # A page is large: it shares a round trip with nothing, and nobody has to remember it.
         self._pages = _Channel(store, 1)
         self.declarations = Declarations() if declarations is None else declarations
+        self.declarations.use(store)
         self._process = os.getpid()
         self._opening = threading.Lock()  # guards the making of the channels below
         self._objects: dict[str, _Channel] = {}
@@ -144,7 +148,7 @@ class State:
         """Where the counters are."""
         return self._counters.store
 
-    def counter(self, name: str) -> "Counter":
+    def counter(self, name: str) -> Counter:
         """The counter of that name. It exists from its first increment on.
 
         :raises InvalidRequest: if that cannot be a name.
@@ -178,6 +182,7 @@ class State:
         :param cls: its class, found by module and qualified name; made as `cls(*arguments, **keywords)`.
         :param durable: keep its pickled state in the journal, in the same commit as each call.
         :raises InvalidRequest: if it cannot be hosted.
+        :raises Unsupported: if this store hosts none.
 
         Each call is atomic, made exactly once, and has the state's deadline. Arguments and results are plain data.
         """
@@ -203,12 +208,10 @@ class State:
         with self._opening:
             channel = self._objects.get(name)
             if channel is None:
-                if not isinstance(self.store, HostsObjects):
-                    raise Unsupported(f"{self.store} hosts no shared objects, only counters")
                 declaration = self.declarations.get(name)
                 if declaration is None:
                     raise NotHosted(f"{name!r} is declared with a SharedState that was not given this app: init_app it")
-                channel = _Channel(self.store.object(declaration), LARGEST_CALL_BATCH)
+                channel = _Channel(hosting(self.store).object(declaration), LARGEST_CALL_BATCH)
                 self._objects[name] = channel
         return channel.submit(operation, deadline)
 
@@ -237,130 +240,6 @@ class State:
         for channel in (self._counters, self._pages, *self._objects.values()):
             channel.after_fork()
         self._process = os.getpid()  # last: until then other threads wait
-
-
-class SharedObject:
-    """A handle on a shared object: a public method of it is a method of this."""
-
-    _name: str
-    _cls: type
-    _invoke: Callable[[str, Invoke], Result]
-
-    def __init__(self, name: str, cls: type, invoke: Callable[[str, Invoke], Result]) -> None:
-        vars(self).update(_name=name, _cls=cls, _invoke=invoke)
-
-    def __repr__(self) -> str:
-        return f"<SharedObject {self._name!r}>"
-
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        if method.startswith("_") or not callable(getattr(self._cls, method, None)):
-            raise AttributeError(f"only public methods of {self._cls.__qualname__} are shared, not {method!r}")
-
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            packed = plain.encode((arguments, keywords), f"the arguments of {self._name}.{method}")
-            return _answer(self._invoke(self._name, Invoke(method, packed)))
-
-        call.__name__ = method
-        return call
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(
-            f"{name!r} would be set here and nowhere else: {self._cls.__qualname__} needs a method for it"
-        )
-
-
-def forgetful(handle: Kind) -> Kind:
-    """A handle on the same shared object that forgives its loss: for a cache, one lost with its manager is empty."""
-    if not isinstance(handle, SharedObject):
-        raise TypeError(f"{handle!r} is no shared object")
-    invoke = handle._invoke
-
-    def invoke_again(name: str, operation: Invoke) -> Result:
-        for _ in range(_MOST_LOSSES):
-            try:
-                return invoke(name, operation)
-            except StateLost as lost:
-                log.info("%s", lost)
-        return invoke(name, operation)
-
-    return cast(Kind, SharedObject(handle._name, handle._cls, invoke_again))
-
-
-def _answer(result: Result) -> Any:
-    """What a method returned; or its exception, in its own type where that is built in."""
-    if isinstance(result, Returned):
-        return plain.decode(result.value)
-    raised = expect(Raised, result)
-    if raised.arguments is None:
-        raise RemoteError(raised.name, raised.text, raised.traceback)
-    kind = getattr(builtins, raised.name, None)
-    if not (isinstance(kind, type) and issubclass(kind, Exception)):
-        raise RemoteError(raised.name, raised.text, raised.traceback)
-    try:
-        error = kind(*plain.decode(raised.arguments))
-    except TypeError:  # one that wants other arguments than it has itself
-        raise RemoteError(raised.name, raised.text, raised.traceback) from None
-    error.add_note(f"Raised in the manager process:\n{raised.traceback}")
-    raise error
-
-
-class Counter:
-    """A number that all workers share. Every increment is counted exactly once.
-
-    Each method makes one call to the store, shared with the other threads that wait at the same time, and raises
-    `CounterServerError` where it cannot be done.
-    """
-
-    def __init__(self, name: str, submit: Submit) -> None:
-        check_name(name)
-        self.name = name
-        self._submit = submit
-
-    def __repr__(self) -> str:
-        return f"<Counter {self.name!r}>"
-
-    def increment(
-        self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None, key: str | None = None
-    ) -> int:
-        """Add `by` and return the result.
-
-        :param by: not 0; negative to count down.
-        :param minimum: the result may not be less.
-        :param maximum: the result may not be more.
-        :param key: an idempotency key: the same key with the same request is answered with the same number
-            for 24 hours, and counted once.
-        :raises LimitReached: if the result would lie outside the bounds, or outside 64 bits; nothing is changed.
-        :raises KeyReused: if the key was used for another request; nothing is changed.
-        """
-        result = self._submit(Increment(self.name, by, minimum, maximum, key))
-        return result.value if isinstance(result, Replayed) else expect(int, result)
-
-    def decrement(
-        self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None, key: str | None = None
-    ) -> int:
-        """Subtract `by` and return the result; all else is as for `increment`."""
-        check_step(by, minimum, maximum)  # before its sign is changed: -True is an int
-        return self.increment(-by, minimum=minimum, maximum=maximum, key=key)
-
-    @property
-    def value(self) -> int:
-        """The number as it is now; 0 where nothing was counted yet."""
-        return expect(int, self._submit(Get(self.name)) or 0)
-
-    def set(self, value: int) -> int:
-        """Make it `value`, and return that."""
-        return expect(int, self._submit(Set(self.name, value)))
-
-    def delete(self) -> bool:
-        """Remove it; whether there was one."""
-        return expect(bool, self._submit(Delete(self.name)))
-
-
-def expect(kind: type[Kind], result: object) -> Kind:
-    """`result`, which the store owes as a `kind`."""
-    if not isinstance(result, kind):
-        raise TypeError(f"the store answered {result!r} where {kind.__name__} was due")
-    return result
 
 
 def _after_fork_in_child() -> None:

@@ -11,6 +11,7 @@ PACKAGE = Path(counter_server.__file__).parent
 ROOMS = [
     ("__main__",),
     ("cli",),
+    ("doctor",),
     ("serve.supervisor",),
     ("serve.worker",),
     ("serve",),
@@ -22,10 +23,12 @@ ROOMS = [
     ("visitors",),
     ("",),  # counter_server itself: what users import
     ("state",),
+    ("handles",),
     ("session",),
     ("dicts",),
     ("stores",),
-    ("stores.manager", "stores.memory", "stores.redis"),
+    ("stores.manager", "stores.memcached", "stores.memory", "stores.redis"),
+    ("stores.memcached_protocol", "stores.redis_findings"),
     ("stores.base",),
     ("manager.server", "manager.client"),
     ("manager.wire", "manager.starter"),

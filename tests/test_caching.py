@@ -28,7 +28,7 @@ from flask_session import Session  # type: ignore[import-untyped]
 from counter_server import CounterServerError, SharedState, StoreOptions, open_state
 from counter_server.caching import ManagerCache
 from counter_server.dicts import BoundedDict
-from counter_server.errors import DeadlineExceeded, InvalidRequest, StateLost
+from counter_server.errors import DeadlineExceeded, InvalidRequest, StateLost, Unsupported
 from counter_server.manager.directory import DataDirectory
 from counter_server.operations import Invoke, Result
 from counter_server.plain import LARGEST_VALUE
@@ -472,6 +472,8 @@ def test_a_store_or_deadline_that_cannot_be_is_refused_at_once() -> None:
     for wrong in ({"url": "nonsense://localhost"}, {"deadline": 0}, {"name": ""}):
         with pytest.raises(InvalidRequest):
             ManagerCache(**{"url": "memory://", **wrong})  # type: ignore[arg-type]
+    with pytest.raises(Unsupported, match="hosts no shared objects"):
+        ManagerCache("redis://localhost")
 
 
 @pytest.mark.parametrize("key", [(1, [2]), {"a": 1}], ids=repr)

@@ -14,7 +14,7 @@ from flask import Flask
 
 from counter_server import SharedState
 from counter_server.errors import CounterServerError, InvalidRequest
-from counter_server.state import Counter
+from counter_server.handles import Counter
 from counter_server.stores.manager import ManagerStore
 from tests.processes import Manager
 

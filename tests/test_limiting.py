@@ -30,7 +30,7 @@ from limits.storage import MemoryStorage, Storage, storage_from_string
 from limits.strategies import STRATEGIES, RateLimiter
 
 from counter_server import CounterServerError, SharedState, StoreOptions
-from counter_server.errors import DeadlineExceeded, InvalidRequest, NotHosted, StartupError
+from counter_server.errors import DeadlineExceeded, InvalidRequest, NotHosted, StartupError, Unsupported
 from counter_server.limiting import ManagerStorage, Windows
 from counter_server.manager.directory import DataDirectory
 from tests.hosted_classes import SomeObj
@@ -594,6 +594,12 @@ def test_the_scheme_is_known_to_limits_and_memory_is_still_its_own() -> None:
 )
 def test_a_url_that_cannot_be_is_refused_at_once(url: str) -> None:
     with pytest.raises(InvalidRequest):
+        ManagerStorage(url)
+
+
+@pytest.mark.parametrize("url", ["redis://localhost", "memcached://localhost"])
+def test_a_store_that_hosts_no_windows_is_refused_at_once(url: str) -> None:
+    with pytest.raises(Unsupported, match="hosts no shared objects"):
         ManagerStorage(url)
 
 

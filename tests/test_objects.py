@@ -14,11 +14,11 @@ from flask import Flask
 
 from counter_server import CounterServerError, SharedState, State, StoreOptions, open_state, plain
 from counter_server.errors import InvalidRequest, NotHosted, RemoteError, StartupError, StateLost, Unsupported
+from counter_server.handles import SharedObject
 from counter_server.ledger import Changes
 from counter_server.objects import LARGEST_STATE, HostedObject, declare
 from counter_server.operations import Batch, Invoke, Refusal, Returned
 from counter_server.plain import LARGEST_VALUE
-from counter_server.state import SharedObject
 from tests.hosted_classes import Awkward, OneWay, OwnError, Refusing, Slow, SomeObj, Toolbox, not_a_class
 from tests.launchers import LAUNCHERS, launch
 from tests.load import at_once, spawn, visit

@@ -11,9 +11,10 @@ import pytest
 
 from counter_server import open_state
 from counter_server.errors import InvalidRequest, KeyReused, LimitReached
+from counter_server.handles import Counter
 from counter_server.manager.directory import DataDirectory
 from counter_server.operations import LARGEST, SMALLEST, Batch, Get, Page, Result
-from counter_server.state import Counter, State
+from counter_server.state import State
 from counter_server.stores import open_store
 from counter_server.stores.memory import MemoryStore
 from tests.processes import PATIENCE

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from ..errors import InvalidRequest
 from ..objects import Declaration
 from ..settings import DEFAULT_STORE_OPTIONS, StoreOptions, default_data_dir
-from .base import HostsObjects, Store
+from .base import Examined, Finding, HostsObjects, Store
 
-__all__ = ["HostsObjects", "Store", "open_store"]
+__all__ = ["Examined", "Finding", "HostsObjects", "Store", "open_store"]
 
 
 def open_store(
@@ -20,7 +20,8 @@ def open_store(
     :param declared: tells, of a URL, the shared objects that a manager is to host, if it is started from here.
     :raises InvalidRequest: if there is no such store.
     """
-    match url.partition(":")[0]:
+    scheme, separator, _ = url.partition(":")
+    match scheme if separator else "":
         case "manager":
             from ..manager.directory import DataDirectory
             from ..manager.starter import Starter
@@ -34,11 +35,16 @@ def open_store(
             from .redis import RedisStore
 
             return RedisStore(url)
+        case "memcached":
+            from .memcached import MemcachedStore
+
+            return MemcachedStore(url)
         case "memory" if url == "memory://":
             from .memory import MemoryStore
 
             return MemoryStore()
         case _:
             raise InvalidRequest(
-                f"no store is called {url!r}: use manager:///absolute/data/directory, redis://host or memory://"
+                f"no store is called {url!r}: use manager:///absolute/data/directory, redis://host, memcached://host or"
+                " memory://"
             )

@@ -1,13 +1,17 @@
 """The seam: what an engine has to do to be a store. One method is the whole of it."""
 
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 from ..objects import Declaration
 from ..operations import Batch, Result
 
 
 class Store(Protocol):
-    """Applies batches exactly once."""
+    """Applies batches exactly once.
+
+    (Where an engine cannot, at most once: a batch that may have reached it is `OutcomeUnknown`, never `Disconnected`.)
+    """
 
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
         """Execute `batch`, or answer again what it was answered before.
@@ -44,4 +48,26 @@ class HostsObjects(Protocol):
 
     def object(self, declaration: Declaration) -> Store:
         """A store of its own for the calls of one shared object."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a store's server says of itself that decides whether numbers can be lost, in a sentence for people."""
+
+    level: Literal["ok", "may lose", "problem"]
+    sentence: str
+
+
+@runtime_checkable
+class Examined(Protocol):
+    """What a store has beside, if it can tell what its server promises."""
+
+    def findings(self, deadline: float) -> list[Finding]:
+        """Ask the live server. Nothing is changed.
+
+        :param deadline: in `time.monotonic` seconds.
+        :raises Disconnected: when there is no answer.
+        :raises CounterServerError: when it does not let this process in.
+        """
         ...

@@ -5,6 +5,13 @@ from ..manager.directory import DataDirectory
 from ..manager.starter import Starter
 from ..objects import Declaration
 from ..operations import Batch, Result
+from .base import Finding
+
+_KEPT: dict[str, Finding] = {
+    "commit": Finding("ok", "durability commit: a number is on the disk before it is answered"),
+    "process": Finding("may lose", "durability process: survives kill -9; a power cut may take the last moments"),
+    "none": Finding("may lose", "durability none: in memory only; a restart of the manager begins anew"),
+}
 
 
 class ManagerStore:
@@ -22,6 +29,12 @@ class ManagerStore:
 
     def object(self, declaration: Declaration) -> "ManagerStore":
         return ManagerStore(self.directory, self._starter, declaration)
+
+    def findings(self, deadline: float) -> list[Finding]:
+        """See `Examined`."""
+        told = self.proxy.status(deadline)
+        manager = f"the manager, pid {told['pid']}, epoch {told['epoch']}, has {told['counters']} counters"
+        return [Finding("ok", f"{manager} in {self.directory}"), _KEPT[told["durability"]]]
 
     def after_fork(self) -> None:
         self.proxy.after_fork()

@@ -8,6 +8,7 @@ import os
 import time
 from hashlib import sha1
 from importlib.resources import files
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from msgspec import msgpack
@@ -15,6 +16,8 @@ from msgspec import msgpack
 from ..errors import AccessDenied, BatchRefused, Disconnected, InvalidRequest, OutcomeUnknown, StateLost, StorageFull
 from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, KEY_REUSED, beyond_bounds
 from ..operations import Batch, Delete, Get, Increment, Operation, Page, Refusal, Replayed, Result, Scan, Set
+from .base import Finding
+from .redis_findings import SETTINGS, judge
 
 try:
     from redis import ConnectionPool, exceptions
@@ -111,11 +114,12 @@ class RedisStore:
         :raises Disconnected: if there is no answer by `deadline`.
         """
         try:
-            return self._exchange(deadline, "EVALSHA", _SHA, *arguments)
+            answer: list[bytes] = self._exchange(deadline, "EVALSHA", _SHA, *arguments)
         except exceptions.NoScriptError:
-            return self._exchange(deadline, "EVAL", _SCRIPT, *arguments)
+            answer = self._exchange(deadline, "EVAL", _SCRIPT, *arguments)
+        return answer
 
-    def _exchange(self, deadline: float, *command: object) -> list[bytes]:
+    def _exchange(self, deadline: float, *command: object) -> Any:
         sent = False
         connection = None
         try:
@@ -124,8 +128,7 @@ class RedisStore:
             connection = self._pool.get_connection()
             sent = True
             connection.send_command(*command, check_health=False)  # type: ignore[no-untyped-call]
-            answer: list[bytes] = connection.read_response(disable_decoding=True, timeout=_remaining(deadline))
-            return answer
+            return connection.read_response(disable_decoding=True, timeout=_remaining(deadline))
         except exceptions.NoScriptError:
             raise
         except exceptions.RedisError as error:
@@ -151,6 +154,19 @@ class RedisStore:
         if isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError)):
             return Disconnected(f"{self}: {text}", sent=sent)
         return OutcomeUnknown(f"{self} failed: {text}")
+
+    def findings(self, deadline: float) -> list[Finding]:
+        """See `Examined`."""
+        told: bytes = self._exchange(deadline, "INFO")
+        info = dict(line.split(":", 1) for line in told.decode(errors="replace").splitlines() if ":" in line)
+        config: dict[str, str] = {}
+        try:
+            for name in SETTINGS:
+                words = [word.decode() for word in self._exchange(deadline, "CONFIG", "GET", name)]
+                config.update(zip(words[::2], words[1::2], strict=True))
+        except (AccessDenied, OutcomeUnknown) as error:
+            return judge(info, None, str(error.__cause__))
+        return judge(info, config)
 
     def after_fork(self) -> None:
         """redis-py's pool knows the process that it belongs to, and leaves the parent's connections alone."""

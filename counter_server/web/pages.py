@@ -1,17 +1,21 @@
 """The pages that people see."""
 
 import os
+from collections.abc import Callable
+from typing import NoReturn
 
 from flask import Blueprint, Response, flash, render_template, request
 from werkzeug.exceptions import ServiceUnavailable
 
+from ..errors import Unsupported
 from ..extension import SharedState
+from ..visitors import VisitorCounter
 
 
 def blueprint(shared: SharedState) -> Blueprint:
     pages = Blueprint("pages", __name__)
     visits = shared.counter("visits")
-    yours = shared.visitor_counter("session")
+    yours = _visitor_counter(shared)
 
     @pages.get("/")
     def home() -> str:
@@ -28,22 +32,36 @@ def blueprint(shared: SharedState) -> Blueprint:
     @pages.get("/session")
     def session() -> str:
         """The visitor's own counter, and the buttons that change it."""
-        return render_template("session.html", sentence=f"counter is {yours.value}", pid=os.getpid())
+        return render_template("session.html", sentence=f"counter is {yours().value}", pid=os.getpid())
 
     @pages.post("/session/inc")
     def session_inc() -> Response:
-        return _told(f"counter is {yours.increment()}")
+        return _told(f"counter is {yours().increment()}")
 
     @pages.post("/session/dec")
     def session_dec() -> Response:
-        return _told(f"counter is {yours.decrement()}")
+        return _told(f"counter is {yours().decrement()}")
 
     @pages.post("/session/reset")
     def session_reset() -> Response:
-        yours.reset()
+        yours().reset()
         return _told("counter was reset")
 
     return pages
+
+
+def _visitor_counter(shared: SharedState) -> Callable[[], VisitorCounter]:
+    """The visitor's own counter; on a store that hosts none, its refusal at each use: the others count all the same."""
+    try:
+        counter = shared.visitor_counter("session")
+    except Unsupported as error:
+        refusal = str(error)
+
+        def refuse() -> NoReturn:
+            raise Unsupported(refusal)
+
+        return refuse
+    return lambda: counter
 
 
 def _told(sentence: str) -> Response:

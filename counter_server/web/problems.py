@@ -89,7 +89,8 @@ def _of_ours(error: CounterServerError) -> Response:
     if status >= 500:
         # The message is for the operator: it names directories and commands.
         log.warning("%s %s: %s (%s)", request.method, request.path, error, error.outcome)
-        detail = _DETAIL[error.outcome]
+        if status != 501:  # what a store cannot do is said by name
+            detail = _DETAIL[error.outcome]
     return problem(status, type(error).__name__, detail, error.outcome)
 
 

@@ -1,0 +1,211 @@
+"""`counter-server doctor` says of live servers whether numbers can be lost."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from counter_server.doctor import examine
+from counter_server.errors import InvalidRequest
+from counter_server.stores import Finding
+from tests.engines import MemcachedServer, RedisServer
+from tests.load import open_client
+from tests.processes import PATIENCE, ROOT, Manager, eventually, frozen
+from tests.test_engine_faults import DURABLE
+
+StartRedis = Callable[..., RedisServer]
+
+
+@pytest.fixture
+def start_redis(stack: ExitStack, tmp_path: Path) -> StartRedis:
+    return lambda *options, name="redis": stack.enter_context(RedisServer(tmp_path / name, *options))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def findings(url: str) -> list[Finding]:
+    return examine(url, PATIENCE)[1]
+
+
+def worries(url: str) -> list[str]:
+    """What it does not find to be well."""
+    return [finding.sentence for finding in findings(url) if finding.level != "ok"]
+
+
+def doctor(*arguments: str) -> tuple[int, list[str]]:
+    """The command's exit status, and all the lines that a person sees."""
+    command = [sys.executable, "-m", "counter_server", "doctor", *arguments]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return told.returncode, (told.stdout + told.stderr).splitlines()
+
+
+# The command
+
+
+def test_a_server_that_keeps_all_promises_is_well(start_redis: StartRedis) -> None:
+    server = start_redis(*DURABLE)
+    status, lines = doctor("--store", server.url)
+    assert status == 0, lines
+    assert lines[0] == server.url
+    assert all(line.startswith("ok  ") for line in lines[1:])
+    assert any("a number is on its disk before it is answered" in line for line in lines)
+    assert len(lines) < 24
+
+
+def test_what_may_be_lost_is_said_and_the_exit_status_tells_it(start_redis: StartRedis) -> None:
+    status, lines = doctor("--store", start_redis().url)
+    assert status == 1
+    assert any(line.startswith("may lose  appendonly no") for line in lines)
+
+
+@pytest.mark.parametrize("scheme", ["unix", "memcached", "manager"])
+def test_a_server_that_cannot_be_reached_is_one_line(tmp_path: Path, scheme: str) -> None:
+    url = f"{scheme}://{tmp_path}/nothing"
+    status, lines = doctor("--store", url)
+    assert status == 1
+    assert lines[0] == url
+    assert len(lines) == 2
+    assert lines[1].startswith("problem   ")
+    assert str(tmp_path) in lines[1]
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_url_that_names_no_store_is_told_in_one_line() -> None:
+    assert doctor("--store", "nothing://")[0] == 1
+    with pytest.raises(InvalidRequest):
+        examine("nothing://", PATIENCE)
+
+
+def test_a_password_is_shown_to_nobody(start_redis: StartRedis) -> None:
+    server = start_redis(*DURABLE, "--requirepass", "secret")
+    for password in ("secret", "wrong"):
+        status, lines = doctor("--store", f"unix://:{password}@{server.socket}")
+        assert status == (0 if password == "secret" else 1)
+        assert not any(password in line for line in lines)
+
+
+# The manager
+
+
+@pytest.mark.parametrize(
+    ("durability", "expected"),
+    [("commit", []), ("process", ["durability process"]), ("none", ["durability none"])],
+)
+def test_a_manager_tells_its_durability(
+    start_manager: Callable[..., Manager], data_dir: Path, durability: str, expected: list[str]
+) -> None:
+    manager = start_manager("--durability", durability)
+    with open_client(manager.url) as state:
+        state.counter("a").increment()
+        state.counter("b").increment()
+    assert [sentence.partition(":")[0] for sentence in worries(manager.url)] == expected
+    first = findings(manager.url)[0].sentence
+    for told in (f"pid {manager.pid},", "has 2 counters", str(data_dir)):
+        assert told in first
+
+
+def test_memory_is_for_tests_only() -> None:
+    assert len(worries("memory://")) == 1
+
+
+# Redis and Valkey
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--appendonly", "yes", "--appendfsync", "everysec"), ["appendfsync everysec"]),
+        (("--appendonly", "yes", "--appendfsync", "no"), ["appendfsync no"]),
+        ((*DURABLE, "--no-appendfsync-on-rewrite", "yes"), ["no-appendfsync-on-rewrite yes"]),
+        ((), ["there are no snapshots either"]),
+        (("--save", "3600 1"), ["a snapshot (3600 1)"]),
+        ((*DURABLE, "--maxmemory", "100mb"), []),
+        ((*DURABLE, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"), ["deletes counters"]),
+        ((*DURABLE, "--maxmemory", "100mb", "--maxmemory-policy", "volatile-ttl"), ["may count twice"]),
+        ((*DURABLE, "--maxmemory-policy", "allkeys-lru"), []),
+    ],
+)
+def test_redis_tells_how_it_keeps_numbers(
+    start_redis: StartRedis, options: tuple[str, ...], expected: list[str]
+) -> None:
+    found = worries(start_redis(*options).url)
+    assert len(found) == len(expected), found
+    for sentence, part in zip(found, expected, strict=True):
+        assert part in sentence
+
+
+def test_a_redis_that_refuses_config_is_told_from_one_that_is_well(start_redis: StartRedis) -> None:
+    renamed = start_redis(*DURABLE, "--rename-command", "CONFIG", "''")
+    (sentence,) = worries(renamed.url)
+    assert "CONFIG is not permitted" in sentence
+    assert "unknown command" in sentence
+
+
+def test_a_user_who_may_not_ask_for_config_is_told_so(start_redis: StartRedis) -> None:
+    server = start_redis(*DURABLE)
+    server.command("ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all", "-config")
+    (sentence,) = worries(f"unix://app:secret@{server.socket}")
+    assert "CONFIG is not permitted" in sentence
+    server.command("ACL", "SETUSER", "app", "-info")
+    (sentence,) = worries(f"unix://app:secret@{server.socket}")
+    assert "does not let this process in" in sentence
+
+
+def test_replication_is_said_to_be_asynchronous_and_a_replica_to_be_the_wrong_address(start_redis: StartRedis) -> None:
+    # The replica's own link needs TCP, so the master listens on a port that the system chose a moment ago.
+    master = start_redis(*DURABLE)
+    port = free_port()
+    assert master.command("CONFIG", "SET", "bind", "127.0.0.1") == b"+OK\r\n"
+    assert master.command("CONFIG", "SET", "port", str(port)) == b"+OK\r\n"
+    replica = start_redis(*DURABLE, "--replicaof", "127.0.0.1", str(port), name="replica")
+    eventually(lambda: b"connected_slaves:1" in master.command("INFO", "replication"), "a replica")
+    (sentence,) = worries(master.url)
+    assert "1 connected replicas, min-replicas-to-write 0" in sentence
+    master.command("CONFIG", "SET", "min-replicas-to-write", "1")
+    (sentence,) = worries(master.url)
+    assert "min-replicas-to-write 1" in sentence
+    assert any("name the master" in sentence for sentence in worries(replica.url))
+
+
+def test_a_redis_that_does_not_answer_is_told_within_the_time(start_redis: StartRedis) -> None:
+    server = start_redis()
+    with frozen(server.pid):
+        (finding,) = examine(server.url, 0.2)[1]
+    assert finding.level == "problem"
+
+
+# memcached
+
+
+@pytest.mark.parametrize("option", ["", "-M"])
+def test_memcached_never_is_without_a_worry(tmp_path: Path, stack: ExitStack, option: str) -> None:
+    server = stack.enter_context(MemcachedServer(tmp_path / "memcached", *filter(None, [option])))
+    status, lines = doctor("--store", server.url)
+    assert status == 1
+    assert any("67108864 bytes" in line for line in lines)
+    assert any("in memory" in line for line in lines)
+    assert any("at most once" in line for line in lines)
+    assert any(line.startswith("ok        evictions are off") for line in lines) == (option == "-M")
+    assert any(line.startswith("may lose  evictions are on") for line in lines) == (option == "")
+
+
+def test_a_memcached_that_has_evicted_says_how_often(tmp_path: Path, stack: ExitStack) -> None:
+    server = stack.enter_context(MemcachedServer(tmp_path / "memcached", "-m", "2"))
+    assert not any("were evicted" in sentence for sentence in worries(server.url))
+    for n in range(80):
+        server.command(f"set filler{n} 0 0 100000\r\n{'x' * 100_000}")
+    assert any("items were evicted" in sentence for sentence in worries(server.url))
+
+
+def test_a_memcached_that_does_not_answer_is_told_within_the_time(tmp_path: Path, stack: ExitStack) -> None:
+    server = stack.enter_context(MemcachedServer(tmp_path / "memcached"))
+    with frozen(server.pid):
+        (finding,) = examine(server.url, 0.2)[1]
+    assert finding.level == "problem"
