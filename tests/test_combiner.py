@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import lru_cache
 from math import inf
@@ -215,6 +216,29 @@ def test_many_threads_in_no_order_each_get_their_own_answers_in_calls_that_never
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
     assert executed == Counter(range(3200))
+
+
+def test_threads_that_come_straight_back_go_together_and_do_not_take_turns_in_halves() -> None:
+    sizes: list[int] = []
+
+    def call(items: list[int], _deadline: float) -> list[str]:
+        sizes.append(len(items))
+        time.sleep(0.001)  # a round trip
+        return answers_to(items)
+
+    combiner: Combiner[int, str] = Combiner(call, limit=100)
+    barrier = threading.Barrier(16)
+
+    def run() -> None:
+        barrier.wait(PATIENCE)
+        for item in range(100):
+            combiner.submit(item)
+
+    with ThreadPoolExecutor(16) as threads:
+        for done in [threads.submit(run) for _ in range(16)]:
+            done.result(PATIENCE)
+    assert sum(sizes) == 1600
+    assert len(sizes) < 150, sizes  # 100 if nobody is ever late; 200 in halves
 
 
 def test_the_next_call_is_led_by_the_first_that_waits_with_its_own_deadline() -> None:
@@ -496,12 +520,12 @@ class InterruptedAt:
 class Script:
     """Calls that bring about, on the way, that other threads come; and never execute an item twice."""
 
-    def __init__(self, *, this_leads: bool, gives_up: str) -> None:
+    def __init__(self, *, place: int, gives_up: str) -> None:
         self.combiner: Combiner[int, str] = Combiner(self._call, limit=100)
         self.others: list[Submitter] = []
         self.ended = threading.Event()  # the interrupted thread has come back
         self.executed: Counter[int] = Counter()
-        self._this_leads = this_leads
+        self._place = place  # of this thread, in the call that it shares with three others
         self._gives_up = gives_up
         self._finished: list[int] | None = None
         self._refused: list[int] | None = None
@@ -513,6 +537,9 @@ class Script:
         self._come(0)
         while self._calls == 0:
             time.sleep(0)
+        for item in range(1, self._place + 1):
+            self._come(item)
+            self._waiting(item)
 
     def _come(self, item: int) -> None:
         self.others.append(Submitter(self.combiner, item))
@@ -527,10 +554,10 @@ class Script:
         self.made_again |= items is self._refused
         self._calls += 1
         if self._calls == 1:
-            self._waiting(1 if self._this_leads else 2)
-            for count, item in enumerate((2, 3), 2 if self._this_leads else 3):
+            self._waiting(self._place + 1)
+            for item in range(self._place + 1, 4):
                 self._come(item)
-                self._waiting(count)
+                self._waiting(item + 1)
         if self._calls == 2:
             self._come(4)
             self._waiting(1)
@@ -550,18 +577,13 @@ class Script:
     ["", "refused", "unknown", "not_applied"],
     ids=["answered", "refused", "sent-but-late", "never-sent"],
 )
-@pytest.mark.parametrize("this_leads", [True, False], ids=["leader", "follower"])
-def test_an_interrupt_at_any_moment_leaves_nobody_waiting_and_executes_nothing_twice(
-    gives_up: str, *, this_leads: bool
-) -> None:
+@pytest.mark.parametrize("place", [0, 1, 3], ids=["leader", "follower", "last"])
+def test_an_interrupt_at_any_moment_leaves_nobody_waiting_and_executes_nothing_twice(gives_up: str, place: int) -> None:
     """For each moment at which the interpreter could run a signal's handler in this thread, interrupt it there."""
     troubles: list[str] = []
     for moment in range(1, 1000):
-        script = Script(this_leads=this_leads, gives_up=gives_up)
+        script = Script(place=place, gives_up=gives_up)
         script.begin()
-        if not this_leads:
-            script._come(1)
-            script._waiting(1)
         interrupt = InterruptedAt(combiner_module, moment)
         answer = ""
         with ExitStack() as stack:
