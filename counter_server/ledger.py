@@ -125,9 +125,15 @@ class Ledger:
     remembered.
 
     :param commit: makes `Changes` durable, or raises. `StorageFull` means that it changed nothing.
+    :param clock: tells the seconds, where the time is not its own but that of who keeps `contents`.
     """
 
-    def __init__(self, contents: Contents | None = None, commit: Commit = _keep_in_memory) -> None:
+    def __init__(
+        self,
+        contents: Contents | None = None,
+        commit: Commit = _keep_in_memory,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         contents = contents or Contents()
         self._commit = commit
         self._counters: Any = SortedDict(contents.counters)
@@ -136,7 +142,8 @@ class Ledger:
         last_used = [record.used for record in contents.clients.values()] + [
             known.used for known in self._keys.values()
         ]
-        self._born = time.monotonic() - max(last_used, default=0.0)
+        born = time.monotonic() - max(last_used, default=0.0)
+        self._clock = clock or (lambda: time.monotonic() - born)
         self._next_forgetting = 0.0
         self._execute: dict[type[Operation], Callable[[Any, Changes], Result]] = {
             Increment: self._increment,
@@ -159,7 +166,7 @@ class Ledger:
 
     def now(self) -> float:
         """Its own time, in seconds; see the class."""
-        return time.monotonic() - self._born
+        return self._clock()
 
     def __len__(self) -> int:
         return len(self._counters)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from counter_server.manager.directory import DataDirectory
+from tests.cutter import Cutter
+from tests.engines import PostgresServer
 from tests.processes import Manager, Server, end_manager
 
 
@@ -43,6 +45,23 @@ def start_manager(stack: ExitStack, data_dir: Path) -> Callable[..., Manager]:
 def start_server(stack: ExitStack, data_dir: Path) -> Callable[..., Server]:
     """Start a server on `data_dir`, with options."""
     return lambda *options: stack.enter_context(Server("--data-dir", data_dir, *options))
+
+
+@pytest.fixture
+def cut(stack: ExitStack) -> Callable[[Path], Cutter]:
+    def start(target: Path) -> Cutter:
+        cutter = Cutter(target)
+        stack.callback(cutter.close)
+        return cutter
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One that lives as long as the tests, for those that do not kill it."""
+    with PostgresServer() as server:
+        yield server
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,10 +3,15 @@
 import os
 import pwd
 import shutil
+import signal
 import socket
+import subprocess
+import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, LiteralString, Self
 
+import psycopg
 import pytest
 
 from tests.processes import PATIENCE, Program, eventually
@@ -134,3 +139,94 @@ class MemcachedServer:
 
     def __exit__(self, *_exception: object) -> None:
         self._program.__exit__(None, None, None)
+
+
+class PostgresServer:
+    """`postgres` on a socket file, with one database; started again after a kill, it reads what it had written.
+
+    It refuses to be root: for root it runs as `postgres`, in a directory of its own.
+    """
+
+    def __init__(self, *options: str) -> None:
+        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
+        self._programs = str(programs[-1]) if programs else os.path.dirname(find("postgres", "postgresql"))
+        self._as_user = []
+        self._options = options
+        self.directory = Path(tempfile.mkdtemp(prefix="counter-server-"))  # a short name, for the socket
+        if os.getuid() == 0:
+            user = pwd.getpwnam("postgres")
+            os.chown(self.directory, user.pw_uid, user.pw_gid)
+            self._as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+        self.url = self.url_of("postgres")
+        self.socket = self.directory / ".s.PGSQL.5432"
+        self._program: Program | None = None
+        try:
+            how = ("-U", "counter", "-A", "trust", "-E", "UTF8", "--locale", "C.UTF-8", "--no-sync")
+            command = [*self._as_user, f"{self._programs}/initdb", "-D", f"{self.directory}/data", *how]
+            subprocess.run(command, check=True, capture_output=True, cwd="/")
+            access = self.directory / "data" / "pg_hba.conf"
+            access.write_text(f"local all stranger scram-sha-256\n{access.read_text()}")
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def start(self) -> None:
+        where = ("-D", f"{self.directory}/data", "-k", str(self.directory), "-c", "listen_addresses=", *self._options)
+        command = [*self._as_user, f"{self._programs}/postgres", *where]
+        self._program = Program(*command[1:], program=command[0], cwd=Path("/"))
+        eventually(self._answers, "an answer of postgres")
+
+    def _answers(self) -> bool:
+        assert self._program is not None
+        assert self._program.running, self._program.errors
+        try:
+            return self.query("SELECT 1") == [(1,)]
+        except psycopg.OperationalError:
+            return False
+
+    def query(self, statement: LiteralString, database: str = "postgres") -> list[tuple[Any, ...]]:
+        """Its rows, over a connection of its own."""
+        with psycopg.connect(self.url_of(database), autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    @property
+    def pid(self) -> int:
+        assert self._program is not None
+        return self._program.pid
+
+    def url_of(self, database: str) -> str:
+        return f"postgresql://counter@/{database}?host={self.directory}"
+
+    @property
+    def children(self) -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def backends(self) -> list[int]:
+        """The pids of who serves clients."""
+        return [pid for (pid,) in self.query("SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'")]
+
+    def kill(self) -> None:
+        """`kill -9`, of all its processes: each has a session of its own."""
+        assert self._program is not None
+        self._program.send_signal(signal.SIGSTOP)  # then there are no more of them to come
+        eventually(lambda: "T (stopped)" in Path(f"/proc/{self.pid}/status").read_text(), "the stop of postgres")
+        children = self.children
+        self._program.kill()
+        for pid in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), "the end of postgres")
+        self._program.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._program is not None:
+            if self._program.running:
+                self._program.send_signal(signal.SIGQUIT)  # at once, and nothing of it is left in shared memory
+                self._program.wait()
+            self._program.__exit__(None, None, None)
+        shutil.rmtree(self.directory)

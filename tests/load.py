@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -183,3 +184,61 @@ class StoreLoad:
             process.join()
             process.close()
         return history
+
+
+def logging_client(url: str, counter: str, threads: int, each: int, start: Any, log: str) -> None:
+    """One process that may be killed at any moment: what it knows is in its log by then, in single writes."""
+    state = open_client(url, deadline=PATIENCE)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def work(number: int) -> None:
+        for count in range(each):
+            key = f"{os.getpid()}-{number}-{count}"
+            os.write(file, json.dumps([key, time.monotonic()]).encode() + b"\n")
+            value = state.counter(counter).increment()
+            os.write(file, json.dumps([key, time.monotonic(), value]).encode() + b"\n")
+
+    start.wait(PATIENCE)
+    with ThreadPoolExecutor(threads) as workers:
+        for done in [workers.submit(work, number) for number in range(threads)]:
+            done.result()
+    state.close()
+
+
+class LoggedLoad:
+    """Like a `StoreLoad`, of processes that may be killed: without keys, so each call is made once."""
+
+    def __init__(self, url: str, counter: str, processes: int, threads: int, each: int, directory: Path) -> None:
+        self._start = spawn.Barrier(processes)
+        self._logs = [directory / f"client-{number}.log" for number in range(processes)]
+        self._processes = [
+            spawn.Process(target=logging_client, args=(url, counter, threads, each, self._start, str(log)))
+            for log in self._logs
+        ]
+        for process in self._processes:
+            process.start()
+
+    def kill_one(self) -> None:
+        """`kill -9` the first that lives."""
+        victim = next(process for process in self._processes if process.is_alive())
+        victim.kill()
+        victim.join()
+
+    def kill(self) -> None:
+        """Have none of them left."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def finish(self) -> list[Operation]:
+        """The whole history, with those that were never answered."""
+        for process in self._processes:
+            process.join()
+        assert any(process.exitcode == 0 for process in self._processes)
+        history: dict[str, Operation] = {}
+        for log in self._logs:
+            for line in log.read_text().splitlines():
+                key, moment, *value = json.loads(line)
+                known = history.get(key)
+                history[key] = Operation(key, known.invoked, moment, tuple(value)) if known else Operation(key, moment)
+        return list(history.values())

@@ -6,16 +6,18 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from counter_server.doctor import examine
 from counter_server.errors import InvalidRequest
 from counter_server.stores import Finding
-from tests.engines import MemcachedServer, RedisServer
+from counter_server.stores.postgresql_findings import judge as judge_postgresql
+from tests.engines import MemcachedServer, PostgresServer, RedisServer
 from tests.load import open_client
 from tests.processes import PATIENCE, ROOT, Manager, eventually, frozen
-from tests.test_engine_faults import DURABLE
+from tests.test_redis import DURABLE
 
 StartRedis = Callable[..., RedisServer]
 
@@ -65,15 +67,15 @@ def test_what_may_be_lost_is_said_and_the_exit_status_tells_it(start_redis: Star
     assert any(line.startswith("may lose  appendonly no") for line in lines)
 
 
-@pytest.mark.parametrize("scheme", ["unix", "memcached", "manager"])
-def test_a_server_that_cannot_be_reached_is_one_line(tmp_path: Path, scheme: str) -> None:
-    url = f"{scheme}://{tmp_path}/nothing"
+@pytest.mark.parametrize("prefix", ["unix://", "memcached://", "manager://", "sqlite:///", "postgresql:///db?host="])
+def test_a_server_that_cannot_be_reached_is_one_line(tmp_path: Path, prefix: str) -> None:
+    url = f"{prefix}{tmp_path}/nothing"
     status, lines = doctor("--store", url)
     assert status == 1
-    assert lines[0] == url
+    assert unquote(lines[0]) == url
     assert len(lines) == 2
     assert lines[1].startswith("problem   ")
-    assert str(tmp_path) in lines[1]
+    assert str(tmp_path) in unquote(lines[1])
     assert not (tmp_path / "nothing").exists()
 
 
@@ -209,3 +211,60 @@ def test_a_memcached_that_does_not_answer_is_told_within_the_time(tmp_path: Path
     with frozen(server.pid):
         (finding,) = examine(server.url, 0.2)[1]
     assert finding.level == "problem"
+
+
+# SQL
+
+
+def test_a_postgres_that_keeps_all_promises_is_well(postgres: PostgresServer) -> None:
+    found = findings(postgres.url)
+    assert {finding.level for finding in found} == {"ok"}
+    assert found[0].sentence.startswith("PostgreSQL ")
+    assert any("a number is on its disk before it is answered" in finding.sentence for finding in found)
+
+
+def test_a_postgres_that_does_not_wait_for_its_disk_may_lose(stack: ExitStack) -> None:
+    server = stack.enter_context(PostgresServer("-c", "fsync=off", "-c", "full_page_writes=off"))
+    assert [worry.split(":")[0] for worry in worries(server.url)] == ["fsync off", "full_page_writes off"]
+
+
+def test_a_server_wide_synchronous_commit_off_is_not_that_of_ours(stack: ExitStack) -> None:
+    server = stack.enter_context(PostgresServer("-c", "synchronous_commit=off"))
+    assert worries(server.url) == []
+    with open_client(server.url) as state:
+        assert state.counter("c").increment() == 1
+        (session,) = state.store._idle  # type: ignore[attr-defined]
+        assert session.exchange(("SHOW synchronous_commit", ())) == [[("on",)]]
+
+
+@pytest.mark.parametrize(
+    ("told", "levels"),
+    [
+        ({"in_recovery": "true"}, ["ok", "problem"]),
+        ({"standbys": "2"}, ["ok", "ok", "may lose"]),
+        ({"synchronous_standby_names": "one"}, ["ok", "ok", "ok"]),
+        ({"synchronous_standby_names": "one", "synchronous_commit": "remote_apply"}, ["ok", "ok", "ok"]),
+        ({"synchronous_standby_names": "one", "synchronous_commit": "remote_write"}, ["ok", "ok", "may lose"]),
+        ({"synchronous_standby_names": "one", "synchronous_commit": "local"}, ["ok", "ok", "may lose"]),
+    ],
+)
+def test_what_standbys_mean_for_the_numbers(told: dict[str, str], levels: list[str]) -> None:
+    usual = {
+        "server_version": "15",
+        "fsync": "on",
+        "full_page_writes": "on",
+        "synchronous_commit": "on",
+        "synchronous_standby_names": "",
+        "in_recovery": "false",
+        "standbys": "0",
+    }
+    assert [finding.level for finding in judge_postgresql({**usual, **told})] == levels
+
+
+def test_a_file_of_sqlite_is_well(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/counters.db"
+    with open_client(url) as state:
+        assert state.counter("c").increment() == 1
+    status, lines = doctor("--store", url)
+    assert status == 0, lines
+    assert any("synchronous FULL: a number is on the disk before it is answered" in line for line in lines)

@@ -46,10 +46,10 @@ from counter_server.operations import (
 )
 from counter_server.stores import Store, open_store
 from counter_server.stores.memory import MemoryStore
+from tests.cutter import Cutter
 from tests.engines import MemcachedServer
 from tests.load import HttpClient, at_once, open_client, spawn
 from tests.processes import PATIENCE, ROOT, Server, frozen
-from tests.test_engine_faults import Cutter
 from tests.test_stores import NAMES
 
 _names = count(1)

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -33,11 +34,11 @@ from counter_server.operations import (
 )
 from counter_server.stores import Store, open_store
 from counter_server.stores.memory import MemoryStore
-from tests.engines import RedisServer
+from tests.engines import PostgresServer, RedisServer
 from tests.load import at_once
 from tests.processes import PATIENCE, Manager
 
-STORES = ["memory", "manager", "redis"]
+STORES = ["memory", "manager", "redis", "sqlite", "postgresql"]
 _rounds = count(1)
 
 
@@ -50,9 +51,17 @@ def url_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
         def url(kind: str) -> str:
             if kind not in urls:
                 directory = tmp_path_factory.mktemp(kind)
-                server: Manager | RedisServer = (
-                    Manager(directory / "data") if kind == "manager" else RedisServer(directory)
-                )
+                if kind == "sqlite":
+                    urls[kind] = f"sqlite:///{directory}/counters.db"
+                    return urls[kind]
+                server: Manager | RedisServer | PostgresServer
+                match kind:
+                    case "manager":
+                        server = Manager(directory / "data")
+                    case "redis":
+                        server = RedisServer(directory)
+                    case _:
+                        server = PostgresServer()
                 stack.enter_context(server)
                 urls[kind] = server.url
             return urls[kind]
@@ -290,7 +299,8 @@ def test_32_threads_of_a_state_share_calls_and_none_sees_the_number_of_another(s
 
 
 def test_a_store_that_is_not_there_is_told_to_be_so_within_the_deadline(tmp_path: Path) -> None:
-    for url in (f"unix://{tmp_path}/nothing", f"manager://{tmp_path}/nothing"):
+    urls = (f"unix://{tmp_path}/nothing", f"manager://{tmp_path}/nothing", f"postgresql:///db?host={tmp_path}/nothing")
+    for url in urls:
         store = open_store(url, StoreOptions(start=False))
         with pytest.raises(Disconnected) as error:
             store.apply(Batch(os.urandom(16), 1, [Increment("x")]), time.monotonic() + 0.2)
@@ -299,13 +309,34 @@ def test_a_store_that_is_not_there_is_told_to_be_so_within_the_deadline(tmp_path
 
 @pytest.mark.parametrize(
     "url",
-    ["redis://localhost:port", "redis://localhost/?prefix=", "redis://localhost/?prefix={x}", "redis://h/?no_such=1"],
+    [
+        "redis://localhost:port",
+        "redis://localhost/?prefix=",
+        "redis://localhost/?prefix={x}",
+        "redis://h/?no_such=1",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///file::memory:?uri=true",
+        "sqlite:///x.db?mode=ro",
+        "sqlite://host/x.db",
+        "postgresql",
+        "postgresql://host:port/db",
+        "postgresql://h/db?no_such=1",
+    ],
 )
 def test_a_url_that_cannot_be_is_refused_at_once(url: str) -> None:
     with pytest.raises(InvalidRequest):
         open_store(url)
 
 
-def test_a_password_in_a_url_is_shown_to_nobody() -> None:
-    store = open_store("redis://user:secret@example.org:1234/5?prefix=shop")
-    assert str(store) == "redis://example.org:1234/5?prefix=shop"
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:secret@example.org:1234/5?prefix=shop", "redis://example.org:1234/5?prefix=shop"),
+        ("postgresql://user:secret@example.org:1234/shop", "postgresql://example.org:1234/shop"),
+        ("postgresql:///shop?host=/run/x&user=user&password=secret", "postgresql:///shop?host=/run/x"),
+        ("sqlite:////data/shop.db", "sqlite:////data/shop.db"),
+    ],
+)
+def test_a_password_in_a_url_is_shown_to_nobody(url: str, shown: str) -> None:
+    assert unquote(str(open_store(url))) == shown

@@ -35,6 +35,10 @@ def open_store(
             from .redis import RedisStore
 
             return RedisStore(url)
+        case "postgresql" | "postgresql+psycopg" | "sqlite":
+            from .sql import SqlStore
+
+            return SqlStore(url)
         case "memcached":
             from .memcached import MemcachedStore
 
@@ -45,6 +49,6 @@ def open_store(
             return MemoryStore()
         case _:
             raise InvalidRequest(
-                f"no store is called {url!r}: use manager:///absolute/data/directory, redis://host, memcached://host or"
-                " memory://"
+                f"no store is called {url!r}: use manager:///absolute/data/directory, redis://host, "
+                "postgresql://host/database, sqlite:////absolute/file.db, memcached://host or memory://"
             )

@@ -1,22 +1,28 @@
-"""Other people's servers killed under load, and connections cut in the middle of a reply: the checker passes."""
+"""Redis killed under load, cut off in the middle of a reply, full, frozen, a replica, a cluster: the checker passes."""
 
 import os
-import socket
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from redis._parsers.base import BaseParser
 
-from counter_server.errors import AccessDenied, DeadlineExceeded, Disconnected, OutcomeUnknown, StateLost, StorageFull
+from counter_server.errors import (
+    AccessDenied,
+    DeadlineExceeded,
+    Disconnected,
+    OutcomeUnknown,
+    StateLost,
+    StorageFull,
+)
 from counter_server.stores.redis import RedisStore
+from tests.cutter import Cutter
 from tests.engines import RedisServer
 from tests.history import assert_exactly_once
-from tests.load import HttpLoad, StoreLoad, open_client
-from tests.processes import PATIENCE, Server, eventually, frozen
+from tests.load import StoreLoad, open_client
+from tests.processes import PATIENCE, eventually, frozen
 
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
@@ -182,72 +188,6 @@ def test_a_child_of_a_fork_talks_to_redis_on_a_connection_of_its_own(
     assert sorted(ours + theirs) == list(range(2, 202))
 
 
-# Cut connections
-
-
-class Cutter:
-    """A proxy on a free port that cuts each connection after so many bytes of answers, in the middle of one."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.cuts = 0
-        self._thread = threading.Thread(target=self._accept)
-        self._serving: list[threading.Thread] = []
-        self._thread.start()
-
-    def _accept(self) -> None:
-        lengths = (n for _ in iter(int, 1) for n in (5000, 777, 20_011, 90, 3001))
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.socket(socket.AF_UNIX)
-                try:
-                    server.connect(os.fspath(self._target))
-                except OSError:
-                    client.close()
-                    server.close()
-                    continue
-                for work in ((self._pass, client, server, None), (self._pass, server, client, next(lengths))):
-                    thread = threading.Thread(target=work[0], args=work[1:])
-                    thread.start()
-                    self._serving.append(thread)
-
-    def _pass(self, source: socket.socket, target: socket.socket, most: int | None) -> None:
-        """Pass on bytes, all of them or so many; then there is no connection any more."""
-        passed = 0
-        with suppress(OSError):
-            while data := source.recv(65536):
-                if most is not None and passed + len(data) > most:
-                    target.sendall(data[: most - passed])
-                    self.cuts += 1
-                    break
-                target.sendall(data)
-                passed += len(data)
-        for end in (source, target):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        source.close()  # each end by the one that reads it
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join()
-        for thread in self._serving:
-            thread.join()
-
-
-@pytest.fixture
-def cut(stack: ExitStack) -> Callable[[Path], Cutter]:
-    def start(target: Path) -> Cutter:
-        cutter = Cutter(target)
-        stack.callback(cutter.close)
-        return cutter
-
-    return start
-
-
 def test_redis_whose_connections_are_cut_in_the_middle_of_a_reply(
     start_redis: Callable[..., RedisServer], cut: Callable[[Path], Cutter], stack: ExitStack, tmp_path: Path
 ) -> None:
@@ -258,22 +198,3 @@ def test_redis_whose_connections_are_cut_in_the_middle_of_a_reply(
     assert cutter.cuts >= 10
     state = stack.enter_context(open_client(server.url))
     assert_exactly_once(history, state.counter("hot").value, tmp_path / "history.json")
-
-
-# Two machines' worth of apps
-
-
-def test_two_supervisors_over_one_redis_give_no_number_twice(
-    start_redis: Callable[..., RedisServer], stack: ExitStack, tmp_path: Path
-) -> None:
-    """On two addresses, as two machines would be: all that they share is the store."""
-    server = start_redis(*DURABLE)
-    servers = [
-        stack.enter_context(Server("--host", host, "--workers", "2", "--store", server.url))
-        for host in ("127.0.0.1", "127.0.0.2")
-    ]
-    loads = [HttpLoad(one.url, "visits", 20, each=10) for one in servers]
-    histories = [load.finish(stop=False) for load in loads]
-    state = stack.enter_context(open_client(server.url))
-    assert state.counter("visits").value == 2 * 20 * 10
-    assert_exactly_once([*histories[0], *histories[1]], 2 * 20 * 10, tmp_path / "history.json")

@@ -1,0 +1,60 @@
+"""A proxy that cuts connections in the middle of a reply."""
+
+import os
+import socket
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+
+class Cutter:
+    """A proxy on a free port that cuts each connection after so many bytes of answers, in the middle of one."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.cuts = 0
+        self._thread = threading.Thread(target=self._accept)
+        self._serving: list[threading.Thread] = []
+        self._thread.start()
+
+    def _accept(self) -> None:
+        lengths = (n for _ in iter(int, 1) for n in (5000, 777, 20_011, 90, 3001))
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.socket(socket.AF_UNIX)
+                try:
+                    server.connect(os.fspath(self._target))
+                except OSError:
+                    client.close()
+                    server.close()
+                    continue
+                for work in ((self._pass, client, server, None), (self._pass, server, client, next(lengths))):
+                    thread = threading.Thread(target=work[0], args=work[1:])
+                    thread.start()
+                    self._serving.append(thread)
+
+    def _pass(self, source: socket.socket, target: socket.socket, most: int | None) -> None:
+        """Pass on bytes, all of them or so many; then there is no connection any more."""
+        passed = 0
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if most is not None and passed + len(data) > most:
+                    target.sendall(data[: most - passed])
+                    self.cuts += 1
+                    break
+                target.sendall(data)
+                passed += len(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        source.close()  # each end by the one that reads it
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+        for thread in self._serving:
+            thread.join()
