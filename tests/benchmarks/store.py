@@ -137,6 +137,7 @@ class Round:
     rate: float  # increments/s
     median: float  # microseconds
     p99: float  # microseconds
+    slowest: float  # milliseconds
 
 
 def measure(peer: Peer, processes: int, threads: int, seconds: float) -> Round:
@@ -153,7 +154,7 @@ def measure(peer: Peer, processes: int, threads: int, seconds: float) -> Round:
         raise SystemExit(f"{peer.name}: {len(values) - len(set(values))} duplicate numbers")
     times = sorted(t for _, _, took in answers for t in took)
     rate = sum(len(mine) / elapsed for elapsed, mine, _ in answers)
-    return Round(rate, times[len(times) // 2] * 1e6, times[len(times) * 99 // 100] * 1e6)
+    return Round(rate, times[len(times) // 2] * 1e6, times[len(times) * 99 // 100] * 1e6, times[-1] * 1e3)
 
 
 def main() -> None:
@@ -174,7 +175,9 @@ def main() -> None:
 def compare(peers: list[Peer], shapes: list[tuple[int, int]], rounds: int, seconds: float) -> None:
     """Measure all peers in turn, several times, and print a table; ratios are to the first peer."""
     print(f"Python {sys.version.split()[0]}, {multiprocessing.cpu_count()} cores, median of {rounds} rounds\n")
-    print(f"{'shape':>6} {'store':<30} {'increments/s':>12} {'ratio':>6} {'median us':>10} {'ratio':>6} {'p99 us':>8}")
+    print(
+        f"{'shape':>6} {'store':<30} {'increments/s':>12} {'ratio':>6} {'median us':>10} {'ratio':>6} {'p99 us':>8} {'slowest ms':>10}"
+    )
     for processes, threads in shapes:
         measured: dict[str, list[Round]] = {peer.name: [] for peer in peers}
         for _ in range(rounds):
@@ -182,13 +185,14 @@ def compare(peers: list[Peer], shapes: list[tuple[int, int]], rounds: int, secon
                 measured[peer.name].append(measure(peer, processes, threads, seconds))
         first: tuple[float, float] | None = None
         for peer in peers:
-            rate, median, p99 = (
-                statistics.median(getattr(r, what) for r in measured[peer.name]) for what in ("rate", "median", "p99")
+            rate, median, p99, slowest = (
+                statistics.median(getattr(r, what) for r in measured[peer.name])
+                for what in ("rate", "median", "p99", "slowest")
             )
             first = first or (rate, median)
             print(
                 f"{processes:>3}x{threads:<2} {peer.name:<30} {rate:>12,.0f} {rate / first[0]:>6.2f}"
-                f" {median:>10.1f} {median / first[1]:>6.2f} {p99:>8.1f}",
+                f" {median:>10.1f} {median / first[1]:>6.2f} {p99:>8.1f} {slowest:>10.1f}",
                 flush=True,
             )
 
