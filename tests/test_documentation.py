@@ -141,3 +141,11 @@ def test_no_line_of_a_document_needs_a_scroll_bar() -> None:
     for document in DOCUMENTS:
         for line in document.read_text().splitlines():
             assert len(line) <= 140 or line.startswith(("|", "    ")), f"{document.name}: {line[:60]}…"
+
+
+def test_the_figures_of_how_far_it_goes_are_those_of_the_model() -> None:
+    told = subprocess.run([sys.executable, "docs/scale.py"], capture_output=True, text=True, check=True, cwd=ROOT)
+    page = (ROOT / "docs" / "scale.md").read_text()
+    tables = told.stdout.strip().split("\n\n")
+    assert len(tables) == 3
+    assert re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE) == [f"{table}\n" for table in tables]
