@@ -99,8 +99,7 @@ class Combiner(Generic[Item, Answer]):
             if ticket.leads and not ticket.done:
                 self._lead(ticket, deadline)
             if ticket.leads:
-                with self._lock:
-                    self._pass_on(ticket)
+                self._step_down(ticket)
         except BaseException:
             try:
                 self._leave(ticket)
@@ -184,6 +183,11 @@ class Combiner(Generic[Item, Answer]):
             self._unfinished = None
             leader.leads = False
             last.leads = True
+
+    def _step_down(self, ticket: _Ticket[Item, Answer]) -> None:
+        """All of the call are awake: who waits by now goes next."""
+        with self._lock:
+            self._pass_on(ticket)
 
     def _disband(self, call: _Call[Item, Answer], leader: _Ticket[Item, Answer]) -> None:
         """The call never left: put its other threads back at the head of the queue."""
