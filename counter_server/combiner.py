@@ -1,7 +1,7 @@
 """Threads that wait at the same time share one call.
 
-The first thread to come becomes the leader and calls at once, alone; those that come before its answer
-has reached everybody go together in the next call, led by the first of them. A lone thread never waits for company.
+The first thread to come becomes the leader and calls at once, alone; those that come while it is
+away go together in the next call, led by the first of them. A lone thread never waits for company.
 The idea is that of flat combining (Hendler, Incze, Shavit, Tzafrir, 2010) and of group commit.
 
 The same class stands at both ends: in a worker its items are operations and the call is one round
@@ -63,11 +63,17 @@ class Combiner(Generic[Item, Answer]):
         been sent, so that the callee can tell a call resumed from a new one. (An interrupt may also come
         after the call has returned: the callee answers a list that it has finished as it did before.)
     :param limit: the most items in a call.
+    :param together: have the next call begin when the threads of the last one are all awake, so that those who come
+        straight back are in it. For calls that take longer than to wake their threads; before a short call, half of
+        the threads are better woken while the other half is away.
     """
 
-    def __init__(self, call: Callable[[list[Item], float], Sequence[Answer]], *, limit: int) -> None:
+    def __init__(
+        self, call: Callable[[list[Item], float], Sequence[Answer]], *, limit: int, together: bool = False
+    ) -> None:
         self._call = call
         self._limit = limit
+        self._together = together
         self.reset()
 
     def reset(self) -> None:
@@ -165,11 +171,10 @@ class Combiner(Generic[Item, Answer]):
                 member.answer = answer
 
     def _finish(self, call: _Call[Item, Answer], leader: _Ticket[Item, Answer]) -> None:
-        """Wake the threads of this call, which has its answers; the last of them passes the lead on.
+        """Wake the threads of this call, which has its answers.
 
         They wake in a chain, each the one after it: all at once they would only queue for the interpreter's
-        lock, and be put to sleep a second time (a fifth of the throughput, at 16 threads). A next leader that
-        went first would leave without them: they would be halves of a company that takes turns, in twice as many calls.
+        lock, and be put to sleep a second time (a fifth of the throughput, at 16 threads).
         """
         with self._lock:
             last = leader
@@ -181,11 +186,12 @@ class Combiner(Generic[Item, Answer]):
             # Not before: an interrupted leader's heir finishes with the rest. And without a call in between, so
             # without an interrupt.
             self._unfinished = None
-            leader.leads = False
-            last.leads = True
+            if self._together:
+                leader.leads = False
+                last.leads = True
 
     def _step_down(self, ticket: _Ticket[Item, Answer]) -> None:
-        """All of the call are awake: who waits by now goes next."""
+        """Who waits by now goes next."""
         with self._lock:
             self._pass_on(ticket)
 

@@ -104,7 +104,9 @@ class _Channel:
     def __init__(self, store: Store, limit: int) -> None:
         self.store = store
         self._session = Session(store)
-        self._combiner: Combiner[Operation, Result] = Combiner(self._session.apply, limit=limit)
+        self._combiner: Combiner[Operation, Result] = Combiner(
+            self._session.apply, limit=limit, together=store.together
+        )
 
     def submit(self, operation: Operation, deadline: float) -> Result:
         result = self._combiner.submit(operation, deadline)

@@ -636,6 +636,8 @@ def test_a_failure_of_our_own_shows_nothing_of_itself(
     app: Flask, client: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken:
+        together = False
+
         def apply(self, batch: object, deadline: float) -> NoReturn:
             raise ZeroDivisionError(f"a secret: {batch} by {deadline}")
 

@@ -226,7 +226,7 @@ def test_threads_that_come_straight_back_go_together_and_do_not_take_turns_in_ha
         time.sleep(0.001)  # a round trip
         return answers_to(items)
 
-    combiner: Combiner[int, str] = Combiner(call, limit=100)
+    combiner: Combiner[int, str] = Combiner(call, limit=100, together=True)
     barrier = threading.Barrier(16)
 
     def run() -> None:
@@ -520,8 +520,8 @@ class InterruptedAt:
 class Script:
     """Calls that bring about, on the way, that other threads come; and never execute an item twice."""
 
-    def __init__(self, *, place: int, gives_up: str) -> None:
-        self.combiner: Combiner[int, str] = Combiner(self._call, limit=100)
+    def __init__(self, *, place: int, gives_up: str, together: bool) -> None:
+        self.combiner: Combiner[int, str] = Combiner(self._call, limit=100, together=together)
         self.others: list[Submitter] = []
         self.ended = threading.Event()  # the interrupted thread has come back
         self.executed: Counter[int] = Counter()
@@ -578,11 +578,14 @@ class Script:
     ids=["answered", "refused", "sent-but-late", "never-sent"],
 )
 @pytest.mark.parametrize("place", [0, 1, 3], ids=["leader", "follower", "last"])
-def test_an_interrupt_at_any_moment_leaves_nobody_waiting_and_executes_nothing_twice(gives_up: str, place: int) -> None:
+@pytest.mark.parametrize("together", [False, True], ids=["halves", "together"])
+def test_an_interrupt_at_any_moment_leaves_nobody_waiting_and_executes_nothing_twice(
+    gives_up: str, place: int, *, together: bool
+) -> None:
     """For each moment at which the interpreter could run a signal's handler in this thread, interrupt it there."""
     troubles: list[str] = []
     for moment in range(1, 1000):
-        script = Script(place=place, gives_up=gives_up)
+        script = Script(place=place, gives_up=gives_up, together=together)
         script.begin()
         interrupt = InterruptedAt(combiner_module, moment)
         answer = ""
@@ -664,12 +667,15 @@ class Unreliable:
             raise ValueError("refused")
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["halves", "together"])
 @pytest.mark.parametrize("seed", [1, 2, 3, None])
-def test_whatever_fails_every_thread_comes_back_in_time_and_nothing_is_executed_twice(seed: int | None) -> None:
+def test_whatever_fails_every_thread_comes_back_in_time_and_nothing_is_executed_twice(
+    seed: int | None, *, together: bool
+) -> None:
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     print(f"seed {seed}")  # shown with a failure
     unreliable = Unreliable(random.Random(seed))
-    combiner: Combiner[int, str] = Combiner(unreliable, limit=5)
+    combiner: Combiner[int, str] = Combiner(unreliable, limit=5, together=together)
     barrier = threading.Barrier(16)
     outcomes: dict[int, str | BaseException] = {}
 

@@ -61,6 +61,8 @@ class CrashingStore:
     A crash begins anew with what the journal holds. `commit` stands between ledger and journal, for the bugs.
     """
 
+    together = False
+
     def __init__(self, path: Path, chance: random.Random, commit: Callable[["CrashingStore", Changes], None]) -> None:
         self.path = path
         self.chance = chance

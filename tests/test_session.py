@@ -27,6 +27,8 @@ Step = Callable[[Batch], list[Result]]
 class FakeStore:
     """Answers each call with the next of its steps, and keeps what it was sent."""
 
+    together = False
+
     def __init__(self, *steps: Step) -> None:
         self._steps = list(steps)
         self.batches: list[Batch] = []
@@ -329,6 +331,8 @@ def test_a_renewed_session_is_another_client_and_begins_with_1() -> None:
 
 class RememberingStore(FakeStore):
     """A store that keeps its promise, and loses some answers on the way."""
+
+    together = False
 
     def __init__(self, lost: set[int]) -> None:
         super().__init__()

@@ -13,6 +13,8 @@ class Store(Protocol):
     (Where an engine cannot, at most once: a batch that may have reached it is `OutcomeUnknown`, never `Disconnected`.)
     """
 
+    together: bool  # a call takes longer than to wake the threads that it answers: see `Combiner`
+
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
         """Execute `batch`, or answer again what it was answered before.
 

@@ -17,6 +17,8 @@ _KEPT: dict[str, Finding] = {
 class ManagerStore:
     """A `Store` in the manager process: durable, shared by every process of this user."""
 
+    together = False
+
     def __init__(
         self, directory: DataDirectory, starter: Starter | None, declaration: Declaration | None = None
     ) -> None:

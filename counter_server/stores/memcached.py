@@ -50,6 +50,8 @@ class MemcachedStore:
     :raises InvalidRequest: if it cannot be one.
     """
 
+    together = True
+
     def __init__(self, url: str) -> None:
         self._server, prefix, self._name = protocol.parse(url)
         self._prefix = prefix.encode()

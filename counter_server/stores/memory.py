@@ -9,6 +9,8 @@ from .base import Finding
 class MemoryStore:
     """A `Store` in this process's own memory: exactly once, and gone with the process."""
 
+    together = False
+
     def __init__(self) -> None:
         self._ledger = Ledger()
 
@@ -38,6 +40,8 @@ class MemoryStore:
 
 class MemoryObject:
     """The store of one shared object's calls, in this process's own memory."""
+
+    together = False
 
     def __init__(self, hosted: HostedObject) -> None:
         self._hosted = hosted

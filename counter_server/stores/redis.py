@@ -61,6 +61,8 @@ class RedisStore:
     :raises InvalidRequest: if it cannot be one.
     """
 
+    together = True
+
     def __init__(self, url: str) -> None:
         if "://" not in url:
             raise InvalidRequest(f"{url!r} is not a URL of Redis: it begins with redis://")

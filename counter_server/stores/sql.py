@@ -84,6 +84,8 @@ class SqlStore:
     :raises InvalidRequest: if it cannot be one.
     """
 
+    together = True
+
     def __init__(self, url: str) -> None:
         parsed = parse_url(url)
         self._name = shown(parsed)
