@@ -39,13 +39,13 @@ class Figures:
 
 # 2 cores, clients and servers on the same machine, Python 3.11.
 FIGURES = {
-    "manager, `none`": Figures(23.6, 0.5, 10.5, 40.5, 42.1),
-    "manager, `commit`": Figures(171.9, 0.6, 22.1, 151.0, 136.5),
+    "manager, `none`": Figures(23.6, 0.5, 10.5, 40.4, 36.6),
+    "manager, `commit`": Figures(171.9, 0.6, 22.1, 130.4, 136.5),
     "Redis, nothing on disk": Figures(36.8, 2.0, 16.4, 95.1, 67.7),
-    "Redis, `appendfsync always`": Figures(299.0, 2.8, 23.6, 271.0, 181.2),
-    "PostgreSQL": Figures(329.3, 1.2, 19.9, 289.5, 298.9),
-    "SQLite": Figures(263.1, 1.1, 24.9, 657.0, 2092.1),
-    "memcached": Figures(21.8, 1.9, 12.5, 112.4, 45.4),
+    "Redis, `appendfsync always`": Figures(299.0, 2.8, 23.6, 208.4, 181.2),
+    "PostgreSQL": Figures(282.0, 1.2, 19.9, 289.5, 298.9),
+    "SQLite": Figures(207.1, 1.1, 24.9, 512.8, 382.0),
+    "memcached": Figures(21.8, 1.8, 12.5, 47.4, 45.4),
 }
 SHAPES = [(1, 1), (1, 16), (2, 16), (4, 16), (16, 16), (64, 16)]
 ONE_MACHINE = ("manager", "SQLite")
