@@ -2,9 +2,10 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import nan
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from .errors import InvalidRequest
 
@@ -70,3 +71,4 @@ class ServerSettings:
     threads: int = 8  # that run requests, in each worker
     store: str = DEFAULT_STORE
     durability: Durability = DEFAULT_DURABILITY
+    web: Mapping[str, Any] = field(default_factory=dict)  # the web application's configuration

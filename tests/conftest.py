@@ -7,8 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser as Chromium
 
 from counter_server.manager.directory import DataDirectory
+from tests.browser import Browser, chromium
 from tests.cutter import Cutter
 from tests.engines import PostgresServer
 from tests.processes import Manager, Server, end_manager
@@ -64,8 +66,27 @@ def postgres() -> Iterator[PostgresServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def browser_process() -> Iterator[Chromium]:
+    """Chromium, for the tests of one file: while it runs, this thread has an event loop."""
+    with chromium() as process:
+        yield process
+
+
+@pytest.fixture
+def browser(browser_process: Chromium) -> Iterator[Browser]:
+    """A browser without any page. What its pages complained of by the end fails the test."""
+    browser = Browser(browser_process)
+    yield browser
+    browser.close()
+    assert browser.complaints == []
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On CPython 3.12 tracing opcodes with `sys.settrace` crashes: what needs it runs on the others."""
+    """Mark what needs a browser. On CPython 3.12 tracing opcodes with `sys.settrace` crashes: leave that out."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
     if sys.version_info[:2] == (3, 12):
         tracing = [item for item in items if item.get_closest_marker("traces_opcodes")]
         config.hook.pytest_deselected(items=tracing)

@@ -17,7 +17,7 @@ ROOMS = [
     ("serve",),
     ("web",),
     ("web.api", "web.pages"),
-    ("web.problems",),
+    ("web.navigation", "web.problems", "web.visits"),
     ("caching", "limiting"),
     ("extension",),
     ("visitors",),

@@ -166,9 +166,9 @@ class Supervisor:
         settings = self.settings
         store = settings.store
         open_store(store).close()  # a URL that names none is told here, in one line
-        config: dict[str, Any] = {}
+        config: dict[str, Any] = {**settings.web, "COUNTER_SERVER_HOST": settings.host}
         managers = []
-        app = create_app({"COUNTER_SERVER_STORE": "memory://"})  # to know what it declares
+        app = create_app({**config, "COUNTER_SERVER_STORE": "memory://"})  # to know what it declares
         with app.app_context():
             declarations = list(SharedState().state.declarations.values())
         if store.startswith("manager:"):

@@ -7,7 +7,7 @@ from typing import Any
 from flask import Flask
 
 from ..extension import SharedState
-from . import api, pages, problems
+from . import api, navigation, pages, problems
 
 __all__ = ["create_app"]
 
@@ -27,6 +27,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     app.url_map.merge_slashes = False  # "a//b" is a name of its own, not a way to write "a/b"
     shared = SharedState(app)
     problems.init_app(app)
+    navigation.init_app(app)
     app.register_blueprint(api.blueprint(shared))
     app.register_blueprint(pages.blueprint(shared))
     return app

@@ -10,11 +10,13 @@ from werkzeug.exceptions import ServiceUnavailable
 from ..errors import Unsupported
 from ..extension import SharedState
 from ..visitors import VisitorCounter
+from .visits import LastVisits
 
 
 def blueprint(shared: SharedState) -> Blueprint:
     pages = Blueprint("pages", __name__)
     visits = shared.counter("visits")
+    last_visits = LastVisits(shared)
     yours = _visitor_counter(shared)
 
     @pages.get("/")
@@ -27,12 +29,12 @@ def blueprint(shared: SharedState) -> Blueprint:
             return ""
         number = visits.increment()
         flash(f"You are visitor number {number}.")
-        return render_template("index.html", number=number, pid=os.getpid())
+        return render_template("index.html", number=number, visits=last_visits.add(number, os.getpid()))
 
     @pages.get("/session")
     def session() -> str:
         """The visitor's own counter, and the buttons that change it."""
-        return render_template("session.html", sentence=f"counter is {yours().value}", pid=os.getpid())
+        return render_template("session.html", sentence=f"counter is {yours().value}")
 
     @pages.post("/session/inc")
     def session_inc() -> Response:
@@ -67,7 +69,7 @@ def _visitor_counter(shared: SharedState) -> Callable[[], VisitorCounter]:
 def _told(sentence: str) -> Response:
     """The sentence: on the page, buttons and all, for a browser, and alone for everybody else."""
     if request.accept_mimetypes.best_match(["text/plain", "text/html"]) == "text/html":
-        return Response(render_template("session.html", sentence=sentence, pid=os.getpid()))
+        return Response(render_template("session.html", sentence=sentence))
     return Response(sentence, mimetype="text/plain")
 
 

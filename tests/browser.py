@@ -1,0 +1,114 @@
+"""A real browser for tests: Debian's Chromium, driven by Playwright."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser as Chromium
+from playwright.sync_api import Page, sync_playwright
+
+from tests.processes import PATIENCE, ROOT
+
+SCREENSHOTS = ROOT / "build" / "screenshots"
+NARROW = 360  # pixels: a small telephone
+_WIDE = 1280
+_AXE = Path(__file__).parent / "axe_core" / "axe.min.js"
+# As root it has no sandbox to be in; and it is to talk to our server, and to nobody else.
+_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
+_OPTIONS += ["--disable-component-update", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+
+
+class Browser:
+    """Opens pages, each as a new visitor, and remembers what they complained of."""
+
+    def __init__(self, chromium: Chromium) -> None:
+        self._chromium = chromium
+        self.complaints: list[str] = []  # console errors, exceptions, and requests to other hosts
+
+    def open(
+        self,
+        url: str,
+        *,
+        width: int = _WIDE,
+        colours: Literal["light", "dark"] = "light",
+        javascript: bool = True,
+    ) -> Page:
+        """A page of a new visitor's, without cookies, that shows `url`."""
+        context = self._chromium.new_context(
+            viewport={"width": width, "height": 900},
+            color_scheme=colours,
+            java_script_enabled=javascript,
+            reduced_motion="reduce",
+        )
+        context.set_default_timeout(PATIENCE * 1000)
+        page = context.new_page()
+        own = urlsplit(url).netloc
+        page.on("console", lambda message: self._note(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: self._note(str(error)))
+        page.on(
+            "request",
+            lambda request: self._note(f"asked {request.url}") if urlsplit(request.url).netloc != own else None,
+        )
+        page.goto(url)
+        return page
+
+    def _note(self, complaint: str) -> None:
+        self.complaints.append(complaint)
+
+    def close(self) -> None:
+        """Close every page."""
+        for context in self._chromium.contexts:
+            context.close()
+
+
+def accessibility_violations(page: Page) -> list[str]:
+    """What axe-core finds on the page as it is now, a line for each rule that is broken."""
+    page.evaluate(_AXE.read_text())
+    found: dict[str, Any] = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+    assert len(found["passes"]) > 5, "axe has looked at nothing"
+    return [
+        f"{violation['id']}: {violation['help']}: {[node['html'] for node in violation['nodes']]}"
+        for violation in found["violations"]
+    ]
+
+
+def overflow(page: Page) -> int:
+    """By how many pixels the page is wider than the window."""
+    width = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert isinstance(width, int)
+    return width
+
+
+def screenshot(page: Page, name: str) -> Path:
+    """Write a picture of the whole page into `build/screenshots`."""
+    path = SCREENSHOTS / f"{name}.png"
+    page.screenshot(path=path, full_page=True)
+    return path
+
+
+def press_until(page: Page, key: str, selector: str, most: int = 60) -> None:
+    """Press a key until the element has the focus, as a person without a mouse does."""
+    wanted = page.locator(selector)
+    for _ in range(most):
+        page.keyboard.press(key)
+        if wanted.evaluate("element => element === document.activeElement"):
+            return
+    raise AssertionError(f"{selector} does not get the focus by {most} times {key}")
+
+
+@contextmanager
+def chromium() -> Iterator[Chromium]:
+    """The browser's process; the test is skipped where it is not installed."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("no chromium: install the Debian package chromium")
+    with sync_playwright() as playwright:
+        process = playwright.chromium.launch(executable_path=program, args=_OPTIONS)
+        try:
+            yield process
+        finally:
+            process.close()
