@@ -103,6 +103,20 @@ def main() -> None:
 @click.option(
     "--threads", type=click.IntRange(1, 512), default=_DEFAULTS.threads, show_default=True, help="In each worker."
 )
+@click.option(
+    "--request-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=_DEFAULTS.request_timeout,
+    show_default=True,
+    help="Seconds in which a request has to be here whole; then its connection is closed.",
+)
+@click.option(
+    "--frozen-after",
+    type=click.FloatRange(2),
+    default=_DEFAULTS.frozen_after,
+    show_default=True,
+    help="Seconds without a sign of life after which a worker is replaced.",
+)
 @data_dir_option
 @durability_option
 @store_option

@@ -69,6 +69,8 @@ class ServerSettings:
     port: int = 8000  # 0: a free one
     workers: int = max(2, os.cpu_count() or 1)
     threads: int = 8  # that run requests, in each worker
+    request_timeout: float = 20.0  # seconds from the first byte of a request to its last
+    frozen_after: float = 6.0  # seconds without a sign of life after which a worker is replaced
     store: str = DEFAULT_STORE
     durability: Durability = DEFAULT_DURABILITY
     web: Mapping[str, Any] = field(default_factory=dict)  # the web application's configuration

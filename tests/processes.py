@@ -79,13 +79,15 @@ def frozen(pid: int) -> Iterator[None]:
         eventually(stopped, f"the stop of process {pid}")
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # somebody has killed it
+            os.kill(pid, signal.SIGCONT)
 
 
 class Program:
     """A program in a process group of its own: one of Python's, if no other is named.
 
     :param arguments: of the program; of the interpreter, a script of the checkout, and its options.
+    :param descriptors: open files that it inherits.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Program:
         program: str = sys.executable,
         environment: dict[str, str] | None = None,
         cwd: Path = ROOT,
+        descriptors: tuple[int, ...] = (),
     ) -> None:
         self._process = subprocess.Popen(
             [program, *map(str, arguments)],
@@ -105,6 +108,7 @@ class Program:
             text=True,
             errors="surrogateescape",  # a path may hold any bytes
             start_new_session=True,
+            pass_fds=descriptors,
         )
         self.pid = self._process.pid
         self.output: list[str] = []

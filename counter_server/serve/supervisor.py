@@ -5,101 +5,32 @@ a pipe and end too.
 """
 
 import logging
-import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any
 
-from ..errors import CounterServerError, StartupError
+from ..errors import StartupError
 from ..extension import SharedState
 from ..manager.directory import DataDirectory
 from ..objects import Declaration
 from ..settings import Durability, ServerSettings, default_data_dir
 from ..stores import open_store
 from ..web import create_app
-from .worker import BACKLOG, DRAIN_SECONDS, work
+from .child import BOOT_SECONDS, SIGNALS, Child
+from .replacement import Replacement
+from .service_manager import inherited_socket, notify, notify_reloading
+from .worker import BACKLOG, BEAT_SECONDS, DRAIN_SECONDS, work
 
 log = logging.getLogger(__name__)
 
-_BOOT_SECONDS = 30.0
-_STABLE_SECONDS = 1.0  # one that lived this long after it was ready was not in a crash loop
-_FIRST_PAUSE = 0.1  # seconds before the second restart in a crash loop; doubles
-_LONGEST_PAUSE = 3.0
 _MOST_FAILURES = 10  # in a row, of one child; then the server gives up
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-_spawn = multiprocessing.get_context("spawn")
-
-
-@dataclass
-class _Child:
-    """One place among the children: the process that fills it now, and how its predecessors fared."""
-
-    name: str
-    target: Callable[..., None]
-    arguments: tuple[Any, ...]
-    process: SpawnProcess | None = None
-    lifeline: Connection | None = None  # on which it says that it is ready; closing it ends a manager
-    ready_since: float | None = None
-    failures: int = 0  # deaths in a row before it was stable
-    restart_at: float = 0.0
-
-    def start(self) -> None:
-        self.lifeline, theirs = _spawn.Pipe()
-        self.ready_since = None
-        self.process = _spawn.Process(target=_child_main, args=(self.target, *self.arguments, theirs), name=self.name)
-        # A signal to the whole process group, as a terminal or a service manager sends it, is for the supervisor to
-        # act on: the children inherit that these are blocked.
-        resource_tracker.ensure_running()  # the first start would do it, and unblock them
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-
-    def hear(self) -> None:
-        """Take note that it is ready. An end of file is followed by its death, which is seen elsewhere."""
-        assert self.lifeline is not None
-        try:
-            self.lifeline.recv()
-            self.ready_since = time.monotonic()
-        except (EOFError, OSError):
-            self.let_go()
-
-    def let_go(self) -> None:
-        """Close the lifeline."""
-        if self.lifeline is not None:
-            self.lifeline.close()
-            self.lifeline = None
-
-    def bury(self) -> int:
-        """Count the death of its process, set when to start the next, and return the exit code."""
-        assert self.process is not None
-        self.let_go()
-        self.process.join()
-        code = self.process.exitcode
-        self.process.close()
-        self.process = None
-        now = time.monotonic()
-        stable = self.ready_since is not None and now - self.ready_since > _STABLE_SECONDS
-        self.failures = 1 if stable else self.failures + 1
-        self.restart_at = now + (
-            0.0 if self.failures == 1 else min(_FIRST_PAUSE * 2 ** (self.failures - 2), _LONGEST_PAUSE)
-        )
-        return code or 0
 
 
 @dataclass
@@ -107,7 +38,8 @@ class Supervisor:
     """Runs one server, as `settings` say."""
 
     settings: ServerSettings
-    _signals: deque[int] = field(default_factory=deque)
+    _signals: deque[int] = field(default_factory=deque)  # to stop
+    _hangup: bool = False  # to replace the workers
 
     def run(self) -> int:
         """Serve until a signal; return the exit status.
@@ -119,26 +51,31 @@ class Supervisor:
         for descriptor in (self._wakeup, wake):
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        for number in _STOP_SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, self._note)
-        sock = self._bind()
+        sock = inherited_socket() or self._bind()
         manager, workers = self._children(sock)
-        children = [*manager, *workers]
+        replacement = Replacement(workers)
         try:
             for group in (manager, workers):
                 self._boot(group)
             if not self._signals:
                 print(f"Serving on {_url(sock)}", flush=True)
-            self._watch(children)
+                notify("READY=1")
+            self._watch(manager, workers, replacement)
+            notify("STOPPING=1")
             sock.close()  # nobody new is let in; the workers have copies, which they close when they are told
-            return self._stop(manager, workers)
+            return self._stop(manager, [*workers, *replacement.children])
         finally:
-            for child in children:
+            for child in [*manager, *workers, *replacement.children]:
                 if child.process is not None and child.process.is_alive():
                     child.process.kill()
             sock.close()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._hangup = True
+            return
         self._signals.append(number)
         if len(self._signals) > 1:
             os._exit(128 + number)  # the second time they mean it; the children see the pipe's end
@@ -162,7 +99,7 @@ class Supervisor:
             ) from error
         return sock
 
-    def _children(self, sock: socket.socket) -> tuple[list[_Child], list[_Child]]:
+    def _children(self, sock: socket.socket) -> tuple[list[Child], list[Child]]:
         settings = self.settings
         store = settings.store
         open_store(store).close()  # a URL that names none is told here, in one line
@@ -176,7 +113,7 @@ class Supervisor:
             directory.make()
             store = directory.url
             config["SECRET_KEY"] = directory.key("session")
-            managers.append(_Child("manager", manage, (directory, settings.durability, declarations)))
+            managers.append(Child("manager", manage, (directory, settings.durability, declarations)))
         else:
             config["SECRET_KEY"] = os.urandom(32)
         if store == "memory://" and settings.workers > 1:
@@ -184,50 +121,70 @@ class Supervisor:
         config["COUNTER_SERVER_STORE"] = store
         config["COUNTER_SERVER_START"] = False  # that is this process's to do
         workers = [
-            _Child(f"worker-{n}", work, (sock, settings.threads, config)) for n in range(1, settings.workers + 1)
+            Child(f"worker-{n}", work, (sock, settings, config), beats=True) for n in range(1, settings.workers + 1)
         ]
         return managers, workers
 
-    def _boot(self, group: list[_Child]) -> None:
+    def _boot(self, group: list[Child]) -> None:
         """Start the group and wait until all of it is ready. One that cannot boot stops the server."""
-        deadline = time.monotonic() + _BOOT_SECONDS
+        deadline = time.monotonic() + BOOT_SECONDS
         for child in group:
             child.start()
         while not self._signals and any(child.ready_since is None for child in group):
             self._wait(group, deadline)
             for child in group:
-                if child.process is not None and not child.process.is_alive() and not self._signals:
+                if child.ended and not self._signals:
                     raise StartupError(f"the {child.name} process could not start; its own message stands above")
             if time.monotonic() > deadline:
-                raise StartupError(f"not ready after {_BOOT_SECONDS:g} seconds; the processes' messages stand above")
+                raise StartupError(f"not ready after {BOOT_SECONDS:g} seconds; the processes' messages stand above")
 
-    def _watch(self, children: list[_Child]) -> None:
-        """Restart what dies, until a signal comes."""
+    def _watch(self, manager: list[Child], workers: list[Child], replacement: Replacement) -> None:
+        """Restart what dies or freezes, and replace the workers when asked to, until a signal comes."""
         while not self._signals:
-            pending = [child.restart_at for child in children if child.process is None]
-            self._wait(children, min(pending, default=time.monotonic() + 60))
-            for child in children:
-                if child.process is not None and not child.process.is_alive():
-                    pid = child.process.pid
-                    code = child.bury()
-                    if child.failures >= _MOST_FAILURES:
-                        raise StartupError(f"the {child.name} process died {child.failures} times in a row; giving up")
-                    log.warning("%s (pid %s) ended with %s; starting another", child.name, pid, _describe(code))
-                if child.process is None and time.monotonic() >= child.restart_at and not self._signals:
-                    child.start()
+            self._wait([*manager, *workers, *replacement.children], self._next_event([*manager, *workers]))
+            if self._hangup:
+                self._hangup = False
+                notify_reloading()
+                replacement.begin()
+            if replacement.go_on():
+                notify("READY=1")
+            for child in [*manager, *workers]:
+                self._keep_running(child)
 
-    def _wait(self, children: list[_Child], until: float) -> None:
+    def _next_event(self, children: list[Child]) -> float:
+        pending = [child.restart_at for child in children if child.process is None]
+        return min([*pending, time.monotonic() + BEAT_SECONDS])
+
+    def _keep_running(self, child: Child) -> None:
+        if child.silent_for(time.monotonic()) > self.settings.frozen_after and child.process is not None:
+            log.warning("%s (pid %s) gives no sign of life; ending it", child.name, child.process.pid)
+            child.process.kill()
+            child.process.join()
+        if child.ended:
+            pid, code = child.pid, child.bury()
+            if child.failures >= _MOST_FAILURES:
+                raise StartupError(f"the {child.name} process died {child.failures} times in a row; giving up")
+            log.warning("%s (pid %s) ended with %s; starting another", child.name, pid, _describe(code))
+        if child.process is None and time.monotonic() >= child.restart_at and not self._signals:
+            child.start()
+
+    def _wait(self, children: list[Child], until: float) -> None:
         """Until something happens to a child, a signal comes, or the time does."""
         lifelines = {child.lifeline: child for child in children if child.lifeline is not None}
         ends = [child.process.sentinel for child in children if child.process is not None]
-        happened = wait([*lifelines, *ends, self._wakeup], max(until - time.monotonic(), 0))
+        began = time.monotonic()
+        happened = wait([*lifelines, *ends, self._wakeup], max(until - began, 0))
+        late = time.monotonic() - max(until, began)
+        if late > BEAT_SECONDS:  # this process was stopped itself, or the whole machine: nobody can be blamed
+            for child in lifelines.values():
+                child.heard_at += late
         for source in happened:
             if isinstance(source, Connection):
                 lifelines[source].hear()
         with suppress(BlockingIOError):
             os.read(self._wakeup, 4096)
 
-    def _stop(self, manager: list[_Child], workers: list[_Child]) -> int:
+    def _stop(self, manager: list[Child], workers: list[Child]) -> int:
         """Workers first, so that their last requests are still counted; then the manager."""
         for child in workers:
             if child.process is not None:
@@ -239,7 +196,7 @@ class Supervisor:
         return 0
 
 
-def _await_end(children: list[_Child]) -> None:
+def _await_end(children: list[Child]) -> None:
     """Wait until they have ended, but not for ever."""
     deadline = time.monotonic() + DRAIN_SECONDS + 1
     for child in children:
@@ -256,14 +213,6 @@ def manage(
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s manager {os.getpid()} %(levelname)s %(message)s")
 
     serve(directory, durability, ready=lambda: lifeline.send(None), lifeline=lifeline, declarations=declarations)
-
-
-def _child_main(target: Callable[..., None], *arguments: Any) -> None:
-    """What a child process runs: `target`, its errors told in one line."""
-    try:
-        target(*arguments)
-    except CounterServerError as error:
-        sys.exit(f"Error: {error}")
 
 
 def _url(sock: socket.socket) -> str:

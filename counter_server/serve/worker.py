@@ -2,10 +2,13 @@
 
 import logging
 import os
+import resource
+import select
 import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import FrameType
@@ -15,22 +18,29 @@ from waitress import wasyncore
 from waitress.server import BaseWSGIServer, create_server
 
 from ..extension import SharedState
+from ..settings import ServerSettings
 from ..web import create_app
+from .channel import Channel, channels
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024  # connections that may wait to be accepted, over all workers
 DRAIN_SECONDS = 10.0  # for requests under way, when asked to stop
-_CONNECTION_LIMIT = 1000
+LINGER_SECONDS = 2.0  # for clients that keep a connection, when it is replaced: the next answer on it is the last
+BEAT_SECONDS = 1.0  # between signs of life
+_MOST_CONNECTIONS = 4000
+_SPARE_DESCRIPTORS = 100  # for all else that a worker opens
 _LARGEST_REQUEST = 2**20  # bytes; the application's own limit is lower and answers with a problem document
-_POLL_SECONDS = 1.0
 
 
 class Worker:
     """Runs `create_app` behind waitress on `sock`."""
 
-    def __init__(self, sock: socket.socket, *, threads: int, config: dict[str, Any]) -> None:
+    def __init__(self, sock: socket.socket, settings: ServerSettings, config: dict[str, Any]) -> None:
+        self._request_timeout = settings.request_timeout
         self._stopping = False
+        self._linger = 0.0  # seconds
+        self._most = _connection_limit()
         self._map: dict[int, Any] = {}
         self._app = create_app(config)
         # One socket, so one server of this class; the function can also return one for several.
@@ -38,16 +48,22 @@ class Worker:
             self._app,
             map=self._map,
             sockets=[sock],
-            threads=threads,
+            threads=settings.threads,
             backlog=BACKLOG,
-            connection_limit=_CONNECTION_LIMIT,
+            connection_limit=self._most,
             max_request_body_size=_LARGEST_REQUEST,
             asyncore_use_poll=True,
             ident="counter_server",
         )
+        self._server.channel_class = Channel
+        self._server.ending = False
 
-    def stop(self) -> None:
-        """Have `run` finish the requests under way and return. Safe in a signal handler."""
+    def stop(self, *, linger: float = 0.0) -> None:
+        """Have `run` finish the requests under way and return. Safe in a signal handler.
+
+        :param linger: seconds in which connections that clients keep are still answered, once, and told to close.
+        """
+        self._linger = linger
         self._stopping = True
         self._server.pull_trigger()
 
@@ -59,45 +75,87 @@ class Worker:
         with self._app.app_context():
             _ = SharedState().counter("visits").value  # which every store can tell; not every one can list
 
-    def run(self) -> None:
-        """Serve until `stop`, then finish what was begun."""
+    def run(self, beat: Callable[[], None]) -> None:
+        """Serve until `stop`, then finish what was begun.
+
+        :param beat: called every second, as long as this process is not stuck.
+        """
+        next_beat = 0.0
         while not self._stopping:
-            self._poll(_POLL_SECONDS)
+            self._poll(BEAT_SECONDS)
+            now = time.monotonic()
+            if now >= next_beat:
+                next_beat = now + BEAT_SECONDS
+                beat()
+                self._tidy(now)
         # The other workers go on accepting on the same socket; this process only lets go of its copy.
         wasyncore.dispatcher.close(self._server)
-        deadline = time.monotonic() + DRAIN_SECONDS
-        while self._busy() and time.monotonic() < deadline:
+        self._server.ending = True
+        ending = time.monotonic()
+        while self._unfinished(time.monotonic() - ending):
             self._poll(0.1)
         self._server.task_dispatcher.shutdown()
 
     def _poll(self, seconds: float) -> None:
         wasyncore.loop(timeout=seconds, use_poll=True, map=self._map, count=1)
 
-    def _busy(self) -> bool:
-        """Whether any connection has a request begun, or an answer not yet sent."""
-        active: Any = self._server.active_channels  # a dictionary, whatever the annotation there says
-        channels = list(active.values())
-        return any(channel.requests or channel.request is not None or channel.total_outbufs_len for channel in channels)
+    def _tidy(self, now: float) -> None:
+        """Close what has been coming for too long; and where there is hardly room, what has been idle for longest."""
+        connections = channels(self._server)
+        for channel in connections:
+            if channel.coming_for(now) > self._request_timeout:
+                channel.give_up()
+        excess = len(connections) - self._most * 9 // 10
+        if excess > 0:
+            for channel in sorted((c for c in connections if c.idle), key=lambda c: c.last_activity)[:excess]:
+                channel.give_up()
+
+    def _unfinished(self, seconds: float) -> bool:
+        """Whether there is still something to wait for, so long after the end began."""
+        connections = channels(self._server)
+        if seconds < self._linger and connections:
+            return True
+        return seconds < DRAIN_SECONDS and any(not channel.idle for channel in connections)
 
 
-def work(sock: socket.socket, threads: int, config: dict[str, Any], lifeline: Connection) -> None:
+def _connection_limit() -> int:
+    """How many connections there is room for: descriptors, as many as this process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_CONNECTIONS + _SPARE_DESCRIPTORS
+    if soft < wanted:
+        soft = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(min(soft - _SPARE_DESCRIPTORS, _MOST_CONNECTIONS), _SPARE_DESCRIPTORS)
+
+
+def work(sock: socket.socket, settings: ServerSettings, config: dict[str, Any], lifeline: Connection) -> None:
     """The life of a worker process.
 
-    :param lifeline: is told when the first request would be answered; its end means that the supervisor has gone.
+    :param lifeline: is told when the first request would be answered, and from then on every second; its end means that
+        the supervisor has gone.
     """
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s worker {os.getpid()} %(levelname)s %(message)s")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue under load is what the threads are for
-    worker = Worker(sock, threads=threads, config=config)
+    worker = Worker(sock, settings, config)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         worker.stop()
 
+    def retire(_number: int, _frame: FrameType | None) -> None:
+        worker.stop(linger=LINGER_SECONDS)
+
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, retire)
     threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     worker.check()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
+
+    def beat() -> None:
+        if select.select([], [lifeline], [], 0)[1]:  # a supervisor that is stopped does not read
+            lifeline.send(None)
+
     lifeline.send(None)
-    worker.run()
+    worker.run(beat)
 
 
 def _end_with(lifeline: Connection) -> NoReturn:

@@ -1,0 +1,248 @@
+"""The server keeps serving: workers replaced under load, frozen ones too; slow and idle clients; and systemd."""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.processes import PATIENCE, Program, Server, eventually, frozen
+
+INCREMENT = "/api/v1/counters/x/increment"
+
+StartServer = Callable[..., Server]
+
+
+def increment(url: str) -> int:
+    with closing(HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)) as connection:
+        connection.request("POST", INCREMENT)
+        response = connection.getresponse()
+        body = response.read()
+    assert response.status == 200, body
+    value = json.loads(body)["value"]
+    assert isinstance(value, int)
+    return value
+
+
+def address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    assert parts.hostname
+    assert parts.port
+    return parts.hostname, parts.port
+
+
+class KeepAliveLoad:
+    """Clients that keep their connection, ask again and again, and tolerate no failure: only a close that was told."""
+
+    def __init__(self, url: str, clients: int) -> None:
+        self._netloc = urlsplit(url).netloc
+        self._enough = threading.Event()
+        self.values: list[int] = []
+        self.failures: list[str] = []
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+
+    def _ask(self) -> None:
+        connection = HTTPConnection(self._netloc, timeout=PATIENCE)  # opened again by itself where it was told to close
+        try:
+            while not self._enough.is_set():
+                connection.request("POST", INCREMENT)
+                response = connection.getresponse()
+                body = response.read()
+                if response.status != 200:
+                    raise AssertionError(f"{response.status}: {body!r}")
+                self.values.append(json.loads(body)["value"])
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is a request that failed
+            self.failures.append(f"{type(error).__name__}: {error}")
+        finally:
+            connection.close()
+
+    def __enter__(self) -> "KeepAliveLoad":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._enough.set()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sighup_replaces_every_worker_under_load_and_no_request_fails(start_server: StartServer, times: int) -> None:
+    server = start_server("--workers", "2")
+    manager = server.children("manager")
+    with KeepAliveLoad(server.url, 8) as load:
+        for _ in range(times):
+            before = set(server.children("worker"))
+            assert len(before) == 2
+            eventually(lambda: len(load.values) > 100, "some load")
+            server.send_signal(signal.SIGHUP)
+            eventually(
+                lambda before=before: len(now := set(server.children("worker"))) == 2 and not now & before,  # type: ignore[misc]
+                "two other workers",
+                seconds=60,
+            )
+            answered = len(load.values)
+            eventually(lambda answered=answered: len(load.values) > answered + 50, "answers of them")  # type: ignore[misc]
+    assert load.failures == []
+    assert sorted(load.values) == list(range(1, len(load.values) + 1))
+    assert server.children("manager") == manager
+    assert server.stop() == 0
+
+
+def test_a_new_worker_that_does_not_start_leaves_the_old_ones_serving(stack: ExitStack, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, sys\nif os.path.exists({str(broken)!r}) and '--multiprocessing-fork' in sys.orig_argv:\n"
+        "    sys.exit('this installation is broken')\n"
+    )
+    os.environ["PYTHONPATH"] = str(tmp_path)
+    stack.callback(os.environ.pop, "PYTHONPATH")
+    server = stack.enter_context(Server("--workers", "2", "--data-dir", tmp_path / "data"))
+    before = set(server.children("worker"))
+    assert increment(server.url) == 1
+    broken.touch()
+    server.send_signal(signal.SIGHUP)
+    eventually(lambda: any("does not start; the old ones go on" in line for line in server.errors), "the message")
+    assert set(server.children("worker")) == before
+    assert increment(server.url) == 2
+    broken.unlink()
+    server.send_signal(signal.SIGHUP)
+    eventually(lambda: len(now := set(server.children("worker"))) == 2 and not now & before, "two other workers")
+    assert increment(server.url) == 3
+
+
+def test_a_frozen_worker_is_replaced_and_the_others_serve_meanwhile(start_server: StartServer) -> None:
+    server = start_server("--workers", "2", "--frozen-after", "3")
+    victim, other = server.children("worker")
+    with frozen(victim):
+        eventually(
+            lambda: len(now := server.children("worker")) == 2 and victim not in now and other in now,
+            "another worker in its place",
+        )
+        assert len({increment(server.url) for _ in range(20)}) == 20
+    assert any(f"(pid {victim}) gives no sign of life" in line for line in server.errors), server.errors
+    assert other in server.children("worker")
+
+
+def test_workers_are_not_blamed_when_the_supervisor_itself_was_stopped(start_server: StartServer) -> None:
+    """With everything stopped together, as a laptop that sleeps, nobody could give a sign of life."""
+    server = start_server("--workers", "1", "--frozen-after", "2")
+    (worker,) = server.children("worker")
+    stopped = threading.Event()
+    with frozen(worker), frozen(server.pid):
+        stopped.wait(
+            8
+        )  # longer than a worker may be silent; the one wait for seconds, for it is the seconds that count
+    with KeepAliveLoad(server.url, 1) as load:
+        eventually(lambda: len(load.values) > 200, "answers")
+    assert server.children("worker") == [worker]
+    assert not any("sign of life" in line for line in server.errors)
+
+
+# Clients that hold on
+
+
+def test_a_thousand_idle_connections_and_fifty_slow_ones_do_not_stop_service(
+    stack: ExitStack, start_server: StartServer
+) -> None:
+    server = start_server("--workers", "2", "--threads", "4")
+    for _ in range(1000):
+        stack.enter_context(socket.create_connection(address(server.url), timeout=PATIENCE))
+    for _ in range(50):
+        slow = stack.enter_context(socket.create_connection(address(server.url), timeout=PATIENCE))
+        slow.sendall(f"POST {INCREMENT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n".encode())
+    assert [increment(server.url) for _ in range(100)] == list(range(1, 101))
+
+
+def test_a_request_that_comes_byte_by_byte_is_cut_off_in_the_end_and_counts_nothing(
+    stack: ExitStack, start_server: StartServer
+) -> None:
+    server = start_server("--workers", "1", "--request-timeout", "1.5")
+    slow = stack.enter_context(socket.create_connection(address(server.url), timeout=PATIENCE))
+    slow.sendall(f"POST {INCREMENT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n".encode())
+    slow.settimeout(0.2)
+
+    def cut_off() -> bool:
+        try:
+            slow.sendall(b" ")
+            return slow.recv(1) == b""
+        except TimeoutError:
+            return False
+        except (BrokenPipeError, ConnectionResetError):
+            return True
+
+    eventually(cut_off, "the end of the connection")
+    assert increment(server.url) == 1
+
+
+# Under systemd
+
+
+@pytest.fixture
+def notifications(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.settimeout(PATIENCE)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        yield listener
+
+
+def test_the_service_manager_is_told_what_the_server_does(
+    start_server: StartServer, notifications: socket.socket
+) -> None:
+    server = start_server("--workers", "1")
+    assert notifications.recv(100) == b"READY=1"
+    server.send_signal(signal.SIGHUP)
+    assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=\d+", notifications.recv(100))
+    assert notifications.recv(100) == b"READY=1"
+    server.send_signal(signal.SIGTERM)
+    assert notifications.recv(100) == b"STOPPING=1"
+    assert server.wait() == 0
+
+
+def activated(bound: socket.socket, data_dir: Path) -> Program:
+    """A server to which the socket is handed as its descriptor 3, as sd_listen_fds(3) says."""
+    descriptor = bound.fileno()
+    command = 'exec 3<&"$1"; shift; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+    arguments = ["-c", command, "bash", str(descriptor), sys.executable, "run.py", "--workers", "1"]
+    return Program(*arguments, "--data-dir", data_dir, program="bash", descriptors=(descriptor,))
+
+
+def test_a_socket_that_the_service_manager_has_bound_is_served_on(
+    stack: ExitStack, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections that came before the server are answered."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port = bound.getsockname()[1]
+        early = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE))
+        early.sendall(f"POST {INCREMENT} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        server = stack.enter_context(activated(bound, data_dir))
+        url = server.expect("Serving on ")
+    assert url == f"http://127.0.0.1:{port}"
+    answer = b""
+    while chunk := early.recv(4096):
+        answer += chunk
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert increment(url) == 2
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_an_inherited_socket_that_cannot_be_served_on_is_refused_in_one_line(
+    stack: ExitStack, data_dir: Path, kind: socket.SocketKind
+) -> None:
+    with socket.socket(socket.AF_INET, kind) as bound:
+        bound.bind(("127.0.0.1", 0))
+        server = stack.enter_context(activated(bound, data_dir))
+        assert server.wait() == 1
+    assert server.errors[-1].startswith("Error: the inherited socket does not listen on TCP")
