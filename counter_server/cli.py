@@ -18,6 +18,7 @@ from .settings import (
     DEFAULT_DEADLINE,
     DEFAULT_STORE,
     DURABILITIES,
+    LOG_FORMATS,
     STORE_VARIABLE,
     Durability,
     ServerSettings,
@@ -116,6 +117,13 @@ def main() -> None:
     default=_DEFAULTS.frozen_after,
     show_default=True,
     help="Seconds without a sign of life after which a worker is replaced.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    default=_DEFAULTS.log_format,
+    show_default=True,
+    help="json: an object a line, one for each request too.",
 )
 @data_dir_option
 @durability_option

@@ -12,6 +12,9 @@ from .errors import InvalidRequest
 Durability = Literal["commit", "process", "none"]
 DURABILITIES: tuple[str, ...] = get_args(Durability)
 
+LogFormat = Literal["text", "json"]
+LOG_FORMATS: tuple[str, ...] = get_args(LogFormat)
+
 DEFAULT_DURABILITY: Durability = "commit"
 DEFAULT_STORE = "manager://"
 STORE_VARIABLE = "COUNTER_SERVER_STORE"
@@ -73,4 +76,5 @@ class ServerSettings:
     frozen_after: float = 6.0  # seconds without a sign of life after which a worker is replaced
     store: str = DEFAULT_STORE
     durability: Durability = DEFAULT_DURABILITY
+    log_format: LogFormat = "text"
     web: Mapping[str, Any] = field(default_factory=dict)  # the web application's configuration

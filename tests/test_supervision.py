@@ -246,3 +246,41 @@ def test_an_inherited_socket_that_cannot_be_served_on_is_refused_in_one_line(
         server = stack.enter_context(activated(bound, data_dir))
         assert server.wait() == 1
     assert server.errors[-1].startswith("Error: the inherited socket does not listen on TCP")
+
+
+# The log
+
+
+def test_the_log_is_json_on_request_a_line_for_each_request_with_its_id_pid_and_outcome(
+    start_server: StartServer,
+) -> None:
+    server = start_server("--workers", "2", "--log-format", "json")
+    told = {}
+    for path, given in [
+        (INCREMENT, {}),
+        (INCREMENT, {"X-Request-ID": "of-a-proxy.7"}),
+        (INCREMENT, {"X-Request-ID": 'not "acceptable"'}),
+        ("/api/v1/counters/%00/increment", {}),
+    ]:
+        with closing(HTTPConnection(urlsplit(server.url).netloc, timeout=PATIENCE)) as connection:
+            connection.request("POST", path, headers=given)
+            response = connection.getresponse()
+            response.read()
+        told[response.getheader("X-Request-ID")] = (response.status, given.get("X-Request-ID"))
+    assert len(told) == 4
+    assert told["of-a-proxy.7"] == (200, "of-a-proxy.7")
+    assert 'not "acceptable"' not in told
+    (worker, *_) = workers = server.children("worker")
+    os.kill(worker, signal.SIGKILL)
+
+    def lines() -> list[dict[str, object]]:
+        return [json.loads(line) for line in list(server.errors)]
+
+    eventually(lambda: any(line["process"] == "supervisor" for line in lines()), "a line of the supervisor's")
+    requests = [line for line in lines() if line["logger"] == "counter_server.web.request_log"]
+    assert [(line["request_id"], line["status"]) for line in requests] == [(key, told[key][0]) for key in told]
+    assert [line["outcome"] for line in requests] == ["answered"] * 3 + ["not_applied"]
+    assert {line["pid"] for line in requests} <= set(workers)
+    assert {line["path"] for line in requests} == {INCREMENT, "/api/v1/counters/\0/increment"}
+    assert all(isinstance(line["seconds"], float) and line["method"] == "POST" for line in requests)
+    assert all({"time", "level", "message", "pid", "process", "logger"} <= set(line) for line in lines())

@@ -20,10 +20,11 @@ from ..errors import StartupError
 from ..extension import SharedState
 from ..manager.directory import DataDirectory
 from ..objects import Declaration
-from ..settings import Durability, ServerSettings, default_data_dir
+from ..settings import ServerSettings, default_data_dir
 from ..stores import open_store
 from ..web import create_app
 from .child import BOOT_SECONDS, SIGNALS, Child
+from .logs import configure
 from .replacement import Replacement
 from .service_manager import inherited_socket, notify, notify_reloading
 from .worker import BACKLOG, BEAT_SECONDS, DRAIN_SECONDS, work
@@ -46,7 +47,7 @@ class Supervisor:
 
         :raises StartupError: if the port, the data directory or the application cannot be had.
         """
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor %(levelname)s %(message)s")
+        configure("supervisor", self.settings.log_format)
         self._wakeup, wake = os.pipe()
         for descriptor in (self._wakeup, wake):
             os.set_blocking(descriptor, False)
@@ -104,6 +105,7 @@ class Supervisor:
         store = settings.store
         open_store(store).close()  # a URL that names none is told here, in one line
         config: dict[str, Any] = {**settings.web, "COUNTER_SERVER_HOST": settings.host}
+        config["COUNTER_SERVER_REQUEST_LOG"] = settings.log_format == "json"
         managers = []
         app = create_app({**config, "COUNTER_SERVER_STORE": "memory://"})  # to know what it declares
         with app.app_context():
@@ -113,7 +115,7 @@ class Supervisor:
             directory.make()
             store = directory.url
             config["SECRET_KEY"] = directory.key("session")
-            managers.append(Child("manager", manage, (directory, settings.durability, declarations)))
+            managers.append(Child("manager", manage, (directory, settings, declarations)))
         else:
             config["SECRET_KEY"] = os.urandom(32)
         if store == "memory://" and settings.workers > 1:
@@ -205,14 +207,15 @@ def _await_end(children: list[Child]) -> None:
 
 
 def manage(
-    directory: DataDirectory, durability: Durability, declarations: list[Declaration], lifeline: Connection
+    directory: DataDirectory, settings: ServerSettings, declarations: list[Declaration], lifeline: Connection
 ) -> None:
     """The life of a manager process under a supervisor."""
     from ..manager.server import serve
 
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s manager {os.getpid()} %(levelname)s %(message)s")
-
-    serve(directory, durability, ready=lambda: lifeline.send(None), lifeline=lifeline, declarations=declarations)
+    configure("manager", settings.log_format)
+    serve(
+        directory, settings.durability, ready=lambda: lifeline.send(None), lifeline=lifeline, declarations=declarations
+    )
 
 
 def _url(sock: socket.socket) -> str:

@@ -21,6 +21,7 @@ from ..extension import SharedState
 from ..settings import ServerSettings
 from ..web import create_app
 from .channel import Channel, channels
+from .logs import configure
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def work(sock: socket.socket, settings: ServerSettings, config: dict[str, Any], 
     :param lifeline: is told when the first request would be answered, and from then on every second; its end means that
         the supervisor has gone.
     """
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s worker {os.getpid()} %(levelname)s %(message)s")
+    configure("worker", settings.log_format)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue under load is what the threads are for
     worker = Worker(sock, settings, config)
 

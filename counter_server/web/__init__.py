@@ -7,7 +7,7 @@ from typing import Any
 from flask import Flask
 
 from ..extension import SharedState
-from . import api, navigation, pages, problems
+from . import api, navigation, pages, problems, request_log
 
 __all__ = ["create_app"]
 
@@ -28,6 +28,8 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     shared = SharedState(app)
     problems.init_app(app)
     navigation.init_app(app)
+    if app.config.setdefault("COUNTER_SERVER_REQUEST_LOG", False):
+        request_log.init_app(app)
     app.register_blueprint(api.blueprint(shared))
     app.register_blueprint(pages.blueprint(shared))
     return app

@@ -3,7 +3,7 @@
 import logging
 
 import msgspec
-from flask import Flask, Response, request
+from flask import Flask, Response, g, request
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException
 
 from ..errors import (
@@ -76,6 +76,7 @@ def _never_cached(response: Response) -> Response:
 
 def problem(status: int, title: str, detail: str, outcome: Outcome) -> Response:
     """A problem document. `outcome` says whether something may have been counted."""
+    g.outcome = outcome  # for the log
     body = {"type": "about:blank", "title": title, "status": status, "detail": detail, "outcome": outcome}
     response = Response(msgspec.json.encode(body), status, content_type="application/problem+json")
     if status == 503:
