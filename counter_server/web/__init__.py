@@ -6,8 +6,8 @@ from typing import Any
 
 from flask import Flask
 
-from ..extension import SharedState
-from . import api, navigation, pages, problems
+from ..extension import SharedState, state_of
+from . import api, health, navigation, pages, problems
 
 __all__ = ["create_app"]
 
@@ -30,4 +30,5 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     navigation.init_app(app)
     app.register_blueprint(api.blueprint(shared))
     app.register_blueprint(pages.blueprint(shared))
+    app.register_blueprint(health.blueprint(state_of(app)))
     return app
