@@ -135,7 +135,7 @@ class Journal:
             self.starts = (int(found[0]) if found else 0) + 1
             execute("REPLACE INTO meta VALUES ('starts', ?)", (str(self.starts),))
         except sqlite3.Error as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
                 raise self._unusable(error) from error
 
     @property
