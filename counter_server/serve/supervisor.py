@@ -25,6 +25,7 @@ from ..stores import open_store
 from ..web import create_app
 from .child import BOOT_SECONDS, SIGNALS, Child
 from .logs import configure
+from .processes import Processes
 from .replacement import Replacement
 from .service_manager import inherited_socket, notify, notify_reloading
 from .worker import BACKLOG, BEAT_SECONDS, DRAIN_SECONDS, work
@@ -60,6 +61,7 @@ class Supervisor:
         try:
             for group in (manager, workers):
                 self._boot(group)
+            self._note_processes([*manager, *workers])
             if not self._signals:
                 print(f"Serving on {_url(sock)}", flush=True)
                 notify("READY=1")
@@ -106,11 +108,14 @@ class Supervisor:
         open_store(store).close()  # a URL that names none is told here, in one line
         config: dict[str, Any] = {**settings.web, "COUNTER_SERVER_HOST": settings.host}
         config["COUNTER_SERVER_REQUEST_LOG"] = settings.log_format == "json"
+        with_manager = store.startswith("manager:")
+        names = [f"worker-{n}" for n in range(1, settings.workers + 1)]
+        self._processes = Processes(["manager", *names] if with_manager else names)
         managers = []
         app = create_app({**config, "COUNTER_SERVER_STORE": "memory://"})  # to know what it declares
         with app.app_context():
             declarations = list(SharedState().state.declarations.values())
-        if store.startswith("manager:"):
+        if with_manager:
             directory = DataDirectory.from_url(store, default_data_dir())
             directory.make()
             store = directory.url
@@ -122,9 +127,8 @@ class Supervisor:
             log.warning("memory:// is not shared: each of the %d workers counts on its own", settings.workers)
         config["COUNTER_SERVER_STORE"] = store
         config["COUNTER_SERVER_START"] = False  # that is this process's to do
-        workers = [
-            Child(f"worker-{n}", work, (sock, settings, config), beats=True) for n in range(1, settings.workers + 1)
-        ]
+        config["COUNTER_SERVER_PROCESSES"] = self._processes
+        workers = [Child(name, work, (sock, settings, config), beats=True) for name in names]
         return managers, workers
 
     def _boot(self, group: list[Child]) -> None:
@@ -152,6 +156,11 @@ class Supervisor:
                 notify("READY=1")
             for child in [*manager, *workers]:
                 self._keep_running(child)
+            self._note_processes([*manager, *workers])
+
+    def _note_processes(self, children: list[Child]) -> None:
+        for child in children:
+            self._processes.note(child.name, child.pid)
 
     def _next_event(self, children: list[Child]) -> float:
         pending = [child.restart_at for child in children if child.process is None]

@@ -6,8 +6,8 @@ from typing import Any
 
 from flask import Flask
 
-from ..extension import SharedState
-from . import api, navigation, pages, problems, request_log
+from ..extension import SharedState, state_of
+from . import api, health, navigation, pages, problems, request_log
 
 __all__ = ["create_app"]
 
@@ -32,4 +32,5 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
         request_log.init_app(app)
     app.register_blueprint(api.blueprint(shared))
     app.register_blueprint(pages.blueprint(shared))
+    app.register_blueprint(health.blueprint(state_of(app)))
     return app
