@@ -28,6 +28,7 @@ from ..objects import Declaration
 from ..settings import Durability, ServerSettings, default_data_dir
 from ..stores import open_store
 from ..web import create_app
+from ..web.signing import signing_key
 from .worker import BACKLOG, DRAIN_SECONDS, work
 
 log = logging.getLogger(__name__)
@@ -175,12 +176,10 @@ class Supervisor:
             directory = DataDirectory.from_url(store, default_data_dir())
             directory.make()
             store = directory.url
-            config["SECRET_KEY"] = directory.key("session")
             managers.append(_Child("manager", manage, (directory, settings.durability, declarations)))
-        else:
-            config["SECRET_KEY"] = os.urandom(32)
         if store == "memory://" and settings.workers > 1:
             log.warning("memory:// is not shared: each of the %d workers counts on its own", settings.workers)
+        config["SECRET_KEY"] = signing_key(store, default_data_dir())
         config["COUNTER_SERVER_STORE"] = store
         config["COUNTER_SERVER_START"] = False  # that is this process's to do
         workers = [
