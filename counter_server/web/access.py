@@ -7,16 +7,16 @@ that others reach sets and deletes nothing.
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 from flask import Flask, current_app, redirect, request, url_for
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Forbidden, Unauthorized
-from werkzeug.urls import iri_to_uri
 from werkzeug.wrappers import Response
 
 from . import operators
 from .hosts import is_loopback
+from .origin import own_origin
 
 __all__ = ["init_app", "is_loopback", "may_operate", "operators_only", "wants_page", "why_not", "wrong_token"]
 
@@ -85,9 +85,9 @@ def wants_page() -> bool:
 
 
 def _way_back() -> str | None:
-    """The path of the page that the browser shows, or shall show: of a form, the page that it is on."""
-    url = request.url if request.method == "GET" else request.referrer
-    if url is None or not url.startswith(request.host_url):
-        return None
-    parts = urlsplit(iri_to_uri(url))
-    return parts.path + (f"?{parts.query}" if parts.query else "")
+    """The path of the page that the browser is to show, or of the one that it shows, with a form on it."""
+    if request.method == "GET":
+        query = quote(request.query_string, safe="&=+%/")
+        return quote(request.script_root + request.path) + (f"?{query}" if query else "")
+    path = (request.referrer or "").removeprefix(own_origin())
+    return path if path.startswith("/") else None

@@ -14,6 +14,11 @@ def init_app(app: Flask) -> None:
     app.before_request(_refuse_other_sites)
 
 
+def own_origin() -> str:
+    """The origin that the request was sent to, as browsers write it."""
+    return f"{request.scheme}://{request.host}".lower()
+
+
 def _refuse_other_sites() -> None:
     if request.method not in _SAFE and _is_from_elsewhere():
         raise Forbidden("requests from other sites' pages change nothing here")
@@ -24,4 +29,4 @@ def _is_from_elsewhere() -> bool:
     if site is not None:  # the browser has compared the origins itself, so a proxy that hides ours does no harm
         return site not in ("same-origin", "none")
     origin = request.headers.get("Origin")
-    return origin is not None and origin.lower() != f"{request.scheme}://{request.host}".lower()
+    return origin is not None and origin.lower() != own_origin()
