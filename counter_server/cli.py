@@ -125,18 +125,43 @@ def main() -> None:
     show_default=True,
     help="json: an object a line, one for each request too.",
 )
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="A name besides localhost by which browsers may ask; may be given again. On loopback others are refused.",
+)
+@click.option(
+    "--trusted-proxy",
+    type=click.IntRange(0, 16),
+    default=0,
+    show_default=True,
+    metavar="COUNT",
+    help="How many proxies stand before it, and set X-Forwarded-For, -Proto and -Host.",
+)
 @data_dir_option
 @durability_option
 @store_option
-def run(data_dir: str | None, store: str | None, durability: str, **options: Any) -> None:
-    """Serve the web application: one manager process, several workers, one port."""
+def run(
+    data_dir: str | None,
+    store: str | None,
+    durability: str,
+    allow_host: tuple[str, ...],
+    trusted_proxy: int,
+    **options: Any,
+) -> None:
+    """Serve the web application: one manager process, several workers, one port.
+
+    COUNTER_SERVER_TOKEN in the environment is the operators' token: who has it may set and delete counters.
+    """
     from .serve.supervisor import Supervisor
 
     url = _store_url(store, data_dir)
     given = click.get_current_context().get_parameter_source("durability") is not ParameterSource.DEFAULT
     if given and not url.startswith("manager:"):
         raise InvalidRequest("--durability is a manager's; another store keeps what its own server is set to keep")
-    settings = ServerSettings(store=url, durability=cast(Durability, durability), **options)
+    web = {"COUNTER_SERVER_ALLOWED_HOSTS": allow_host, "COUNTER_SERVER_TRUSTED_PROXIES": trusted_proxy}
+    settings = ServerSettings(store=url, durability=cast(Durability, durability), web=web, **options)
     sys.exit(Supervisor(settings).run())
 
 

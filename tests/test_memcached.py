@@ -566,8 +566,9 @@ def test_an_app_on_such_a_store_is_refused_where_objects_are_declared_and_others
 
 
 def test_our_own_server_counts_visits_and_says_501_to_what_is_not_there(
-    server: MemcachedServer, stack: ExitStack, name: str
+    server: MemcachedServer, stack: ExitStack, name: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COUNTER_SERVER_DATA_DIR", str(data_dir))  # of the key that signs its cookies
     url = f"{server.url}?prefix=web"
     web = stack.enter_context(Server("--store", url, "--workers", "2"))
     client = HttpClient(web.url)

@@ -48,7 +48,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def app() -> Flask:
-    return create_app({"COUNTER_SERVER_STORE": "memory://"})
+    return create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_HOST": "127.0.0.1"})
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def address(server: Server) -> tuple[str, int]:
 def half_a_post(stack: ExitStack, server: Server) -> socket.socket:
     """A connection on which a worker waits for the body of an increment: it has answered that it does."""
     connection = stack.enter_context(socket.create_connection(address(server), timeout=PATIENCE))
-    head = f"POST {INCREMENT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = f"POST {INCREMENT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     connection.sendall(f"{head}Content-Length: 9\r\nExpect: 100-continue\r\n\r\n".encode())
     assert connection.recv(1024).startswith(b"HTTP/1.1 100 ")
     connection.sendall(b'{"by"')

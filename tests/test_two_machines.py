@@ -20,7 +20,10 @@ def url(request: pytest.FixtureRequest, stack: ExitStack, tmp_path: Path) -> str
     return stack.enter_context(PostgresServer()).url
 
 
-def test_two_supervisors_over_one_store_give_no_number_twice(url: str, stack: ExitStack, tmp_path: Path) -> None:
+def test_two_supervisors_over_one_store_give_no_number_twice(
+    url: str, stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUNTER_SERVER_DATA_DIR", str(tmp_path / "data"))  # of the key that signs their cookies
     servers = [
         stack.enter_context(Server("--host", host, "--workers", "2", "--store", url))
         for host in ("127.0.0.1", "127.0.0.2")

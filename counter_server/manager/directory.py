@@ -124,24 +124,29 @@ class DataDirectory:
     def key(self, name: str) -> bytes:
         """The secret of that name, 256 random bits, made at the first call and the same ever after.
 
-        :raises StartupError: if the file that holds it is not whole, or can be read by others.
+        :raises StartupError: if the file that holds it is not whole, can be read by others, or cannot be made.
         """
-        path = self._key_path(name)
         try:
-            return self.existing_key(name)
-        except FileNotFoundError:
-            # Written whole under another name first: no reader ever sees half a key, and one maker wins.
-            draft = self.path / f".{name}.{secrets.token_hex(8)}"
-            file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                os.write(file, secrets.token_hex(_KEY_BYTES).encode())
-                os.fsync(file)
-                with suppress(FileExistsError):  # another process made it first; its key is the key
-                    os.link(draft, path)
-            finally:
-                os.close(file)
-                draft.unlink()
-            return self.existing_key(name)
+                return self.existing_key(name)
+            except FileNotFoundError:
+                self._make_key(name)
+                return self.existing_key(name)
+        except OSError as error:
+            raise StartupError(f"the key {self._key_path(name)} cannot be had: {error.strerror}") from error
+
+    def _make_key(self, name: str) -> None:
+        # Written whole under another name first: no reader ever sees half a key, and one maker wins.
+        draft = self.path / f".{name}.{secrets.token_hex(8)}"
+        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(file, secrets.token_hex(_KEY_BYTES).encode())
+            os.fsync(file)
+            with suppress(FileExistsError):  # another process made it first; its key is the key
+                os.link(draft, self._key_path(name))
+        finally:
+            os.close(file)
+            draft.unlink()
 
     def _key_path(self, name: str) -> Path:
         return self.path / f"{name}.key"

@@ -23,6 +23,7 @@ from ..objects import Declaration
 from ..settings import ServerSettings, default_data_dir
 from ..stores import open_store
 from ..web import create_app
+from ..web.signing import signing_key
 from .child import BOOT_SECONDS, SIGNALS, Child
 from .logs import configure
 from .processes import Processes
@@ -106,7 +107,7 @@ class Supervisor:
         settings = self.settings
         store = settings.store
         open_store(store).close()  # a URL that names none is told here, in one line
-        config: dict[str, Any] = {**settings.web, "COUNTER_SERVER_HOST": settings.host}
+        config: dict[str, Any] = {**settings.web, "COUNTER_SERVER_HOST": sock.getsockname()[0]}
         config["COUNTER_SERVER_REQUEST_LOG"] = settings.log_format == "json"
         with_manager = store.startswith("manager:")
         names = [f"worker-{n}" for n in range(1, settings.workers + 1)]
@@ -119,12 +120,10 @@ class Supervisor:
             directory = DataDirectory.from_url(store, default_data_dir())
             directory.make()
             store = directory.url
-            config["SECRET_KEY"] = directory.key("session")
             managers.append(Child("manager", manage, (directory, settings, declarations)))
-        else:
-            config["SECRET_KEY"] = os.urandom(32)
         if store == "memory://" and settings.workers > 1:
             log.warning("memory:// is not shared: each of the %d workers counts on its own", settings.workers)
+        config["SECRET_KEY"] = signing_key(store, default_data_dir())
         config["COUNTER_SERVER_STORE"] = store
         config["COUNTER_SERVER_START"] = False  # that is this process's to do
         config["COUNTER_SERVER_PROCESSES"] = self._processes

@@ -54,6 +54,8 @@ class Worker:
             connection_limit=self._most,
             max_request_body_size=_LARGEST_REQUEST,
             asyncore_use_poll=True,
+            # It takes them away where they are not its own to trust; those of a declared proxy are the application's.
+            clear_untrusted_proxy_headers=not self._app.config["COUNTER_SERVER_TRUSTED_PROXIES"],
             ident="counter_server",
         )
         self._server.channel_class = Channel

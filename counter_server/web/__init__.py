@@ -1,13 +1,25 @@
 """The web application: the seed's page, and a JSON API for the counters."""
 
-import secrets
 from collections.abc import Mapping
 from typing import Any
 
 from flask import Flask
 
 from ..extension import SharedState, state_of
-from . import api, health, navigation, pages, problems, request_log
+from . import (
+    access,
+    api,
+    headers,
+    health,
+    hosts,
+    navigation,
+    origin,
+    pages,
+    problems,
+    request_log,
+    sign_in,
+    signing,
+)
 
 __all__ = ["create_app"]
 
@@ -17,15 +29,25 @@ _LARGEST_BODY = 16 * 1024  # bytes; the largest valid one has under 200
 def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     """The application.
 
-    :param config: Flask configuration. All workers need the same ``SECRET_KEY``; without one it is random.
+    :param config: Flask configuration; besides that of `SharedState`:
+
+        - ``COUNTER_SERVER_HOST``: the address that the server is bound to; without it, one that others reach.
+        - ``COUNTER_SERVER_TOKEN``: what operators sign in with, who set and delete; default the environment variable.
+        - ``COUNTER_SERVER_ALLOWED_HOSTS``: names besides loopback's that the server goes by.
+        - ``COUNTER_SERVER_TRUSTED_PROXIES``: how many proxies stand before it, whose X-Forwarded headers hold.
+        - ``SECRET_KEY``: signs cookies; without it, one that is kept in the data directory.
+    :raises StartupError: if one of these cannot be, or the data directory cannot be had.
     """
     app = Flask(__name__)
-    app.config.update(
-        SECRET_KEY=secrets.token_bytes(32), MAX_CONTENT_LENGTH=_LARGEST_BODY, SESSION_COOKIE_SAMESITE="Lax"
-    )
+    app.config.update(MAX_CONTENT_LENGTH=_LARGEST_BODY, SESSION_COOKIE_SAMESITE="Lax")
     app.config.update(config or {})
     app.url_map.merge_slashes = False  # "a//b" is a name of its own, not a way to write "a/b"
     shared = SharedState(app)
+    signing.init_app(app)
+    hosts.init_app(app)
+    origin.init_app(app)
+    access.init_app(app)
+    headers.init_app(app)
     problems.init_app(app)
     navigation.init_app(app)
     if app.config.setdefault("COUNTER_SERVER_REQUEST_LOG", False):
@@ -33,4 +55,5 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     app.register_blueprint(api.blueprint(shared))
     app.register_blueprint(pages.blueprint(shared))
     app.register_blueprint(health.blueprint(state_of(app)))
+    app.register_blueprint(sign_in.blueprint())
     return app

@@ -11,6 +11,7 @@ from werkzeug.routing import PathConverter
 from ..errors import InvalidRequest
 from ..extension import SharedState
 from ..operations import Assignment, Get, Increment, Replayed, Step
+from .access import operators_only
 
 Body = TypeVar("Body")
 
@@ -58,10 +59,12 @@ def blueprint(shared: SharedState) -> Blueprint:
         return _json({"counter": name, "value": value})
 
     @api.put("/<counter:name>")
+    @operators_only
     def put(name: str) -> Response:
         return _json({"counter": name, "value": shared.counter(name).set(_body(Assignment).value)})
 
     @api.delete("/<counter:name>")
+    @operators_only
     def delete(name: str) -> Response:
         if not shared.counter(name).delete():
             raise _unknown(name)

@@ -1,10 +1,10 @@
-"""Every error as a problem document (RFC 9457), with the outcome; and the refusals that hold for all routes."""
+"""Every error as a problem document (RFC 9457), with the outcome."""
 
 import logging
 
 import msgspec
 from flask import Flask, Response, g, request
-from werkzeug.exceptions import BadRequest, Forbidden, HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException
 
 from ..errors import (
     AccessDenied,
@@ -47,25 +47,18 @@ _DETAIL: dict[Outcome, str] = {
 
 
 def init_app(app: Flask) -> None:
-    app.before_request(_refuse)
+    app.before_request(_refuse_what_is_no_text)
     app.after_request(_never_cached)
     app.register_error_handler(CounterServerError, _of_ours)
     app.register_error_handler(HTTPException, _of_http)
     app.register_error_handler(Exception, _unexpected)
 
 
-def _refuse() -> None:
+def _refuse_what_is_no_text() -> None:
     try:
         request.environ["PATH_INFO"].encode("latin-1").decode()
     except UnicodeDecodeError:
         raise BadRequest("the path is not valid UTF-8") from None
-    # Other sites' pages may not count here in their visitors' names. Browsers tell by the first header, or the second.
-    origin = request.headers.get("Origin")
-    foreign = origin is not None and origin.partition("://")[2] != request.host
-    if request.method not in ("GET", "HEAD", "OPTIONS") and (
-        foreign or request.headers.get("Sec-Fetch-Site") == "cross-site"
-    ):
-        raise Forbidden("requests from other sites' pages change nothing here")
 
 
 def _never_cached(response: Response) -> Response:
@@ -100,7 +93,7 @@ def _of_http(error: HTTPException) -> Response:
     if error.code is None or error.code < 400:  # a redirect is an HTTPException too
         return Response(made.get_data(), made.status, made.headers)
     response = problem(error.code, error.name, error.description or error.name, "not_applied")
-    for name in ("Allow", "Retry-After"):
+    for name in ("Allow", "Location", "Retry-After", "WWW-Authenticate"):
         if name in made.headers:
             response.headers[name] = made.headers[name]
     return response
