@@ -19,13 +19,13 @@ from typing import Any
 from ..errors import StartupError
 from ..extension import SharedState
 from ..manager.directory import DataDirectory
-from ..objects import Declaration
 from ..settings import ServerSettings, default_data_dir
 from ..stores import open_store
 from ..web import create_app
 from ..web.signing import signing_key
 from .child import BOOT_SECONDS, SIGNALS, Child
 from .logs import configure
+from .managing import manage
 from .processes import Processes
 from .replacement import Replacement
 from .service_manager import inherited_socket, notify, notify_reloading
@@ -212,18 +212,6 @@ def _await_end(children: list[Child]) -> None:
     for child in children:
         if child.process is not None:
             child.process.join(max(deadline - time.monotonic(), 0))
-
-
-def manage(
-    directory: DataDirectory, settings: ServerSettings, declarations: list[Declaration], lifeline: Connection
-) -> None:
-    """The life of a manager process under a supervisor."""
-    from ..manager.server import serve
-
-    configure("manager", settings.log_format)
-    serve(
-        directory, settings.durability, ready=lambda: lifeline.send(None), lifeline=lifeline, declarations=declarations
-    )
 
 
 def _url(sock: socket.socket) -> str:
