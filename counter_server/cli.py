@@ -103,10 +103,15 @@ def main() -> None:
 @click.option(
     "--threads", type=click.IntRange(1, 512), default=_DEFAULTS.threads, show_default=True, help="In each worker."
 )
+@click.option(
+    "--lab/--no-lab",
+    default=None,
+    help="Whether /lab shows what goes wrong without this (default: if only this machine can connect).",
+)
 @data_dir_option
 @durability_option
 @store_option
-def run(data_dir: str | None, store: str | None, durability: str, **options: Any) -> None:
+def run(data_dir: str | None, store: str | None, durability: str, *, lab: bool | None, **options: Any) -> None:
     """Serve the web application: one manager process, several workers, one port."""
     from .serve.supervisor import Supervisor
 
@@ -114,7 +119,8 @@ def run(data_dir: str | None, store: str | None, durability: str, **options: Any
     given = click.get_current_context().get_parameter_source("durability") is not ParameterSource.DEFAULT
     if given and not url.startswith("manager:"):
         raise InvalidRequest("--durability is a manager's; another store keeps what its own server is set to keep")
-    settings = ServerSettings(store=url, durability=cast(Durability, durability), **options)
+    web = {"COUNTER_SERVER_LAB": lab}
+    settings = ServerSettings(store=url, durability=cast(Durability, durability), web=web, **options)
     sys.exit(Supervisor(settings).run())
 
 
