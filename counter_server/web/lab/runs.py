@@ -16,6 +16,7 @@ from werkzeug.exceptions import Gone, NotFound, ServiceUnavailable
 Kept = TypeVar("Kept")
 
 _SECONDS = 60  # that a run may last
+FORGOTTEN = 2 * _SECONDS  # after it began nobody asks any more, nor is anybody still being answered
 _MOST = 100  # runs that a worker keeps something for
 _NAME = re.compile(r"([0-9]{1,12})-[0-9a-f]{16}")
 
@@ -49,10 +50,9 @@ def find(run_id: str) -> Run:
 
 
 def is_over(name: str) -> bool:
-    """Whether a run has that name, and cannot go on."""
+    """Whether that is the name of a run of which nothing is needed any more."""
     match = _NAME.fullmatch(name)
-    # A request that came in time may still be under way.
-    return match is not None and int(match[1]) + 2 * _SECONDS < time.time()
+    return match is not None and int(match[1]) + FORGOTTEN < time.time()
 
 
 def _signer() -> URLSafeTimedSerializer:
@@ -65,7 +65,7 @@ class PerRun(Generic[Kept]):
 
     def __init__(self, make: Callable[[], Kept]) -> None:
         self._make = make
-        self._kept = TTLCache[str, Kept](_MOST, _SECONDS)
+        self._kept: TTLCache[str, Kept] = TTLCache(_MOST, FORGOTTEN, time.monotonic)
         self._lock = threading.Lock()  # guards what is above, not what is kept there
 
     def of(self, run: Run) -> Kept:
@@ -75,12 +75,12 @@ class PerRun(Generic[Kept]):
             wrong for another reason than the one to be seen.
         """
         with self._lock:
-            if run.name not in self._kept:
-                self._kept.expire()
+            found = self._kept.get(run.name)
+            if found is None:
                 if len(self._kept) >= _MOST:
-                    raise ServiceUnavailable("the lab has too many runs under way: try again in a minute")
-                self._kept[run.name] = self._make()
-            return self._kept[run.name]
+                    raise ServiceUnavailable("the lab has too many runs under way: nothing was counted; try again soon")
+                found = self._kept[run.name] = self._make()
+            return found
 
     def forget(self, run: Run) -> None:
         """Let go of the run's."""

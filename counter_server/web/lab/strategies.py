@@ -22,7 +22,7 @@ from itsdangerous import Signer
 from ...errors import Unsupported
 from ...extension import SharedState
 from ...stores import HostsObjects, Store
-from .runs import PerRun, Run, is_over
+from .runs import FORGOTTEN, PerRun, Run, is_over
 
 YIELD_SECONDS = 0.02  # much longer than requests that a browser sends together are apart
 _COUNTERS = "lab/"  # before the name of a run: its counter
@@ -227,7 +227,7 @@ class TheManager(Strategy):
     )
 
     def __init__(self, shared: SharedState, store: Store) -> None:
-        self._numbers = shared.dict("lab", max_entries=1000, ttl=120) if isinstance(store, HostsObjects) else None
+        self._numbers = shared.dict("lab", max_entries=1000, ttl=FORGOTTEN) if isinstance(store, HostsObjects) else None
         if _scheme(store) != "manager":  # one that is to be hosted was declared all the same
             self.missing = f"the configured store is {_scheme(store)}://, and that has none"
 

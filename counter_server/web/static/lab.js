@@ -86,7 +86,7 @@ class Board {
   show(number, state, mark, letters = []) {
     const cell = this.cells[number - 1];
     if (!cell) return; // more than clients: the table and the sums tell it
-    const seen = [element("b", number), element("small", mark), element("small", letters.join(" "))];
+    const seen = [element("b", number), element("small", mark), element("small", some(letters))];
     seen.forEach((part) => part.setAttribute("aria-hidden", "true"));
     const times = state === "duplicate" ? `, ${mark.slice(0, -1)} times` : "";
     const by = letters.length ? `, by worker ${letters.join(" and ")}` : "";
@@ -206,6 +206,10 @@ function element(name, text) {
 
 function letter(index) {
   return index < 26 ? String.fromCharCode(65 + index) : `#${index + 1}`;
+}
+
+function some(letters) {
+  return letters.length > 3 ? `${letters.slice(0, 2).join(" ")} +${letters.length - 2}` : letters.join(" ");
 }
 
 function plural(count, noun) {
