@@ -127,29 +127,30 @@ def main() -> None:
 )
 @click.option(
     "--allow-host",
+    "COUNTER_SERVER_ALLOWED_HOSTS",
     multiple=True,
     metavar="NAME",
     help="A name besides localhost by which browsers may ask; may be given again. On loopback others are refused.",
 )
 @click.option(
     "--trusted-proxy",
+    "COUNTER_SERVER_TRUSTED_PROXIES",
     type=click.IntRange(0, 16),
     default=0,
     show_default=True,
     metavar="COUNT",
     help="How many proxies stand before it, and set X-Forwarded-For, -Proto and -Host.",
 )
+@click.option(
+    "--lab/--no-lab",
+    "COUNTER_SERVER_LAB",
+    default=None,
+    help="Whether /lab shows what goes wrong without this (default: if only this machine can connect).",
+)
 @data_dir_option
 @durability_option
 @store_option
-def run(
-    data_dir: str | None,
-    store: str | None,
-    durability: str,
-    allow_host: tuple[str, ...],
-    trusted_proxy: int,
-    **options: Any,
-) -> None:
+def run(data_dir: str | None, store: str | None, durability: str, **options: Any) -> None:
     """Serve the web application: one manager process, several workers, one port.
 
     COUNTER_SERVER_TOKEN in the environment is the operators' token: who has it may set and delete counters.
@@ -160,7 +161,7 @@ def run(
     given = click.get_current_context().get_parameter_source("durability") is not ParameterSource.DEFAULT
     if given and not url.startswith("manager:"):
         raise InvalidRequest("--durability is a manager's; another store keeps what its own server is set to keep")
-    web = {"COUNTER_SERVER_ALLOWED_HOSTS": allow_host, "COUNTER_SERVER_TRUSTED_PROXIES": trusted_proxy}
+    web = {name: options.pop(name) for name in list(options) if name.isupper()}  # named as the app's configuration is
     settings = ServerSettings(store=url, durability=cast(Durability, durability), web=web, **options)
     sys.exit(Supervisor(settings).run())
 

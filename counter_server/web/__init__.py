@@ -12,6 +12,7 @@ from . import (
     headers,
     health,
     hosts,
+    lab,
     navigation,
     origin,
     pages,
@@ -56,4 +57,5 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     app.register_blueprint(pages.blueprint(shared))
     app.register_blueprint(health.blueprint(state_of(app)))
     app.register_blueprint(sign_in.blueprint())
+    lab.init_app(app, shared)
     return app

@@ -14,7 +14,7 @@ def init_app(app: Flask) -> None:
 
     :raises StartupError: if the data directory cannot be made or written.
     """
-    app.session_interface = _Sessions()
+    app.session_interface = Sessions()
     if not app.config["SECRET_KEY"]:
         app.config["SECRET_KEY"] = signing_key(app.config["COUNTER_SERVER_STORE"], default_data_dir(app.instance_path))
 
@@ -32,7 +32,7 @@ def signing_key(store: str, data_dir: str) -> bytes:
     return directory.key("session")
 
 
-class _Sessions(SecureCookieSessionInterface):
+class Sessions(SecureCookieSessionInterface):
     """Flask's own; but one app may be reached by http and, through a proxy, by https."""
 
     def get_cookie_secure(self, app: Flask) -> bool:

@@ -1,0 +1,194 @@
+"""The lab as people see it: duplicates with the plain global, none with the manager, in colours and in words."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import pytest
+from playwright.sync_api import Page, Route, expect
+
+from tests.browser import NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
+from tests.processes import PATIENCE, Server
+
+SUMMARY = re.compile(
+    r"(?P<clients>\d+) clients?: (?P<unique>\d+) unique, (?P<duplicates>\d+) duplicates?"
+    r"(?: \(given to (?P<unlucky>\d+) clients\))?, (?P<skipped>\d+) skipped\."
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("scratch")))
+        with Server("--workers", "2", "--data-dir", tmp_path_factory.mktemp("server") / "data") as server:
+            yield server
+
+
+def summed(page: Page) -> dict[str, int]:
+    """What the page says in the end, in figures."""
+    expect(page.locator("#status")).to_contain_text("skipped", timeout=PATIENCE * 1000)
+    match = SUMMARY.fullmatch(page.locator("#status").inner_text())
+    assert match
+    return {name: int(number or 0) for name, number in match.groupdict().items()}
+
+
+def play(page: Page, strategy: str) -> dict[str, int]:
+    page.check(f"#strategy-{strategy}")
+    page.click("#start")
+    return summed(page)
+
+
+def cells(page: Page, state: str) -> list[str]:
+    return page.locator(f"#grid li.{state} .visually-hidden").all_inner_texts()
+
+
+def story(page: Page) -> list[str]:
+    return page.locator("#steps li").all_inner_texts()
+
+
+@pytest.mark.parametrize("strategy", ["global", "file", "session"])
+def test_what_is_racy_gives_a_number_twice(browser: Browser, server: Server, strategy: str) -> None:
+    page = browser.open(f"{server.url}/lab")
+    for _ in range(2):  # the second run begins at 1, too
+        found = play(page, strategy)
+        assert found["duplicates"] > 0
+        assert found["skipped"] == found["unlucky"] - found["duplicates"]
+        assert found["unique"] + found["unlucky"] == found["clients"] == 100
+        for state, count in (("unique", "unique"), ("duplicate", "duplicates"), ("skipped", "skipped")):
+            words = cells(page, state)
+            assert len(words) == found[count]
+            assert all(re.match(rf"\d+: {state}\b", text) for text in words)
+        assert page.locator("#grid li").count() == 100
+
+
+def test_the_seeds_four_steps_are_told_of_two_clients_of_the_run(browser: Browser, server: Server) -> None:
+    page = browser.open(f"{server.url}/lab")
+    play(page, "global")
+    first, second, third, fourth = story(page)
+    asked = re.fullmatch(r"Client (\d+) asks worker ([AB]), which reads (\d+) from its own global\.", first)
+    assert asked
+    client, worker, read = asked[1], asked[2], int(asked[3])
+    between = re.fullmatch(
+        rf"Before client {client} has its answer, client (\d+) asks worker {worker},"
+        rf" which reads {read} from its own global\.",
+        second,
+    )
+    assert between
+    told = f"Worker {worker} writes {read + 1} to its own global: client {{}} is told {read + 1}."
+    assert {third, fourth} == {told.format(client), told.format(between[1])}
+    expected = f"Expected were {read + 1} and {read + 2}; they were given {read + 1} and {read + 1}."
+    expect(page.locator("#expected")).to_have_text(expected)
+    page.click("summary")
+    rows = [row.split("\t") for row in page.locator("#answers").inner_text().split("\n")]
+    assert [row[0] for row in rows] == [str(number) for number in range(1, 101)]
+    numbers = {row[0]: row[1] for row in rows}
+    assert numbers[client] == numbers[between[1]] == str(read + 1)
+    assert {int(row[2].split()[0]) for row in rows} <= set(server.children("worker"))
+
+
+@pytest.mark.parametrize("strategy", ["manager", "store"])
+def test_the_cure_gives_each_number_once(browser: Browser, server: Server, strategy: str) -> None:
+    page = browser.open(f"{server.url}/lab")
+    assert play(page, "global")["duplicates"] > 0
+    assert play(page, strategy) == {"clients": 100, "unique": 100, "duplicates": 0, "unlucky": 0, "skipped": 0}
+    assert len(cells(page, "unique")) == 100
+    expect(page.locator("#why")).to_contain_text("Nobody can come between")
+    assert len(story(page)) == 4
+    expect(page.locator("#expected")).to_have_text(re.compile(r"\d+ and \d+, as expected\."))
+
+
+def test_a_lock_holds_in_its_own_process(browser: Browser, server: Server) -> None:
+    page = browser.open(f"{server.url}/lab")
+    found = play(page, "lock")
+    workers = page.locator("#workers li").count()
+    assert (found["duplicates"] > 0) == (workers == 2)
+    why = "each worker process has a lock of its own" if workers == 2 else "One worker process answered every client"
+    expect(page.locator("#why")).to_contain_text(why)
+
+
+def test_it_is_played_by_keyboard_alone_and_told_aloud(browser: Browser, server: Server) -> None:
+    page = browser.open(f"{server.url}/lab")
+    press_until(page, "Tab", "#strategy-global")
+    press_until(page, "ArrowDown", "#strategy-manager")
+    press_until(page, "Tab", "#clients")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("7")
+    page.keyboard.press("Enter")
+    assert summed(page)["clients"] == summed(page)["unique"] == 7
+    assert page.locator("#grid li").count() == 7
+    press_until(page, "Shift+Tab", "#strategy-manager")
+    press_until(page, "ArrowUp", "#strategy-global")
+    press_until(page, "Tab", "#start")
+    page.keyboard.press("Space")
+    expect(page.locator("#why")).to_contain_text("A global is safe in no way")
+    expect(page.locator("#start")).to_be_focused()
+    assert page.get_by_role("status").inner_text() == page.locator("#status").inner_text()
+    press_until(page, "Tab", "summary")
+    page.keyboard.press("Enter")
+    expect(page.locator("#answers")).to_be_visible()
+
+
+def test_one_client_has_no_tale_of_two(browser: Browser, server: Server) -> None:
+    page = browser.open(f"{server.url}/lab?strategy=global&clients=1")
+    page.click("#start")
+    expect(page.locator("#status")).to_have_text("1 client: 1 unique, 0 duplicates, 0 skipped.")
+    assert story(page) == []
+
+
+def test_clients_without_an_answer_are_told_and_their_numbers_skipped(browser: Browser, server: Server) -> None:
+    page = browser.open(f"{server.url}/lab?strategy=store&clients=5")
+    cut: list[Route] = []
+
+    def cut_two(route: Route) -> None:
+        if len(cut) < 2:
+            cut.append(route)
+            route.abort()
+        else:
+            route.continue_()
+
+    page.route("**/clients", cut_two)
+    page.click("#start")
+    expect(page.locator("#status")).to_contain_text(
+        "5 clients: 3 unique, 0 duplicates, 2 skipped. 2 clients got no number"
+    )
+    assert [text for text in browser.complaints if "net::ERR_FAILED" not in text] == []
+    browser.complaints.clear()
+
+
+def test_a_server_that_has_gone_is_said_so(browser: Browser, start_server: Callable[..., Server]) -> None:
+    server = start_server("--workers", "1")
+    page = browser.open(f"{server.url}/lab")
+    server.stop()
+    page.click("#start")
+    expect(page.locator("#status")).to_contain_text("The run did not come about")
+    expect(page.locator("#start")).not_to_have_attribute("aria-disabled", "true")
+    browser.complaints.clear()
+
+
+def test_without_javascript_the_form_keeps_its_choices_and_says_what_is_missing(
+    browser: Browser, server: Server
+) -> None:
+    page = browser.open(f"{server.url}/lab", javascript=False)
+    page.check("#strategy-lock")
+    page.fill("#clients", "42")
+    page.click("#start")
+    expect(page.locator("#strategy-lock")).to_be_checked()
+    expect(page.locator("#clients")).to_have_value("42")
+    expect(page.locator("noscript p")).to_contain_text("Nothing is sent")
+    expect(page.locator("#result")).to_be_hidden()
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+@pytest.mark.parametrize("width", [NARROW, 1280])
+def test_it_fits_and_is_accessible(
+    browser: Browser, server: Server, colours: Literal["light", "dark"], width: int
+) -> None:
+    page = browser.open(f"{server.url}/lab", width=width, colours=colours)
+    for strategy in (None, "global", "lock", "manager"):
+        if strategy is not None:
+            play(page, strategy)
+            page.locator("details").evaluate("details => { details.open = true; }")
+        assert accessibility_violations(page) == []
+        assert overflow(page) <= 0
+        page.locator("details").evaluate("details => { details.open = false; }")
+        screenshot(page, f"lab-{strategy or 'form'}-{colours}-{width}")

@@ -1,0 +1,393 @@
+"""The lab: what is wrong there is really wrong, what is right is right each time, and nothing of it is left behind."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from itsdangerous.timed import TimestampSigner
+from werkzeug.exceptions import ServiceUnavailable
+
+from counter_server.state import State
+from counter_server.web import create_app
+from counter_server.web.lab.runs import FORGOTTEN, PerRun, Run, is_over
+from counter_server.web.lab.strategies import YIELD_SECONDS
+from tests.engines import RedisServer
+from tests.load import at_once
+from tests.processes import Program, Server, eventually
+from tests.test_server import ask
+
+CLIENTS = 50
+RACY = ["global", "file"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    number: int
+    worker: int
+    read: int | None
+    began: float
+    ended: float
+
+
+def post(url: str, path: str, form: str = "", cookie: str = "") -> tuple[dict[str, str], Any]:
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "Cookie": cookie}
+    status, got, text = ask(url, "POST", path, form.encode(), headers)
+    assert status in (200, 201), text
+    return got, json.loads(text)
+
+
+def begin(url: str, strategy: str) -> Any:
+    return post(url, "/lab/runs", f"strategy={strategy}&clients={CLIENTS}")[1]
+
+
+def play(url: str, strategy: str) -> list[Answer]:
+    """A whole run: what its clients were told, all of which began on a barrier."""
+    run = begin(url, strategy)
+    answers = at_once(CLIENTS, lambda: Answer(**post(url, run["ask"])[1]))
+    assert ask(url, "DELETE", run["run"])[0] == 204
+    return answers
+
+
+def numbers(answers: list[Answer]) -> list[int]:
+    return sorted(answer.number for answer in answers)
+
+
+def raced(one: Answer, other: Answer) -> bool:
+    """Both had read before either wrote, and so were told the same."""
+    together = one.began < other.ended and other.began < one.ended
+    return one is not other and together and one.number == other.number
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the servers put temporary files."""
+    path = tmp_path_factory.mktemp("scratch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(path))
+        yield path
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Iterator[str]:
+    """The URL of a server with two workers."""
+    with Server("--workers", "2", "--data-dir", tmp_path_factory.mktemp("two") / "data") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Iterator[str]:
+    """The URL of a server with one worker."""
+    with Server("--workers", "1", "--data-dir", tmp_path_factory.mktemp("one") / "data") as server:
+        yield server.url
+
+
+@pytest.fixture
+def app() -> Flask:
+    return create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_LAB": True})
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.mark.parametrize("strategy", RACY)
+@pytest.mark.parametrize("workers", ["one", "two"])
+def test_threads_that_read_before_another_has_written_are_told_the_same(
+    request: pytest.FixtureRequest, strategy: str, workers: str
+) -> None:
+    answers = play(request.getfixturevalue(workers), strategy)
+    assert len(set(numbers(answers))) < CLIENTS
+    assert all(answer.number == (answer.read or 0) + 1 for answer in answers)
+    assert all(answer.ended - answer.began >= YIELD_SECONDS for answer in answers)
+    assert any(raced(one, other) for one in answers for other in answers if one.worker == other.worker)
+
+
+def test_a_lock_is_enough_for_one_worker(one: str) -> None:
+    answers = play(one, "lock")
+    assert numbers(answers) == list(range(1, CLIENTS + 1))
+    assert not any(raced(one, other) for one in answers for other in answers)
+
+
+def by_worker(answers: list[Answer]) -> dict[int, list[int]]:
+    """The numbers that each worker gave."""
+    return {answer.worker: numbers([a for a in answers if a.worker == answer.worker]) for answer in answers}
+
+
+def play_on_both(url: str, strategy: str) -> list[Answer]:
+    """A run of which each of two workers answered a part: clients that come all at once may all come to one."""
+
+    def try_it() -> list[Answer]:
+        answers = play(url, strategy)
+        return answers if len(by_worker(answers)) == 2 else []
+
+    return eventually(try_it, "a run on both workers")
+
+
+def test_a_lock_in_each_of_two_workers_keeps_each_to_itself(two: str) -> None:
+    given = by_worker(play_on_both(two, "lock"))
+    assert sum(map(len, given.values())) == CLIENTS
+    for own in given.values():
+        assert own == list(range(1, len(own) + 1))
+
+
+def test_a_session_gives_one_number_to_all_requests_that_bring_the_same_cookie(two: str) -> None:
+    run = begin(two, "session")
+    cookie = ""
+    for expected in (1, 2, 3):  # one after the other it counts
+        headers, answer = post(two, run["ask"], cookie=cookie)
+        assert answer["number"] == expected
+        cookie = headers["Set-Cookie"].partition(";")[0]
+    together = at_once(CLIENTS, lambda: Answer(**post(two, run["ask"], cookie=cookie)[1]))
+    assert set(numbers(together)) == {4}
+
+
+def test_a_session_of_the_lab_is_not_the_visitors(two: str) -> None:
+    headers, _ = post(two, begin(two, "session")["ask"])
+    name, _, rest = headers["Set-Cookie"].partition("=")
+    assert name == "session_lab"
+    assert {"HttpOnly", "Path=/lab", "SameSite=Lax"} <= set(rest.split("; "))
+
+
+@pytest.mark.parametrize("strategy", ["manager", "store"])
+def test_the_manager_and_the_store_give_each_number_once_in_every_run(two: str, strategy: str) -> None:
+    for _ in range(3):
+        assert numbers(play(two, strategy)) == list(range(1, CLIENTS + 1))
+
+
+def test_so_does_another_store_and_where_there_is_no_manager_that_is_said(tmp_path: Path) -> None:
+    with RedisServer(tmp_path) as redis, Server("--workers", "2", "--store", redis.url) as server:
+        assert numbers(play(server.url, "store")) == list(range(1, CLIENTS + 1))
+        status, _, text = ask(server.url, "GET", "/lab")
+        assert status == 200
+        assert "Not here: the configured store is unix://, and that has none." in text
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        status, _, text = ask(server.url, "POST", "/lab/runs", b"strategy=manager&clients=1", form)
+        assert (status, json.loads(text)["title"]) == (501, "Unsupported")
+        assert "unix://" in text
+
+
+@pytest.mark.parametrize("strategy", ["global", "lock", "file", "manager", "store"])
+def test_each_run_begins_at_one_and_knows_nothing_of_another(one: str, strategy: str) -> None:
+    runs = [begin(one, strategy) for _ in range(2)]
+    for expected in (1, 2):
+        for run in runs:
+            assert post(one, run["ask"])[1]["number"] == expected
+    for run in runs:
+        assert ask(one, "DELETE", run["run"])[0] == 204
+
+
+def test_a_session_begins_each_run_at_one(client: FlaskClient) -> None:
+    for _ in range(2):
+        run = started(client, "session")
+        assert [count(client, run) for _ in range(3)] == [1, 2, 3]  # the client keeps the cookie
+
+
+def test_an_ended_run_leaves_no_counter_no_object_and_no_file(two: str, scratch: Path) -> None:
+    for strategy in ("file", "manager", "store"):
+        play(two, strategy)
+    assert "lab/" not in ask(two, "GET", "/api/v1/counters")[2]
+    assert list(scratch.iterdir()) == []
+
+
+def started(client: FlaskClient, strategy: str) -> Any:
+    response = client.post("/lab/runs", data={"strategy": strategy, "clients": "100"})
+    assert response.status_code == 201
+    return response.json
+
+
+def count(client: FlaskClient, run: Any) -> int:
+    """What one client of a run is told."""
+    response = client.post(run["ask"])
+    assert response.status_code == 200
+    return int(response.get_json()["number"])
+
+
+@pytest.fixture
+def long_ago(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Put the clock that runs are signed by back, by so many seconds."""
+
+    def put_back(seconds: int) -> None:
+        monkeypatch.setattr(TimestampSigner, "get_timestamp", lambda _: int(time.time()) - seconds)
+
+    return put_back
+
+
+def test_what_nobody_ended_goes_when_another_run_begins(
+    app: Flask,
+    client: FlaskClient,
+    long_ago: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    state = app.extensions["counter_server"]
+    assert isinstance(state, State)
+    state.counter("lab/mine").increment()
+    for seconds, left in ((FORGOTTEN + 2, 0), (0, 1)):
+        long_ago(seconds)
+        for strategy in ("file", "store"):
+            assert count(client, started(client, strategy)) == 1
+        long_ago(0)
+        for strategy in ("file", "store"):
+            started(client, strategy)
+        assert len(list(tmp_path.iterdir())) == left
+        assert len([name for name, _ in state.counters().counters if name != "lab/mine"]) == left
+    assert state.counter("lab/mine").value == 1
+
+
+def test_the_files_are_for_this_user_only(client: FlaskClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run = started(client, "file")
+    client.post(run["ask"])
+    (directory,) = tmp_path.iterdir()
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert client.delete(run["run"]).status_code == 204
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_over_after_a_minute(client: FlaskClient, long_ago: Callable[[int], None]) -> None:
+    long_ago(62)
+    path = started(client, "global")["ask"]
+    assert client.post(path).status_code == 200
+    long_ago(0)
+    response = client.post(path)
+    assert (response.status_code, response.mimetype) == (410, "application/problem+json")
+    assert "start another" in response.text
+
+
+def test_a_run_that_the_server_never_began_is_none(client: FlaskClient) -> None:
+    run = started(client, "global")["ask"]
+    for path in ("/lab/runs/x/clients", run.replace("/clients", "x/clients"), run.replace("runs/", "runs/x")):
+        response = client.post(path)
+        assert (response.status_code, response.mimetype) == (404, "application/problem+json")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "clients"),
+    [
+        ("", "100"),
+        ("magic", "100"),
+        ("__class__", "100"),
+        *(
+            ("global", clients)
+            for clients in ("", "0", "101", "-1", "1.5", "x", "1e2", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 4300)
+        ),
+    ],
+)
+def test_a_choice_that_is_none_is_refused(client: FlaskClient, strategy: str, clients: str) -> None:
+    choice = {"strategy": strategy, "clients": clients}
+    for response in (client.post("/lab/runs", data=choice), client.get("/lab", query_string=choice)):
+        assert (response.status_code, response.get_json()["title"]) == (400, "InvalidRequest")
+    assert client.post("/lab/runs", json=choice).status_code == 400
+
+
+def test_other_sites_and_other_methods_start_nothing(client: FlaskClient) -> None:
+    run = started(client, "store")
+    for path in ("/lab/runs", run["ask"]):
+        assert client.post(path, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+        assert client.get(path).status_code == 405
+    assert client.delete(run["run"], headers={"Origin": "http://elsewhere"}).status_code == 403
+    assert count(client, run) == 1
+
+
+def test_a_worker_keeps_a_hundred_runs_and_forgets_none_of_them_for_another() -> None:
+    kept = PerRun(list[int])
+    runs = [Run("global", f"{number}-x") for number in range(101)]
+    for run in runs[:100]:
+        kept.of(run).append(1)
+    with pytest.raises(ServiceUnavailable):
+        kept.of(runs[100])
+    assert all(kept.of(run) == [1] for run in runs[:100])
+    kept.forget(runs[0])
+    assert kept.of(runs[100]) == []
+
+
+def test_names_of_runs_that_are_over_are_told_from_all_others() -> None:
+    now = int(time.time())
+    nonce = "0123456789abcdef"
+    assert is_over(f"{now - FORGOTTEN - 2}-{nonce}")
+    for other in (
+        f"{now}-{nonce}",
+        f"{now - 60}-{nonce}",
+        "1-mine",
+        f"1-{nonce}x",
+        "",
+        f"-1-{nonce}",
+        f"{'9' * 5000}-{nonce}",
+    ):
+        assert not is_over(other)
+
+
+@pytest.mark.parametrize(
+    ("host", "wanted", "on"),
+    [
+        ("127.0.0.1", None, True),
+        ("127.8.0.1", None, True),
+        ("::1", None, True),
+        ("localhost", None, True),
+        ("0.0.0.0", None, False),
+        ("192.0.2.1", None, False),
+        ("localhost.example", None, False),
+        (None, None, False),
+        ("127.0.0.1", False, False),
+        ("0.0.0.0", True, True),
+        (None, True, True),
+    ],
+)
+def test_it_is_on_where_it_is_wanted_or_only_this_machine_can_connect(
+    *,
+    host: str | None,
+    wanted: bool | None,
+    on: bool,
+) -> None:
+    config = {"COUNTER_SERVER_HOST": host, "COUNTER_SERVER_LAB": wanted, "COUNTER_SERVER_STORE": "memory://"}
+    client = create_app({name: value for name, value in config.items() if value is not None}).test_client()
+    assert ('href="/lab"' in client.get("/").text) == on
+    for method, path in (
+        ("GET", "/lab"),
+        ("POST", "/lab/runs"),
+        ("POST", "/lab/runs/x/clients"),
+        ("DELETE", "/lab/runs/x"),
+    ):
+        response = client.open(path, method=method)
+        if response.status_code == 404:
+            assert response.mimetype == "application/problem+json"
+        assert ("the lab is off" in response.text and "run --lab" in response.text) == (not on)
+
+
+def test_the_command_line_turns_it_on_and_off(start_server: Callable[..., Server]) -> None:
+    off = start_server("--workers", "1", "--no-lab")
+    assert ask(off.url, "GET", "/lab")[0] == 404
+    off.stop()
+    on = start_server("--workers", "1", "--host", "0.0.0.0", "--lab")
+    assert ask(on.url.replace("0.0.0.0", "127.0.0.1"), "GET", "/lab")[0] == 200
+
+
+def test_where_cachelib_is_not_installed_that_is_said() -> None:
+    script = """
+import sys
+sys.modules["cachelib"] = None
+from counter_server.web import create_app
+client = create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_LAB": True}).test_client()
+print("page", "Not here: it needs cachelib" in client.get("/lab").text)
+print("run", client.post("/lab/runs", data={"strategy": "file", "clients": "1"}).json["detail"])
+"""
+    with Program("-c", script) as program:
+        assert program.expect("page") == "True"
+        assert "counter-server[cache]" in program.expect("run")
+        assert program.wait() == 0
+
+
+def test_memory_is_each_workers_own_and_the_lab_says_so() -> None:
+    with Server("--workers", "2", "--store", "memory://") as server:
+        for own in by_worker(play_on_both(server.url, "store")).values():
+            assert own == list(range(1, len(own) + 1))
+        assert "memory:// is each worker process's own" in begin(server.url, "store")["wrong"]
