@@ -33,7 +33,7 @@ from .worker import BACKLOG, DRAIN_SECONDS, work
 log = logging.getLogger(__name__)
 
 _BOOT_SECONDS = 30.0
-_STABLE_SECONDS = 1.0  # one that lived this long after it was ready was not in a crash loop
+STABLE_SECONDS = 1.0  # one that lived this long after it was ready was not in a crash loop
 _FIRST_PAUSE = 0.1  # seconds before the second restart in a crash loop; doubles
 _LONGEST_PAUSE = 3.0
 _MOST_FAILURES = 10  # in a row, of one child; then the server gives up
@@ -94,7 +94,7 @@ class _Child:
         self.process.close()
         self.process = None
         now = time.monotonic()
-        stable = self.ready_since is not None and now - self.ready_since > _STABLE_SECONDS
+        stable = self.ready_since is not None and now - self.ready_since > STABLE_SECONDS
         self.failures = 1 if stable else self.failures + 1
         self.restart_at = now + (
             0.0 if self.failures == 1 else min(_FIRST_PAUSE * 2 ** (self.failures - 2), _LONGEST_PAUSE)
