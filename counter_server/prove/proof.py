@@ -13,7 +13,7 @@ import msgspec
 from ..errors import StartupError
 from .faults import Faults, OwnServer, own_server
 from .history import Operation
-from .load import PATIENCE, Client, Load, described, path_of
+from .load import Client, Load, described, path_of
 from .verdict import Verdict, judge
 
 _GRACE = 10.0  # seconds in which open increments may still be answered when the load ends
@@ -69,16 +69,18 @@ class _Proof:
             self._begin()
             early = False
             seen: list[str] = []
-            load = Load(self._url, self._counter, self._plan.clients)
+            clients, planned = self._plan.clients, self._plan.seconds
+            load = Load(self._url, self._counter, clients)
             faults = self._faults()
             try:
+                self._audience.tell(f"{clients} clients increment {self._counter} on {self._url} for {planned:g} s")
                 self._watch(load, faults)
             except KeyboardInterrupt:
                 early = True
                 self._audience.tell("Stopped early: what there is will be checked")
             except StartupError as error:
                 seen.append(str(error))
-            load.stop(_GRACE)
+            load.stop(self._grace())
             seconds = time.monotonic() - load.began
             seen += [str(error) for error in load.failures if str(error) not in seen]
             in_load = load.operations()
@@ -89,7 +91,7 @@ class _Proof:
                 verdict,
                 url=self._url,
                 counter=self._counter,
-                clients=self._plan.clients,
+                clients=clients,
                 seconds=seconds,
                 per_second=sum(1 for operation in in_load if operation.answers) / seconds,
                 stopped_early=early,
@@ -114,8 +116,6 @@ class _Proof:
             self._history.append(Operation(key, invoked))
         else:
             self._history.append(Operation(key, invoked, time.monotonic(), (value,)))
-        clients, seconds = self._plan.clients, self._plan.seconds
-        self._audience.tell(f"{clients} clients increment {self._counter} on {self._url} for {seconds:g} s")
 
     def _faults(self) -> Faults | None:
         if self._server is None:
@@ -149,18 +149,21 @@ class _Proof:
     def _asked_again(self, history: list[Operation]) -> list[Operation]:
         """The history, with a sample of what was answered asked for again: the answers must be the same."""
         answered = [index for index, operation in enumerate(history) if operation.answers]
-        deadline = time.monotonic() + _GRACE
+        deadline = time.monotonic() + self._grace()
         for index in random.sample(answered, min(_ASKED_AGAIN, len(answered))):
             operation = history[index]
             again = self._client.increment(self._counter, operation.key, deadline)
             history[index] = replace(operation, answers=operation.answers + again.answers)
         return history
 
+    def _grace(self) -> float:
+        """The seconds that an answer may still take: none, if nobody is there to give it."""
+        return _GRACE if self._server is None or self._server.running else 0.0
+
     def _final(self, seen: list[str]) -> int | None:
         """What the counter came to; none, with a reason in `seen`, if that cannot be read."""
-        deadline = time.monotonic() + PATIENCE
-        reason = ""
-        while time.monotonic() < deadline:
+        deadline = time.monotonic() + self._grace()
+        while True:
             try:
                 status, content = self._client.request("GET", path_of(self._counter))
             except (OSError, http.client.HTTPException) as error:
@@ -171,9 +174,10 @@ class _Proof:
                 if status == 404:
                     return 0
                 reason = f"answered {described(status, content)}"
+            if time.monotonic() > deadline:
+                seen.append(f"the counter could not be read in the end: {reason}")
+                return None
             time.sleep(_TICK)
-        seen.append(f"the counter could not be read in the end: {reason}")
-        return None
 
     def _delete(self) -> str | None:
         """Remove the counter from another's server, or say why it stays."""
