@@ -6,14 +6,15 @@ hasty        it answers at once, and keeps what it answered only with every hund
 """
 
 import json
+import socket
 import sys
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import waitress
 from flask import Flask, Response, request
-from waitress.server import create_server
 
 
 def wrong_app(fault: str, file: Path) -> Flask:
@@ -50,6 +51,6 @@ def wrong_app(fault: str, file: Path) -> Flask:
 
 
 if __name__ == "__main__":
-    server = create_server(wrong_app(sys.argv[1], Path(sys.argv[2])), host="127.0.0.1", port=int(sys.argv[3]))
-    print(f"Serving on http://127.0.0.1:{server.effective_port}", flush=True)
-    server.run()
+    listening = socket.create_server(("127.0.0.1", int(sys.argv[3])), backlog=128)
+    print(f"Serving on http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
+    waitress.serve(wrong_app(sys.argv[1], Path(sys.argv[2])), sockets=[listening])
