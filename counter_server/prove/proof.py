@@ -82,7 +82,7 @@ class _Proof:
                 seen.append(str(error))
             load.stop(self._grace())
             seconds = time.monotonic() - load.began
-            seen += {str(error) or repr(error): None for error in load.failures}
+            seen += dict.fromkeys(str(error) or repr(error) for error in load.failures)  # each once
             in_load = load.operations()
             history = self._asked_again([*self._history, *in_load])
             final = self._final(seen)
