@@ -13,6 +13,7 @@ from .errors import CounterServerError, DirectoryHeld, InvalidRequest, StartupEr
 from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
 from .objects import Declaration
+from .prove.command import prove
 from .settings import (
     DATA_DIR_VARIABLE,
     DEFAULT_DEADLINE,
@@ -95,6 +96,9 @@ durability_option = click.option(
 @click.version_option(package_name="counter-server")
 def main() -> None:
     """Shared state for Flask workers: every increment is counted exactly once."""
+
+
+main.add_command(prove)
 
 
 @main.command()

@@ -1,6 +1,5 @@
 """Load for tests, with its history recorded: clients over HTTP, and processes straight at the store."""
 
-import http.client
 import json
 import multiprocessing
 import os
@@ -11,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from counter_server import Counter, CounterServerError, State, StoreOptions, open_state
+from counter_server.prove.history import Operation
+from counter_server.prove.load import Client, Load
 from counter_server.settings import DEFAULT_DEADLINE
-from tests.history import Operation
 from tests.processes import PATIENCE, eventually
 
 Answer = TypeVar("Answer")
@@ -42,7 +41,7 @@ def at_once(count: int, work: Callable[[], Answer]) -> list[Answer]:
 
 def visit(url: str, path: str = "/") -> Any:
     """The JSON content that a fresh client is given."""
-    client = HttpClient(url)
+    client = Client(url)
     try:
         status, content = client.request("GET", path)
     finally:
@@ -51,85 +50,22 @@ def visit(url: str, path: str = "/") -> Any:
     return content
 
 
-class HttpClient:
-    """A client of one server that asks for each increment until it is answered, under one key."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
-
-    def request(self, method: str, path: str, **headers: str) -> tuple[int, Any]:
-        """Status and JSON content of one answer; the connection is closed if there is none."""
-        try:
-            self._connection.request(method, path, headers=headers)
-            response = self._connection.getresponse()
-            body = response.read()
-        except BaseException:
-            self._connection.close()
-            raise
-        return response.status, json.loads(body) if body else None
-
-    def increment(self, counter: str, key: str, deadline: float) -> Operation:
-        """One operation, sent again after every failure that leaves it open, until `deadline`."""
-        invoked = time.monotonic()
-        while time.monotonic() < deadline:
-            with suppress(OSError, http.client.HTTPException):
-                path = f"/api/v1/counters/{counter}/increment"
-                status, content = self.request("POST", path, **{"Idempotency-Key": key})
-                if status == 200:
-                    return Operation(key, invoked, time.monotonic(), (content["value"],))
-                if status != 503:
-                    raise AssertionError(f"{status}: {content}")
-        return Operation(key, invoked)
-
-    def close(self) -> None:
-        self._connection.close()
-
-
-class HttpLoad:
-    """`clients` threads that begin together and increment until told to stop, or `each` times."""
-
-    def __init__(self, url: str, counter: str, clients: int, *, each: int | None = None) -> None:
-        self.history: list[Operation] = []  # append is atomic
-        self._failures: list[BaseException] = []
-        self._url = url
-        self._counter = counter
-        self._each = each
-        self._keys = os.urandom(8).hex()  # of this load and no other
-        self._stop = threading.Event()
-        self._barrier = threading.Barrier(clients)
-        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(clients)]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, number: int) -> None:
-        client = HttpClient(self._url)
-        try:
-            self._barrier.wait(PATIENCE)
-            count = 0
-            while not self._stop.is_set() and count != self._each:
-                key = f"{self._keys}-{number}-{count}"
-                self.history.append(client.increment(self._counter, key, time.monotonic() + PATIENCE))
-                count += 1
-        except BaseException as error:  # noqa: BLE001 - told by finish()
-            self._failures.append(error)
-        finally:
-            client.close()
+class HttpLoad(Load):
+    """The package's own load, its failures those of the test."""
 
     def progress(self, operations: int) -> None:
         """Wait until so many more operations have ended."""
         goal = len(self.history) + operations
-        eventually(lambda: len(self.history) >= goal or self._failures, f"{goal} operations")
+        eventually(lambda: len(self.history) >= goal or self.failures, f"{goal} operations")
 
     def finish(self, *, stop: bool = True) -> list[Operation]:
         """The whole history, when every client has ended."""
         if stop:
-            self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        if self._failures:
-            raise self._failures[0]
-        return self.history
+            self.stop()
+        self.join()
+        if self.failures:
+            raise self.failures[0]
+        return self.operations()
 
 
 def store_client(url: str, counter: str, threads: int, each: int, start: Any, results: Any) -> None:

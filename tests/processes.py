@@ -13,6 +13,8 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self, TypeVar
 
+from counter_server.prove.processes import children, group_members
+
 _Found = TypeVar("_Found")
 
 ROOT = Path(__file__).parent.parent
@@ -26,20 +28,6 @@ def eventually(condition: Callable[[], _Found], what: str, seconds: float = PATI
         if time.monotonic() > deadline:
             raise AssertionError(f"not after {seconds} s: {what}")
         time.sleep(0.01)
-    return found
-
-
-def group_members(group: int) -> list[int]:
-    """The processes of a process group that are not zombies."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-            except OSError:
-                continue
-            if int(pgrp) == group and state != "Z":
-                found.append(int(entry.name))
     return found
 
 
@@ -212,29 +200,4 @@ class Server(Program):
 
     def children(self, kind: str) -> list[int]:
         """The pids of its worker or manager processes, those of `kind`; told by what they have open."""
-        ours = _opened(self.pid)
-        return [pid for pid in group_members(self.pid) if pid != self.pid and _kind(pid, ours) == kind]
-
-
-def _opened(pid: int) -> set[str]:
-    """What a process has open; nothing, if it has gone."""
-    opened = set()
-    with suppress(FileNotFoundError):
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):  # closed since it was listed; the process lives on
-                opened.add(os.readlink(link))
-    return opened
-
-
-def _kind(pid: int, supervisors: set[str]) -> str:
-    """A manager holds the lock, a worker the supervisor's listening socket; one that begins or ends, neither."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return "gone"
-    if b"--multiprocessing-fork" not in command:
-        return "helper"  # multiprocessing's resource tracker, or a copy of the supervisor that is yet to become itself
-    opened = _opened(pid)
-    if any(name.endswith("manager.lock") for name in opened):
-        return "manager"
-    return "worker" if any(name.startswith("socket:") for name in opened & supervisors) else "beginning"
+        return children(self.pid, kind)

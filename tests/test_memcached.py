@@ -44,11 +44,12 @@ from counter_server.operations import (
     Scan,
     Set,
 )
+from counter_server.prove.load import Client
 from counter_server.stores import Store, open_store
 from counter_server.stores.memory import MemoryStore
 from tests.cutter import Cutter
 from tests.engines import MemcachedServer
-from tests.load import HttpClient, at_once, open_client, spawn
+from tests.load import at_once, open_client, spawn
 from tests.processes import PATIENCE, ROOT, Server, frozen
 from tests.test_stores import NAMES
 
@@ -571,7 +572,7 @@ def test_our_own_server_counts_visits_and_says_501_to_what_is_not_there(
     monkeypatch.setenv("COUNTER_SERVER_DATA_DIR", str(data_dir))  # of the key that signs its cookies
     url = f"{server.url}?prefix=web"
     web = stack.enter_context(Server("--store", url, "--workers", "2"))
-    client = HttpClient(web.url)
+    client = Client(web.url)
     stack.callback(client.close)
     path = f"/api/v1/counters/{name.replace(' ', '-')}/increment"
     assert [client.request("POST", path)[1]["value"] for _ in range(3)] == [1, 2, 3]

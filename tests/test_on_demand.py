@@ -14,8 +14,9 @@ from counter_server import State, StoreOptions, open_state
 from counter_server.errors import InvalidRequest, StartupError
 from counter_server.extension import SharedState
 from counter_server.manager.directory import DataDirectory
+from counter_server.prove.load import Client
 from tests.launchers import LAUNCHERS, launch
-from tests.load import HttpClient, at_once, visit
+from tests.load import at_once, visit
 from tests.processes import PATIENCE, ROOT, Manager, Server, end_manager, eventually, holder
 
 APP = """
@@ -165,7 +166,7 @@ def test_one_that_is_told_not_to_start_any_does_not(
     server = start_server("--workers", "1")
     (manager,) = server.children("manager")
     os.kill(manager, signal.SIGKILL)
-    client = HttpClient(server.url)
+    client = Client(server.url)
     try:
         status, _ = client.request("POST", "/api/v1/counters/c/increment")
     finally:

@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from tests.history import Operation, assert_exactly_once
+from counter_server.prove.history import Operation
+from tests.history import assert_exactly_once
 from tests.launchers import LAUNCHERS
 from tests.launchers import launch as launch_app
 from tests.load import at_once

@@ -14,7 +14,8 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from tests.processes import PATIENCE, Manager, Program, Server, eventually, group_members
+from counter_server.prove.processes import group_members
+from tests.processes import PATIENCE, Manager, Program, Server, eventually
 
 COUNTERS = "/api/v1/counters"
 INCREMENT = f"{COUNTERS}/x/increment"

@@ -66,7 +66,7 @@ class Starter:
                     input=hosting(declarations),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
-                    env=_environment(),
+                    env=package_environment(),
                     timeout=max(deadline - time.monotonic(), 0.001),
                     check=False,
                 )
@@ -151,7 +151,7 @@ def _python() -> str:
     return os.path.join(sys.prefix, "bin", "python3")
 
 
-def _environment() -> dict[str, str]:
+def package_environment() -> dict[str, str]:
     """This process's, by which the new one finds this very package."""
     path = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path}

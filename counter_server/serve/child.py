@@ -15,7 +15,7 @@ from ..errors import CounterServerError
 
 BOOT_SECONDS = 30.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that the supervisor acts on, and its children do not
-_STABLE_SECONDS = 1.0  # one that lived this long after it was ready was not in a crash loop
+STABLE_SECONDS = 1.0  # one that lived this long after it was ready was not in a crash loop
 _FIRST_PAUSE = 0.1  # seconds before the second restart in a crash loop; doubles
 _LONGEST_PAUSE = 3.0
 
@@ -103,7 +103,7 @@ class Child:
         self.process.close()
         self.process = None
         now = time.monotonic()
-        stable = self.ready_since is not None and now - self.ready_since > _STABLE_SECONDS
+        stable = self.ready_since is not None and now - self.ready_since > STABLE_SECONDS
         self.failures = 1 if stable else self.failures + 1
         self.restart_at = now + (
             0.0 if self.failures == 1 else min(_FIRST_PAUSE * 2 ** (self.failures - 2), _LONGEST_PAUSE)

@@ -1,0 +1,366 @@
+"""`counter-server prove`: right where the server is, wrong where it is not, and nothing of it left in any case."""
+
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from math import inf
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from click.testing import CliRunner, Result
+
+from counter_server.cli import main
+from counter_server.prove.faults import Kill
+from counter_server.prove.history import Operation, load, save
+from counter_server.prove.load import Client
+from counter_server.prove.processes import children
+from counter_server.prove.verdict import judge, screen
+from tests.processes import PATIENCE, ROOT, Program, Server, eventually
+
+PROOF = ("-m", "counter_server", "prove")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory to prove in: temporary files are in `tmp` below it. No process may be left there."""
+    (tmp_path / "place" / "tmp").mkdir(parents=True)
+    place = tmp_path / "place"
+    monkeypatch.setenv("TMPDIR", str(place / "tmp"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("COUNTER_SERVER_TOKEN", raising=False)
+    monkeypatch.chdir(place)
+    yield place
+    for pid in processes_in(place):
+        os.kill(pid, signal.SIGKILL)
+
+
+def processes_in(place: Path) -> dict[int, str]:
+    """Every process but this one that runs in the directory, or below it: its pid and its command."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            cwd = os.readlink(entry / "cwd") if entry.name.isdigit() else ""
+            command = (entry / "cmdline").read_text().replace("\0", " ") if cwd else ""
+        except OSError:
+            continue
+        # What ended since has no command line; what runs in a directory that was removed still names it.
+        if command and entry.name != str(os.getpid()) and Path(cwd.removesuffix(" (deleted)")).is_relative_to(place):
+            found[int(entry.name)] = command
+    return found
+
+
+def assert_nothing_left(place: Path) -> None:
+    eventually(lambda: not processes_in(place) and not any((place / "tmp").iterdir()), "the end of all that it began")
+
+
+@pytest.fixture
+def prove(stack: ExitStack, place: Path) -> Callable[..., Program]:
+    """Start a proof, with options, in `place`."""
+    return lambda *options: stack.enter_context(Program(*PROOF, *map(str, options), cwd=place))
+
+
+def started(program: Program) -> str:
+    """The URL at which a proof has begun its load."""
+    (line,) = eventually(lambda: [line for line in program.errors if " clients increment " in line], "the load's start")
+    return line.split()[5]
+
+
+@pytest.fixture
+def wrong(stack: ExitStack, tmp_path: Path) -> Callable[..., tuple[Program, str]]:
+    """Start a server that counts wrongly; the program, and its URL."""
+
+    def start(fault: str, port: int = 0) -> tuple[Program, str]:
+        script = ROOT / "tests" / "wrong_server.py"
+        server = stack.enter_context(Program(script, fault, tmp_path / "kept.json", str(port)))
+        return server, server.expect("Serving on ")
+
+    return start
+
+
+# What is right
+
+
+def test_a_server_of_its_own_is_right_through_kills_of_manager_and_worker(
+    prove: Callable[..., Program], place: Path
+) -> None:
+    program = prove("--clients", 20, "--seconds", 3, "--kill-manager", 1, "--kill-worker", 1, "--json")
+    assert program.wait() == 0, (program.output, program.errors)
+    verdict = json.loads("\n".join(program.output))
+    assert verdict["right"]
+    assert verdict["violations"] == 0
+    assert verdict["answered"] > 100
+    assert verdict["answered"] <= verdict["final"] <= verdict["answered"] + verdict["unknown"]
+    assert verdict["asked_again"] == 100
+    assert sorted(kill["victim"] for kill in verdict["kills"]) == ["manager", "worker"]
+    assert all(0 < kill["recovery"] < PATIENCE for kill in verdict["kills"])
+    assert sum("kill -9" in line for line in program.errors) == 2
+    assert_nothing_left(place)
+    assert os.listdir(place) == ["tmp"]
+
+
+def test_a_server_that_runs_is_right_and_its_other_counters_are_left_alone(
+    prove: Callable[..., Program], place: Path, start_server: Callable[..., Server], stack: ExitStack
+) -> None:
+    server = start_server("--workers", "2")
+    client = Client(server.url)
+    stack.callback(client.close)
+    client.request("POST", "/api/v1/counters/prove/increment")
+    program = prove("--url", server.url, "--clients", 10, "--seconds", 0.5, "--save", "all.jsonl")
+    assert program.wait() == 0, (program.output, program.errors)
+    assert program.output[0] == "right"
+    assert any(line.startswith("throughput ") for line in program.output)
+    assert not any("kill" in line for line in program.output)
+    assert client.request("GET", "/api/v1/counters")[1]["counters"] == [{"counter": "prove", "value": 1}]
+    history, final = load(place / "all.jsonl")
+    assert final == len(history) > 10
+    checked = CliRunner().invoke(main, ["prove", "--check", "all.jsonl"])
+    assert (checked.exit_code, checked.stdout.splitlines()[:2]) == (0, program.output[:2])
+
+
+@pytest.mark.parametrize("rich", [True, False], ids=["with rich", "without rich"])
+def test_at_a_terminal_a_bar_is_drawn_where_rich_is_installed(
+    place: Path, start_server: Callable[..., Server], *, rich: bool
+) -> None:
+    if not rich:
+        (place / "rich").mkdir()
+        (place / "rich" / "__init__.py").write_text("raise ImportError")
+    server = start_server("--workers", "1")
+    ours, theirs = pty.openpty()
+    arguments = [*PROOF, "--url", server.url, "--clients", "2", "--seconds", "1.5"]
+    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": f"{place}:{ROOT}"}
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=theirs, env=environment) as done:
+        os.close(theirs)
+        written = b""
+        try:
+            while chunk := os.read(ours, 4096):
+                written += chunk
+        except OSError:  # how Linux tells the end of a terminal
+            pass
+        finally:
+            os.close(ours)
+        assert done.stdout
+        assert done.stdout.read().startswith(b"right\n")
+    assert b"increments answered" in written
+    assert (b"\x1b[" in written) == rich
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("fault", "complaint"), [("duplicates", "were both answered"), ("keyless", "was answered with [")]
+)
+def test_a_server_that_counts_wrongly_is_told_with_its_history(
+    prove: Callable[..., Program], wrong: Callable[..., tuple[Program, str]], place: Path, fault: str, complaint: str
+) -> None:
+    _, url = wrong(fault)
+    program = prove("--url", url, "--clients", 8, "--seconds", 0.5)
+    assert program.wait() == 1, (program.output, program.errors)
+    assert program.output[0].startswith("WRONG: ")
+    assert complaint in program.output[0]
+    assert any("left there" in line and "401" in line and "only with the token" in line for line in program.output)
+    (saved,) = place.glob("*.jsonl")
+    assert any(line.startswith("history ") and saved.name in line for line in program.output)
+    checked = CliRunner().invoke(main, ["prove", "--check", str(saved)])
+    assert checked.exit_code == 1
+    assert checked.stdout.splitlines()[0] == program.output[0]
+
+
+def test_a_server_that_answers_before_it_keeps_is_told_when_it_was_restarted(
+    prove: Callable[..., Program],
+    wrong: Callable[..., tuple[Program, str]],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, url = wrong("hasty")
+    monkeypatch.setenv("COUNTER_SERVER_TOKEN", "right")
+    program = prove("--url", url, "--clients", 8, "--seconds", 3, "--json")
+    started(program)
+    eventually(lambda: any("increments answered" in line for line in program.errors), "some load")
+    server.kill()
+    wrong("hasty", urlsplit(url).port or 0)
+    assert program.wait() == 1, (program.output, program.errors)
+    verdict = json.loads("\n".join(program.output))
+    assert not verdict["right"]
+    assert re.search(r"were both answered|was answered with \[", verdict["violation"])
+    assert verdict["stays"] is None
+    assert (place / verdict["history"]).exists()
+
+
+def supervisor_in(place: Path) -> int:
+    command = f"{sys.executable} -m counter_server run"
+    (pid,) = [pid for pid, found in processes_in(place).items() if found.startswith(command)]
+    return pid
+
+
+def test_a_server_of_its_own_that_ends_is_wrong(prove: Callable[..., Program], place: Path) -> None:
+    program = prove("--clients", 2, "--seconds", 60)
+    started(program)
+    os.kill(supervisor_in(place), signal.SIGKILL)
+    assert program.wait() == 1
+    assert program.output[0].startswith("WRONG: the server ended; the last that it said: ")
+    assert any(place.glob("prove-*.jsonl"))
+    assert_nothing_left(place)
+
+
+@pytest.mark.parametrize(
+    ("history", "final", "kills", "complaint"),
+    [
+        ([], 0, [], "no increment was answered"),
+        ([Operation("a", 0)], 1, [], "no increment was answered"),
+        ([Operation("a", 0, 1, (1,))], None, [], "could not be read"),
+        (
+            [Operation("a", 0, 1, (1,))],
+            1,
+            [Kill(victim="worker", pid=1, moment=0, recovery=None)],
+            "not back after the kill of the worker",
+        ),
+    ],
+)
+def test_what_shows_nothing_is_not_right(
+    history: list[Operation], final: int | None, kills: list[Kill], complaint: str
+) -> None:
+    verdict = judge(history, final, kills)
+    assert not verdict.right
+    assert complaint in screen(verdict).splitlines()[0]
+
+
+# What cannot be done, in one line
+
+
+def told(*arguments: str) -> str:
+    """The one line that a proof is refused with."""
+    result: Result = CliRunner().invoke(main, ["prove", *arguments])
+    assert (result.exit_code, result.stdout) == (1, ""), result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--url", "http://127.0.0.1:1", "--kill-manager", "1"], "leave out --url, or the kills"),
+        (["--url", "http://127.0.0.1:1", "--kill-worker", "2"], "leave out --url, or the kills"),
+        (["--url", "127.0.0.1:8000"], "like http://127.0.0.1:8000, not"),
+        (["--url", "http://[::1"], "no server's address"),
+        (["--url", "http://127.0.0.1:70000"], "no server's address"),
+        (["--save", "nowhere/all.jsonl"], "no history can be saved as nowhere/all.jsonl"),
+        (["--check", "nowhere.jsonl"], "cannot be read: No such file"),
+        (["--check", "x", "--url", "http://127.0.0.1:1"], "--check asks no server"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(place: Path, arguments: list[str], reason: str) -> None:
+    assert reason in told(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "line 1"),
+        (b'{"final": 1}\n{"key": "a"}\n', "line 2"),
+        (b'{"final": 1}\n\xff\n', "line 2"),
+        (b'{"final": "1"}\n', "line 1"),
+    ],
+)
+def test_a_file_that_is_no_history_is_told_with_the_line(place: Path, content: bytes, line: str) -> None:
+    (place / "file").write_bytes(content)
+    assert f"file holds no history of increments: {line}" in told("--check", "file")
+
+
+def test_where_nothing_listens_it_says_so() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        assert told("--url", url).endswith("Connection refused; is it running there?")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        ("404 Not Found", "no", "is no server that counts: an increment was answered 404 Not Found: no"),
+        ("200 OK", "hi", "an increment was answered 200 OK: hi"),
+        ("200 OK", '{"value": true}', "an increment was answered 200 OK"),
+        ("501 Not Implemented", '{"detail": "no keys"}', "501 Not Implemented: no keys"),
+        (None, "SSH-2.0-OpenSSH_9.2\r\n", "is no web server"),
+        (None, "", "is no web server"),
+    ],
+)
+def test_what_is_no_server_that_counts_is_told_with_its_answer(status: str | None, body: str, reason: str) -> None:
+    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n" if status else ""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(f"{head}{body}".encode())
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        line = told("--url", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        thread.join()
+    assert reason in line
+
+
+# What is left
+
+
+def test_ctrl_c_ends_it_early_with_a_verdict_and_leaves_nothing(prove: Callable[..., Program], place: Path) -> None:
+    program = prove("--clients", 10, "--seconds", 60, "--kill-manager", 1)
+    started(program)
+    os.killpg(program.pid, signal.SIGINT)  # to all of a terminal's foreground
+    assert program.wait() == 0, (program.output, program.errors)
+    assert program.output[0] == "right"
+    assert any("stopped early" in line for line in program.output)
+    assert_nothing_left(place)
+    assert os.listdir(place) == ["tmp"]
+
+
+def test_the_second_ctrl_c_waits_for_no_answer(prove: Callable[..., Program], place: Path) -> None:
+    program = prove("--clients", 10, "--seconds", 60)
+    started(program)
+    (manager,) = children(supervisor_in(place), "manager")
+    os.kill(manager, signal.SIGSTOP)  # so that there is none
+    program.send_signal(signal.SIGINT)
+    eventually(lambda: any(line.startswith("Stopped early") for line in program.errors), "the first one's effect")
+    program.send_signal(signal.SIGINT)
+    assert program.wait() == 1
+    assert program.output == []
+    assert_nothing_left(place)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_whatever_ends_it_while_its_server_starts_leaves_nothing(
+    prove: Callable[..., Program], place: Path, number: signal.Signals
+) -> None:
+    program = prove()
+    eventually(lambda: any("counter_server run" in command for command in processes_in(place).values()), "its server")
+    program.send_signal(number)
+    assert program.wait() != 0
+    assert program.output == []
+    assert_nothing_left(place)
+
+
+def test_kill_9_in_the_middle_leaves_nothing(prove: Callable[..., Program], place: Path) -> None:
+    program = prove("--clients", 10, "--seconds", 60)
+    started(program)
+    assert len(processes_in(place)) > 4
+    program.kill()
+    assert_nothing_left(place)
+
+
+def test_an_unanswered_increment_comes_back_from_a_saved_history_as_it_was(tmp_path: Path) -> None:
+    history = [Operation("a", 0.1, 0.25, (1, 1)), Operation("b", 1 / 3)]
+    save(tmp_path / "file", history, None)
+    assert load(tmp_path / "file") == (history, None)
+    assert history[1].returned == inf
