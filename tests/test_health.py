@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from counter_server.status import Process, Status
 from counter_server.web import create_app
 from tests.engines import MemcachedServer, PostgresServer, RedisServer
 from tests.load import at_once, open_client
-from tests.processes import Manager, Server, eventually, frozen
+from tests.processes import PATIENCE, Manager, Server, eventually, frozen
 from tests.test_server import Answer, ask, increment
 
 StartServer = Callable[..., Server]
@@ -365,8 +366,8 @@ def test_a_status_holds_nobody_up_and_is_held_up_by_nobody(start_manager: Callab
     with open_client(manager.url, deadline=30) as state:
         state.counter("c").increment()
         proxy = state.store.proxy  # type: ignore[attr-defined]
-        with proxy._calling:  # as a call of the state's has it, which waits for its commit
-            told = state.status(within=DEADLINE + SLACK)
+        with ThreadPoolExecutor(1) as thread, proxy._calling:  # as a call of the state's has it, until its commit
+            told = thread.submit(state.status).result(PATIENCE)
         assert told is not None
         assert (told.pid, told.counters) == (manager.pid, 1)
         manager.kill()
