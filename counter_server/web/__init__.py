@@ -7,7 +7,7 @@ from typing import Any
 from flask import Flask
 
 from ..extension import SharedState
-from . import api, navigation, pages, problems
+from . import api, dashboard, navigation, pages, problems
 
 __all__ = ["create_app"]
 
@@ -30,4 +30,5 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     navigation.init_app(app)
     app.register_blueprint(api.blueprint(shared))
     app.register_blueprint(pages.blueprint(shared))
+    app.register_blueprint(dashboard.blueprint(shared))
     return app
