@@ -39,7 +39,7 @@ ROOMS = [
     ("objects",),
     ("ledger",),
     ("combiner",),
-    ("operations",),
+    ("operations", "status"),
     ("plain",),
     ("settings",),
     ("errors",),
