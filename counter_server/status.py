@@ -1,4 +1,4 @@
-"""What is told of the running processes: the manager's own figures."""
+"""What is told of the running processes: the manager's own figures, and what the supervisor knows of its children."""
 
 from msgspec import Struct
 
@@ -26,3 +26,12 @@ class Status(Struct, frozen=True, kw_only=True):
     commits: int  # that these batches took; so batches / commits is how many shared one
     commit_seconds: float  # that these commits took together
     journal_bytes: int  # the journal's file and its log; 0 with durability none
+
+
+class Process(Struct, frozen=True, kw_only=True):
+    """One child of the supervisor: the place, and the process that fills it now."""
+
+    name: str  # "manager", where the store has one, or "worker-1", "worker-2", …
+    pid: int | None  # None: it has died, and the next one is yet to be started
+    uptime: float  # seconds since this process was started; 0 without one
+    restarts: int  # how often another one had to be started here, since the server was

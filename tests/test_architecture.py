@@ -13,7 +13,7 @@ ROOMS = [
     ("cli",),
     ("doctor",),
     ("serve.supervisor",),
-    ("serve.worker",),
+    ("serve.worker", "serve.processes"),
     ("serve",),
     ("web",),
     ("web.api", "web.dashboard", "web.pages"),
