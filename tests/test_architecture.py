@@ -17,7 +17,7 @@ ROOMS = [
     ("serve",),
     ("web",),
     ("web.api", "web.dashboard", "web.pages"),
-    ("web.listing", "web.navigation", "web.problems", "web.visits"),
+    ("web.figures", "web.listing", "web.navigation", "web.problems", "web.visits"),
     ("caching", "limiting"),
     ("extension",),
     ("visitors",),
