@@ -9,6 +9,7 @@ from ..extension import SharedState, state_of
 from . import (
     access,
     api,
+    dashboard,
     headers,
     health,
     hosts,
@@ -55,6 +56,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
         request_log.init_app(app)
     app.register_blueprint(api.blueprint(shared))
     app.register_blueprint(pages.blueprint(shared))
+    app.register_blueprint(dashboard.blueprint(shared))
     app.register_blueprint(health.blueprint(state_of(app)))
     app.register_blueprint(sign_in.blueprint())
     lab.init_app(app, shared)

@@ -27,12 +27,12 @@ _REALM: dict[str, str | None] = {"realm": "counter_server"}
 
 
 def init_app(app: Flask) -> None:
-    """Take the token, and give the templates `may_operate` and `why_not`.
+    """Take the token, and give the templates `has_token`, `may_operate` and `why_not`.
 
     :raises StartupError: if the token cannot be one.
     """
     operators.init_app(app)
-    app.context_processor(lambda: {"may_operate": may_operate, "why_not": why_not})
+    app.context_processor(lambda: {"has_token": operators.has_token, "may_operate": may_operate, "why_not": why_not})
 
 
 def may_operate() -> bool:

@@ -46,9 +46,7 @@ def blueprint() -> Blueprint:
 
 
 def _page(*, wrong: bool = False) -> str:
-    return render_template(
-        "sign_in.html", has_token=operators.has_token(), wrong=wrong, next=_next(), seconds=operators.SIGNED_IN_SECONDS
-    )
+    return render_template("sign_in.html", wrong=wrong, next=_next(), seconds=operators.SIGNED_IN_SECONDS)
 
 
 def _next() -> str:
