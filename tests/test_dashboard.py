@@ -139,7 +139,9 @@ def look(client: FlaskClient, url: str = "/counters") -> Page:
 
 
 def application(url: str) -> Flask:
-    return create_app({"COUNTER_SERVER_STORE": url, "COUNTER_SERVER_DURABILITY": "process"})
+    return create_app(
+        {"COUNTER_SERVER_STORE": url, "COUNTER_SERVER_DURABILITY": "process", "COUNTER_SERVER_HOST": "127.0.0.1"}
+    )
 
 
 @pytest.fixture(params=["memory", "manager"])
