@@ -598,3 +598,41 @@ def test_a_size_is_told_in_the_unit_that_makes_it_short(number: int, text: str) 
 def test_a_process_that_is_yet_to_be_started_again_is_told_as_such() -> None:
     (row,) = processes([Process(name="worker-1", pid=None, uptime=0.0, restarts=4)])
     assert (row.pid, row.uptime, row.restarts) == ("being started", "", "4")
+
+
+# Who may set and delete
+
+TOKEN = "the operators' token".replace(" ", "-")
+GUARDED = [("POST", "/counters/set"), ("POST", "/counters/delete"), ("GET", "/counters/delete")]
+
+
+def test_operators_find_the_forms_to_set_and_delete_when_they_have_signed_in() -> None:
+    app = create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_TOKEN": TOKEN})
+    client = app.test_client()
+    state_of(app).counter("tickets").set(7)
+    page = look(client)
+    assert {form.action for form in page.forms} == {"/counters", "/counters/increment"}
+    for method, path in GUARDED:
+        response = client.open(path, method=method, data={"name": "tickets", "value": "1"}, headers=BROWSER)
+        assert response.status_code == 303
+        assert response.headers["Location"].startswith("/sign-in")
+        response = client.open(path, method=method, data={"name": "tickets", "value": "1"}, headers=SCRIPT)
+        assert response.status_code == 401
+    assert all_counters(app) == {"tickets": 7}
+    form = Page(client.get(page.links["Sign in"], headers=BROWSER).text).form("/sign-in")
+    page = press(client, form, token=TOKEN)
+    assert sentence(press(client, page.form("/counters/set", "tickets"), value="9")).endswith(" is 9 now.")
+    assert all_counters(app) == {"tickets": 9}
+
+
+def test_elsewhere_without_a_token_nobody_sets_or_deletes_and_the_page_says_why() -> None:
+    app = create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_HOST": "0.0.0.0"})  # noqa: S104
+    client = app.test_client()
+    state_of(app).counter("tickets").set(7)
+    assert {form.action for form in look(client).forms} == {"/counters", "/counters/increment"}
+    assert "set and delete are off" in client.get("/counters", headers=BROWSER).text
+    for method, path in GUARDED:
+        response = client.open(path, method=method, data={"name": "tickets", "value": "1"}, headers=BROWSER)
+        assert response.status_code == 403
+        assert "COUNTER_SERVER_TOKEN" in response.text
+    assert all_counters(app) == {"tickets": 7}
