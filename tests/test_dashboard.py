@@ -626,7 +626,7 @@ def test_operators_find_the_forms_to_set_and_delete_when_they_have_signed_in() -
 
 
 def test_elsewhere_without_a_token_nobody_sets_or_deletes_and_the_page_says_why() -> None:
-    app = create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_HOST": "0.0.0.0"})  # noqa: S104
+    app = create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_HOST": "0.0.0.0"})
     client = app.test_client()
     state_of(app).counter("tickets").set(7)
     assert {form.action for form in look(client).forms} == {"/counters", "/counters/increment"}
