@@ -39,10 +39,12 @@ def _checked(names: object) -> frozenset[str]:
     """Hosts' names in lower case, IPv6 addresses without brackets."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise StartupError(f"COUNTER_SERVER_ALLOWED_HOSTS is a list of names, not {names!r}")
-    found = [name.lower().strip("[]") if isinstance(name, str) else "" for name in names]
-    for name, given in zip(found, names, strict=True):
+    found = set()
+    for given in names:
+        name = given.lower().strip("[]") if isinstance(given, str) else ""
         if not _NAME.fullmatch(name):
             raise StartupError(f"{given!r} is not a host's name: give it as browsers send it, without scheme and port")
+        found.add(name)
     return frozenset(found)
 
 
