@@ -401,6 +401,7 @@ def test_what_is_told_of_a_process_is_never_half_of_one_and_half_of_the_next() -
     writer = multiprocessing.get_context("spawn").Process(target=_note_for_ever, args=(processes,))
     writer.start()
     try:
+        eventually(lambda: processes()[1].restarts, "the writer at work")
         seen: list[list[Process]] = []
 
         def looked_often_enough() -> bool:
@@ -412,7 +413,6 @@ def test_what_is_told_of_a_process_is_never_half_of_one_and_half_of_the_next() -
         writer.kill()
         writer.join()
         writer.close()
-    seen = [pair for pair in seen if pair[1].restarts]  # since the writer began
     assert {(one.name, one.pid, one.restarts) for one, _ in seen} == {("one", 1, 0)}
     numbers = [two.pid for _, two in seen if two.pid is not None]
     assert len(numbers) < len(seen), "its end was never seen"
