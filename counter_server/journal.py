@@ -51,6 +51,8 @@ class Journal:
 
     def __init__(self, path: Path, durability: str = "commit") -> None:
         self.path = path
+        self._log = path.with_name(path.name + "-wal")
+        self.starts = 0  # how often a manager began on this file: see `count_start`
         self._committing = threading.Lock()  # held through a transaction: the ledger's, or one object's
         try:
             self._sync()
@@ -73,7 +75,7 @@ class Journal:
 
     def _sync(self) -> None:
         """Have on disk what is there to be read: the writer before us may have been killed between write and sync."""
-        for path in (self.path, self.path.with_name(self.path.name + "-wal"), self.path.parent):
+        for path in (self.path, self._log, self.path.parent):
             with suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
@@ -121,6 +123,29 @@ class Journal:
     def epoch(self) -> str:
         """The identity of this state: the same as long as the file lives."""
         return str(self._connection.execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()[0])
+
+    def count_start(self) -> None:
+        """Note that a manager begins. Where there is no room to write that down, it is counted in memory alone.
+
+        :raises StartupError: if the disk fails.
+        """
+        execute = self._connection.execute
+        try:
+            found = execute("SELECT value FROM meta WHERE name = 'starts'").fetchone()
+            self.starts = (int(found[0]) if found else 0) + 1
+            execute("REPLACE INTO meta VALUES ('starts', ?)", (str(self.starts),))
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+                raise self._unusable(error) from error
+
+    @property
+    def size(self) -> int:
+        """The bytes of the file and of its log."""
+        total = 0
+        for path in (self.path, self._log):
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+        return total
 
     def load(self) -> Contents:
         """Everything that was committed."""

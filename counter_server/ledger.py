@@ -171,6 +171,16 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._counters)
 
+    @property
+    def clients(self) -> int:
+        """How many clients are remembered."""
+        return len(self._clients)
+
+    @property
+    def keys(self) -> int:
+        """How many idempotency keys are remembered."""
+        return len(self._keys)
+
     def read(self, batch: Batch) -> list[Result]:
         """The results of a batch of reads. Never waits for a commit."""
         changes = Changes(0.0)

@@ -10,13 +10,14 @@ from typing import Any, Self, cast
 
 from .combiner import Combiner
 from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
-from .errors import InvalidRequest, NotHosted, Unsupported
+from .errors import DeadlineExceeded, Disconnected, InvalidRequest, NotHosted, Unsupported
 from .handles import Counter, Kind, SharedObject, expect
 from .objects import LARGEST_CALL_BATCH, Declaration, declare
 from .operations import LARGEST_BATCH, Invoke, Operation, Page, Refusal, Result, Scan
 from .session import Session
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, LONGEST_DEADLINE, StoreOptions, check_seconds
-from .stores import HostsObjects, Store, open_store
+from .status import Status
+from .stores import HostsObjects, Store, TellsStatus, open_store
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +175,23 @@ class State:
         self._notice_fork()
         channel = self._pages if isinstance(operation, Scan) else self._counters
         return channel.submit(operation, self._until(within))
+
+    def status(self, *, within: float = inf) -> Status | None:
+        """The figures that the store's server tells of itself; None from a store that tells none.
+
+        No manager is started for it, and nobody's call waits for it.
+
+        :param within: seconds that it may take, where that is less than the state's deadline.
+        :raises DeadlineExceeded: if there is no answer, or no manager.
+        :raises AccessDenied: if the store does not let this process in.
+        """
+        self._notice_fork()
+        if not isinstance(self.store, TellsStatus):
+            return None
+        try:
+            return self.store.status(self._until(within))
+        except Disconnected as error:
+            raise DeadlineExceeded(f"{self.store} tells nothing of itself: {error}", "not_applied") from error
 
     def object(self, name: str, cls: type[Kind], *arguments: Any, durable: bool = False, **keywords: Any) -> Kind:
         """Declare a shared object, and return a handle that calls its public methods, for all processes the same one.

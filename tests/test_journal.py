@@ -483,6 +483,22 @@ def test_a_full_disk_is_a_clean_refusal_and_heals_when_there_is_room(journal: Jo
     assert journal.load().counters["a"] == 100
 
 
+def test_starts_are_counted_for_as_long_as_the_file_lives(open_journal: Callable[..., Journal]) -> None:
+    for expected in (1, 2, 3):
+        journal = open_journal()
+        journal.count_start()
+        assert journal.starts == expected
+        assert journal.load() == Contents()
+        journal.close()
+
+
+def test_a_start_that_cannot_be_counted_names_the_file(journal: Journal, path: Path) -> None:
+    journal.close()
+    with pytest.raises(StartupError) as caught:
+        journal.count_start()
+    assert str(path) in str(caught.value)
+
+
 def test_a_ledger_on_a_full_disk_refuses_writes_reads_on_and_heals(
     open_journal: Callable[..., Journal], journal: Journal
 ) -> None:

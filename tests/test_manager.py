@@ -28,6 +28,7 @@ from counter_server.manager.directory import DataDirectory
 from counter_server.manager.server import LedgerService
 from counter_server.manager.wire import LARGEST_FRAME, Connection, connect
 from counter_server.operations import Batch, Increment
+from counter_server.status import Status
 from tests.benchmarks.store import PlainManager, running, serve_plain
 from tests.load import at_once, open_client
 from tests.processes import PATIENCE, Manager, eventually, frozen
@@ -45,11 +46,11 @@ def state(manager: Manager) -> Iterator[State]:
         yield state
 
 
-def status(state: State) -> dict[str, Any]:
+def status(state: State) -> Status:
     """The manager's own figures."""
-    proxy = getattr(state.store, "proxy", None)
-    assert isinstance(proxy, StateProxy)
-    return proxy.status(time.monotonic() + PATIENCE)
+    told = state.status()
+    assert told is not None
+    return told
 
 
 def connection_of(state: State) -> str:
@@ -212,8 +213,8 @@ def test_32_waiting_threads_share_round_trips(manager: Manager, state: State) ->
         thread.join()
     assert sorted(values) == list(range(2, 34))
     after = status(state)
-    assert after["operations"] - before["operations"] == 32
-    assert after["batches"] - before["batches"] == 2
+    assert after.operations - before.operations == 32
+    assert after.batches - before.batches == 2
 
 
 def test_batches_of_workers_that_wait_at_the_same_time_share_a_commit() -> None:
@@ -226,7 +227,7 @@ def test_batches_of_workers_that_wait_at_the_same_time_share_a_commit() -> None:
     def fail(error: JournalFailed) -> NoReturn:
         raise error
 
-    service = LedgerService(Ledger(commit=commit), "commit", "epoch", fail)
+    service = LedgerService(Ledger(commit=commit), fail)
     answers: list[object] = []
 
     def send() -> None:
@@ -242,8 +243,7 @@ def test_batches_of_workers_that_wait_at_the_same_time_share_a_commit() -> None:
     for thread in threads:
         thread.join()
     assert sorted(cast(list[int], answers)) == list(range(1, 65))
-    figures = service.status()
-    assert (figures["operations"], figures["batches"], figures["commits"]) == (64, 64, 2)
+    assert (service.operations, service.batches, service.commits) == (64, 64, 2)
 
 
 # Peers that mean no good

@@ -4,18 +4,20 @@ import threading
 from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.managers import BaseProxy, Token
-from typing import Any, cast
+from typing import Any
 
 from msgspec import Raw, Struct, ValidationError, msgpack
 
-from ..errors import AccessDenied, BatchRefused, Disconnected, NotHosted, StateLost
+from ..errors import AccessDenied, BatchRefused, Disconnected, NotHosted, StateLost, Unsupported
 from ..objects import Declaration
 from ..operations import Batch, Result
+from ..status import Status
 from .directory import DataDirectory
 from .starter import Starter
 from .wire import SERIALIZER, Connection, connect, object_ident
 
 _decode_results = msgpack.Decoder(list[Result]).decode
+_decode_status = msgpack.Decoder(Status).decode
 _decode = msgpack.Decoder().decode
 
 
@@ -60,8 +62,12 @@ class StateProxy(BaseProxy):
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
         return _decode_results(self._callmethod("apply", (batch,), deadline=deadline))
 
-    def status(self, deadline: float) -> dict[str, Any]:
-        return cast(dict[str, Any], _decode(self._callmethod("status", deadline=deadline)))
+    def status(self, deadline: float) -> Status:
+        told = self._callmethod("status", deadline=deadline)
+        try:
+            return _decode_status(told)
+        except ValidationError as error:  # one that was started before an upgrade serves on
+            raise Unsupported(f"the manager of {self._directory} is of another version: it tells {error}") from error
 
     def _callmethod(  # type: ignore[override]
         self, methodname: str, args: tuple[Any, ...] = (), kwds: dict[str, Any] | None = None, *, deadline: float

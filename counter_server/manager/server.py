@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from multiprocessing.managers import BaseManager, Server
@@ -25,6 +26,7 @@ from ..ledger import Contents, Ledger, results_of
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
 from ..settings import Durability
+from ..status import Status
 from .directory import DataDirectory
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
 
@@ -58,25 +60,15 @@ class Hosted(NamedTuple):
 class LedgerService:
     """What the manager offers of its ledger: the last stop of the road."""
 
-    def __init__(
-        self, ledger: Ledger, durability: Durability, epoch: str, fail: Callable[[JournalFailed], NoReturn]
-    ) -> None:
+    def __init__(self, ledger: Ledger, fail: Callable[[JournalFailed], NoReturn]) -> None:
         self._ledger = ledger
-        self._durability = durability
-        self._epoch = epoch
         self._fail = fail
         self._combiner: Combiner[Batch, list[Result] | BatchRefused] = Combiner(self._commit, limit=_LARGEST_COMMIT)
-        self._started = time.monotonic()
-        self._batches = 0
-        self._operations = 0
-        self._commits = 0
-
-    def methods(self) -> dict[str, Method]:
-        """The whole of what a proxy can call."""
-        return {
-            "apply": Method(self.apply, msgpack.Decoder(tuple[Batch]).decode),
-            "status": Method(self.status, msgpack.Decoder(tuple[()]).decode),
-        }
+        # Of writes, since the start. Commits are made by one thread at a time, so nothing has to guard these.
+        self.batches = 0
+        self.operations = 0
+        self.commits = 0
+        self.commit_seconds = 0.0
 
     def apply(self, batch: Batch) -> list[Result]:
         """Apply a batch, in one durable commit with those of other workers that wait at the same time."""
@@ -85,27 +77,16 @@ class LedgerService:
         return results_of(self._combiner.submit(batch))
 
     def _commit(self, batches: list[Batch], _deadline: float) -> list[list[Result] | BatchRefused]:
+        began = time.monotonic()
         try:
             answers = self._ledger.apply(batches)
         except JournalFailed as error:
             self._fail(error)
-        self._commits += 1
-        self._batches += len(batches)
-        self._operations += sum(len(batch.operations) for batch in batches)
+        self.commit_seconds += time.monotonic() - began
+        self.commits += 1
+        self.batches += len(batches)
+        self.operations += sum(len(batch.operations) for batch in batches)
         return answers
-
-    def status(self) -> dict[str, int | float | str]:
-        """Figures for people and tests. `batches`, `operations` and `commits` are of writes, since the start."""
-        return {
-            "pid": os.getpid(),
-            "epoch": self._epoch,
-            "durability": self._durability,
-            "uptime": time.monotonic() - self._started,
-            "counters": len(self._ledger),
-            "batches": self._batches,
-            "operations": self._operations,
-            "commits": self._commits,
-        }
 
 
 class StateServer(Server):
@@ -132,6 +113,11 @@ class StateServer(Server):
         """The seconds since the last client has gone; 0 while there is one."""
         with self.mutex:
             return 0.0 if self._connections else time.monotonic() - self._idle_since
+
+    @property
+    def connections(self) -> int:
+        """How many clients there are, each with one."""
+        return self._connections
 
     def _count(self, change: int) -> None:
         with self.mutex:
@@ -218,6 +204,38 @@ class StateServer(Server):
             connection.send(reply)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatusService:
+    """What the manager tells of itself."""
+
+    server: StateServer
+    ledger: Ledger
+    service: LedgerService
+    journal: Journal | None
+    durability: Durability
+    epoch: str
+    began: float = field(default_factory=time.monotonic)
+
+    def status(self) -> Status:
+        return Status(
+            pid=os.getpid(),
+            epoch=self.epoch,
+            durability=self.durability,
+            uptime=time.monotonic() - self.began,
+            starts=self.journal.starts if self.journal else 1,
+            counters=len(self.ledger),
+            objects=sum(hosted.declaration is not None for hosted in self.server.hosted.values()),
+            clients=self.ledger.clients,
+            keys=self.ledger.keys,
+            connections=self.server.connections,
+            batches=self.service.batches,
+            operations=self.service.operations,
+            commits=self.service.commits,
+            commit_seconds=self.service.commit_seconds,
+            journal_bytes=self.journal.size if self.journal else 0,
+        )
+
+
 class StateManager(BaseManager):
     """`BaseManager` with our server. The address is a socket's path; `spawn` is named, whatever the default is."""
 
@@ -261,12 +279,22 @@ def serve(
     directory.make()
     with directory.hold():
         journal = _open_journal(directory, durability)
+        if journal:
+            journal.count_start()
         contents = journal.load() if journal else Contents()
         ledger = Ledger(contents, journal.commit) if journal else Ledger(contents)
         epoch = journal.epoch if journal else secrets.token_hex(16)
         directory.remove_stale_socket()
         server = StateManager(str(directory.socket), directory.key("manager")).get_server()
-        server.hosted = {"ledger": Hosted(LedgerService(ledger, durability, epoch, _fail).methods(), epoch)}
+        service = LedgerService(ledger, _fail)
+        told = StatusService(
+            server=server, ledger=ledger, service=service, journal=journal, durability=durability, epoch=epoch
+        )
+        methods = {
+            "apply": Method(service.apply, msgpack.Decoder(tuple[Batch]).decode),
+            "status": Method(told.status, msgpack.Decoder(tuple[()]).decode),
+        }
+        server.hosted = {"ledger": Hosted(methods, epoch)}
         for declaration in declarations:
             server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents)
         if idle_timeout is not None and journal is not None:

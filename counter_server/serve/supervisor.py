@@ -29,6 +29,7 @@ from ..settings import Durability, ServerSettings, default_data_dir
 from ..stores import open_store
 from ..web import create_app
 from ..web.signing import signing_key
+from .processes import Processes
 from .worker import BACKLOG, DRAIN_SECONDS, work
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class _Child:
     name: str
     target: Callable[..., None]
     arguments: tuple[Any, ...]
+    processes: Processes  # where its beginning and its end are noted
     process: SpawnProcess | None = None
     lifeline: Connection | None = None  # on which it says that it is ready; closing it ends a manager
     ready_since: float | None = None
@@ -70,6 +72,8 @@ class _Child:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
+        assert self.process.pid is not None
+        self.processes.began(self.name, self.process.pid)
 
     def hear(self) -> None:
         """Take note that it is ready. An end of file is followed by its death, which is seen elsewhere."""
@@ -90,6 +94,7 @@ class _Child:
         """Count the death of its process, set when to start the next, and return the exit code."""
         assert self.process is not None
         self.let_go()
+        self.processes.ended(self.name)
         self.process.join()
         code = self.process.exitcode
         self.process.close()
@@ -168,23 +173,26 @@ class Supervisor:
         store = settings.store
         open_store(store).close()  # a URL that names none is told here, in one line
         config: dict[str, Any] = {**settings.web, "COUNTER_SERVER_HOST": settings.host}
+        with_manager = store.startswith("manager:")
+        names = [f"worker-{n}" for n in range(1, settings.workers + 1)]
+        processes = Processes(["manager", *names] if with_manager else names)
         managers = []
         app = create_app({**config, "COUNTER_SERVER_STORE": "memory://"})  # to know what it declares
         with app.app_context():
             declarations = list(SharedState().state.declarations.values())
-        if store.startswith("manager:"):
+        if with_manager:
             directory = DataDirectory.from_url(store, default_data_dir())
             directory.make()
             store = directory.url
-            managers.append(_Child("manager", manage, (directory, settings.durability, declarations)))
+            arguments = (directory, settings.durability, declarations)
+            managers.append(_Child("manager", manage, arguments, processes))
         if store == "memory://" and settings.workers > 1:
             log.warning("memory:// is not shared: each of the %d workers counts on its own", settings.workers)
         config["SECRET_KEY"] = signing_key(store, default_data_dir())
         config["COUNTER_SERVER_STORE"] = store
         config["COUNTER_SERVER_START"] = False  # that is this process's to do
-        workers = [
-            _Child(f"worker-{n}", work, (sock, settings.threads, config)) for n in range(1, settings.workers + 1)
-        ]
+        config["COUNTER_SERVER_PROCESSES"] = processes
+        workers = [_Child(name, work, (sock, settings.threads, config), processes) for name in names]
         return managers, workers
 
     def _boot(self, group: list[_Child]) -> None:

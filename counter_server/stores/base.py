@@ -5,6 +5,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from ..objects import Declaration
 from ..operations import Batch, Result
+from ..status import Status
 
 
 class Store(Protocol):
@@ -67,6 +68,20 @@ class Examined(Protocol):
 
     def findings(self, deadline: float) -> list[Finding]:
         """Ask the live server. Nothing is changed.
+
+        :param deadline: in `time.monotonic` seconds.
+        :raises Disconnected: when there is no answer.
+        :raises CounterServerError: when it does not let this process in.
+        """
+        ...
+
+
+@runtime_checkable
+class TellsStatus(Protocol):
+    """What a store has beside, if its server has figures to tell."""
+
+    def status(self, deadline: float) -> Status:
+        """The server's figures, from itself. Nothing is started or changed, and no other call is held up.
 
         :param deadline: in `time.monotonic` seconds.
         :raises Disconnected: when there is no answer.

@@ -5,6 +5,7 @@ from ..manager.directory import DataDirectory
 from ..manager.starter import Starter
 from ..objects import Declaration
 from ..operations import Batch, Result
+from ..status import Status
 from .base import Finding
 
 _KEPT: dict[str, Finding] = {
@@ -34,9 +35,18 @@ class ManagerStore:
 
     def findings(self, deadline: float) -> list[Finding]:
         """See `Examined`."""
-        told = self.proxy.status(deadline)
-        manager = f"the manager, pid {told['pid']}, epoch {told['epoch']}, has {told['counters']} counters"
-        return [Finding("ok", f"{manager} in {self.directory}"), _KEPT[told["durability"]]]
+        told = self.status(deadline)
+        manager = f"the manager, pid {told.pid}, epoch {told.epoch}, has {told.counters} counters"
+        return [Finding("ok", f"{manager} in {self.directory}"), _KEPT[told.durability]]
+
+    def status(self, deadline: float) -> Status:
+        """See `TellsStatus`."""
+        # A connection of its own, for this once: the other one may wait for a commit, or carry what must not wait.
+        proxy = StateProxy(self.directory)
+        try:
+            return proxy.status(deadline)
+        finally:
+            proxy.close()
 
     def after_fork(self) -> None:
         self.proxy.after_fork()

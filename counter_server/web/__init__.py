@@ -5,8 +5,8 @@ from typing import Any
 
 from flask import Flask
 
-from ..extension import SharedState
-from . import access, api, headers, hosts, navigation, origin, pages, problems, sign_in, signing
+from ..extension import SharedState, state_of
+from . import access, api, headers, health, hosts, navigation, origin, pages, problems, sign_in, signing
 
 __all__ = ["create_app"]
 
@@ -40,4 +40,5 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     app.register_blueprint(api.blueprint(shared))
     app.register_blueprint(pages.blueprint(shared))
     app.register_blueprint(sign_in.blueprint())
+    app.register_blueprint(health.blueprint(state_of(app)))
     return app

@@ -1,0 +1,419 @@
+"""What machines ask of real servers: is this process alive, is the store ready, and what are the figures."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+from msgspec import msgpack
+from prometheus_client import parser
+from prometheus_client.openmetrics import parser as openmetrics_parser
+
+from counter_server import State
+from counter_server.errors import DeadlineExceeded, StorageFull, Unsupported
+from counter_server.journal import Journal
+from counter_server.ledger import Changes, Contents
+from counter_server.manager import client as client_module
+from counter_server.manager.directory import DataDirectory
+from counter_server.serve.processes import Processes
+from counter_server.status import Process, Status
+from counter_server.web import create_app
+from tests.engines import MemcachedServer, PostgresServer, RedisServer
+from tests.load import at_once, open_client
+from tests.processes import PATIENCE, Manager, Server, eventually, frozen
+from tests.test_server import Answer, ask, increment
+
+StartServer = Callable[..., Server]
+
+DEADLINE = 1.0  # seconds that a probe may take
+SLACK = 1.5  # seconds that a busy machine may add; together still well under a call's deadline of 5
+MOVING = ("uptime", "connections", "commit_seconds", "journal_bytes")  # words of figures that differ from look to look
+
+
+@pytest.fixture
+def server(start_server: StartServer) -> Server:
+    return start_server("--workers", "2")
+
+
+def parsed(text: str) -> dict[str, float]:
+    """The samples of a text, as Prometheus' own parser reads them: names with their labels, and values."""
+    return _by_name(parser.text_string_to_metric_families(text))
+
+
+def _by_name(families: Any) -> dict[str, float]:
+    samples = [sample for family in families for sample in family.samples]
+    found = {}
+    for sample in samples:
+        labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+        found[sample.name.removeprefix("counter_server_") + (f"{{{labels}}}" if labels else "")] = sample.value
+    assert len(found) == len(samples), "a figure is told twice"
+    return found
+
+
+def figures(url: str) -> dict[str, float]:
+    status, headers, text = ask(url, "GET", "/metrics")
+    assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    return parsed(text)
+
+
+def timed(url: str, path: str) -> tuple[float, Answer]:
+    began = time.monotonic()
+    answer = ask(url, "GET", path)
+    return time.monotonic() - began, answer
+
+
+def status_of(state: State) -> Status:
+    told = state.status()
+    assert told is not None
+    return told
+
+
+def assert_not_ready(answer: Answer, words: str) -> None:
+    status, headers, text = answer
+    assert (status, headers["Content-Type"]) == (503, "application/problem+json")
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["Retry-After"] == "1"
+    assert words in text
+    assert "/" not in text.replace("about:blank", "").replace("application/", ""), "a path is shown to anybody"
+
+
+def is_ready(url: str) -> bool:
+    return ask(url, "GET", "/readyz")[0] == 200
+
+
+# Alive and ready
+
+
+def test_a_server_is_alive_and_ready_and_nobody_may_keep_that_answer(server: Server) -> None:
+    for path, text in (("/livez", "alive\n"), ("/readyz", "ready\n")):
+        for method, body in (("GET", text), ("HEAD", "")):
+            status, headers, got = ask(server.url, method, path)
+            assert (status, got) == (200, body)
+            assert headers["Cache-Control"] == "no-store"
+            assert headers["Content-Type"] == "text/plain; charset=utf-8"
+        assert ask(server.url, "POST", path)[0] == 405
+
+
+def test_a_probe_of_readiness_is_committed_and_changes_no_counter(server: Server, data_dir: Path) -> None:
+    with open_client(DataDirectory(data_dir).url) as state:
+        before = status_of(state)
+        for _ in range(5):
+            assert is_ready(server.url)
+        after = status_of(state)
+        assert after.commits - before.commits == 5
+        assert after.journal_bytes > before.journal_bytes
+        assert state.counters().counters == []
+        state.counter("ready?").set(-(2**63))  # a counter like any other
+        assert is_ready(server.url)
+        assert state.counter("ready?").value == -(2**63)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a megabyte."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=True)
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def fill(file: Path) -> None:
+    """Leave no room in its file system."""
+    with file.open("wb", buffering=0) as whole, suppress(OSError):
+        while whole.write(b"\0" * 4096):
+            pass
+    assert shutil.disk_usage(file.parent).free == 0
+
+
+def test_with_the_disk_full_a_server_is_alive_not_ready_tells_its_figures_and_heals(
+    start_server: StartServer, small_disk: Path
+) -> None:
+    server = start_server("--workers", "2", "--data-dir", small_disk / "data")
+    assert increment(server.url) == 1
+    assert is_ready(server.url)
+    filler = small_disk / "filler"
+    fill(filler)
+    eventually(lambda: not is_ready(server.url), "a write that is refused")
+    assert_not_ready(ask(server.url, "GET", "/readyz"), "no room to write")
+    assert ask(server.url, "HEAD", "/readyz")[0] == 503
+    assert ask(server.url, "GET", "/livez")[0] == 200
+    assert ask(server.url, "GET", "/api/v1/counters/x")[0] == 200  # reads go on
+    assert figures(server.url)["up"] == 1
+    filler.unlink()
+    assert is_ready(server.url)
+    assert increment(server.url) == 2
+
+
+def test_a_start_that_there_is_no_room_to_write_down_is_counted_in_memory(small_disk: Path) -> None:
+    journal = Journal(small_disk / "journal.sqlite3")
+    try:
+        fill(small_disk / "filler")
+        journal.count_start()
+        assert journal.starts == 1
+        with pytest.raises(StorageFull):
+            journal.commit(Changes(now=1.0, counters={"c": 1}))
+        (small_disk / "filler").unlink()
+        journal.commit(Changes(now=1.0, counters={"c": 1}))
+        assert journal.load() == Contents({"c": 1})
+    finally:
+        journal.close()
+
+
+def test_with_the_manager_frozen_livez_answers_at_once_and_readyz_within_its_deadline(server: Server) -> None:
+    assert is_ready(server.url)
+    (manager,) = server.children("manager")
+    with frozen(manager):
+        seconds, answer = timed(server.url, "/readyz")
+        assert_not_ready(answer, "has not answered within 1 s")
+        assert DEADLINE <= seconds < DEADLINE + SLACK
+        seconds, answer = timed(server.url, "/livez")
+        assert answer[0] == 200
+        assert seconds < DEADLINE
+        seconds, (status, _, text) = timed(server.url, "/metrics")
+        assert status == 200
+        assert seconds < DEADLINE + SLACK
+        told = {name: value for name, value in parsed(text).items() if not name.startswith("process_")}
+        assert told == {"up": 0}
+    eventually(lambda: is_ready(server.url), "readiness, with the manager there again")
+
+
+def test_a_crowd_of_probes_does_not_pile_up_behind_a_frozen_manager(server: Server) -> None:
+    (manager,) = server.children("manager")
+    with frozen(manager):
+        first = at_once(40, lambda: timed(server.url, "/readyz"))
+        then = at_once(40, lambda: timed(server.url, "/readyz"))
+    for _, answer in first + then:
+        assert_not_ready(answer, "has not answered")
+    # There are 16 threads, so 40 that each wait would take three times as long.
+    assert max(seconds for seconds, _ in first) < DEADLINE + SLACK
+    # By now both workers know, and one thread of each finds out whether it has passed.
+    assert len([seconds for seconds, _ in then if seconds > DEADLINE / 2]) <= 4
+
+
+# Figures
+
+
+def test_the_figures_are_what_was_done(server: Server, data_dir: Path) -> None:
+    before = figures(server.url)
+    for number in range(7):
+        headers = {"Idempotency-Key": f"key-{number % 5}"}
+        assert ask(server.url, "POST", f"/api/v1/counters/c{number % 5}/increment", headers=headers)[0] == 200
+    with open_client(DataDirectory(data_dir).url) as state:
+        state.counter("c0").value  # noqa: B018 - connects, and is a read
+        after = figures(server.url)
+        status = status_of(state)
+    assert after["counters"] - before["counters"] == 5
+    assert after["idempotency_keys"] == 5
+    for name in ("operations_total", "batches_total", "commits_total"):  # one after the other, so each has its own
+        assert after[name] - before[name] == 7
+    assert 0 < after["commit_seconds_total"] - before["commit_seconds_total"] < 7 * SLACK
+    assert after["manager_uptime_seconds"] > before["manager_uptime_seconds"]
+    assert after["connections"] >= 2  # that of a worker, and ours
+    assert after["clients"] == status.clients > 0
+    assert after["objects"] == status.objects == len(create_app().extensions["counter_server"].declarations) > 0
+    assert after["journal_bytes"] == sum(file.stat().st_size for file in data_dir.glob("journal.sqlite3*"))
+    assert after[f"manager_info{{durability=commit,epoch={status.epoch}}}"] == 1
+    assert (after["up"], after["manager_starts_total"]) == (1, 1)
+
+
+def test_every_worker_tells_the_same_figures(server: Server) -> None:
+    for number in range(3):
+        increment(server.url, f"c{number}")
+    told = []
+    for worker in server.children("worker"):
+        with frozen(worker):  # so that another one answers
+            told.append(figures(server.url))
+    first, second = ({name: value for name, value in one.items() if not any(map(name.count, MOVING))} for one in told)
+    assert first == second
+    assert first["counters"] == 3
+    assert {"process_up{process=worker-1}", "process_up{process=worker-2}"} <= set(first)
+
+
+def test_a_manager_and_a_worker_that_were_killed_are_told_of_by_the_worker_that_lives(server: Server) -> None:
+    increment(server.url)
+    (manager,) = server.children("manager")
+    before = figures(server.url)
+    assert (before["batches_total"], before["process_restarts_total{process=manager}"]) == (1, 0)
+    os.kill(manager, signal.SIGKILL)
+    os.kill(server.children("worker")[0], signal.SIGKILL)
+    places = ("manager", "worker-1", "worker-2")
+
+    def told() -> dict[str, list[float]]:
+        now = figures(server.url)
+        kinds = ("up", "restarts_total", "uptime_seconds")
+        return {kind: [now[f"process_{kind}{{process={place}}}"] for place in places] for kind in kinds}
+
+    def manager_and_one_worker_restarted() -> bool:
+        now = told()
+        manager, *workers = now["restarts_total"]
+        return (manager, sorted(workers)) == (1, [0, 1]) and sum(now["up"]) == 3
+
+    eventually(manager_and_one_worker_restarted, "the restarts, and the processes again")
+    eventually(lambda: figures(server.url)["up"] == 1, "the manager's figures")
+    after = figures(server.url)
+    assert (after["manager_starts_total"], after["counters"], after["batches_total"]) == (2, 1, 0)
+    assert after["manager_uptime_seconds"] < before["manager_uptime_seconds"] + SLACK
+    uptimes, restarts = told()["uptime_seconds"], told()["restarts_total"]
+    assert max(zip(uptimes, restarts, strict=True))[1] == 0  # who was not killed is the oldest
+
+
+def test_openmetrics_is_told_to_who_asks_for_it_and_strange_wishes_are_passed_over(server: Server) -> None:
+    wish = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+    status, headers, text = ask(server.url, "GET", "/metrics", headers={"Accept": wish})
+    assert status == 200
+    assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
+    assert headers["Cache-Control"] == "no-store"
+    assert text.endswith("# EOF\n")
+    told = _by_name(openmetrics_parser.text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
+    assert set(told) == set(figures(server.url))
+    for strange in ("application/openmetrics-text; version=x.y", "text/plain; version=1.0.z", ";,;=", "é", "*/*" * 500):
+        status, headers, text = ask(server.url, "GET", "/metrics", headers={"Accept": strange})
+        assert (status, parsed(text)["up"]) == (200, 1)
+    assert ask(server.url, "HEAD", "/metrics")[2] == ""
+
+
+# Without a supervisor, and other stores
+
+
+def client_of(url: str) -> FlaskClient:
+    """Of the application under another launcher, which may not start a manager."""
+    return create_app({"COUNTER_SERVER_STORE": url, "COUNTER_SERVER_START": False}).test_client()
+
+
+def test_without_a_manager_there_is_one_figure_and_no_readiness_and_none_is_started(
+    start_manager: Callable[..., Manager], data_dir: Path
+) -> None:
+    manager = start_manager("--durability", "none")
+    client = client_of(manager.url)
+    assert client.get("/readyz").status_code == 200
+    told = parsed(client.get("/metrics").text)
+    assert (told["up"], told["manager_starts_total"], told["journal_bytes"]) == (1, 1, 0)
+    assert not [name for name in told if name.startswith("process_")]  # of which only a supervisor knows
+    manager.kill()
+    assert parsed(client.get("/metrics").text) == {"up": 0}
+    response = client.get("/readyz")
+    assert_not_ready((response.status_code, dict(response.headers), response.text), "has not answered")
+    assert client.get("/livez").status_code == 200
+    start_manager("--durability", "none")  # it has begun anew, and so is another one
+    assert client.get("/readyz").status_code == 200
+    assert parsed(client.get("/metrics").text)["up"] == 1
+    assert create_app({"COUNTER_SERVER_STORE": f"{manager.url}/other"}).test_client().get("/metrics").status_code == 200
+    assert not (data_dir / "other").exists()
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis", "memcached", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    match request.param:
+        case "memory":
+            yield "memory://"
+        case "sqlite":
+            yield f"sqlite:///{tmp_path}/counters.db"
+        case "redis":
+            with RedisServer(tmp_path / "redis") as redis:
+                yield redis.url
+        case "memcached":
+            with MemcachedServer(tmp_path / "memcached") as memcached:
+                yield memcached.url
+        case _:
+            postgres: PostgresServer = request.getfixturevalue("postgres")
+            postgres.query("CREATE DATABASE health")
+            yield postgres.url_of("health")
+
+
+def test_every_other_store_is_ready_and_up_and_tells_no_more(store_url: str) -> None:
+    client = client_of(store_url)
+    for _ in range(2):
+        assert client.get("/readyz").status_code == 200
+        assert parsed(client.get("/metrics").text) == {"up": 1}
+    assert client.get("/api/v1/counters/ready%3F").status_code == 404
+    with open_client(store_url) as state:
+        assert state.status() is None
+
+
+def test_a_redis_that_is_full_or_gone_is_not_ready_and_why_is_said(tmp_path: Path) -> None:
+    with RedisServer(tmp_path / "redis") as redis:
+        client = client_of(redis.url)
+        assert client.get("/readyz").status_code == 200
+        redis.command("CONFIG", "SET", "maxmemory", "1")
+        response = client.get("/readyz")
+        assert_not_ready((response.status_code, dict(response.headers), response.text), "no room to write")
+        assert parsed(client.get("/metrics").text) == {"up": 1}  # it answers
+        redis.kill()
+        response = client.get("/readyz")
+        assert_not_ready((response.status_code, dict(response.headers), response.text), "has not answered")
+        assert parsed(client.get("/metrics").text) == {"up": 0}
+        redis.start()
+        assert client.get("/readyz").status_code == 200
+
+
+# The status itself
+
+
+def test_a_status_holds_nobody_up_and_is_held_up_by_nobody(start_manager: Callable[..., Manager]) -> None:
+    manager = start_manager()
+    with open_client(manager.url, deadline=30) as state:
+        state.counter("c").increment()
+        proxy = state.store.proxy  # type: ignore[attr-defined]
+        with ThreadPoolExecutor(1) as thread, proxy._calling:  # as a call of the state's has it, until its commit
+            told = thread.submit(state.status).result(PATIENCE)
+        assert told is not None
+        assert (told.pid, told.counters) == (manager.pid, 1)
+        manager.kill()
+        with pytest.raises(DeadlineExceeded, match="no manager is running") as away:
+            state.status()
+        assert away.value.outcome == "not_applied"
+
+
+def test_a_manager_of_another_version_is_said_to_be_one(
+    start_manager: Callable[..., Manager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Newer(Status, frozen=True, kw_only=True):
+        figure: int
+
+    manager = start_manager()
+    monkeypatch.setattr(client_module, "_decode_status", msgpack.Decoder(Newer).decode)
+    with open_client(manager.url) as state, pytest.raises(Unsupported, match=r"another version.*figure"):
+        state.status()
+
+
+def _note_for_ever(processes: Processes) -> None:
+    processes.began("one", 1)
+    for number in range(2, 2**62):
+        processes.ended("two")
+        processes.began("two", number)
+
+
+def test_what_is_told_of_a_process_is_never_half_of_one_and_half_of_the_next() -> None:
+    processes = Processes(["one", "two"])
+    assert [(process.pid, process.restarts, process.uptime) for process in processes()] == [(None, 0, 0.0)] * 2
+    writer = multiprocessing.get_context("spawn").Process(target=_note_for_ever, args=(processes,))
+    writer.start()
+    try:
+        seen: list[list[Process]] = []
+
+        def looked_often_enough() -> bool:
+            seen.extend(processes() for _ in range(1000))
+            return len({two.pid for _, two in seen}) > 100 and len(seen) > 20_000
+
+        eventually(looked_often_enough, "both running at the same time")
+    finally:
+        writer.kill()
+        writer.join()
+        writer.close()
+    seen = [pair for pair in seen if pair[1].restarts]  # since the writer began
+    assert {(one.name, one.pid, one.restarts) for one, _ in seen} == {("one", 1, 0)}
+    numbers = [two.pid for _, two in seen if two.pid is not None]
+    assert len(numbers) < len(seen), "its end was never seen"
+    assert all(two.restarts == two.pid - 2 for _, two in seen if two.pid is not None)
