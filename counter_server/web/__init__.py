@@ -6,7 +6,7 @@ from typing import Any
 from flask import Flask
 
 from ..extension import SharedState, state_of
-from . import access, api, headers, health, hosts, navigation, origin, pages, problems, sign_in, signing
+from . import access, api, dashboard, headers, health, hosts, navigation, origin, pages, problems, sign_in, signing
 
 __all__ = ["create_app"]
 
@@ -39,6 +39,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     navigation.init_app(app)
     app.register_blueprint(api.blueprint(shared))
     app.register_blueprint(pages.blueprint(shared))
+    app.register_blueprint(dashboard.blueprint(shared))
     app.register_blueprint(sign_in.blueprint())
     app.register_blueprint(health.blueprint(state_of(app)))
     return app

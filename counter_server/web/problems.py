@@ -49,7 +49,7 @@ _DETAIL: dict[Outcome, str] = {
 def init_app(app: Flask) -> None:
     app.before_request(_refuse_what_is_no_text)
     app.after_request(_never_cached)
-    app.register_error_handler(CounterServerError, _of_ours)
+    app.register_error_handler(CounterServerError, of_ours)
     app.register_error_handler(HTTPException, _of_http)
     app.register_error_handler(Exception, _unexpected)
 
@@ -76,7 +76,8 @@ def problem(status: int, title: str, detail: str, outcome: Outcome) -> Response:
     return response
 
 
-def _of_ours(error: CounterServerError) -> Response:
+def of_ours(error: CounterServerError) -> Response:
+    """The problem document of one of our errors, with what may be told to anybody; the log has the rest."""
     status = _STATUS.get(type(error), 500)
     detail = str(error)
     if status >= 500:
