@@ -19,7 +19,7 @@ ROOMS = [
     ("web.api", "web.dashboard", "web.health", "web.pages", "web.sign_in"),
     ("web.access",),
     ("web.headers", "web.hosts", "web.metrics", "web.navigation", "web.operators", "web.origin", "web.problems"),
-    ("web.listing", "web.readiness", "web.signing", "web.visits"),
+    ("web.figures", "web.listing", "web.readiness", "web.signing", "web.visits"),
     ("caching", "limiting"),
     ("extension",),
     ("visitors",),

@@ -1,16 +1,19 @@
 """The dashboard: all counters, live, and what can be done to them; the workers and the manager."""
 
 import unicodedata
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
 
 import msgspec
-from flask import Blueprint, Response, flash, redirect, render_template, request, url_for
+from flask import Blueprint, Response, current_app, flash, redirect, render_template, request, url_for
 from msgspec import Struct
 
 from ..errors import CounterServerError, InvalidRequest
 from ..extension import SharedState
 from ..operations import Get
+from ..status import Process
+from .figures import Figures, ProcessRow, figures, means, processes
 from .listing import LARGEST_LISTING, Listing, find
 from .problems import of_ours, problem
 
@@ -19,7 +22,7 @@ _ROWS = "50"  # counters on a page, where nobody asks for more or fewer
 _encode = msgspec.json.Encoder().encode
 
 
-class Row(Struct, frozen=True):
+class CounterRow(Struct, frozen=True):
     """A counter. Its value is text: a script's numbers are exact up to 2^53 only."""
 
     name: str
@@ -27,10 +30,12 @@ class Row(Struct, frozen=True):
 
 
 class Live(Struct, frozen=True):
-    """What the page's script asks for again and again."""
+    """What the page's script asks for again and again: all that can change on the page."""
 
-    counters: list[Row]
+    counters: list[CounterRow]
     next: str | None
+    manager: Figures | None
+    processes: list[ProcessRow] | None
 
 
 def blueprint(shared: SharedState) -> Blueprint:
@@ -41,21 +46,33 @@ def blueprint(shared: SharedState) -> Blueprint:
     def page() -> str:
         """Counters whose names begin with `q`, in order, `limit` of them from the one after `after`."""
         listing = _listing(shared)
+        status = shared.state.status()
         return render_template(
             "dashboard.html",
             listing=listing,
             here=_here(),
-            may_operate=True,
             next=None if listing.next is None else url_for(".page", **{**_here(), "after": listing.next}),
+            may_operate=True,
+            manager=None if status is None else figures(status),
+            means=None if status is None else means(status),
+            processes=_processes(),
+            scheme=str(shared.state.store).partition("://")[0],
         )
 
     @dashboard.get("/counters.json")
     def live() -> Response:
-        """The same as data, or 304 where it is what the asker has."""
+        """The same as data; 304 where it is what the asker has."""
         listing = _listing(shared)
-        content = _encode(Live([Row(name, str(value)) for name, value in listing.counters], listing.next))
+        status = shared.state.status()
+        found = Live(
+            [CounterRow(name, str(value)) for name, value in listing.counters],
+            listing.next,
+            None if status is None else figures(status),
+            _processes(),
+        )
+        content = _encode(found)
         response = Response(content, content_type="application/json")
-        response.set_etag(blake2b(content, digest_size=16).hexdigest(), weak=True)
+        response.set_etag(blake2b(content, digest_size=16).hexdigest())
         return response.make_conditional(request)  # type: ignore[return-value]
 
     @dashboard.post("/counters/increment")
@@ -93,6 +110,12 @@ def _listing(shared: SharedState) -> Listing:
     if not (limit.isascii() and limit.isdigit() and len(limit) < 10):
         raise InvalidRequest(f"limit must be 1 to {LARGEST_LISTING}")
     return find(shared, beginning=here.get("q", ""), after=here.get("after", ""), limit=int(limit))
+
+
+def _processes() -> list[ProcessRow] | None:
+    """Those of the server, where our own supervisor started it."""
+    found: Callable[[], list[Process]] | None = current_app.config.get("COUNTER_SERVER_PROCESSES")
+    return None if found is None else processes(found())
 
 
 def _here() -> dict[str, Any]:

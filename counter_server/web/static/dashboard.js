@@ -68,8 +68,9 @@ function chart(now) {
     points.push({ time: now, value: BigInt(value) });
     if (points.length > POINTS + 1) points.shift();
     const rates = points.slice(1).map((point, index) => rate(points[index], point));
-    const highest = Math.max(0, ...rates);
-    const height = highest - Math.min(0, ...rates) || 1;
+    const lowest = Math.min(0, ...rates);
+    const highest = Math.max(lowest < 0 ? 0 : 1e-9, ...rates); // nothing at all is drawn at the bottom
+    const height = highest - lowest;
     const line = rates.map((r, index) => `${POINTS - rates.length + index + 1},${1 + (18 * (highest - r)) / height}`);
     find("polyline", element).setAttribute("points", line.join(" "));
     const first = points[Math.max(0, points.length - 1 - WINDOW)];
@@ -83,6 +84,45 @@ function rate(before, after) {
 
 function short(number) {
   return number.toLocaleString("en", { maximumFractionDigits: Math.abs(number) < 100 ? 1 : 0 });
+}
+
+// The manager and the processes
+
+const totals = []; // the last ones, each with its time
+
+function showFigures(now) {
+  for (const place of document.querySelectorAll("[data-figure]")) place.textContent = now[place.dataset.figure];
+}
+
+/** Say the rates of the last seconds. What did not happen in them has no mean: then the last one stands. */
+function showMeans(time, now) {
+  if (totals.length && (totals[0].epoch !== now.epoch || totals[0].pid !== now.pid)) totals.length = 0;
+  totals.push({ ...now, time });
+  if (totals.length > WINDOW + 1) totals.shift();
+  if (totals.length < 2) return;
+  const first = totals[0];
+  const gained = (what) => now[what] - first[what];
+  const say = (mean, total, number, unit) => {
+    if (number > 0) find(`[data-mean=${mean}]`).textContent = `${(total / number).toFixed(2)} ${unit}`;
+  };
+  find("[data-mean=batches]").textContent = `${(gained("batches") / ((time - first.time) / 1000)).toFixed(1)}/s`;
+  say("batch", gained("operations"), gained("batches"), "operations");
+  say("commit", gained("commit_seconds") * 1000, gained("commits"), "ms");
+  find("#basis").textContent = "The first three are means of the last seconds in which there were any.";
+}
+
+function showProcesses(processes) {
+  find("#processes").tBodies[0].replaceChildren(
+    ...processes.map(({ name, pid, uptime, restarts }) => {
+      const row = document.createElement("tr");
+      const head = document.createElement("th");
+      head.scope = "row";
+      head.textContent = name;
+      row.append(head);
+      for (const text of [pid, uptime, restarts]) row.insertCell().textContent = text;
+      return row;
+    }),
+  );
 }
 
 // What the page says
@@ -118,6 +158,7 @@ function sentenceOf(error) {
 // Asking again and again
 
 let etag = null;
+let found = null; // what is so, by the last answer that said it
 let wait = PERIOD;
 let timer = null;
 let asking = false;
@@ -135,14 +176,18 @@ async function ask() {
     const headers = etag === null ? {} : { "If-None-Match": etag };
     const answer = await fetch(table.dataset.live, { headers, signal: AbortSignal.timeout(PATIENCE) });
     if (answer.ok) {
-      const found = await answer.json();
+      found = await answer.json();
       etag = answer.headers.get("ETag");
       showCounters(found.counters);
       showNext(found.next);
+      if (found.manager) showFigures(found.manager.now);
+      if (found.processes) showProcesses(found.processes);
     } else if (answer.status !== 304) {
       throw await failure(answer);
     }
-    chart(performance.now());
+    const now = performance.now();
+    chart(now);
+    if (found.manager) showMeans(now, found.manager.totals);
     wait = PERIOD;
     sayOfUpdates("Up to date.");
   } catch (error) {
