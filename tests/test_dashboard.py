@@ -1,0 +1,599 @@
+"""The dashboard without its script: what is listed and found, what its forms do, and what it tells of the processes."""
+
+import json
+import os
+import signal
+import unicodedata
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import structs
+
+from counter_server import SharedState
+from counter_server.operations import LARGEST, SMALLEST
+from counter_server.state import State
+from counter_server.status import Process, Status
+from counter_server.web import create_app
+from counter_server.web.figures import duration, figures, means, processes, size
+from counter_server.web.listing import find
+from tests.engines import MemcachedServer
+from tests.processes import PATIENCE, Server, eventually
+from tests.test_api import NAMES, NAMES_WITH_SLASHES
+
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+SCRIPT = {"Accept": "application/json"}
+
+
+@dataclass
+class Form:
+    """What a press of its button sends."""
+
+    method: str
+    action: str
+    fields: dict[str, str]
+    button: str = ""
+
+
+class Page(HTMLParser):
+    """What a person finds on the page: its counters, forms, links and texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.counters: dict[str, str] = {}
+        self.forms: list[Form] = []
+        self.links: dict[str, str] = {}
+        self.texts: dict[str, str] = {}  # of elements with an id
+        self.isolated: list[str] = []  # what stands in a `<bdi>`
+        self.figures: dict[str, str] = {}
+        self._open: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self._in_template = False
+        self._name = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self._in_template |= tag in ("template", "dialog")
+        if tag == "input":
+            if not self._in_template and self.forms and attributes.get("name"):
+                self.forms[-1].fields[str(attributes["name"])] = attributes.get("value") or ""
+            return
+        if tag in ("meta", "link", "polyline"):
+            return
+        if tag == "form" and not self._in_template:
+            self.forms.append(Form(attributes.get("method") or "get", str(attributes["action"]), {}))
+        self._open.append((tag, attributes, []))
+
+    def handle_data(self, data: str) -> None:
+        for _, _, text in self._open:
+            text.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "polyline":
+            return
+        opened, attributes, parts = self._open.pop()
+        assert opened == tag, f"</{tag}> closes <{opened}>"
+        text = "".join(parts)
+        if "id" in attributes:
+            self.texts[str(attributes["id"])] = text.strip()
+        if tag in ("template", "dialog"):
+            self._in_template = False
+        elif not self._in_template:
+            self._note(tag, attributes, text)
+
+    def _note(self, tag: str, attributes: dict[str, str | None], text: str) -> None:
+        if tag == "bdi":
+            self.isolated.append(text)
+            self._name = text
+        elif tag == "td" and "data-value" in attributes:
+            self.counters[self._name] = text
+        elif tag == "a" and "hidden" not in attributes:
+            self.links[text] = str(attributes["href"])
+        elif tag == "button" and self.forms:
+            self.forms[-1].button = text
+        elif tag == "dd":
+            self.figures[attributes.get("data-figure") or str(attributes["data-mean"])] = text
+
+    def form(self, action: str, name: str = "") -> Form:
+        """The one that goes there, for a counter if one is named."""
+        found = [
+            form
+            for form in self.forms
+            if form.action.partition("?")[0] == action and form.fields.get("name", "") == name
+        ]
+        assert len(found) == 1, f"{len(found)} forms to {action} for {name!r}"
+        return found[0]
+
+
+def press(client: FlaskClient, form: Form, **typed: str) -> Page:
+    """Send a form as a browser without JavaScript does, and follow where it leads."""
+    fields = {**form.fields, **typed}
+    if form.method == "get":
+        response = client.get(form.action, query_string=fields, headers=BROWSER)
+    else:
+        response = client.post(form.action, data=fields, headers=BROWSER)
+        assert response.status_code == 303
+        response = client.get(response.headers["Location"], headers=BROWSER)
+    assert response.status_code == 200
+    return Page(response.text)
+
+
+def look(client: FlaskClient, url: str = "/counters") -> Page:
+    response = client.get(url, headers=BROWSER)
+    assert response.status_code == 200
+    assert response.mimetype == "text/html"
+    return Page(response.text)
+
+
+def application(url: str) -> Flask:
+    return create_app({"COUNTER_SERVER_STORE": url, "COUNTER_SERVER_DURABILITY": "process"})
+
+
+@pytest.fixture(params=["memory", "manager"])
+def app(request: pytest.FixtureRequest) -> Iterator[Flask]:
+    url = "memory://" if request.param == "memory" else request.getfixturevalue("on_demand")
+    app = application(url)
+    yield app
+    state_of(app).close()
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.fixture
+def in_memory() -> Flask:
+    return application("memory://")
+
+
+def state_of(app: Flask) -> State:
+    found = app.extensions["counter_server"]
+    assert isinstance(found, State)
+    return found
+
+
+def all_counters(app: Flask) -> dict[str, int]:
+    return dict(state_of(app).counters(limit=1000).counters)
+
+
+def sentence(page: Page) -> str:
+    """What was flashed, without the marks that isolate the names."""
+    return page.texts["said"].replace("\N{FIRST STRONG ISOLATE}", "").replace("\N{POP DIRECTIONAL ISOLATE}", "")
+
+
+# Doing, without JavaScript
+
+
+def test_every_form_does_what_it_says_and_says_what_it_did(client: FlaskClient, app: Flask) -> None:
+    page = look(client)
+    assert page.counters == {}
+    assert page.texts["none"] == "Nothing is counted yet."
+    page = press(client, page.form("/counters/increment"), name="tickets")
+    assert sentence(page) == "tickets gave 1."
+    assert page.counters == {"tickets": "1"}
+    page = press(client, page.form("/counters/increment", "tickets"))
+    assert sentence(page) == "tickets gave 2."
+    page = press(client, page.form("/counters/set", "tickets"), value="-40")
+    assert sentence(page) == "tickets is -40 now."
+    assert page.counters == {"tickets": "-40"}
+    question = press(client, page.form("/counters/delete", "tickets"))
+    assert "tickets" in question.isolated
+    assert all_counters(app) == {"tickets": -40}, "asking deletes nothing"
+    page = press(client, question.form("/counters/delete", "tickets"))
+    assert sentence(page) == "tickets is deleted."
+    assert page.counters == {}
+    assert all_counters(app) == {}
+
+
+def test_who_keeps_the_counter_is_back_where_they_were(client: FlaskClient, app: Flask) -> None:
+    state_of(app).counter("b").increment()
+    page = look(client, "/counters?q=b&limit=7")
+    question = press(client, page.form("/counters/delete", "b"))
+    keep = question.form("/counters")
+    assert keep.fields == {"q": "b", "limit": "7"}
+    assert press(client, keep).counters == {"b": "1"}
+
+
+def test_a_form_leads_back_to_the_place_in_the_list(client: FlaskClient, app: Flask) -> None:
+    for name in ("a1", "a2", "b"):
+        state_of(app).counter(name).increment()
+    page = press(client, look(client, "/counters?q=a&after=a1").form("/counters/increment", "a2"))
+    assert page.counters == {"a2": "2"}
+
+
+def test_a_counter_that_has_gone_meanwhile_is_no_failure(client: FlaskClient, app: Flask) -> None:
+    state_of(app).counter("a").increment()
+    page = look(client)
+    question = press(client, page.form("/counters/delete", "a"))
+    state_of(app).counter("a").delete()
+    assert sentence(press(client, question.form("/counters/delete", "a"))) == "a was not there."
+    response = client.get("/counters/delete?name=a")
+    assert response.status_code == 404
+    assert response.content_type == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    "name", [*NAMES, *NAMES_WITH_SLASHES, "\u202eright to left", "a\u200db", "&lt;b&gt;", "' onx='"]
+)
+def test_any_name_is_shown_as_it_is_isolated_and_carried_safely(in_memory: Flask, name: str) -> None:
+    client = in_memory.test_client()
+    page = press(client, look(client).form("/counters/increment"), name=name)
+    assert page.counters == {name: "1"}
+    page = press(client, page.form("/counters/increment", name))
+    page = press(client, page.form("/counters/set", name), value="5")
+    assert page.texts["said"] == f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE} is 5 now."
+    assert press(client, page.form("/counters"), q=name).counters == {name: "5"}
+    question = press(client, page.form("/counters/delete", name))
+    assert question.isolated == [name]
+    assert press(client, question.form("/counters/delete", name)).counters == {}
+
+
+def test_values_beyond_a_scripts_numbers_are_told_exactly(in_memory: Flask) -> None:
+    state_of(in_memory).counter("top").set(LARGEST)
+    state_of(in_memory).counter("bottom").set(SMALLEST)
+    client = in_memory.test_client()
+    assert look(client).counters == {"bottom": str(SMALLEST), "top": str(LARGEST)}
+    told = client.get("/counters.json").get_json()["counters"]
+    assert told == [{"name": "bottom", "value": str(SMALLEST)}, {"name": "top", "value": str(LARGEST)}]
+
+
+def test_the_script_is_told_in_data(client: FlaskClient) -> None:
+    for number in (1, 2):
+        response = client.post("/counters/increment", data={"name": "a"}, headers=SCRIPT)
+        assert response.status_code == 200
+        assert response.get_json() == {"sentence": f"\u2068a\u2069 gave {number}."}
+    assert "a gave" not in sentence(look(client)), "it says so itself: it is not said again on the next page"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0",
+        "limit=501",
+        "limit=x",
+        "limit=-1",
+        "limit=1.5",
+        "limit=" + "9" * 30,
+        "limit=%D9%A1",
+        "q=%00",
+        "after=%00",
+        "q=%E2%80%A8",
+        "q=" + "x" * 256,
+        "after=" + "x" * 256,
+    ],
+)
+@pytest.mark.parametrize("path", ["/counters", "/counters.json"])
+def test_a_list_that_cannot_be_is_refused(in_memory: Flask, path: str, query: str) -> None:
+    response = in_memory.test_client().get(f"{path}?{query}")
+    assert response.status_code == 400
+    assert response.content_type == "application/problem+json"
+    assert response.get_json()["outcome"] == "not_applied"
+
+
+BAD_FORMS: list[tuple[str, dict[str, Any]]] = [
+    ("increment", {}),
+    ("increment", {"name": ""}),
+    ("increment", {"name": "a\0b"}),
+    ("increment", {"name": "a\nb"}),
+    ("increment", {"name": "e\u0301"}),
+    ("increment", {"name": "x" * 256}),
+    ("delete", {"name": ""}),
+    ("set", {"name": "a"}),
+    *(
+        ("set", {"name": "a", "value": value})
+        for value in ("", "x", "1.5", "--1", "1_0", "٣", str(LARGEST + 1), "9" * 5000)
+    ),
+    ("set", {"name": "", "value": "1"}),
+]
+
+
+@pytest.mark.parametrize(("action", "fields"), BAD_FORMS)
+@pytest.mark.parametrize("asker", ["browser", "script", "other"])
+def test_a_form_that_cannot_be_is_refused_to_each_in_their_way(
+    in_memory: Flask, action: str, fields: dict[str, Any], asker: str
+) -> None:
+    state_of(in_memory).counter("a").set(7)
+    headers = {"browser": BROWSER, "script": SCRIPT, "other": {}}[asker]
+    response = in_memory.test_client().post(f"/counters/{action}", data=fields, headers=headers)
+    assert response.status_code == 400
+    if asker == "browser":
+        assert response.mimetype == "text/html"
+        assert "That was not possible" in response.text
+        assert "/counters" in Page(response.text).links.values()
+    else:
+        assert response.content_type == "application/problem+json"
+        assert response.get_json()["outcome"] == "not_applied"
+    assert all_counters(in_memory) == {"a": 7}
+
+
+def test_the_end_of_64_bits_is_told_as_a_conflict(in_memory: Flask) -> None:
+    state_of(in_memory).counter("a").set(LARGEST)
+    response = in_memory.test_client().post("/counters/increment", data={"name": "a"}, headers=SCRIPT)
+    assert response.status_code == 409
+    assert all_counters(in_memory) == {"a": LARGEST}
+
+
+@pytest.mark.parametrize("action", ["increment", "set", "delete"])
+def test_other_sites_and_links_change_nothing(in_memory: Flask, action: str) -> None:
+    state_of(in_memory).counter("a").set(7)
+    client = in_memory.test_client()
+    fields = {"name": "a", "value": "1"}
+    response = client.post(f"/counters/{action}", data=fields, headers={"Sec-Fetch-Site": "cross-site"})
+    assert response.status_code == 403
+    response = client.get(f"/counters/{action}", query_string=fields)
+    assert response.status_code == (200 if action == "delete" else 405)
+    assert all_counters(in_memory) == {"a": 7}
+
+
+# Finding
+
+
+def test_paging_sees_each_of_2500_counters_once(app: Flask, client: FlaskClient) -> None:
+    names = sorted(f"{name} {number}" for number in range(500) for name in ("a", "ab", "b/", "é", "名"))
+    state = state_of(app)
+    with ThreadPoolExecutor(32) as threads:
+        list(threads.map(lambda name: state.counter(name).increment(), names))
+    page, pages = look(client, "/counters?limit=300"), 0
+    seen: list[str] = []
+    while True:
+        assert len(page.counters) <= 300
+        seen += page.counters
+        pages += 1
+        if "Next page" not in page.links:
+            break
+        page = look(client, page.links["Next page"])
+    assert seen == names
+    assert pages == 9
+    assert list(look(client, page.links["First page"]).counters) == names[:300]
+    assert len(look(client).counters) == 50
+
+
+def test_a_search_finds_the_names_that_begin_so_page_by_page(client: FlaskClient, app: Flask) -> None:
+    for name in ("a", "a/1", "a/2", "a/3", "ab", "A", "b a"):
+        state_of(app).counter(name).increment()
+    page = press(client, look(client).form("/counters"), q="a")
+    assert list(page.counters) == ["a", "a/1", "a/2", "a/3", "ab"]
+    assert "Next page" not in page.links
+    page = look(client, "/counters?q=a%2F&limit=2")
+    assert list(page.counters) == ["a/1", "a/2"]
+    page = look(client, page.links["Next page"])
+    assert list(page.counters) == ["a/3"]
+    assert "Next page" not in page.links
+    assert page.form("/counters").fields["q"] == "a/"
+    assert list(look(client, page.links["All counters"]).counters) == ["A", "a", "a/1", "a/2", "a/3", "ab", "b a"]
+    page = look(client, "/counters?q=nothing")
+    assert page.counters == {}
+    assert page.texts["none"] == "No counter here: none has such a name."
+
+
+def test_a_search_may_be_typed_in_another_normal_form(in_memory: Flask) -> None:
+    state_of(in_memory).counter("größe").increment()
+    typed = unicodedata.normalize("NFD", "grö")
+    assert len(typed) == 4
+    page = press(in_memory.test_client(), look(in_memory.test_client()).form("/counters"), q=typed)
+    assert page.counters == {"größe": "1"}
+
+
+LETTERS = st.text(st.sampled_from("ab/é名\U0001f426"), max_size=4)
+
+
+@given(
+    names=st.sets(LETTERS.filter(bool), max_size=12),
+    beginning=LETTERS,
+    after=LETTERS,
+    limit=st.integers(1, 5),
+)
+def test_a_listing_is_what_a_search_through_all_names_would_give(
+    names: set[str], beginning: str, after: str, limit: int
+) -> None:
+    app = application("memory://")
+    for name in names:
+        state_of(app).counter(name).increment()
+    wanted = [name for name in sorted(names) if name.startswith(beginning) and name > after]
+    with app.app_context():
+        listing = find(SharedState(), beginning=beginning, after=after, limit=limit)
+    assert [name for name, _ in listing.counters] == wanted[:limit]
+    assert listing.next == (wanted[limit - 1] if len(wanted) > limit else None)
+
+
+def test_a_store_that_cannot_list_says_so_and_does_the_rest(tmp_path: Path, stack: ExitStack) -> None:
+    server = stack.enter_context(MemcachedServer(tmp_path / "memcached"))
+    app = application(server.url)
+    stack.callback(state_of(app).close)
+    client = app.test_client()
+    page = look(client)
+    assert page.counters == {}
+    text = client.get("/counters").text
+    assert "memcached cannot list its counters; use another store for it. Search for a whole name" in text
+    assert "The store memcached:// tells no figures of itself here" in text
+    page = press(client, page.form("/counters/increment"), name="a b")
+    assert sentence(page) == "a b gave 1."
+    page = press(client, page.form("/counters"), q="a b")
+    assert page.counters == {"a b": "1"}
+    page = press(client, page.form("/counters/set", "a b"), value="41")
+    page = press(client, page.form("/counters/increment", "a b"))
+    assert page.counters == {"a b": "42"}
+    page = press(client, press(client, page.form("/counters/delete", "a b")).form("/counters/delete", "a b"))
+    assert page.counters == {}
+    assert client.get("/counters.json?q=a").get_json()["counters"] == []
+
+
+# Live
+
+
+def test_what_has_not_changed_is_not_sent_again(in_memory: Flask) -> None:
+    client = in_memory.test_client()
+    state = state_of(in_memory)
+    state.counter("a").increment()
+    first = client.get("/counters.json")
+    assert first.status_code == 200
+    same = client.get("/counters.json", headers={"If-None-Match": first.headers["ETag"]})
+    assert same.status_code == 304
+    assert same.data == b""
+    assert same.headers["ETag"] == first.headers["ETag"]
+    state.counter("a").increment()
+    other = client.get("/counters.json", headers={"If-None-Match": first.headers["ETag"]})
+    assert other.status_code == 200
+    assert other.headers["ETag"] != first.headers["ETag"]
+    assert other.get_json()["counters"] == [{"name": "a", "value": "2"}]
+    elsewhere = client.get("/counters.json?q=b", headers={"If-None-Match": other.headers["ETag"]})
+    assert elsewhere.status_code == 200
+
+
+class Reader:
+    """Asks a running server for the data of the page, each time over a connection of its own."""
+
+    def __init__(self, server: Server) -> None:
+        self._address = urlsplit(server.url).netloc
+        self.tag = ""
+        self.found: dict[str, Any] = {}
+
+    def ask(self) -> int:
+        """The status of the answer; if that is not 304, its tag and content are the ones to know from now on."""
+        connection = HTTPConnection(self._address, timeout=PATIENCE)
+        with closing(connection):
+            connection.request("GET", "/counters.json", headers={"If-None-Match": self.tag} if self.tag else {})
+            response = connection.getresponse()
+            content = response.read()
+        if response.status == 200:
+            self.tag, self.found = response.headers["ETag"], json.loads(content)
+        return response.status
+
+
+def test_a_servers_workers_agree_on_what_has_not_changed(start_server: Callable[..., Server]) -> None:
+    """Asking changes nothing that is told; only the uptimes move on, in ever longer steps."""
+    reader = Reader(start_server("--workers", "2"))
+    eventually(lambda: all(reader.ask() == 304 for _ in range(6)), "six answers that nothing has changed")
+
+
+def test_the_processes_and_their_restarts_are_told(start_server: Callable[..., Server]) -> None:
+    server = start_server("--workers", "2")
+    reader = Reader(server)
+    reader.ask()
+    rows = reader.found["processes"]
+    assert [row["name"] for row in rows] == ["manager", "worker-1", "worker-2"]
+    assert [int(row["pid"]) for row in rows[:1]] == server.children("manager")
+    assert {int(row["pid"]) for row in rows[1:]} == set(server.children("worker"))
+    assert [row["restarts"] for row in rows] == ["0", "0", "0"]
+    with urlopen(f"{server.url}/counters", timeout=PATIENCE) as page:  # noqa: S310
+        text = page.read().decode()
+    assert all(f"<td>{row['pid']}</td>" in text for row in rows)
+    os.kill(int(rows[1]["pid"]), signal.SIGKILL)
+
+    def replaced() -> bool:
+        with suppress(OSError, HTTPException):  # the one that was killed may have been about to answer
+            reader.ask()
+        row = reader.found["processes"][1]
+        return bool(row["restarts"] == "1" and row["pid"].isdigit() and row["pid"] != rows[1]["pid"])
+
+    eventually(replaced, "the next worker on the page")
+
+
+def test_the_managers_figures_are_told(on_demand: str) -> None:
+    app = application(on_demand)
+    client = app.test_client()
+    before = client.get("/counters.json").get_json()["manager"]
+    for _ in range(3):
+        client.post("/counters/increment", data={"name": "a"})
+    after = client.get("/counters.json").get_json()["manager"]
+    status = state_of(app).status()
+    assert status is not None
+    assert after["now"]["Process"] == str(status.pid) == str(after["totals"]["pid"])
+    assert after["now"]["Counters"] == "1"
+    assert after["now"]["Durability"] == "process"
+    gained = {name: after["totals"][name] - before["totals"][name] for name in ("batches", "operations", "commits")}
+    assert gained == {"batches": 3, "operations": 3, "commits": 3}
+    assert after["totals"]["commit_seconds"] > before["totals"]["commit_seconds"]
+    page = look(client)
+    assert page.figures.items() >= {"Process": str(status.pid), "Counters": "1", "batch": "1.00 operations"}.items()
+    assert "Another launcher started them" in client.get("/counters").text
+    state_of(app).close()
+
+
+STATUS = Status(
+    pid=7,
+    epoch="e",
+    durability="commit",
+    uptime=10.0,
+    starts=3,
+    counters=100_000,
+    objects=1,
+    clients=2,
+    keys=3,
+    connections=4,
+    batches=500,
+    operations=2_000,
+    commits=250,
+    commit_seconds=0.5,
+    journal_bytes=12_345_678,
+)
+
+
+def test_means_are_of_what_there_was() -> None:
+    assert means(STATUS) == {"batches": "50.0/s", "batch": "4.00 operations", "commit": "2.00 ms"}
+    idle = structs.replace(STATUS, batches=0, operations=0, commits=0, commit_seconds=0.0)
+    assert means(idle) == {"batches": "0.0/s", "batch": "none yet", "commit": "none yet"}
+
+
+def test_figures_are_for_people_and_stay_the_same_while_nothing_happens() -> None:
+    told = figures(STATUS)
+    assert told.now["Counters"] == "100,000"
+    assert told.now["Journal"] == "12.3 MB"
+    assert told.now["Starts on its data"] == "3"
+    hour = structs.replace(STATUS, uptime=3600.0)
+    assert figures(hour) == figures(structs.replace(hour, uptime=7199.0)) != figures(structs.replace(hour, uptime=7200))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 seconds"),
+        (1.9, "1 second"),
+        (59.9, "59 seconds"),
+        (60, "1 minute"),
+        (3599, "59 minutes"),
+        (3600, "1 hour"),
+        (86399, "23 hours"),
+        (86400, "1 day"),
+        (10**8, "1157 days"),
+    ],
+)
+def test_a_duration_is_told_in_its_largest_unit(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (622_100, "622.1 kB"),
+        (5 * 10**9, "5.0 GB"),
+        (10**16, "10000.0 TB"),
+    ],
+)
+def test_a_size_is_told_in_the_unit_that_makes_it_short(number: int, text: str) -> None:
+    assert size(number) == text
+
+
+def test_a_process_that_is_yet_to_be_started_again_is_told_as_such() -> None:
+    (row,) = processes([Process(name="worker-1", pid=None, uptime=0.0, restarts=4)])
+    assert (row.pid, row.uptime, row.restarts) == ("being started", "", "4")
