@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser as Chromium
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.processes import PATIENCE, ROOT
 
@@ -20,6 +20,8 @@ _AXE = Path(__file__).parent / "axe_core" / "axe.min.js"
 # As root it has no sandbox to be in; and it is to talk to our server, and to nobody else.
 _OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 _OPTIONS += ["--disable-component-update", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+
+expect.set_options(timeout=PATIENCE * 1000)
 
 
 class Browser:

@@ -80,11 +80,11 @@ def processes(found: Sequence[Process]) -> list[ProcessRow]:
 
 def duration(seconds: float) -> str:
     """A time in its largest unit: as exact as people say it, and so the same for a while."""
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
-        if seconds >= length or unit == "second":
-            number = int(seconds // length)
-            break
-    return f"{number} {unit}{'' if number == 1 else 's'}"
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        number = int(seconds // length)
+        if number:
+            return f"{number} {unit}{'' if number == 1 else 's'}"
+    return "under a minute"
 
 
 def size(number: int) -> str:

@@ -233,10 +233,6 @@ async function send(form) {
   const body = new URLSearchParams(new FormData(form));
   try {
     const answer = await fetch(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
-    if (answer.redirected) {
-      location.assign(answer.url); // to sign in
-      return;
-    }
     if (!answer.ok) throw await failure(answer);
     say((await answer.json()).sentence);
     if (form.elements.value) form.reset();

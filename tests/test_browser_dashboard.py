@@ -1,0 +1,276 @@
+"""The dashboard as people see and use it in a browser: live, by keyboard alone, on a telephone, in the dark."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from counter_server.operations import LARGEST, SMALLEST
+from counter_server.state import State
+from tests.browser import NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
+from tests.load import open_client
+from tests.processes import Server
+
+NAMES = {"tickets": 41, "a/b": 7, "100% sure?&#+": -3, "שלום עולם": 12, "計数器": 5, "<b>bold</b>": 1}
+SOON = 2000  # milliseconds in which a change elsewhere is to be seen
+
+
+@pytest.fixture
+def server(start_server: Callable[..., Server]) -> Server:
+    return start_server("--workers", "2")
+
+
+@pytest.fixture
+def elsewhere(server: Server, data_dir: Path) -> Iterator[State]:
+    """Another program that uses the same counters."""
+    with open_client(f"manager://{data_dir}") as state:
+        for name, value in NAMES.items():
+            state.counter(name).set(value)
+        yield state
+
+
+def row(page: Page, name: str) -> Locator:
+    name_only = re.compile(f"^{re.escape(name)}$")
+    return page.locator("#counters tbody tr").filter(has=page.locator("th bdi").filter(has_text=name_only))
+
+
+def value(page: Page, name: str) -> Locator:
+    return row(page, name).locator("[data-value]")
+
+
+def names(page: Page) -> list[str]:
+    return page.locator("#counters tbody th bdi").all_inner_texts()
+
+
+def opened(browser: Browser, server: Server, query: str = "", **options: object) -> Page:
+    """The page, once it is live."""
+    page = browser.open(f"{server.url}/counters{query}", **options)  # type: ignore[arg-type]
+    expect(page.locator("#updates")).to_have_text("Up to date.")
+    return page
+
+
+def test_a_change_made_elsewhere_is_seen_within_two_seconds(browser: Browser, server: Server, elsewhere: State) -> None:
+    page = opened(browser, server)
+    expect(value(page, "tickets")).to_have_text("41")
+    for number in (42, 43, 44):
+        elsewhere.counter("tickets").increment()
+        expect(value(page, "tickets")).to_have_text(str(number), timeout=SOON)
+    elsewhere.counter("new: one").increment()
+    expect(value(page, "new: one")).to_have_text("1", timeout=SOON)
+    elsewhere.counter("a/b").delete()
+    expect(row(page, "a/b")).to_have_count(0, timeout=SOON)
+    assert names(page) == sorted({*NAMES, "new: one"} - {"a/b"})
+    elsewhere.counter("tickets").set(LARGEST)
+    expect(value(page, "tickets")).to_have_text(str(LARGEST), timeout=SOON)
+
+
+def test_each_counter_has_its_rate_drawn_and_in_words(browser: Browser, server: Server, elsewhere: State) -> None:
+    page = opened(browser, server)
+    expect(row(page, "a/b").locator("[data-rate]")).to_have_text("0/s")
+    line = row(page, "tickets").locator("polyline")
+    elsewhere.counter("tickets").increment(by=1000)
+    expect(row(page, "tickets").locator("[data-rate]")).to_have_text(re.compile(r"^[1-9]\d*(,\d+)?(\.\d)?/s$"))
+    points = [point.split(",") for point in (line.get_attribute("points") or "").split()]
+    assert float(points[-1][0]) == 60
+    assert min(float(y) for _, y in points) == 1, "the highest point is at the top"
+    elsewhere.counter("tickets").set(0)
+    expect(row(page, "tickets").locator("[data-rate]")).to_have_text(re.compile(r"^-[1-9]"))
+    expect(row(page, "a/b").locator("[data-rate]")).to_have_text("0/s")
+
+
+def test_the_manager_and_the_processes_are_live(browser: Browser, server: Server, elsewhere: State) -> None:
+    page = opened(browser, server)
+    expect(page.locator("[data-figure=Counters]")).to_have_text(str(len(NAMES)))
+    expect(page.locator("[data-figure=Process]")).to_have_text(str(server.children("manager")[0]))
+    expect(page.locator("[data-mean=batches]")).to_have_text("0.0/s")
+    elsewhere.counter("another").increment()
+    expect(page.locator("[data-figure=Counters]")).to_have_text(str(len(NAMES) + 1), timeout=SOON)
+    expect(page.locator("[data-mean=batches]")).to_have_text(re.compile(r"^0\.[1-9]/s$"))
+    expect(page.locator("[data-mean=batch]")).to_have_text("1.00 operations")
+    expect(page.locator("[data-mean=commit]")).to_have_text(re.compile(r"^\d+\.\d\d ms$"))
+    assert page.locator("#processes tbody th").all_inner_texts() == ["manager", "worker-1", "worker-2"]
+
+
+def test_it_can_all_be_done_by_keyboard_alone(browser: Browser, server: Server, elsewhere: State) -> None:
+    page = opened(browser, server)
+    press_until(page, "Tab", "#q")
+    page.keyboard.type("ti")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/counters?q=ti")
+    expect(page.locator("#updates")).to_have_text("Up to date.")
+    assert names(page) == ["tickets"]
+
+    press_until(page, "Tab", "td button:has-text('Take one')")
+    page.keyboard.press("Enter")
+    expect(value(page, "tickets")).to_have_text("42")
+    expect(page.locator("#said")).to_contain_text("gave 42.")
+    page.keyboard.press("Enter")  # the focus has not moved
+    expect(value(page, "tickets")).to_have_text("43")
+
+    press_until(page, "Tab", "summary")
+    page.keyboard.press("Enter")
+    press_until(page, "Tab", "td input[name=value]")
+    page.keyboard.type("-7")
+    page.keyboard.press("Enter")
+    expect(value(page, "tickets")).to_have_text("-7")
+
+    press_until(page, "Tab", "td button:has-text('Delete')")
+    page.keyboard.press("Enter")
+    expect(page.locator("#question")).to_have_text("Delete tickets?")
+    expect(page.locator("dialog button:text-is('Keep it')")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator("dialog")).to_be_hidden()
+    expect(page.locator("td button:has-text('Delete')")).to_be_focused()
+    page.keyboard.press("Enter")
+    press_until(page, "Tab", "dialog button:text-is('Delete')")
+    page.keyboard.press("Enter")
+    expect(page.locator("#said")).to_contain_text("is deleted.")
+    expect(page.locator("#said")).to_be_focused()
+    expect(page.locator("#none")).to_be_visible()
+    assert names(page) == []
+    assert "tickets" not in dict(elsewhere.counters().counters)
+
+    press_until(page, "Shift+Tab", "#name")
+    page.keyboard.type("ti me")
+    page.keyboard.press("Enter")
+    expect(value(page, "ti me")).to_have_text("1")
+
+
+def test_a_row_that_came_later_is_as_good_as_the_others(browser: Browser, server: Server, elsewhere: State) -> None:
+    page = opened(browser, server)
+    odd = "\"later\" & <i>'odd'</i> 50% #1"
+    elsewhere.counter(odd).increment()
+    expect(value(page, odd)).to_have_text("1")
+    row(page, odd).get_by_role("button", name="Take one").click()
+    expect(value(page, odd)).to_have_text("2")
+    row(page, odd).locator("summary").click()
+    row(page, odd).get_by_label("New value").fill("9")
+    row(page, odd).get_by_role("button", name="Set").click()
+    expect(value(page, odd)).to_have_text("9")
+    row(page, odd).get_by_role("button", name="Delete").click()
+    expect(page.locator("dialog bdi")).to_have_text(odd)
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(row(page, odd)).to_have_count(0)
+    assert dict(elsewhere.counters().counters) == NAMES
+
+
+def test_who_types_is_not_disturbed_by_what_changes(browser: Browser, server: Server, elsewhere: State) -> None:
+    page = opened(browser, server)
+    row(page, "tickets").locator("summary").click()
+    field = row(page, "tickets").get_by_label("New value")
+    field.press_sequentially("12")
+    elsewhere.counter("sooner").increment()
+    elsewhere.counter("unicorns").increment()
+    elsewhere.counter("a/b").delete()
+    elsewhere.counter("tickets").increment()
+    expect(value(page, "tickets")).to_have_text("42")
+    expect(row(page, "unicorns")).to_have_count(1)
+    assert names(page) == sorted({*NAMES, "sooner", "unicorns"} - {"a/b"})
+    expect(field).to_be_focused()
+    field.press_sequentially("3")
+    expect(field).to_have_value("123")
+
+
+def test_what_is_refused_is_said_in_words(browser: Browser, server: Server, elsewhere: State) -> None:
+    elsewhere.counter("tickets").set(LARGEST)
+    page = opened(browser, server)
+    row(page, "tickets").get_by_role("button", name="Take one").click()
+    expect(page.locator("#said")).to_contain_text("Not done: 'tickets' is 9223372036854775807")
+    expect(value(page, "tickets")).to_have_text(str(LARGEST))
+    # The browser itself notes every answer that is an error.
+    assert [complaint for complaint in browser.complaints if "409" not in complaint] == []
+    browser.complaints.clear()
+
+
+def test_it_says_that_the_server_has_gone_and_goes_on_when_it_is_back(
+    browser: Browser, start_server: Callable[..., Server], server: Server, elsewhere: State
+) -> None:
+    page = opened(browser, server)
+    port = str(urlsplit(server.url).port)
+    assert server.stop() == 0
+    sentence = "Not up to date: the server does not answer. Still trying."
+    expect(page.locator("#updates")).to_have_text(sentence)
+    row(page, "tickets").get_by_role("button", name="Take one").click()
+    expect(page.locator("#said")).to_have_text("Not done: the server does not answer.")
+    expect(value(page, "tickets")).to_have_text("41")
+    start_server("--workers", "2", "--port", port)
+    expect(page.locator("#updates")).to_have_text("Up to date.")
+    elsewhere.counter("tickets").increment()
+    expect(value(page, "tickets")).to_have_text("42")
+    assert all("ERR_CONNECTION_REFUSED" in complaint for complaint in browser.complaints)
+    browser.complaints.clear()
+
+
+def test_it_stands_still_while_it_is_paused(browser: Browser, server: Server, elsewhere: State) -> None:
+    page = opened(browser, server)
+    page.clock.install()
+    page.reload()
+    expect(page.locator("#updates")).to_have_text("Up to date.")
+    page.get_by_role("button", name="Pause").click()
+    expect(page.locator("#updates")).to_have_text("Paused.")
+    elsewhere.counter("tickets").increment()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.clock.run_for(60_000)
+    assert asked == []
+    expect(value(page, "tickets")).to_have_text("41")
+    page.get_by_role("button", name="Pause").click()
+    expect(value(page, "tickets")).to_have_text("42")
+
+
+def test_the_next_page_is_live_too(browser: Browser, server: Server, elsewhere: State) -> None:
+    page = opened(browser, server, "?limit=2")
+    assert names(page) == sorted(NAMES)[:2]
+    page.get_by_role("link", name="Next page").click()
+    expect(page.locator("#updates")).to_have_text("Up to date.")
+    assert names(page) == sorted(NAMES)[2:4]
+    elsewhere.counter(sorted(NAMES)[2]).set(1234)
+    expect(value(page, sorted(NAMES)[2])).to_have_text("1234")
+    page.get_by_role("link", name="Next page").click()
+    expect(page.locator("#updates")).to_have_text("Up to date.")
+    assert names(page) == sorted(NAMES)[4:]
+    expect(page.get_by_role("link", name="Next page")).to_be_hidden()
+    elsewhere.counter("計数器 2").increment()
+    expect(page.get_by_role("link", name="Next page")).to_be_visible()
+    page.get_by_role("link", name="Next page").click()
+    expect(value(page, "計数器 2")).to_have_text("1")
+
+
+def test_it_works_without_javascript(browser: Browser, server: Server, elsewhere: State) -> None:
+    page = browser.open(f"{server.url}/counters", javascript=False)
+    expect(page.locator("td.rate").first).to_be_hidden()
+    expect(page.locator("#pause")).to_be_hidden()
+    row(page, "tickets").get_by_role("button", name="Take one").click()
+    expect(page.locator("#said")).to_contain_text("gave 42.")
+    row(page, "tickets").locator("summary").click()
+    row(page, "tickets").get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Delete tickets?")
+    assert accessibility_violations(page) == []
+    page.get_by_role("button", name="Delete").click()
+    expect(page.locator("#said")).to_contain_text("is deleted.")
+    assert names(page) == sorted(NAMES.keys() - {"tickets"})
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+@pytest.mark.parametrize("width", [NARROW, 1280])
+def test_it_fits_and_is_accessible(
+    browser: Browser, server: Server, elsewhere: State, colours: str, width: int
+) -> None:
+    elsewhere.counter("x" * 255).set(LARGEST)
+    elsewhere.counter("smallest").set(SMALLEST)
+    page = opened(browser, server, width=width, colours=colours)
+    elsewhere.counter("tickets").increment(by=100)
+    expect(row(page, "tickets").locator("[data-rate]")).not_to_have_text("0/s")
+    screenshot(page, f"counters-{colours}-{width}")
+    assert accessibility_violations(page) == []
+    assert overflow(page) <= 0
+    row(page, "x" * 255).locator("summary").click()
+    assert accessibility_violations(page) == []
+    assert overflow(page) <= 0
+    row(page, "x" * 255).get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    assert accessibility_violations(page) == []
+    assert overflow(page) <= 0
