@@ -138,8 +138,15 @@ def look(client: FlaskClient, url: str = "/counters") -> Page:
     return Page(response.text)
 
 
-def application(url: str) -> Flask:
-    return create_app({"COUNTER_SERVER_STORE": url, "COUNTER_SERVER_DURABILITY": "process"})
+def application(url: str, *, host: str = "127.0.0.1", token: str | None = None) -> Flask:
+    return create_app(
+        {
+            "COUNTER_SERVER_STORE": url,
+            "COUNTER_SERVER_DURABILITY": "process",
+            "COUNTER_SERVER_HOST": host,
+            "COUNTER_SERVER_TOKEN": token,
+        }
+    )
 
 
 @pytest.fixture(params=["memory", "manager"])
@@ -340,6 +347,49 @@ def test_other_sites_and_links_change_nothing(in_memory: Flask, action: str) -> 
     response = client.get(f"/counters/{action}", query_string=fields)
     assert response.status_code == (200 if action == "delete" else 405)
     assert all_counters(in_memory) == {"a": 7}
+
+
+# Who may what
+
+TOKEN = "a-token-of-sixteen-characters-or-more"
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_who_is_no_operator_may_count_only_and_is_told_why(token: str | None) -> None:
+    app = application("memory://", host="0.0.0.0", token=token)
+    state_of(app).counter("a").set(7)
+    client = app.test_client()
+    page = press(client, look(client).form("/counters/increment", "a"))
+    assert page.counters == {"a": "8"}
+    assert {form.action for form in page.forms} == {"/counters", "/counters/increment"}
+    text = client.get("/counters").text
+    assert (
+        "You may count; set and delete are for operators" if token else "You may count; set and delete are off"
+    ) in text
+    assert "<dialog" not in text
+    for method, action in [("post", "set"), ("post", "delete"), ("get", "delete")]:
+        response = client.open(
+            f"/counters/{action}?name=a", method=method, data={"name": "a", "value": "1"}, headers=SCRIPT
+        )
+        assert response.status_code == (401 if token else 403)
+        assert response.content_type == "application/problem+json"
+    assert all_counters(app) == {"a": 8}
+
+
+def test_who_signs_in_is_back_in_their_place_and_may_set_and_delete() -> None:
+    app = application("memory://", host="0.0.0.0", token=TOKEN)
+    state_of(app).counter("a").set(7)
+    client = app.test_client()
+    response = client.post("/counters/set", data={"name": "a", "value": "1"}, headers=BROWSER)
+    assert response.status_code == 303
+    assert response.headers["Location"].startswith("/sign-in")
+    sign_in = look(client, look(client, "/counters?q=a").links["Sign in"])
+    page = press(client, sign_in.form("/sign-in"), token=TOKEN)
+    assert page.form("/counters").fields["q"] == "a"
+    page = press(client, page.form("/counters/set", "a"), value="1")
+    assert page.counters == {"a": "1"}
+    page = press(client, press(client, page.form("/counters/delete", "a")).form("/counters/delete", "a"))
+    assert page.counters == {}
 
 
 # Finding

@@ -13,6 +13,7 @@ from ..errors import CounterServerError, InvalidRequest
 from ..extension import SharedState
 from ..operations import Get
 from ..status import Process
+from .access import operators_only, wants_page
 from .figures import Figures, ProcessRow, figures, means, processes
 from .listing import LARGEST_LISTING, Listing, find
 from .problems import of_ours, problem
@@ -52,7 +53,6 @@ def blueprint(shared: SharedState) -> Blueprint:
             listing=listing,
             here=_here(),
             next=None if listing.next is None else url_for(".page", **{**_here(), "after": listing.next}),
-            may_operate=True,
             manager=None if status is None else figures(status),
             means=None if status is None else means(status),
             processes=_processes(),
@@ -81,12 +81,14 @@ def blueprint(shared: SharedState) -> Blueprint:
         return _told(f"{_isolated(counter.name)} gave {counter.increment()}.")
 
     @dashboard.post("/counters/set")
+    @operators_only
     def set_() -> Response:
         counter = shared.counter(_name())
         value = counter.set(_number(request.form.get("value", "")))
         return _told(f"{_isolated(counter.name)} is {value} now.")
 
     @dashboard.get("/counters/delete")
+    @operators_only
     def confirm() -> str | Response:
         """Ask whether the counter is to go."""
         name = request.args.get("name", "")
@@ -96,6 +98,7 @@ def blueprint(shared: SharedState) -> Blueprint:
         return render_template("dashboard_delete.html", name=name, value=value, here=_here())
 
     @dashboard.post("/counters/delete")
+    @operators_only
     def delete() -> Response:
         counter = shared.counter(_name())
         told = "is deleted" if counter.delete() else "was not there"
@@ -150,7 +153,7 @@ def _told(sentence: str) -> Response:
 
 def _for_people(answer: Response) -> Response:
     """A problem document, as a page for who asks for pages."""
-    if request.accept_mimetypes.best_match(["application/problem+json", "text/html"]) == "text/html":
+    if wants_page():
         answer.set_data(render_template("dashboard_refused.html", problem=answer.get_json(), here=_here()))
         answer.content_type = "text/html; charset=utf-8"
     return answer
