@@ -13,7 +13,7 @@ from ..errors import CounterServerError, InvalidRequest
 from ..extension import SharedState
 from ..operations import Get
 from ..status import Process
-from .access import may_operate, operators_only, wants_page
+from .access import operators_only, wants_page
 from .figures import Figures, ProcessRow, figures, means, processes
 from .listing import LARGEST_LISTING, Listing, find
 from .problems import of_ours, problem
@@ -53,7 +53,6 @@ def blueprint(shared: SharedState) -> Blueprint:
             listing=listing,
             here=_here(),
             next=None if listing.next is None else url_for(".page", **{**_here(), "after": listing.next}),
-            operates=may_operate(),
             manager=None if status is None else figures(status),
             means=None if status is None else means(status),
             processes=_processes(),
