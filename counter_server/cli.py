@@ -117,6 +117,15 @@ def main() -> None:
     metavar="COUNT",
     help="How many proxies stand before it, and set X-Forwarded-For, -Proto and -Host.",
 )
+@click.option(
+    "--badge",
+    multiple=True,
+    metavar="NAME",
+    help="A counter that /badge/NAME.svg?count=1 counts; may be given again. Badges of others only read.",
+)
+@click.option(
+    "--rate-limit", metavar="LIMIT", help="How often each address may ask the API and the badges, such as 100/minute."
+)
 @data_dir_option
 @durability_option
 @store_option
@@ -126,6 +135,8 @@ def run(
     durability: str,
     allow_host: tuple[str, ...],
     trusted_proxy: int,
+    badge: tuple[str, ...],
+    rate_limit: str | None,
     **options: Any,
 ) -> None:
     """Serve the web application: one manager process, several workers, one port.
@@ -138,7 +149,12 @@ def run(
     given = click.get_current_context().get_parameter_source("durability") is not ParameterSource.DEFAULT
     if given and not url.startswith("manager:"):
         raise InvalidRequest("--durability is a manager's; another store keeps what its own server is set to keep")
-    web = {"COUNTER_SERVER_ALLOWED_HOSTS": allow_host, "COUNTER_SERVER_TRUSTED_PROXIES": trusted_proxy}
+    web = {
+        "COUNTER_SERVER_ALLOWED_HOSTS": allow_host,
+        "COUNTER_SERVER_TRUSTED_PROXIES": trusted_proxy,
+        "COUNTER_SERVER_BADGES": badge,
+        "COUNTER_SERVER_RATE_LIMIT": rate_limit,
+    }
     settings = ServerSettings(store=url, durability=cast(Durability, durability), web=web, **options)
     sys.exit(Supervisor(settings).run())
 

@@ -6,7 +6,22 @@ from typing import Any
 from flask import Flask
 
 from ..extension import SharedState
-from . import access, api, headers, hosts, navigation, origin, pages, problems, sign_in, signing
+from . import (
+    access,
+    api,
+    badge,
+    documentation,
+    headers,
+    hosts,
+    navigation,
+    origin,
+    pages,
+    problems,
+    rate_limit,
+    sign_in,
+    signing,
+)
+from .names import CounterNameConverter
 
 __all__ = ["create_app"]
 
@@ -22,6 +37,8 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
         - ``COUNTER_SERVER_TOKEN``: what operators sign in with, who set and delete; default the environment variable.
         - ``COUNTER_SERVER_ALLOWED_HOSTS``: names besides loopback's that the server goes by.
         - ``COUNTER_SERVER_TRUSTED_PROXIES``: how many proxies stand before it, whose X-Forwarded headers hold.
+        - ``COUNTER_SERVER_BADGES``: the names of the counters whose badges count.
+        - ``COUNTER_SERVER_RATE_LIMIT``: how often an address may ask, such as ``"100/minute"``; without it, at will.
         - ``SECRET_KEY``: signs cookies; without it, one that is kept in the data directory.
     :raises StartupError: if one of these cannot be, or the data directory cannot be had.
     """
@@ -29,6 +46,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     app.config.update(MAX_CONTENT_LENGTH=_LARGEST_BODY, SESSION_COOKIE_SAMESITE="Lax")
     app.config.update(config or {})
     app.url_map.merge_slashes = False  # "a//b" is a name of its own, not a way to write "a/b"
+    app.url_map.converters["counter"] = CounterNameConverter
     shared = SharedState(app)
     signing.init_app(app)
     hosts.init_app(app)
@@ -37,7 +55,10 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     headers.init_app(app)
     problems.init_app(app)
     navigation.init_app(app)
+    rate_limit.init_app(app, shared)
     app.register_blueprint(api.blueprint(shared))
+    app.register_blueprint(badge.blueprint(shared, app.config.setdefault("COUNTER_SERVER_BADGES", ())))
     app.register_blueprint(pages.blueprint(shared))
     app.register_blueprint(sign_in.blueprint())
+    app.register_blueprint(documentation.blueprint())
     return app
