@@ -151,6 +151,19 @@ main.add_command(prove)
     default=None,
     help="Whether /lab shows what goes wrong without this (default: if only this machine can connect).",
 )
+@click.option(
+    "--badge",
+    "COUNTER_SERVER_BADGES",
+    multiple=True,
+    metavar="NAME",
+    help="A counter that /badge/NAME.svg?count=1 counts; may be given again. Badges of others only read.",
+)
+@click.option(
+    "--rate-limit",
+    "COUNTER_SERVER_RATE_LIMIT",
+    metavar="LIMIT",
+    help="How often each address may ask the API and the badges, such as 100/minute.",
+)
 @data_dir_option
 @durability_option
 @store_option

@@ -50,6 +50,11 @@ class Windows(MemoryStorage):
         self._forget()
         return super().incr(key, expiry, amount)
 
+    def take(self, key: str, expiry: float) -> tuple[int, float]:
+        """Take one from a fixed window; how many are taken with it, and the seconds that the window still has."""
+        taken = self.incr(key, expiry)
+        return taken, self.get_expiry(key) - time.time()
+
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         self._forget()
         return super().acquire_entry(key, limit, expiry, amount)

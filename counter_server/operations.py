@@ -72,10 +72,10 @@ def _check_text(what: str, value: object) -> None:
         raise InvalidRequest(f"{what} must be a str, not {type(value).__name__}")
 
 
-class Step(Struct, frozen=True, forbid_unknown_fields=True):
+class Step(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """By how much, and within which bounds: the JSON body of an increment."""
 
-    by: Integer = 1
+    by: Annotated[Integer, Meta(description="Not 0", extra_json_schema={"not": {"const": 0}})] = 1
     minimum: Integer | None = None
     maximum: Integer | None = None
 

@@ -190,8 +190,8 @@ class Manager(Program):
 class Server(Program):
     """`run.py` on a free port, ready for requests."""
 
-    def __init__(self, *options: str | Path) -> None:
-        super().__init__("run.py", "--port", "0", *options)
+    def __init__(self, *options: str | Path, environment: dict[str, str] | None = None) -> None:
+        super().__init__("run.py", "--port", "0", *options, environment=environment)
         try:
             self.url = self.expect("Serving on ")
         except AssertionError:

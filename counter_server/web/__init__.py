@@ -9,7 +9,9 @@ from ..extension import SharedState, state_of
 from . import (
     access,
     api,
+    badge,
     dashboard,
+    documentation,
     headers,
     health,
     hosts,
@@ -18,10 +20,12 @@ from . import (
     origin,
     pages,
     problems,
+    rate_limit,
     request_log,
     sign_in,
     signing,
 )
+from .names import CounterNameConverter
 
 __all__ = ["create_app"]
 
@@ -37,6 +41,10 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
         - ``COUNTER_SERVER_TOKEN``: what operators sign in with, who set and delete; default the environment variable.
         - ``COUNTER_SERVER_ALLOWED_HOSTS``: names besides loopback's that the server goes by.
         - ``COUNTER_SERVER_TRUSTED_PROXIES``: how many proxies stand before it, whose X-Forwarded headers hold.
+        - ``COUNTER_SERVER_BADGES``: the names of the counters whose badges count.
+        - ``COUNTER_SERVER_RATE_LIMIT``: how often an address may ask, such as ``"100/minute"``; without it, at will.
+        - ``COUNTER_SERVER_LAB``: whether the lab is on; without it, where only this machine can connect.
+        - ``COUNTER_SERVER_REQUEST_LOG``: whether every request is logged.
         - ``SECRET_KEY``: signs cookies; without it, one that is kept in the data directory.
     :raises StartupError: if one of these cannot be, or the data directory cannot be had.
     """
@@ -44,6 +52,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     app.config.update(MAX_CONTENT_LENGTH=_LARGEST_BODY, SESSION_COOKIE_SAMESITE="Lax")
     app.config.update(config or {})
     app.url_map.merge_slashes = False  # "a//b" is a name of its own, not a way to write "a/b"
+    app.url_map.converters["counter"] = CounterNameConverter
     shared = SharedState(app)
     signing.init_app(app)
     hosts.init_app(app)
@@ -54,10 +63,13 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     navigation.init_app(app)
     if app.config.setdefault("COUNTER_SERVER_REQUEST_LOG", False):
         request_log.init_app(app)
+    rate_limit.init_app(app, shared)
     app.register_blueprint(api.blueprint(shared))
+    app.register_blueprint(badge.blueprint(shared, app.config.setdefault("COUNTER_SERVER_BADGES", ())))
     app.register_blueprint(pages.blueprint(shared))
     app.register_blueprint(dashboard.blueprint(shared))
     app.register_blueprint(health.blueprint(state_of(app)))
     app.register_blueprint(sign_in.blueprint())
+    app.register_blueprint(documentation.blueprint())
     lab.init_app(app, shared)
     return app

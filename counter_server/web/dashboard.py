@@ -16,7 +16,7 @@ from ..status import Process
 from .access import operators_only, wants_page
 from .figures import Figures, ProcessRow, figures, means, processes
 from .listing import LARGEST_LISTING, Listing, find
-from .problems import of_ours, problem
+from .problems import problem, refuse
 
 _ROWS = "50"  # counters on a page, where nobody asks for more or fewer
 
@@ -41,7 +41,7 @@ class Live(Struct, frozen=True):
 
 def blueprint(shared: SharedState) -> Blueprint:
     dashboard = Blueprint("dashboard", __name__)
-    dashboard.register_error_handler(CounterServerError, lambda error: _for_people(of_ours(error)))
+    dashboard.register_error_handler(CounterServerError, lambda error: _for_people(refuse(error)))
 
     @dashboard.get("/counters")
     def page() -> str:

@@ -10,6 +10,7 @@ from werkzeug.exceptions import ServiceUnavailable
 from ..errors import Unsupported
 from ..extension import SharedState
 from ..visitors import VisitorCounter
+from .forms import is_prefetch
 from .visits import LastVisits
 
 
@@ -22,7 +23,7 @@ def blueprint(shared: SharedState) -> Blueprint:
     @pages.get("/")
     def home() -> str:
         """Count this visit and show its number."""
-        if _is_prefetch():
+        if is_prefetch():
             # A page fetched ahead might be shown later, or never: refused, so the browser asks again for a real visit.
             raise ServiceUnavailable("a visit is counted when it is made, not ahead of it")
         if request.method == "HEAD":
@@ -71,8 +72,3 @@ def _told(sentence: str) -> Response:
     if request.accept_mimetypes.best_match(["text/plain", "text/html"]) == "text/html":
         return Response(render_template("session.html", sentence=sentence))
     return Response(sentence, mimetype="text/plain")
-
-
-def _is_prefetch() -> bool:
-    purposes = (request.headers.get(name, "") for name in ("Sec-Purpose", "Purpose", "X-Purpose", "X-Moz"))
-    return any("prefetch" in purpose.lower() or "preview" in purpose.lower() for purpose in purposes)

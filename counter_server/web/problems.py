@@ -4,6 +4,7 @@ import logging
 
 import msgspec
 from flask import Flask, Response, g, request
+from msgspec import Struct
 from werkzeug.exceptions import BadRequest, HTTPException
 
 from ..errors import (
@@ -49,7 +50,7 @@ _DETAIL: dict[Outcome, str] = {
 def init_app(app: Flask) -> None:
     app.before_request(_refuse_what_is_no_text)
     app.after_request(_never_cached)
-    app.register_error_handler(CounterServerError, of_ours)
+    app.register_error_handler(CounterServerError, refuse)
     app.register_error_handler(HTTPException, _of_http)
     app.register_error_handler(Exception, _unexpected)
 
@@ -67,17 +68,27 @@ def _never_cached(response: Response) -> Response:
     return response
 
 
+class Problem(Struct, frozen=True):
+    """Why a request was refused, or failed (RFC 9457); `outcome` says whether something may have been counted."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    outcome: Outcome
+
+
 def problem(status: int, title: str, detail: str, outcome: Outcome) -> Response:
     """A problem document. `outcome` says whether something may have been counted."""
     g.outcome = outcome  # for the log
-    body = {"type": "about:blank", "title": title, "status": status, "detail": detail, "outcome": outcome}
+    body = Problem("about:blank", title, status, detail, outcome)
     response = Response(msgspec.json.encode(body), status, content_type="application/problem+json")
     if status == 503:
         response.headers["Retry-After"] = _RETRY_AFTER
     return response
 
 
-def of_ours(error: CounterServerError) -> Response:
+def refuse(error: CounterServerError) -> Response:
     """The problem document of one of our errors, with what may be told to anybody; the log has the rest."""
     status = _STATUS.get(type(error), 500)
     detail = str(error)

@@ -1,0 +1,286 @@
+"""Badges: pictures that read a counter, and count where the operator has allowed it; drawn as safe, readable SVG."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from hypothesis import example, given
+from hypothesis import strategies as st
+from werkzeug.test import TestResponse
+
+from counter_server.errors import InvalidRequest
+from counter_server.operations import LARGEST
+from counter_server.state import State
+from counter_server.web import create_app
+from counter_server.web.badge_picture import PALETTE, draw
+from tests.processes import Program, Server
+from tests.test_server import ask
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def app() -> Flask:
+    return create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_BADGES": ["visits", "a/b"]})
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.fixture
+def state(app: Flask) -> Iterator[State]:
+    found = app.extensions["counter_server"]
+    assert isinstance(found, State)
+    yield found
+    found.close()
+
+
+def parse(picture: str) -> ElementTree.Element:
+    return ElementTree.fromstring(picture)  # noqa: S314 - ours
+
+
+def path_to(name: str) -> str:
+    return f"/badge/{quote(name, safe='')}.svg"
+
+
+def words(response: TestResponse, status: int = 200) -> list[str]:
+    """What the badge says, left and right; and that it says so to those who cannot see it, and is not kept."""
+    assert response.status_code == status, response.text
+    assert response.content_type == "image/svg+xml; charset=utf-8"
+    assert response.headers["Cache-Control"] == "no-store"
+    assert response.headers["Cross-Origin-Resource-Policy"] == "cross-origin"
+    return said(response.text)
+
+
+def said(picture: str) -> list[str]:
+    svg = parse(picture)
+    assert svg.tag == f"{SVG}svg"
+    assert svg.get("role") == "img"
+    left, right = (text.text or "" for text in svg.iter(f"{SVG}text"))
+    title = svg.find(f"{SVG}title")
+    assert title is not None
+    assert svg.get("aria-label") == title.text == f"{left}: {right}"
+    return [left, right]
+
+
+def fills(picture: str) -> list[str | None]:
+    return [path.get("fill") for path in parse(picture).iter(f"{SVG}path")]
+
+
+def test_a_badge_reads_and_counts_nothing(client: FlaskClient, state: State) -> None:
+    state.counter("visits").set(7)
+    for _ in range(3):
+        assert words(client.get("/badge/visits.svg")) == ["visits", "7"]
+        assert words(client.get("/badge/visits.svg?count=0")) == ["visits", "7"]
+    assert state.counter("visits").value == 7
+
+
+def test_a_badge_counts_where_it_is_asked_to_and_allowed(client: FlaskClient, state: State) -> None:
+    assert words(client.get("/badge/visits.svg?count=1")) == ["visits", "1"]
+    assert words(client.get("/badge/visits.svg?count=1")) == ["visits", "2"]
+    assert words(client.get(f"{path_to('a/b')}?count=1")) == ["a/b", "1"]
+    assert words(client.get("/badge/a/b.svg?count=1")) == ["a/b", "2"]
+    assert state.counter("visits").value == 2
+
+
+@pytest.mark.parametrize("name", ["other", "Visits", "visits.svg", "visit", "a"])
+def test_a_badge_that_may_not_count_is_refused_and_counts_nothing(client: FlaskClient, state: State, name: str) -> None:
+    response = client.get(f"{path_to(name)}?count=1")
+    assert response.status_code == 403
+    assert response.content_type == "application/problem+json"
+    assert name in response.get_json()["detail"]
+    assert state.counters().counters == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Purpose": "prefetch"},
+        {"Sec-Purpose": "prefetch;prerender"},
+        {"Purpose": "prefetch"},
+        {"X-Moz": "prefetch"},
+        {"X-Purpose": "preview"},
+    ],
+)
+def test_fetching_ahead_shows_the_number_and_counts_nothing(
+    client: FlaskClient, state: State, headers: dict[str, str]
+) -> None:
+    state.counter("visits").set(7)
+    assert words(client.get("/badge/visits.svg?count=1", headers=headers)) == ["visits", "7"]
+    assert state.counter("visits").value == 7
+
+
+def test_head_counts_nothing(client: FlaskClient, state: State) -> None:
+    state.counter("visits").set(7)
+    head = client.head("/badge/visits.svg?count=1")
+    assert (head.status_code, head.get_data()) == (200, b"")
+    assert state.counter("visits").value == 7
+
+
+def test_a_counter_that_is_not_there_is_a_badge_that_says_so(client: FlaskClient, state: State) -> None:
+    assert words(client.get("/badge/visits.svg"), 404) == ["visits", "none"]
+    assert words(client.get("/badge/x.svg?label=y&color=red"), 404) == ["y", "none"]
+    assert state.counters().counters == []
+
+
+def test_a_counter_at_its_end_is_refused_and_still_read(client: FlaskClient, state: State) -> None:
+    state.counter("visits").set(LARGEST)
+    assert client.get("/badge/visits.svg?count=1").status_code == 409
+    assert words(client.get("/badge/visits.svg")) == ["visits", str(LARGEST)]
+
+
+def test_a_badge_has_the_label_and_the_colour_that_were_asked_for(client: FlaskClient, state: State) -> None:
+    state.counter("visits").set(-7)
+    label = '<b>&"Besucher'
+    response = client.get(f"/badge/visits.svg?label={quote(label)}&color=fe7d37")
+    assert words(response) == [label, "-7"]
+    assert fills(response.text)[1] == "#fe7d37"
+    for colour, fill in [*PALETTE.items(), ("ABC", "ABC"), ("0a1B2c", "0a1B2c")]:
+        assert fills(client.get(f"/badge/visits.svg?color={colour}").text)[1] == f"#{fill}"
+    assert words(client.get("/badge/visits.svg?label=&utm_source=elsewhere")) == ["visits", "-7"]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "color=",
+        "color=purple",
+        "color=%23fff",
+        "color=ff",
+        "color=fffff",
+        "color=ggg",
+        "color=blue%0a",
+        "color=fff%0a",
+        "color=blue&color=red",
+        'color=fff"/><script/>',
+        "label=" + "x" * 65,
+        "label=a%0ab",
+        "label=a%0a",
+        "label=%00",
+        "label=%1b[2J",
+        "count=2",
+        "count=-1",
+        "count=true",
+        "count=",
+        "count=1.0",
+        "count=01",
+        "count=1&count=1",
+    ],
+)
+def test_a_bad_query_is_refused_and_counts_nothing(client: FlaskClient, state: State, query: str) -> None:
+    state.counter("visits").set(7)
+    for count in ("", "&count=1") if "count" not in query else ("",):
+        response = client.get(f"/badge/visits.svg?{query}{count}")
+        assert response.status_code == 400
+        assert response.content_type == "application/problem+json"
+        assert response.get_json()["outcome"] == "not_applied"
+    assert state.counter("visits").value == 7
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\0", "e\u0301", "x" * 256])
+def test_a_bad_name_is_refused(client: FlaskClient, name: str) -> None:
+    assert client.get(path_to(name)).status_code == 400
+
+
+def test_other_sites_may_show_a_badge(client: FlaskClient, state: State) -> None:
+    headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "image"}
+    assert words(client.get("/badge/visits.svg?count=1", headers=headers)) == ["visits", "1"]
+
+
+@pytest.mark.parametrize("query", ["", "?count=1"])
+def test_without_the_store_a_badge_says_that_it_is_unavailable(stack: ExitStack, tmp_path: Path, query: str) -> None:
+    app = create_app(
+        {
+            "COUNTER_SERVER_STORE": f"manager://{tmp_path}",
+            "COUNTER_SERVER_DEADLINE": 0.2,
+            "COUNTER_SERVER_START": False,
+            "COUNTER_SERVER_BADGES": ["visits"],
+            "SECRET_KEY": "k",
+        }
+    )
+    stack.callback(app.extensions["counter_server"].close)
+    response = app.test_client().get(f"/badge/visits.svg{query}")
+    assert words(response, 503) == ["visits", "unavailable"]
+    assert int(response.headers["Retry-After"]) >= 1
+
+
+@pytest.mark.parametrize("names", ["visits", ["ok", "not\nok"], [""]])
+def test_what_names_no_counters_is_refused_as_the_app_is_made(names: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"COUNTER_SERVER_BADGES|name"):
+        create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_BADGES": names})
+
+
+# The picture
+
+
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1), st.text(st.characters(codec="ascii")))
+@example("a\ufffeb\uffff", "1")  # which no XML may hold, and names may
+def test_any_words_make_a_well_formed_picture_that_says_them(label: str, message: str) -> None:
+    message = "".join(character for character in message if character.isprintable())
+    told = said(draw(label, message, "fff"))
+    assert told == [label.replace("\ufffe", "\ufffd").replace("\uffff", "\ufffd"), message]
+
+
+def width(text: str) -> int:
+    texts = list(parse(draw(text, "", "fff")).iter(f"{SVG}text"))
+    return int(texts[0].get("textLength", ""))
+
+
+def test_the_ground_is_as_wide_as_the_words() -> None:
+    # The sums of Verdana's advances at 11 pixels.
+    assert {text: width(text) for text in ("visits", "0123456789", "WWWW", "iiii", "two words")} == {
+        "visits": 28,
+        "0123456789": 70,
+        "WWWW": 44,
+        "iiii": 12,
+        "two words": 57,
+    }
+    assert width("計数器") == 33
+    assert width("e\u0301") == width("e")
+    svg = parse(draw("visits", "42", "fff"))
+    assert int(svg.get("width", "")) == width("visits") + width("42") + 24
+
+
+@pytest.mark.parametrize("colour", [*PALETTE.values(), "fff", "000", "777", "f00", "00f"])
+def test_the_words_stand_out_from_any_ground(colour: str) -> None:
+    digits = colour if len(colour) == 6 else "".join(2 * digit for digit in colour)
+    ink = list(parse(draw("a", "b", colour)).iter(f"{SVG}text"))[1].get("fill")
+    assert contrast(digits, str(ink).removeprefix("#")) >= 4.5
+
+
+def contrast(one: str, other: str) -> float:
+    """As WCAG 2.2 defines it."""
+
+    def luminance(digits: str) -> float:
+        channels = (int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+# As an operator runs it
+
+
+def test_the_operator_names_the_badges_that_count(start_server: Callable[..., Server]) -> None:
+    server = start_server("--workers", "2", "--badge", "visits", "--badge", "two words")
+    for expected in (1, 2, 3):
+        status, _, text = ask(server.url, "GET", "/badge/two%20words.svg?count=1")
+        assert status == 200
+        assert said(text) == ["two words", str(expected)]
+    assert ask(server.url, "GET", "/badge/other.svg?count=1")[0] == 403
+
+
+def test_a_badge_of_a_name_that_cannot_be_is_refused_at_start(stack: ExitStack, data_dir: Path) -> None:
+    program = stack.enter_context(Program("run.py", "--port", "0", "--data-dir", data_dir, "--badge", "a\nb"))
+    assert program.wait() == 1
+    assert program.errors[-1].startswith("Error: ")
+    assert "name" in program.errors[-1]

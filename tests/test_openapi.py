@@ -1,0 +1,211 @@
+"""The API's document, and the server held to it: Schemathesis makes up requests from it, good and bad."""
+
+import html
+import re
+import shutil
+import unicodedata
+from collections import Counter as Tally
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import settings
+from hypothesis import strategies as st
+from schemathesis.config import SchemathesisConfig
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from counter_server.errors import InvalidRequest
+from counter_server.operations import check_name
+from counter_server.web import create_app
+from tests.processes import PATIENCE, Program, Server
+
+TOKEN = "a-token-of-operators-in-tests"
+OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
+INCREMENT = "/api/v1/counters/{name}/increment"
+NO = {"enabled": False}
+OPTIONS = ("--workers", "2", "--badge", "visits")
+
+
+def _is_name(text: str) -> bool:
+    try:
+        check_name(text)
+    except InvalidRequest:
+        return False
+    return True
+
+
+def document(config: dict[str, Any] | None = None) -> dict[str, Any]:
+    made = create_app({"COUNTER_SERVER_STORE": "memory://", "SECRET_KEY": "k", **(config or {})})
+    found: dict[str, Any] = made.test_client().get("/openapi.json").get_json()
+    return found
+
+
+DOCUMENT = document()
+
+# The format that the document names, as Schemathesis is to fill it.
+NAMES = (
+    st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1, max_size=100)
+    .map(lambda text: unicodedata.normalize("NFC", text))
+    .filter(_is_name)
+)
+schemathesis.openapi.format("counter-name", NAMES)
+
+api = schemathesis.openapi.from_dict(
+    DOCUMENT,
+    config=SchemathesisConfig.from_dict(
+        {
+            "seed": 1,
+            "auth": {"openapi": {"token": {"bearer": TOKEN}}},
+            # PUT of ".../x/increment" is that of the counter "x/increment": names have slashes.
+            "operations": [
+                {"include-path": INCREMENT, "checks": {"unsupported_method": NO, "allow_header_conformance": NO}}
+            ],
+        }
+    ),
+)
+seen: Tally[tuple[str, int]] = Tally()
+numbers = count()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    data_dir = tmp_path_factory.mktemp("openapi") / "data"
+    with Server(*OPTIONS, "--data-dir", data_dir, environment={"COUNTER_SERVER_TOKEN": TOKEN}) as server:
+        yield server
+
+
+def beyond_schema(body: object) -> bool:
+    """Whether a body is refused for what no schema can say: bounds that cross, an integer spelled 1.0."""
+    if not isinstance(body, dict):
+        return False
+    lowest, highest = body.get("minimum"), body.get("maximum")
+    crossed = lowest is not None and highest is not None and lowest > highest
+    return crossed or any(isinstance(number, float) for number in body.values())
+
+
+@api.parametrize()
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_the_server_keeps_what_the_document_promises(case: schemathesis.Case[Any], server: Server) -> None:
+    """No failure of its own, no status, content type, header or body that is not in it, nothing bad accepted."""
+    good = case.meta is not None and case.meta.generation.mode.is_positive
+    if good and "Idempotency-Key" in case.headers and len(case.headers["Idempotency-Key"]) < 200:
+        case.headers["Idempotency-Key"] += f"-{next(numbers)}"  # else all examples of one key would be one request
+    response = case.call(base_url=server.url, timeout=PATIENCE)
+    seen[case.method, response.status_code] += 1
+    if (promised := DOCUMENT["paths"][case.path].get(case.method.lower())) is not None:
+        assert str(response.status_code) in promised["responses"]  # Schemathesis lets those of odd content types be
+    excluded: list[Any] = []
+    if good and (response.status_code == 422 or beyond_schema(case.body)):
+        assert response.status_code in (400, 422)
+        excluded = [positive_data_acceptance]
+    case.validate_response(response, excluded_checks=excluded)
+
+
+def test_good_and_bad_requests_were_made() -> None:
+    if not seen:
+        pytest.skip("of the test above")
+    assert {
+        ("GET", 200),
+        ("GET", 400),
+        ("GET", 404),
+        ("POST", 200),
+        ("POST", 400),
+        ("POST", 415),
+        ("PUT", 200),
+        ("PUT", 400),
+        ("DELETE", 204),
+        ("DELETE", 404),
+    } <= set(seen)
+    assert seen["POST", 200] > 15
+    assert not [status for _, status in seen if status >= 500]
+
+
+def test_the_running_server_shows_the_document_that_is_tested(server: Server) -> None:
+    assert requests.get(f"{server.url}/openapi.json", timeout=PATIENCE).json() == DOCUMENT
+
+
+def test_the_document_is_openapi_3_1() -> None:
+    assert DOCUMENT["openapi"] == "3.1.0"
+    api.validate()
+
+
+def test_a_document_that_is_none_is_found() -> None:
+    broken = {**DOCUMENT, "paths": {"/x": {"get": {"responses": {"200": {}}}}}}
+    with pytest.raises(Exception, match="description"):
+        schemathesis.openapi.from_dict(broken).validate()
+
+
+def test_every_route_of_the_api_describes_itself() -> None:
+    app = create_app({"COUNTER_SERVER_STORE": "memory://", "SECRET_KEY": "k"})
+    undescribed = {
+        rule.rule
+        for rule in app.url_map.iter_rules()
+        if rule.rule.startswith(("/api/", "/badge/")) and rule.endpoint.replace(".", "_") not in operations()
+    }
+    assert undescribed == set()
+
+
+def operations() -> dict[str, dict[str, Any]]:
+    return {
+        operation["operationId"]: {**operation, "method": method}
+        for item in DOCUMENT["paths"].values()
+        for method, operation in item.items()
+    }
+
+
+def test_what_changes_counters_at_will_needs_the_operators_token_and_nothing_else_does() -> None:
+    guarded = {name for name, operation in operations().items() if operation.get("security")}
+    assert guarded == {"api_put", "api_delete"}
+
+
+def test_every_refusal_is_a_problem_document() -> None:
+    for operation in operations().values():
+        for status, answer in operation["responses"].items():
+            if status >= "400" and "$ref" in answer:
+                problem = DOCUMENT["components"]["responses"][answer["$ref"].rpartition("/")[2]]
+                assert set(problem["content"]) == {"application/problem+json"}, status
+            elif status >= "400":
+                assert set(answer["content"]) == {"image/svg+xml"}, status
+
+
+def test_the_document_tells_a_rate_limit_where_there_is_one() -> None:
+    limited = document({"COUNTER_SERVER_RATE_LIMIT": "100/minute"})
+    for path, item in limited["paths"].items():
+        for method, operation in item.items():
+            is_limited = path.startswith(("/api/", "/badge/"))
+            assert ("429" in operation["responses"]) == is_limited
+            assert "429" not in DOCUMENT["paths"][path][method]["responses"]
+    problem = limited["components"]["responses"]["Problem429"]
+    assert set(problem["headers"]) == {"Retry-After", "RateLimit", "RateLimit-Policy"}
+
+
+def test_the_document_names_the_place_that_the_app_is_mounted_at() -> None:
+    app = create_app({"COUNTER_SERVER_STORE": "memory://", "SECRET_KEY": "k"})
+    shown = app.test_client().get("/openapi.json", environ_overrides={"SCRIPT_NAME": "/counters"}).get_json()
+    assert shown["servers"] == [{"url": "/counters"}]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl: install the Debian package curl")
+def test_the_examples_of_the_page_can_be_run_as_they_stand(server: Server) -> None:
+    page = requests.get(f"{server.url}/docs", timeout=PATIENCE).text
+    commands = [html.unescape(found) for found in re.findall(r"<pre[^>]*><code>(.*?)</code>", page)]
+    assert len(commands) == len(operations())
+    requests.put(f"{server.url}/api/v1/counters/visits", json={"value": 1}, headers=OPERATOR, timeout=PATIENCE)
+    answers = []
+    for command in commands:
+        shell = Program(
+            "-c", f"{command} -sw '%{{http_code}}'", program="/bin/sh", environment={"COUNTER_SERVER_TOKEN": TOKEN}
+        )
+        with shell:
+            assert shell.wait() == 0, shell.errors
+            answers.append(shell.output[-1])
+    told = dict(zip(operations(), answers, strict=True))
+    assert told["api_increment"] == '{"counter":"visits","value":6}200'
+    assert told["api_get"] == '{"counter":"visits","value":6}200'
+    assert told["api_put"] == '{"counter":"visits","value":42}200'
+    assert told["api_delete"] == "204"
+    assert told["api_page"].endswith("200")
+    assert told["badge_picture"].endswith("</svg>404")  # by then it is deleted
