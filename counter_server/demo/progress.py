@@ -1,0 +1,58 @@
+"""What is told while the demonstration works: a bar on a terminal, lines anywhere else."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from .outcome import Outcome
+
+
+class Progress(Protocol):
+    """Is told what happens."""
+
+    def tell(self, what: str) -> None:
+        """In a few words."""
+
+    def done(self, outcome: Outcome) -> None:
+        """A pair is through."""
+
+
+class _Lines:
+    """For a log."""
+
+    def tell(self, what: str) -> None:
+        print(what, file=sys.stderr, flush=True)
+
+    def done(self, outcome: Outcome) -> None:
+        self.tell(in_a_line(outcome))
+
+
+@contextmanager
+def progress(pairs: int) -> Iterator[Progress]:
+    """On standard error, for as long as the block runs."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=pairs)
+
+        class Bar:
+            def tell(self, what: str) -> None:
+                bar.update(task, description=what)
+
+            def done(self, outcome: Outcome) -> None:
+                bar.console.print(in_a_line(outcome), markup=False, highlight=False)
+                bar.advance(task)
+
+        yield Bar()
+
+
+def in_a_line(outcome: Outcome) -> str:
+    """The verdict on a pair."""
+    return f"{outcome.verdict:<8}  {outcome.pair.title}"
