@@ -23,7 +23,7 @@ def visit_at_once(
 ) -> list[Answer]:
     """Have `count` clients ask at the same moment, each on a connection of its own that is open by then.
 
-    :param told: is called after each answer with how many there are, by one thread at a time.
+    :param told: is called after each number with how many have come, by one thread at a time.
     :param patience: seconds that each waits.
     """
     visit = _Visit(port, path, count, told, patience)
@@ -34,19 +34,26 @@ def visit_at_once(
         for thread in threads:
             thread.join()
     finally:
-        visit.barrier.abort()  # after a Ctrl-C nobody waits there for those that never come
+        visit.end()
     return visit.answers
 
 
 class _Visit:
     def __init__(self, port: int, path: str, count: int, told: Callable[[int], None], patience: float) -> None:
-        self.barrier = threading.Barrier(count)
+        self._barrier = threading.Barrier(count)
         self.answers: list[Answer] = []
-        self._lock = threading.Lock()  # guards the answers, and lets one thread tell
+        self._lock = threading.Lock()  # guards the answers and their number, and lets one thread tell
+        self._numbers = 0
         self._port = port
         self._path = path
         self._told = told
         self._patience = patience
+
+    def end(self) -> None:
+        """From now on nobody is told anything; after a Ctrl-C there may be clients yet."""
+        self._barrier.abort()
+        with self._lock:
+            self._told = lambda _: None
 
     def run(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=self._patience)
@@ -55,7 +62,7 @@ class _Visit:
         number = None
         try:
             connection.connect()
-            self.barrier.wait(self._patience)
+            self._barrier.wait(self._patience)
             began = time.monotonic()
             connection.request("GET", self._path, headers={"Connection": "close"})
             response = connection.getresponse()
@@ -70,4 +77,6 @@ class _Visit:
             connection.close()
         with self._lock:
             self.answers.append(Answer(number, time.monotonic() - began, error))
-            self._told(len(self.answers))
+            if number is not None:
+                self._numbers += 1
+                self._told(self._numbers)

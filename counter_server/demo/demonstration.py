@@ -58,20 +58,21 @@ class Demonstration:
         tell(f"{pair.title}: starting")
         with Stage(pair.server, pair.strategy, port=self.port) as stage:
             _await_processes(stage, SERVERS[pair.server].processes)
-            tell(f"{pair.title}: {self.clients} clients")
-            strategy = STRATEGIES[pair.strategy]
+            kill = STRATEGIES[pair.strategy].killed
             killed_after: int | None = None
 
             def told(answered: int) -> None:
                 nonlocal killed_after
-                if killed_after is None and strategy.killed and answered >= self.clients // 4:
-                    manager = stage.manager()
-                    if manager is not None:
-                        os.kill(manager, signal.SIGKILL)
-                        killed_after = answered
-                        tell(f"{pair.title}: manager killed after {answered} answers")
+                if kill and killed_after is None and answered >= self.clients // 4 and (manager := stage.manager()):
+                    os.kill(manager, signal.SIGKILL)
+                    killed_after = answered
+                    tell(f"{pair.title}: killed after {answered} answers")
 
-            return Round(visit_at_once(stage.port, self.clients, told=told), killed_after)
+            tell(f"{pair.title}: {self.clients} clients")
+            answers = visit_at_once(stage.port, self.clients, told=told)
+        if kill and killed_after is None:
+            raise StartupError("there was no manager to be killed")
+        return Round(answers, killed_after)
 
 
 def _await_processes(stage: Stage, count: int) -> None:

@@ -69,7 +69,7 @@ def _grid(panel: Axes, outcome: Outcome) -> None:
     rows = -(-len(shown.answers) // _IN_A_ROW)
     panel.set_xlim(0, _IN_A_ROW)
     panel.set_ylim(rows, 0)
-    panel.set_aspect("equal")
+    panel.set_aspect("equal", anchor="N")
     for place in range(len(shown.answers)):
         _cell(panel, outcome, place, shown.numbers[place + 1])
     server, _, strategy = outcome.pair.title.partition(" · ")
@@ -98,7 +98,7 @@ def _ink(colour: str) -> str:
 def _in_words(shown: Round) -> str:
     """The figures of a round."""
     words = f"{shown.unique} unique, {shown.duplicates} duplicates, {shown.skipped} skipped"
-    return f"{words}, {shown.unanswered} no answer" if shown.unanswered else words
+    return f"{words}\n{shown.unanswered} got no number" if shown.unanswered else words
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -41,20 +40,19 @@ class Pair:
     def missing(self) -> str:
         """What it takes and is not installed, in a sentence; empty if all is there."""
         strategy = STRATEGIES[self.strategy]
-        needs = dict.fromkeys([*SERVERS[self.server].needs, *strategy.needs])
-        absent = [name for name in needs if _version(name) is None]
+        absent = [name for name in {*SERVERS[self.server].needs, *strategy.needs} if not _installed(name)]
         if absent:
-            return f"{' and '.join(absent)} not installed: pip install 'counter-server[demo]'"
-        if strategy.module and find_spec(strategy.module) is None:
-            return f"{strategy.needs[0]} {_version(strategy.needs[0])} does not have it yet: install a newer one"
+            return f"{' and '.join(sorted(absent))} not installed: pip install 'counter-server[demo]'"
+        if strategy.module and not _installed(strategy.module):
+            return f"the {strategy.needs[0]} that is installed has none: take a newer one"
         return ""
 
 
-def _version(name: str) -> str | None:
+def _installed(module: str) -> bool:
     try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
 
 
 _OWN = "Each process has one of its own, and counts alone."

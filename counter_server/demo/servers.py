@@ -17,7 +17,7 @@ class Server:
     :param title: what people call it.
     :param commands: for a listening socket's descriptor, a strategy and a directory; each is a process.
     :param processes: that answer, and keep answering.
-    :param needs: the distributions that it takes, beyond what is always there.
+    :param needs: the packages that it takes, beyond what is always there.
     """
 
     title: str

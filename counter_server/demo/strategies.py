@@ -8,7 +8,7 @@ class Strategy:
     """One way.
 
     :param title: what people call it.
-    :param needs: the distributions that it takes, beyond what is always there.
+    :param needs: the packages that it takes, beyond what is always there.
     :param module: one that a version of them may not have yet.
     :param companion: a module to run beside the server, which all processes reach.
     :param gunicorn: options that it takes there.
@@ -34,7 +34,7 @@ STRATEGIES = {
     "textbook-lock": Strategy("BaseManager with a lock", companion=_TEXTBOOK),
     "textbook-killed": Strategy("BaseManager with a lock, killed", companion=_TEXTBOOK, killed=True),
     "cachelib": Strategy("cachelib's file cache", needs=("cachelib",)),
-    "flask-caching": Strategy("Flask-Caching, get and set", needs=("flask-caching",)),
+    "flask-caching": Strategy("Flask-Caching, get and set", needs=("flask_caching",)),
     "session": Strategy("a Flask session"),
     "stash": Strategy("gunicorn's Dirty Stash", needs=("gunicorn",), module="gunicorn.dirty.stash", gunicorn=_DIRTY),
     "ours": Strategy("counter-server, its manager killed", killed=True),
