@@ -11,7 +11,7 @@ from .clients import visit_at_once
 from .outcome import Outcome, Round
 from .plan import Pair
 from .servers import SERVERS
-from .stage import Stage, listen
+from .stage import Stage, close, listen
 from .strategies import STRATEGIES
 
 _BOOT_SECONDS = 30.0
@@ -39,7 +39,7 @@ class Demonstration:
         :param tell: is told what happens, in a few words.
         :raises StartupError: if the port cannot be had.
         """
-        listen(self.port).close()
+        close(listen(self.port))
         for pair in pairs:
             yield self._outcome(pair, tell)
 

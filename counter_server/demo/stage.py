@@ -32,23 +32,35 @@ _BOOT_SECONDS = 30.0
 _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 
 
-def listen(port: int) -> socket.socket:
-    """A listening socket on loopback; port 0 is a free one.
+def listen(port: int, sockets: int = 1) -> list[socket.socket]:
+    """Listening sockets on one port of loopback; port 0 is a free one.
 
+    :param sockets: among which the system spreads the connections evenly.
     :raises StartupError: if the port cannot be had.
     """
-    sock = socket.socket()
+    found: list[socket.socket] = []
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(("127.0.0.1", port))
-        sock.listen(BACKLOG)
+        for _ in range(sockets):
+            found.append(socket.socket())
+            found[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if sockets > 1:
+                found[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            found[-1].bind(("127.0.0.1", port))
+            found[-1].listen(BACKLOG)
+            port = found[-1].getsockname()[1]
     except OSError as error:
-        sock.close()
+        close(found)
         raise StartupError(
             f"cannot listen on 127.0.0.1 port {port}: {error.strerror}; choose another with --port, or give none: then"
             " free ones are taken"
         ) from error
-    return sock
+    return found
+
+
+def close(sockets: list[socket.socket]) -> None:
+    """Close them all."""
+    for sock in sockets:
+        sock.close()
 
 
 class Stage:
@@ -59,15 +71,19 @@ class Stage:
 
     def __init__(self, server: str, strategy: str, *, port: int = 0) -> None:
         self._strategy = strategy
-        with listen(port) as sock:
-            self.port: int = sock.getsockname()[1]
+        sockets = listen(port, SERVERS[server].sockets)
+        self.port: int = sockets[0].getsockname()[1]
+        descriptors = [sock.fileno() for sock in sockets]
+        try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "counter_server.demo.stage", str(sock.fileno()), server, strategy],
+                [sys.executable, "-m", "counter_server.demo.stage", server, strategy, *map(str, descriptors)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                pass_fds=[sock.fileno()],
+                pass_fds=descriptors,
                 start_new_session=True,
             )
+        finally:
+            close(sockets)
 
     def __enter__(self) -> Self:
         try:
@@ -125,12 +141,12 @@ class _Performance:
         }
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def begin(self, descriptor: int, server: str, strategy: str) -> None:
+    def begin(self, server: str, strategy: str, descriptors: list[int]) -> None:
         """Start everything, and say so."""
         companion = self._begin_companion(strategy)
-        for command in SERVERS[server].commands(descriptor, strategy, self._directory):
-            self._start(command, descriptor)
-        os.close(descriptor)  # when the server ends, its clients are to be told
+        for descriptor in descriptors:
+            self._start(SERVERS[server].command(descriptor, strategy, self._directory), descriptor)
+            os.close(descriptor)  # when the server ends, its clients are to be told
         _say(directory=str(self._directory), companion=companion)
 
     def watch(self) -> None:
@@ -203,7 +219,7 @@ def _end_all() -> None:
             return
 
 
-def main(descriptor: str, server: str, strategy: str) -> None:
+def main(server: str, strategy: str, *descriptors: str) -> None:
     """Run a server until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
@@ -212,7 +228,7 @@ def main(descriptor: str, server: str, strategy: str) -> None:
     try:
         performance = _Performance(directory)
         try:
-            performance.begin(int(descriptor), server, strategy)
+            performance.begin(server, strategy, [int(descriptor) for descriptor in descriptors])
         except (StartupError, OSError) as error:
             _say(failure=str(error))
             return

@@ -1,6 +1,7 @@
 """How the app takes the next number, in each of the ways."""
 
 import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ Take = Callable[[], int]
 GLOBAL_OBJ = SomeObj(0)
 LOCKED_OBJ = LockedObj(0)
 _PATIENCE = 30.0  # seconds that a request may wait for shared state on a busy machine, its restart included
+_BOOT_SECONDS = 10.0
 
 
 def _global(_app: Flask, _directory: Path) -> Take:
@@ -95,6 +97,16 @@ def _session(_app: Flask, _directory: Path) -> Take:
 
 def _stash(_app: Flask, _directory: Path) -> Take:
     from gunicorn.dirty import stash
+
+    until = time.monotonic() + _BOOT_SECONDS
+    while True:  # the process that holds it may start later than the workers
+        try:
+            stash.ensure("demo")
+            break
+        except stash.StashError:
+            if time.monotonic() > until:
+                raise
+            pause()
 
     def take() -> int:
         # Where the table is there and the key is not, gunicorn 27.0 does not take the default, but raises an error.
