@@ -26,7 +26,7 @@ from counter_server.demo.picture import NEVER, ONCE, SEVERAL, draw
 from counter_server.demo.plan import PAIRS, Pair, chosen
 from counter_server.demo.stage import Stage
 from counter_server.demo.strategies import OURS, STRATEGIES
-from counter_server.errors import InvalidRequest, StartupError
+from counter_server.errors import InvalidRequest
 from tests.processes import ROOT, Program, eventually
 
 CLIENTS = 24
@@ -344,10 +344,3 @@ def test_the_table_of_the_readme_is_made_anew_and_nothing_else(tmp_path: Path) -
     ]
     assert lines[3].startswith("| development server, one thread | a global | **right** | 5 | 0 | 0 | ")
     assert f"{sys.version.split()[0]}; counter-server" in after[1]
-
-
-def test_the_stage_of_a_strategy_that_does_not_exist_says_so_and_goes(files: Path) -> None:
-    with pytest.raises(StartupError), Stage("nothing", "global"):
-        pass
-    eventually(lambda: not processes_of(files), "the end of the stage")
-    assert list(files.iterdir()) == []
