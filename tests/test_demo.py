@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -11,7 +12,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,7 +53,10 @@ def processes_of(directory: Path) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and f"TMPDIR={directory}".encode() in (entry / "environ").read_bytes():
+            if (
+                entry.name not in ("self", str(os.getpid()))
+                and f"TMPDIR={directory}".encode() in (entry / "environ").read_bytes()
+            ):
                 found.append(int(entry.name))
         except OSError:
             continue
@@ -65,6 +69,8 @@ def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with TemporaryDirectory() as directory:
         monkeypatch.setenv("TMPDIR", directory)
         yield Path(directory)
+        for pid in processes_of(Path(directory)):  # of a test that failed
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
@@ -183,6 +189,23 @@ def test_the_table_says_what_was_right_and_why() -> None:
     assert any(line.startswith("✓ right development server, one") and " 10 0 0 " in line for line in lines)
     assert any(line.startswith("✗ wrong development server") and " 1 9 9 " in line for line in lines)
     assert "The number 1 was given 10 times." in " ".join(lines)
+
+
+def test_a_terminal_of_80_columns_shows_a_bar_while_it_works() -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "counter_server", "demo", "--only", "processes/global", "--clients", "100"]
+    environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment, cwd=ROOT) as process:
+        os.close(theirs)
+        with open(ours, "rb") as terminal:
+            shown = b""
+            with suppress(OSError):  # that is how the end of a terminal is told
+                while part := terminal.read1():
+                    shown += part
+    assert process.returncode == 0
+    text = shown.decode()
+    assert re.search(r"━{12}\S* \S*0/1\S* \S*0:00:\d\d\S* 100 clients: development server, proc", text)
+    assert "wrong     development server, processes=10 · a global" in text
 
 
 def test_the_exit_status_is_1_if_ours_was_wrong_and_only_then() -> None:

@@ -55,7 +55,7 @@ class Demonstration:
         return Outcome(pair, rounds)
 
     def _round(self, pair: Pair, tell: Tell) -> Round:
-        tell(f"{pair.title}: starting")
+        tell(f"starting: {pair.title}")
         with Stage(pair.server, pair.strategy, port=self.port) as stage:
             _await_processes(stage, SERVERS[pair.server].processes)
             kill = STRATEGIES[pair.strategy].killed
@@ -66,9 +66,9 @@ class Demonstration:
                 if kill and killed_after is None and answered >= self.clients // 4 and (manager := stage.manager()):
                     os.kill(manager, signal.SIGKILL)
                     killed_after = answered
-                    tell(f"{pair.title}: killed after {answered} answers")
+                    tell(f"killed after {answered} answers: {pair.title}")
 
-            tell(f"{pair.title}: {self.clients} clients")
+            tell(f"{self.clients} clients: {pair.title}")
             answers = visit_at_once(stage.port, self.clients, told=told)
         if kill and killed_after is None:
             raise StartupError("there was no manager to be killed")

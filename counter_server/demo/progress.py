@@ -8,6 +8,9 @@ from typing import Protocol
 from .outcome import Outcome
 
 
+_BAR = 12  # columns
+
+
 class Progress(Protocol):
     """Is told what happens."""
 
@@ -37,9 +40,16 @@ def progress(pairs: int) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
 
-    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+    room = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what is left by the others
+    columns = (
+        BarColumn(_BAR, table_column=Column(min_width=_BAR)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=room),
+    )
+    with RichProgress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
         task = bar.add_task("", total=pairs)
 
         class Bar:
