@@ -8,6 +8,7 @@ runs it, with the options if any are given, and writes the table between the two
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ def table(report: dict[str, Any]) -> str:
     """The whole of it, with what was left out and what it ran on."""
     lines = [line(HEAD), line(["---"] * 3 + ["---:"] * 4 + ["---"])]
     lines += [row(outcome) for outcome in report["outcomes"] if "rounds" in outcome]
-    lines += [
-        f"\nLeft out: {outcome['title']}: {outcome['reason']}" for outcome in report["outcomes"] if "reason" in outcome
+    notes = [
+        f"Left out: {outcome['title']}: {outcome['reason']}." for outcome in report["outcomes"] if "reason" in outcome
     ]
+    rounds = "one round" if report["rounds"] == 1 else f"{report['rounds']} rounds"
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    lines += [f"\n{report['clients']} clients at once, {report['rounds']} round(s). {report['machine']}; {versions}."]
-    return "\n".join(lines)
+    notes.append(f"{report['clients']} clients at once, {rounds}. {report['machine']}; {versions}.")
+    return "\n".join(lines) + "".join(f"\n\n{textwrap.fill(note, 130)}" for note in notes)
 
 
 def replaced(text: str, block: str) -> str:

@@ -7,7 +7,6 @@ from typing import Protocol
 
 from .outcome import Outcome
 
-
 _BAR = 12  # columns
 
 
