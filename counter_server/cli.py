@@ -9,6 +9,7 @@ from typing import Any, cast
 import click
 from click.core import ParameterSource
 
+from .demo.command import demo
 from .errors import CounterServerError, DirectoryHeld, InvalidRequest, StartupError
 from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
@@ -98,6 +99,7 @@ def main() -> None:
     """Shared state for Flask workers: every increment is counted exactly once."""
 
 
+main.add_command(demo)
 main.add_command(prove)
 
 

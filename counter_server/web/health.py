@@ -8,6 +8,7 @@ from ..errors import CounterServerError
 from ..operations import Get
 from ..state import State
 from ..status import Process, Status
+from .described import Answer, described
 from .problems import problem
 from .readiness import SECONDS, Readiness
 
@@ -24,11 +25,13 @@ def blueprint(state: State) -> Blueprint:
     readiness = Readiness(state)
 
     @health.get("/livez")
+    @described("Is this process alive?", answers={200: Answer("It is", "alive\n", "text/plain")}, stored=False)
     def livez() -> Response:
         """This process answers. No store is asked: to start a process again would not mend one."""
         return Response("alive\n", content_type="text/plain; charset=utf-8")
 
     @health.get("/readyz")
+    @described("Is the store ready?", answers={200: Answer("It can be written to", "ready\n", "text/plain")})
     def readyz() -> Response:
         """The store can be written to; or why not."""
         reason = readiness.reason_against()
@@ -37,6 +40,9 @@ def blueprint(state: State) -> Blueprint:
         return Response("ready\n", content_type="text/plain; charset=utf-8")
 
     @health.get("/metrics")
+    @described(
+        "The figures", answers={200: Answer("For Prometheus", "counter_server_up 1.0\n", "text/plain")}, stored=False
+    )
     def metrics() -> Response:
         """The manager's figures, and the supervisor's, for Prometheus: the same ones from every worker."""
         from .metrics import exposition  # when it is asked for: not every worker needs all that this imports
