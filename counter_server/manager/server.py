@@ -279,9 +279,9 @@ def serve(
     directory.make()
     with directory.hold():
         journal = _open_journal(directory, durability)
-        if journal:
-            journal.count_start()
         contents = journal.load() if journal else Contents()
+        if journal:
+            journal.count_start()  # not before it was found whole: a damaged one is left as it is
         ledger = Ledger(contents, journal.commit) if journal else Ledger(contents)
         epoch = journal.epoch if journal else secrets.token_hex(16)
         directory.remove_stale_socket()
