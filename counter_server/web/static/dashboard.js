@@ -189,7 +189,7 @@ async function ask() {
     chart(now);
     if (found.manager) showMeans(now, found.manager.totals);
     wait = PERIOD;
-    sayOfUpdates("Up to date.");
+    sayOfUpdates(paused ? "Paused." : "Up to date."); // paused: this was asked before, or for what was just done
   } catch (error) {
     wait = Math.min(wait * 2, LONGEST_PAUSE);
     sayOfUpdates(`Not up to date: ${sentenceOf(error)}. Still trying.`);
