@@ -1,0 +1,58 @@
+"""The pictures in the README, taken of a running server: `python -m docs.pictures`, in a checkout with the extra `dev`."""
+
+import random
+import tempfile
+import threading
+from pathlib import Path
+
+from playwright.sync_api import expect
+
+from counter_server import open_state
+from tests.browser import Browser, chromium
+from tests.processes import Server
+
+PICTURES = Path(__file__).parent / "pictures"
+RATES = {
+    "downloads/linux": 40.0,
+    "downloads/mac": 15.0,
+    "likes": 25.0,
+    "orders": 4.0,
+    "tickets": 1.0,
+    "visits": 60.0,
+}  # /s
+SECONDS = 12.0  # of the dashboard's small charts
+
+
+def count(url: str, name: str, enough: threading.Event) -> None:
+    with open_state(url) as state:
+        counter = state.counter(name)
+        while not enough.wait(random.expovariate(RATES[name])):
+            counter.increment()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory, chromium() as process:
+        with Server("--workers", "2", "--data-dir", directory) as server:
+            browser = Browser(process)
+            page = browser.open(f"{server.url}/lab", width=960)
+            page.get_by_role("button", name="Start").click()
+            expect(page.locator("main")).to_contain_text("Expected were", timeout=60_000)
+            page.screenshot(
+                path=PICTURES / "lab.png", clip={"x": 0, "y": 0, "width": 960, "height": 1290}, full_page=True
+            )
+            enough = threading.Event()
+            threads = [threading.Thread(target=count, args=(f"manager://{directory}", name, enough)) for name in RATES]
+            for thread in threads:
+                thread.start()
+            page = browser.open(f"{server.url}/counters", width=960)
+            page.wait_for_timeout(SECONDS * 1000)
+            page.screenshot(path=PICTURES / "counters.png", full_page=True)
+            enough.set()
+            for thread in threads:
+                thread.join()
+            browser.close()
+            assert browser.complaints == []
+
+
+if __name__ == "__main__":
+    main()
