@@ -5,7 +5,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from playwright.sync_api import expect
+from playwright.sync_api import FloatRect, expect
 
 from counter_server import open_state
 from tests.browser import Browser, chromium
@@ -20,6 +20,7 @@ RATES = {
     "tickets": 1.0,
     "visits": 60.0,
 }  # /s
+WIDTH = 960  # pixels
 SECONDS = 12.0  # of the dashboard's small charts
 
 
@@ -31,27 +32,37 @@ def count(url: str, name: str, enough: threading.Event) -> None:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as directory, chromium() as process:
-        with Server("--workers", "2", "--data-dir", directory) as server:
-            browser = Browser(process)
-            page = browser.open(f"{server.url}/lab", width=960)
-            page.get_by_role("button", name="Start").click()
-            expect(page.locator("main")).to_contain_text("Expected were", timeout=60_000)
-            page.screenshot(
-                path=PICTURES / "lab.png", clip={"x": 0, "y": 0, "width": 960, "height": 1290}, full_page=True
-            )
-            enough = threading.Event()
-            threads = [threading.Thread(target=count, args=(f"manager://{directory}", name, enough)) for name in RATES]
-            for thread in threads:
-                thread.start()
-            page = browser.open(f"{server.url}/counters", width=960)
-            page.wait_for_timeout(SECONDS * 1000)
-            page.screenshot(path=PICTURES / "counters.png", full_page=True)
-            enough.set()
-            for thread in threads:
-                thread.join()
-            browser.close()
-            assert browser.complaints == []
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        chromium() as process,
+        Server("--workers", "2", "--data-dir", directory) as server,
+    ):
+        browser = Browser(process)
+        take_lab(browser, server.url)
+        take_counters(browser, server.url, directory)
+        browser.close()
+        assert browser.complaints == []
+
+
+def take_lab(browser: Browser, url: str) -> None:
+    page = browser.open(f"{url}/lab", width=WIDTH)
+    page.get_by_role("button", name="Start").click()
+    expect(page.locator("main")).to_contain_text("Expected were")
+    clip: FloatRect = {"x": 0, "y": 0, "width": WIDTH, "height": 1290}
+    page.screenshot(path=PICTURES / "lab.png", clip=clip, full_page=True)
+
+
+def take_counters(browser: Browser, url: str, directory: str) -> None:
+    enough = threading.Event()
+    threads = [threading.Thread(target=count, args=(f"manager://{directory}", name, enough)) for name in RATES]
+    for thread in threads:
+        thread.start()
+    page = browser.open(f"{url}/counters", width=WIDTH)
+    page.wait_for_timeout(SECONDS * 1000)
+    page.screenshot(path=PICTURES / "counters.png", full_page=True)
+    enough.set()
+    for thread in threads:
+        thread.join()
 
 
 if __name__ == "__main__":
