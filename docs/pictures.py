@@ -1,4 +1,4 @@
-"""The pictures in the README, taken of a running server: `python -m docs.pictures` in a checkout, with the extra `dev`."""
+"""The pictures in the README, taken of a running server: `python -m docs.pictures`, with the extra `dev`."""
 
 import random
 import tempfile
