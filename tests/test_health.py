@@ -222,7 +222,9 @@ def test_the_figures_are_what_was_done(server: Server, data_dir: Path) -> None:
     assert after["manager_uptime_seconds"] > before["manager_uptime_seconds"]
     assert after["connections"] >= 2  # that of a worker, and ours
     assert after["clients"] == status.clients > 0
-    assert after["objects"] == status.objects == len(create_app().extensions["counter_server"].declarations) > 0
+    app = create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_HOST": "127.0.0.1"})
+    declared = app.extensions["counter_server"].declarations
+    assert after["objects"] == status.objects == len(declared) > 0
     assert after["journal_bytes"] == sum(file.stat().st_size for file in data_dir.glob("journal.sqlite3*"))
     assert after[f"manager_info{{durability=commit,epoch={status.epoch}}}"] == 1
     assert (after["up"], after["manager_starts_total"]) == (1, 1)
@@ -309,7 +311,8 @@ def test_without_a_manager_there_is_one_figure_and_no_readiness_and_none_is_star
     start_manager("--durability", "none")  # it has begun anew, and so is another one
     assert client.get("/readyz").status_code == 200
     assert parsed(client.get("/metrics").text)["up"] == 1
-    assert create_app({"COUNTER_SERVER_STORE": f"{manager.url}/other"}).test_client().get("/metrics").status_code == 200
+    other = create_app({"COUNTER_SERVER_STORE": f"{manager.url}/other", "SECRET_KEY": "k"})
+    assert other.test_client().get("/metrics").status_code == 200
     assert not (data_dir / "other").exists()
 
 
