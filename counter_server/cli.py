@@ -7,13 +7,13 @@ import time
 from typing import Any, cast
 
 import click
-from click.core import ParameterSource
 
 from .demo.command import demo
 from .errors import CounterServerError, DirectoryHeld, InvalidRequest, StartupError
 from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
 from .objects import Declaration
+from .options import caps_options, of_the_manager
 from .prove.command import prove
 from .settings import (
     DATA_DIR_VARIABLE,
@@ -22,6 +22,7 @@ from .settings import (
     DURABILITIES,
     LOG_FORMATS,
     STORE_VARIABLE,
+    Caps,
     Durability,
     ServerSettings,
     StoreOptions,
@@ -168,6 +169,7 @@ main.add_command(prove)
 )
 @data_dir_option
 @durability_option
+@caps_options
 @store_option
 def run(data_dir: str | None, store: str | None, durability: str, **options: Any) -> None:
     """Serve the web application: one manager process, several workers, one port.
@@ -177,9 +179,8 @@ def run(data_dir: str | None, store: str | None, durability: str, **options: Any
     from .serve.supervisor import Supervisor
 
     url = _store_url(store, data_dir)
-    given = click.get_current_context().get_parameter_source("durability") is not ParameterSource.DEFAULT
-    if given and not url.startswith("manager:"):
-        raise InvalidRequest("--durability is a manager's; another store keeps what its own server is set to keep")
+    for option in of_the_manager() if not url.startswith("manager:") else []:
+        raise InvalidRequest(f"{option} is a manager's; another store keeps what its own server is set to keep")
     web = {name: options.pop(name) for name in list(options) if name.isupper()}  # named as the app's configuration is
     settings = ServerSettings(store=url, durability=cast(Durability, durability), web=web, **options)
     sys.exit(Supervisor(settings).run())
@@ -198,12 +199,14 @@ def run(data_dir: str | None, store: str | None, durability: str, **options: Any
     "--host-objects", is_flag=True, hidden=True, help="Declarations of shared objects come on standard input."
 )
 @click.option("--background", is_flag=True, help="Return when clients can connect, and leave it running.")
+@caps_options
 def manager(
     data_dir: str | None,
     durability: str,
     idle_timeout: float | None,
     hosting: str | None,
     *,
+    caps: Caps,
     background: bool,
     host_objects: bool,
 ) -> None:
@@ -223,7 +226,14 @@ def manager(
 
     if host_objects:
         declarations = prepare_to_host(sys.stdin.buffer.read())
-    serve(directory, cast(Durability, durability), ready=ready, idle_timeout=timeout, declarations=declarations)
+    serve(
+        directory,
+        cast(Durability, durability),
+        ready=ready,
+        idle_timeout=timeout,
+        declarations=declarations,
+        caps=caps,
+    )
 
 
 def _declared_by(module: str, directory: DataDirectory) -> list[Declaration]:

@@ -18,6 +18,7 @@ from msgspec import msgpack
 from .errors import StartupError, StorageFull
 from .ledger import Changes, ClientRecord, Contents, KeyRecord
 from .operations import Result
+from .settings import Caps
 
 _APPLICATION_ID = 0x43545352  # "CTSR", in the file's header: tells our journal from any other SQLite file
 _VERSION = 1
@@ -46,10 +47,11 @@ class Journal:
     """The file behind the ledger and the durable objects. For one process, who holds the data directory's lock.
 
     :param durability: ``"commit"`` or ``"process"``.
+    :param most: bytes of the file, beyond which it is as if the disk were full.
     :raises StartupError: if the file is not a journal, is damaged, or was written by a newer version.
     """
 
-    def __init__(self, path: Path, durability: str = "commit") -> None:
+    def __init__(self, path: Path, durability: str = "commit", *, most: int = Caps.journal_bytes) -> None:
         self.path = path
         self._log = path.with_name(path.name + "-wal")
         self.starts = 0  # how often a manager began on this file: see `count_start`
@@ -62,6 +64,8 @@ class Journal:
             raise self._unusable(error) from error
         try:
             self._open(_SYNCHRONOUS[durability])
+            page_size = self._connection.execute("PRAGMA page_size").fetchone()[0]
+            self._connection.execute(f"PRAGMA max_page_count = {max(most // page_size, 1)}")
         except BaseException as error:
             self._connection.close()
             if isinstance(error, (sqlite3.Error, OSError)):
@@ -202,7 +206,10 @@ class Journal:
             if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
                 raise JournalFailed(f"the journal {self.path} failed: {error}") from error
             self._roll_back()
-            raise StorageFull(f"no room to write to {self.path}; nothing was counted, and reads go on") from error
+            raise StorageFull(
+                f"no room to write to {self.path}: its disk is full, or it has the bytes that --max-journal-bytes"
+                " allows; nothing was counted, and reads go on"
+            ) from error
 
     def _roll_back(self) -> None:
         # After a full disk SQLite has mostly rolled back by itself.

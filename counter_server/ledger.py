@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
+from math import inf
 from typing import Any, NamedTuple, TypeVar
 
 from sortedcontainers import SortedDict
@@ -31,11 +32,13 @@ from .operations import (
     Scan,
     Set,
 )
+from .settings import Caps
 
 CLIENT_LIFETIME = 3600.0  # seconds past its last use that a client is remembered; deadlines are 60 at most
 KEY_LIFETIME = 86400.0  # seconds that an idempotency key is remembered
 _FORGET_EVERY = 1.0  # seconds
 _FORGET_AT_ONCE = 1000  # expired records removed in one commit, so that no commit is long
+_TURNED_AWAY = 10_000  # clients
 
 
 class ClientRecord(NamedTuple):
@@ -74,6 +77,10 @@ class Changes:
     clients: dict[bytes, ClientRecord | None] = field(default_factory=dict)
     keys: dict[str, KeyRecord | None] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
+    # How many more there are with it than without; what is forgotten makes room in the next commit.
+    more_counters: int = 0
+    more_clients: int = 0
+    more_keys: int = 0
 
 
 KEY_REUSED = Refusal("key_reused", "this idempotency key was used for another request; nothing was counted")
@@ -90,6 +97,38 @@ def beyond_bounds(operation: Increment, current: int) -> Refusal | None:
     return Refusal(
         "limit", f"{operation.name!r} is {current} and {operation.by:+d} would take it {bound}; nothing was counted"
     )
+
+
+def no_room(what: str, most: int, option: str) -> Refusal:
+    """The refusal of what would be one too many."""
+    return Refusal(
+        "storage_full",
+        f"no room for another {what}: there are {most:,}, the most that --max-{option} allows; nothing was counted",
+    )
+
+
+class Door:
+    """Lets in so many clients and no more. Who was turned away stays so.
+
+    A batch that was answered with a refusal may still come a second time, over a connection that its client has given
+    up; to apply it then would make the answer wrong. So the last ones that were turned away are known again.
+    """
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+        self._away: dict[bytes, None] = {}
+
+    def refusal(self, client: bytes, there: int) -> Refusal | None:
+        """Why a client that is not known cannot come in, if it cannot.
+
+        :param there: how many are remembered.
+        """
+        if there < self._most and client not in self._away:
+            return None
+        self._away[client] = None
+        if len(self._away) > _TURNED_AWAY:
+            del self._away[next(iter(self._away))]
+        return no_room("client", int(self._most), "clients")
 
 
 def judge(record: ClientRecord | None, sequence: int) -> list[Result] | BatchRefused | None:
@@ -126,6 +165,7 @@ class Ledger:
 
     :param commit: makes `Changes` durable, or raises. `StorageFull` means that it changed nothing.
     :param clock: tells the seconds, where the time is not its own but that of who keeps `contents`.
+    :param caps: what it holds at the most, if not all that there is room for.
     """
 
     def __init__(
@@ -133,8 +173,12 @@ class Ledger:
         contents: Contents | None = None,
         commit: Commit = _keep_in_memory,
         clock: Callable[[], float] | None = None,
+        caps: Caps | None = None,
     ) -> None:
         contents = contents or Contents()
+        self._most_counters = caps.counters if caps else inf
+        self._most_keys = caps.keys if caps else inf
+        self._door = Door(caps.clients if caps else inf)
         self._commit = commit
         self._counters: Any = SortedDict(contents.counters)
         self._clients = {client: record for client, record in contents.clients.items() if not record.object}
@@ -194,9 +238,9 @@ class Ledger:
         """
         with self._writing:
             changes = Changes(self.now())
-            answers = [self._apply(batch, changes) for batch in batches]
             if changes.now >= self._next_forgetting:
-                self._forget(changes)
+                self._forget(changes)  # first: on the disk, too, what it leaves is room for what comes
+            answers = [self._apply(batch, changes) for batch in batches]
             try:
                 self._commit(changes)
             except StorageFull as error:
@@ -211,21 +255,33 @@ class Ledger:
     def _apply(self, batch: Batch, changes: Changes, refusal: Refusal | None = None) -> list[Result] | BatchRefused:
         """One batch, by the rule of sequences, its writes answered with `refusal` if there is one."""
         client, sequence = batch.client, batch.sequence
-        answered = judge(changes.clients.get(client) or self._clients.get(client), sequence)
+        record = changes.clients.get(client) or self._clients.get(client)
+        answered = judge(record, sequence)
         if answered is not None:
             return answered
+        turned_away = None
+        if record is None:
+            turned_away = self._door.refusal(client, len(self._clients) + changes.more_clients)
+            refusal = refusal or turned_away
         execute = self._execute
         results = [
             execute[type(operation)](operation, changes) if refusal is None or isinstance(operation, READS) else refusal
             for operation in batch.operations
         ]
+        if turned_away is not None:
+            return results
+        changes.more_clients += record is None
         changes.clients[client] = ClientRecord(sequence, results, changes.now)
         return results
 
     def _get(self, operation: Get, changes: Changes) -> int | None:
         return self._value(operation.name, changes)
 
-    def _set(self, operation: Set, changes: Changes) -> int:
+    def _set(self, operation: Set, changes: Changes) -> int | Refusal:
+        if self._value(operation.name, changes) is None:
+            if len(self._counters) + changes.more_counters >= self._most_counters:
+                return no_room("counter", int(self._most_counters), "counters")
+            changes.more_counters += 1
         changes.counters[operation.name] = operation.value
         return operation.value
 
@@ -233,6 +289,7 @@ class Ledger:
         existed = self._value(operation.name, changes) is not None
         if existed:
             changes.counters[operation.name] = None
+            changes.more_counters -= 1
         return existed
 
     def _value(self, name: str, changes: Changes) -> int | None:
@@ -243,17 +300,27 @@ class Ledger:
 
     def _increment(self, operation: Increment, changes: Changes) -> Result:
         name, key = operation.name, operation.key
+        known = None
         if key is not None:
             known = changes.keys.get(key) or self._keys.get(key)
             if known is not None and known.used > changes.now - KEY_LIFETIME:
                 if known.fingerprint == operation.fingerprint():
                     return Replayed(known.value)
                 return KEY_REUSED
-        current = self._value(name, changes) or 0
+        there = self._value(name, changes)
+        current = there or 0
         value = current + operation.by
         refusal = beyond_bounds(operation, current)
         if refusal is not None:
             return refusal
+        if there is None and len(self._counters) + changes.more_counters >= self._most_counters:
+            return no_room("counter", int(self._most_counters), "counters")
+        if key is not None and known is None:
+            if len(self._keys) + changes.more_keys >= self._most_keys:
+                return no_room("idempotency key", int(self._most_keys), "keys")
+            changes.more_keys += 1
+        if there is None:
+            changes.more_counters += 1
         changes.counters[name] = value
         if key is not None:
             changes.keys[key] = KeyRecord(operation.fingerprint(), value, changes.now)
@@ -284,10 +351,12 @@ class Ledger:
     def _forget(self, changes: Changes) -> None:
         """Add the removal of what has expired: the records stand in the order of their last use."""
         self._next_forgetting = changes.now + _FORGET_EVERY
-        for client in _expired(self._clients, changes.now - CLIENT_LIFETIME):
-            changes.clients.setdefault(client, None)
-        for key in _expired(self._keys, changes.now - KEY_LIFETIME):
-            changes.keys.setdefault(key, None)
+        clients = _expired(self._clients, changes.now - CLIENT_LIFETIME)
+        keys = _expired(self._keys, changes.now - KEY_LIFETIME)
+        changes.clients.update(dict.fromkeys(clients))
+        changes.keys.update(dict.fromkeys(keys))
+        if _FORGET_AT_ONCE in (len(clients), len(keys)):
+            self._next_forgetting = changes.now  # there are more: the next commit goes on
 
     def _merge(self, changes: Changes) -> None:
         for name, value in changes.counters.items():

@@ -14,13 +14,14 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
+from math import inf
 from typing import Any
 
 from msgspec import Struct
 
 from . import plain
 from .errors import BatchRefused, InvalidRequest, StartupError, StorageFull
-from .ledger import CLIENT_LIFETIME, Changes, ClientRecord, Commit, judge
+from .ledger import CLIENT_LIFETIME, Changes, ClientRecord, Commit, Door, judge
 from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
 
 LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still under the frame limit
@@ -101,6 +102,7 @@ class HostedObject:
     :param state: its pickle, where it was there before.
     :param clients: what is remembered of its clients, in the order of their last use.
     :param clock: the time that `clients` are remembered by.
+    :param most_clients: that are remembered.
     :raises StartupError: if it cannot be made; with the reason.
     """
 
@@ -112,11 +114,13 @@ class HostedObject:
         commit: Commit | None = None,
         state: bytes | None = None,
         clients: Mapping[bytes, ClientRecord] | None = None,
+        most_clients: float = inf,
     ) -> None:
         self.declaration = declaration
         self._clock = clock
         self._commit = commit if declaration.durable else None
         self._clients = dict(clients or {})
+        self._door = Door(most_clients)
         self._state = b""
         try:
             if state is not None and self._commit is not None:
@@ -144,6 +148,9 @@ class HostedObject:
             answered = judge(record, batch.sequence)
             if answered is not None:
                 return answered
+            turned_away = self._door.refusal(batch.client, len(self._clients)) if record is None else None
+            if turned_away is not None:
+                return [turned_away] * len(batch.operations)
             changes = Changes(self._clock())
             results = self._call_all(batch, changes)
             self._remember(batch, results, changes)

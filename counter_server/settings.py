@@ -65,6 +65,20 @@ DEFAULT_STORE_OPTIONS = StoreOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Caps:
+    """What one manager takes at the most. Beyond one of them it refuses by name, and what is there goes on."""
+
+    counters: int = 10_000_000
+    keys: int = 10_000_000  # idempotency keys that are remembered
+    clients: int = 100_000  # whose last batch is remembered: of the counters, and of each shared object
+    journal_bytes: int = 16 * 2**30  # of the file; its log may have some MiB beside
+    connections: int = 10_000
+
+
+DEFAULT_CAPS = Caps()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     """What `counter-server run` serves, and how."""
 
@@ -77,4 +91,5 @@ class ServerSettings:
     store: str = DEFAULT_STORE
     durability: Durability = DEFAULT_DURABILITY
     log_format: LogFormat = "text"
+    caps: Caps = DEFAULT_CAPS  # of the manager
     web: Mapping[str, Any] = field(default_factory=dict)  # the web application's configuration

@@ -25,7 +25,7 @@ from counter_server.ledger import Changes, Ledger
 from counter_server.manager import client as client_module
 from counter_server.manager.client import StateProxy
 from counter_server.manager.directory import DataDirectory
-from counter_server.manager.server import LedgerService
+from counter_server.manager.services import LedgerService
 from counter_server.manager.wire import LARGEST_FRAME, Connection, connect
 from counter_server.operations import Batch, Increment
 from counter_server.status import Status

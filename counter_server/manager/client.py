@@ -127,6 +127,8 @@ class StateProxy(BaseProxy):
         try:
             connection.send((None, "accept_connection", (self._id, self._declaration), {}))
             kind, epoch = connection.recv()
+            if kind == "#FULL":
+                raise Disconnected(f"the manager of {self._directory} lets nobody else in: {epoch}", sent=False)
             if kind == "#AWAY":
                 raise Disconnected(f"{epoch}, and ends for one that hosts {self._declaration}", sent=False)
             if kind != "#RETURN":

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -11,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from multiprocessing.managers import BaseManager, Server
@@ -19,22 +19,22 @@ from typing import Any, NamedTuple, NoReturn
 
 from msgspec import MsgspecError, msgpack
 
-from ..combiner import Combiner
 from ..errors import BatchRefused, StartupError
 from ..journal import Journal, JournalFailed
 from ..ledger import Contents, Ledger, results_of
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
-from ..settings import Durability
-from ..status import Status
+from ..settings import DEFAULT_CAPS, Caps, Durability
 from .directory import DataDirectory
+from .services import LedgerService, StatusService
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
 
 log = logging.getLogger(__name__)
 
-_LARGEST_COMMIT = 1000  # batches; in truth one for each connected worker at the most
 _EXIT_JOURNAL_FAILED = 74  # EX_IOERR of sysexits.h
 _SECONDS_TO_STOP = 2.0
+_MOST_GREETED = 100  # connections over the cap that are told so; those beyond are closed without a word, or a thread
+_OTHER_DESCRIPTORS = 64  # that a manager has open beside its connections, and what its shared objects may open
 
 Lifeline = multiprocessing.connection.Connection  # to the supervisor: its end is closed when that stops, or ends
 
@@ -57,38 +57,6 @@ class Hosted(NamedTuple):
     declaration: Declaration | None = None
 
 
-class LedgerService:
-    """What the manager offers of its ledger: the last stop of the road."""
-
-    def __init__(self, ledger: Ledger, fail: Callable[[JournalFailed], NoReturn]) -> None:
-        self._ledger = ledger
-        self._fail = fail
-        self._combiner: Combiner[Batch, list[Result] | BatchRefused] = Combiner(self._commit, limit=_LARGEST_COMMIT)
-        # Of writes, since the start. Commits are made by one thread at a time, so nothing has to guard these.
-        self.batches = 0
-        self.operations = 0
-        self.commits = 0
-        self.commit_seconds = 0.0
-
-    def apply(self, batch: Batch) -> list[Result]:
-        """Apply a batch, in one durable commit with those of other workers that wait at the same time."""
-        if batch.sequence == 0:
-            return self._ledger.read(batch)
-        return results_of(self._combiner.submit(batch))
-
-    def _commit(self, batches: list[Batch], _deadline: float) -> list[list[Result] | BatchRefused]:
-        began = time.monotonic()
-        try:
-            answers = self._ledger.apply(batches)
-        except JournalFailed as error:
-            self._fail(error)
-        self.commit_seconds += time.monotonic() - began
-        self.commits += 1
-        self.batches += len(batches)
-        self.operations += sum(len(batch.operations) for batch in batches)
-        return answers
-
-
 class StateServer(Server):
     """The standard library's manager server, with objects by name, typed arguments and time limits.
 
@@ -105,7 +73,9 @@ class StateServer(Server):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._connections = 0
-        self._users = 0  # connections to shared objects, among them
+        self._welcomed = 0  # among them, those that were let in
+        self._users = 0  # connections to shared objects, among these
+        self.most_connections = Caps.connections
         self.gives_way = False
         self._idle_since = time.monotonic()
 
@@ -131,16 +101,20 @@ class StateServer(Server):
                 connection = self.listener.accept()
             except OSError:
                 continue
+            if self._connections >= self.most_connections + _MOST_GREETED:
+                connection.close()
+                continue
+            self._count(+1)
             try:
                 threading.Thread(target=self.handle_request, args=(connection,), daemon=True).start()
             except RuntimeError as error:
                 log.warning("a connection was closed: %s", error)
+                self._count(-1)
                 connection.close()
                 time.sleep(ACCEPT_PAUSE)
 
     def handle_request(self, conn: Any) -> None:
         """Serve one connection, in a thread of its own, from the handshake to its end."""
-        self._count(+1)
         try:
             deliver_challenge(conn, self.authkey)
             answer_challenge(conn, self.authkey)
@@ -165,12 +139,20 @@ class StateServer(Server):
     def _welcome(self, conn: Any, hosted: Hosted) -> None:
         uses = hosted.declaration is not None
         with self.mutex:
-            self._users += uses
+            is_room = self._welcomed < self.most_connections
+            self._welcomed += is_room
+            self._users += is_room and uses
+        if not is_room:
+            conn.send(
+                ("#FULL", f"it has {self.most_connections:,} connections, the most that --max-connections allows")
+            )
+            return
         try:
             conn.send(("#RETURN", hosted.epoch))
             self.serve_client(conn)
         finally:
             with self.mutex:
+                self._welcomed -= 1
                 self._users -= uses
 
     def _turn_away(self, conn: Any) -> None:
@@ -204,38 +186,6 @@ class StateServer(Server):
             connection.send(reply)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StatusService:
-    """What the manager tells of itself."""
-
-    server: StateServer
-    ledger: Ledger
-    service: LedgerService
-    journal: Journal | None
-    durability: Durability
-    epoch: str
-    began: float = field(default_factory=time.monotonic)
-
-    def status(self) -> Status:
-        return Status(
-            pid=os.getpid(),
-            epoch=self.epoch,
-            durability=self.durability,
-            uptime=time.monotonic() - self.began,
-            starts=self.journal.starts if self.journal else 1,
-            counters=len(self.ledger),
-            objects=sum(hosted.declaration is not None for hosted in self.server.hosted.values()),
-            clients=self.ledger.clients,
-            keys=self.ledger.keys,
-            connections=self.server.connections,
-            batches=self.service.batches,
-            operations=self.service.operations,
-            commits=self.service.commits,
-            commit_seconds=self.service.commit_seconds,
-            journal_bytes=self.journal.size if self.journal else 0,
-        )
-
-
 class StateManager(BaseManager):
     """`BaseManager` with our server. The address is a socket's path; `spawn` is named, whatever the default is."""
 
@@ -257,6 +207,7 @@ def serve(
     lifeline: Lifeline | None = None,
     idle_timeout: float | None = None,
     declarations: Sequence[Declaration] = (),
+    caps: Caps = DEFAULT_CAPS,
 ) -> NoReturn:
     """Be the manager of `directory` until a signal comes. Ends the process.
 
@@ -266,6 +217,7 @@ def serve(
     :param idle_timeout: seconds without any client after which to end. A manager whose counters are in its memory alone
         (durability `none`) never ends so: they would be lost.
     :param declarations: the shared objects to host, beside the counters. No client can add any.
+    :param caps: what it takes at the most.
     :raises StartupError: if the directory, its lock, journal or socket cannot be had.
     """
     os.umask(0o077)
@@ -278,17 +230,24 @@ def serve(
         threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
     with directory.hold():
-        journal = _open_journal(directory, durability)
+        journal = _open_journal(directory, durability, caps)
         contents = journal.load() if journal else Contents()
         if journal:
             journal.count_start()  # not before it was found whole: a damaged one is left as it is
-        ledger = Ledger(contents, journal.commit) if journal else Ledger(contents)
+        ledger = Ledger(contents, journal.commit, caps=caps) if journal else Ledger(contents, caps=caps)
         epoch = journal.epoch if journal else secrets.token_hex(16)
         directory.remove_stale_socket()
         server = StateManager(str(directory.socket), directory.key("manager")).get_server()
+        server.most_connections = _room_for(caps.connections)
         service = LedgerService(ledger, _fail)
         told = StatusService(
-            server=server, ledger=ledger, service=service, journal=journal, durability=durability, epoch=epoch
+            ledger=ledger,
+            service=service,
+            journal=journal,
+            durability=durability,
+            epoch=epoch,
+            objects=len(declarations),
+            connections=lambda: server.connections,
         )
         methods = {
             "apply": Method(service.apply, msgpack.Decoder(tuple[Batch]).decode),
@@ -296,7 +255,7 @@ def serve(
         }
         server.hosted = {"ledger": Hosted(methods, epoch)}
         for declaration in declarations:
-            server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents)
+            server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, caps)
         if idle_timeout is not None and journal is not None:
             server.gives_way = True
             threading.Thread(target=_end_when_idle, args=(server, idle_timeout), name="idle", daemon=True).start()
@@ -313,7 +272,7 @@ def serve(
     raise AssertionError("serve_forever returned")
 
 
-def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, contents: Contents) -> Hosted:
+def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, contents: Contents, caps: Caps) -> Hosted:
     """Make a shared object, from what the journal holds of it where it is durable."""
     epoch = journal.epoch if declaration.durable and journal else secrets.token_hex(16)
     decode = msgpack.Decoder(tuple[Batch]).decode
@@ -328,6 +287,7 @@ def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, con
             clients={
                 client: record for client, record in contents.clients.items() if record.object == declaration.name
             },
+            most_clients=caps.clients,
         )
     except StartupError as error:
         # What cannot be made is refused by name; counters and other objects go on.
@@ -345,9 +305,20 @@ def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, con
     return Hosted({"apply": Method(apply, decode)}, epoch, declaration)
 
 
-def _open_journal(directory: DataDirectory, durability: Durability) -> Journal | None:
+def _room_for(connections: int) -> int:
+    """So many connections, or those that this process may have descriptors for; it asks for as many as it needs."""
+    wanted = connections + _MOST_GREETED + _OTHER_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(wanted - _MOST_GREETED - _OTHER_DESCRIPTORS, 1)
+
+
+def _open_journal(directory: DataDirectory, durability: Durability, caps: Caps) -> Journal | None:
     if durability != "none":
-        return Journal(directory.journal, durability)
+        return Journal(directory.journal, durability, most=caps.journal_bytes)
     if directory.journal.exists():
         raise StartupError(
             f"{directory} holds durable counters: durability 'none' would start again at 1; name another data directory"

@@ -19,5 +19,10 @@ def manage(
 
     configure("manager", settings.log_format)
     serve(
-        directory, settings.durability, ready=lambda: lifeline.send(None), lifeline=lifeline, declarations=declarations
+        directory,
+        settings.durability,
+        ready=lambda: lifeline.send(None),
+        lifeline=lifeline,
+        declarations=declarations,
+        caps=settings.caps,
     )

@@ -1,0 +1,82 @@
+"""What the manager offers of its ledger and of itself, whoever asks and however."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from ..combiner import Combiner
+from ..errors import BatchRefused
+from ..journal import Journal, JournalFailed
+from ..ledger import Ledger, results_of
+from ..operations import Batch, Result
+from ..settings import Durability
+from ..status import Status
+
+_LARGEST_COMMIT = 1000  # batches; in truth one for each connected worker at the most
+
+
+class LedgerService:
+    """What the manager offers of its ledger: the last stop of the road."""
+
+    def __init__(self, ledger: Ledger, fail: Callable[[JournalFailed], NoReturn]) -> None:
+        self._ledger = ledger
+        self._fail = fail
+        self._combiner: Combiner[Batch, list[Result] | BatchRefused] = Combiner(self._commit, limit=_LARGEST_COMMIT)
+        # Of writes, since the start. Commits are made by one thread at a time, so nothing has to guard these.
+        self.batches = 0
+        self.operations = 0
+        self.commits = 0
+        self.commit_seconds = 0.0
+
+    def apply(self, batch: Batch) -> list[Result]:
+        """Apply a batch, in one durable commit with those of other workers that wait at the same time."""
+        if batch.sequence == 0:
+            return self._ledger.read(batch)
+        return results_of(self._combiner.submit(batch))
+
+    def _commit(self, batches: list[Batch], _deadline: float) -> list[list[Result] | BatchRefused]:
+        began = time.monotonic()
+        try:
+            answers = self._ledger.apply(batches)
+        except JournalFailed as error:
+            self._fail(error)
+        self.commit_seconds += time.monotonic() - began
+        self.commits += 1
+        self.batches += len(batches)
+        self.operations += sum(len(batch.operations) for batch in batches)
+        return answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusService:
+    """What the manager tells of itself."""
+
+    ledger: Ledger
+    service: LedgerService
+    journal: Journal | None
+    durability: Durability
+    epoch: str
+    objects: int  # that are hosted
+    connections: Callable[[], int]
+    began: float = field(default_factory=time.monotonic)
+
+    def status(self) -> Status:
+        return Status(
+            pid=os.getpid(),
+            epoch=self.epoch,
+            durability=self.durability,
+            uptime=time.monotonic() - self.began,
+            starts=self.journal.starts if self.journal else 1,
+            counters=len(self.ledger),
+            objects=self.objects,
+            clients=self.ledger.clients,
+            keys=self.ledger.keys,
+            connections=self.connections(),
+            batches=self.service.batches,
+            operations=self.service.operations,
+            commits=self.service.commits,
+            commit_seconds=self.service.commit_seconds,
+            journal_bytes=self.journal.size if self.journal else 0,
+        )
