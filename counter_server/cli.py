@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any, cast
 
 import click
@@ -273,6 +274,31 @@ def stop(data_dir: str | None) -> None:
             raise click.ClickException(f"the manager (pid {pid}) goes on; under a supervisor, end that")
         time.sleep(0.02)
     click.echo(f"The manager (pid {pid}) has ended.")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@data_dir_option
+def backup(file: Path, data_dir: str | None) -> None:
+    """Copy all that is durable into a new FILE, while a manager goes on, or without one.
+
+    To put it back, copy it to journal.sqlite3 in the data directory while no manager runs; no journal.sqlite3-wal may
+    stand beside it. Numbers that were given out since the backup are given out again.
+    """
+    from .upkeep import back_up
+
+    click.echo(back_up(DataDirectory(default_data_dir() if data_dir is None else data_dir), file))
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@data_dir_option
+def check(file: Path | None, data_dir: str | None) -> None:
+    """Look whether the journal is whole, or the backup FILE. Exit status 0 if it is, else 1."""
+    from . import upkeep
+
+    directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
+    click.echo(upkeep.check(directory) if file is None else upkeep.check_file(file))
 
 
 @main.command()

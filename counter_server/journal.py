@@ -10,33 +10,21 @@ import os
 import secrets
 import sqlite3
 import threading
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 
-from msgspec import msgpack
-
 from .errors import StartupError, StorageFull
-from .ledger import Changes, ClientRecord, Contents, KeyRecord
-from .operations import Result
+from .journal_file import Damaged, compare, is_new, make, read, sealed, sealed_client, unusable, upgrade, verify
+from .ledger import Changes, Contents
 from .settings import Caps
 
-_APPLICATION_ID = 0x43545352  # "CTSR", in the file's header: tells our journal from any other SQLite file
-_VERSION = 1
-_SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE clients (client BLOB PRIMARY KEY, sequence INTEGER NOT NULL, results BLOB NOT NULL, used REAL NOT NULL,
-    object TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE objects (name TEXT PRIMARY KEY, state BLOB NOT NULL);
-CREATE TABLE keys (key TEXT PRIMARY KEY, fingerprint BLOB NOT NULL, value INTEGER NOT NULL, used REAL NOT NULL)
-    WITHOUT ROWID;
-"""
 # SQLite in WAL mode: FULL syncs at every commit; NORMAL writes at every commit, so that a killed process
 # loses nothing, and syncs at checkpoints, so that a power cut may lose the last commits.
 _SYNCHRONOUS = {"commit": "FULL", "process": "NORMAL"}
 
-_encode = msgpack.Encoder().encode
-_decode_results = msgpack.Decoder(list[Result]).decode
+_BACKUP_PAGES = 2000  # copied at once, between commits
+_BACKUP_PAUSE = 0.002  # seconds, in which those that wait can commit
 
 
 class JournalFailed(Exception):
@@ -61,7 +49,7 @@ class Journal:
             self._check()
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except (sqlite3.Error, OSError) as error:
-            raise self._unusable(error) from error
+            raise unusable(self.path, error) from error
         try:
             self._open(_SYNCHRONOUS[durability])
             page_size = self._connection.execute("PRAGMA page_size").fetchone()[0]
@@ -69,43 +57,26 @@ class Journal:
         except BaseException as error:
             self._connection.close()
             if isinstance(error, (sqlite3.Error, OSError)):
-                raise self._unusable(error) from error
+                raise unusable(self.path, error) from error
             raise
-
-    def _unusable(self, error: Exception) -> StartupError:
-        return StartupError(
-            f"the journal {self.path} cannot be used ({error}); it was left as it is: put back a copy, or mend its disk"
-        )
 
     def _sync(self) -> None:
         """Have on disk what is there to be read: the writer before us may have been killed between write and sync."""
         for path in (self.path, self._log, self.path.parent):
             with suppress(FileNotFoundError):
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                _sync(path)
 
     def _check(self) -> None:
         """Refuse what is not ours. A connection that can write would fold the log in as it closes."""
         if not self.path.exists():
             return
         with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            execute = connection.execute
-            application, version = (execute(f"PRAGMA {n}").fetchone()[0] for n in ("application_id", "user_version"))
-            empty = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-        if not empty and application != _APPLICATION_ID:
-            raise StartupError(f"{self.path} is not a journal of counter_server; it was left as it is")
-        if version > _VERSION:
-            raise StartupError(
-                f"the journal {self.path} has format {version}, of a newer counter_server; this one reads {_VERSION}"
-            )
+            is_new(connection, self.path)
 
     def _open(self, synchronous: str) -> None:
         execute = self._connection.execute
         execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner: no shared-memory file, no locks per commit
-        empty = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+        new = is_new(self._connection, self.path)
         execute("PRAGMA journal_mode = WAL")
         execute(f"PRAGMA synchronous = {synchronous}")
         try:
@@ -115,13 +86,11 @@ class Journal:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_FULL:  # then it stays in the log, and is read from there
                 raise
-        if empty:
-            self._connection.executescript(f"BEGIN; {_SCHEMA}")
-            execute("INSERT INTO meta VALUES ('epoch', ?)", (secrets.token_hex(16),))
-            execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            execute(f"PRAGMA user_version = {_VERSION}")
-            execute("COMMIT")
+        if new:
+            make(self._connection, secrets.token_hex(16))
             self._sync()  # the new files' names, too
+        else:
+            upgrade(self._connection)
 
     @property
     def epoch(self) -> str:
@@ -138,9 +107,9 @@ class Journal:
             found = execute("SELECT value FROM meta WHERE name = 'starts'").fetchone()
             self.starts = (int(found[0]) if found else 0) + 1
             execute("REPLACE INTO meta VALUES ('starts', ?)", (str(self.starts),))
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError) as error:
             if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
-                raise self._unusable(error) from error
+                raise unusable(self.path, error) from error
 
     @property
     def size(self) -> int:
@@ -152,23 +121,64 @@ class Journal:
         return total
 
     def load(self) -> Contents:
-        """Everything that was committed."""
+        """Everything that was committed.
+
+        :raises StartupError: if the file is damaged.
+        """
         try:
-            rows = self._connection.execute
-            return Contents(
-                counters=dict(rows("SELECT name, value FROM counters ORDER BY name")),
-                clients={
-                    client: ClientRecord(sequence, _decode_results(results), used, name)
-                    for client, sequence, results, used, name in rows("SELECT * FROM clients ORDER BY used")
-                },
-                keys={
-                    key: KeyRecord(fingerprint, value, used)
-                    for key, fingerprint, value, used in rows("SELECT * FROM keys ORDER BY used")
-                },
-                objects=dict(rows("SELECT name, state FROM objects")),
-            )
-        except (sqlite3.Error, ValueError) as error:
-            raise self._unusable(error) from error
+            verify(self._connection)
+            return read(self._connection)
+        except (sqlite3.Error, ValueError, Damaged) as error:
+            raise unusable(self.path, error) from error
+
+    def check(self, contents: Contents) -> None:
+        """Look at the whole file, and whether it holds `contents`. Nobody may commit meanwhile.
+
+        :raises StartupError: if it is damaged or does not.
+        """
+        try:
+            with self._committing:
+                verify(self._connection, thoroughly=True)
+                compare(self._connection, contents)
+        except (sqlite3.Error, Damaged) as error:
+            raise unusable(self.path, error) from error
+
+    def back_up(self, target: Path) -> int:
+        """Copy the journal as it is at one moment into a new file, durably, while commits go on; return its bytes.
+
+        The copy is one file that can be read anywhere, also where its directory cannot be written to.
+
+        :raises StartupError: if the file is there already, or cannot be written. Nothing is left of it then.
+        """
+        part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+        try:
+            try:
+                os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                with closing(sqlite3.connect(part, isolation_level=None)) as copy:
+                    with self._committing:
+                        # SQLite carries what this connection commits in the pauses over to what it has copied already.
+                        self._connection.backup(copy, pages=_BACKUP_PAGES, progress=self._pause)
+                    copy.execute("PRAGMA journal_mode = DELETE")
+                size = part.stat().st_size
+                _sync(part)
+                os.link(part, target)  # and so never over another file
+                _sync(target.parent)
+                return size
+            finally:
+                part.unlink(missing_ok=True)
+        except FileExistsError as error:
+            raise StartupError(f"{target} is there already, and was left as it is: name another file") from error
+        except (sqlite3.Error, OSError) as error:
+            raise StartupError(f"no backup can be written to {target}: {error}; the counters go on") from error
+
+    def _pause(self, _status: int, remaining: int, _total: int) -> None:
+        """Between two parts of a backup: who waits to commit goes first."""
+        if remaining:
+            self._committing.release()
+            try:
+                time.sleep(_BACKUP_PAUSE)
+            finally:
+                self._committing.acquire()
 
     def commit(self, changes: Changes) -> None:
         """Make `changes` durable in one transaction.
@@ -187,20 +197,20 @@ class Journal:
                 if value is None:
                     execute("DELETE FROM counters WHERE name = ?", (name,))
                 else:
-                    execute("REPLACE INTO counters VALUES (?, ?)", (name, value))
+                    execute("REPLACE INTO counters VALUES (?, ?, ?)", sealed(name, value))
             for client, record in changes.clients.items():
                 if record is None:
                     execute("DELETE FROM clients WHERE client = ?", (client,))
                 else:
-                    row = (client, record.sequence, _encode(record.results), record.used, record.object)
-                    execute("REPLACE INTO clients VALUES (?, ?, ?, ?, ?)", row)
+                    execute("REPLACE INTO clients VALUES (?, ?, ?, ?, ?, ?)", sealed_client(client, record))
             for key, known in changes.keys.items():
                 if known is None:
                     execute("DELETE FROM keys WHERE key = ?", (key,))
                 else:
-                    execute("REPLACE INTO keys VALUES (?, ?, ?, ?)", (key, *known))
+                    row = sealed(key, known.fingerprint, known.value, float(known.used))
+                    execute("REPLACE INTO keys VALUES (?, ?, ?, ?, ?)", row)
             for name, state in changes.objects.items():
-                execute("REPLACE INTO objects VALUES (?, ?)", (name, state))
+                execute("REPLACE INTO objects VALUES (?, ?, ?)", sealed(name, state))
             execute("COMMIT")
         except BaseException as error:
             if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
@@ -221,5 +231,13 @@ class Journal:
 
     def close(self) -> None:
         """Fold the log into the file where possible (everything committed is safe without), and let go."""
-        with suppress(sqlite3.Error):
+        with suppress(sqlite3.Error), self._committing:
             self._connection.close()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

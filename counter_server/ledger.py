@@ -225,6 +225,13 @@ class Ledger:
         """How many idempotency keys are remembered."""
         return len(self._keys)
 
+    def show(self, to: Callable[[Contents], None]) -> Contents:
+        """Have `to` look at all that is remembered while nobody writes; return it."""
+        with self._writing:
+            contents = Contents(self._counters, self._clients, self._keys)
+            to(contents)
+            return contents
+
     def read(self, batch: Batch) -> list[Result]:
         """The results of a batch of reads. Never waits for a commit."""
         changes = Changes(0.0)

@@ -150,7 +150,7 @@ class HostedObject:
                 return answered
             turned_away = self._door.refusal(batch.client, len(self._clients)) if record is None else None
             if turned_away is not None:
-                return [turned_away] * len(batch.operations)
+                return list[Result](turned_away for _ in batch.operations)
             changes = Changes(self._clock())
             results = self._call_all(batch, changes)
             self._remember(batch, results, changes)

@@ -1,6 +1,7 @@
 """Real programs for tests: started, watched by what they print, and gone afterwards, whatever happens."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,14 @@ def frozen(pid: int) -> Iterator[None]:
     finally:
         with suppress(ProcessLookupError):  # somebody has killed it
             os.kill(pid, signal.SIGCONT)
+
+
+def fill(file: Path) -> None:
+    """Leave no room in its file system."""
+    with file.open("wb", buffering=0) as whole, suppress(OSError):
+        while whole.write(b"\0" * 4096):
+            pass
+    assert shutil.disk_usage(file.parent).free == 0
 
 
 class Program:

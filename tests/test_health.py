@@ -2,13 +2,10 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ from counter_server.status import Process, Status
 from counter_server.web import create_app
 from tests.engines import MemcachedServer, PostgresServer, RedisServer
 from tests.load import at_once, open_client
-from tests.processes import PATIENCE, Manager, Server, eventually, frozen
+from tests.processes import PATIENCE, Manager, Server, eventually, fill, frozen
 from tests.test_server import Answer, ask, increment
 
 StartServer = Callable[..., Server]
@@ -115,26 +112,6 @@ def test_a_probe_of_readiness_is_committed_and_changes_no_counter(server: Server
         state.counter("ready?").set(-(2**63))  # a counter like any other
         assert is_ready(server.url)
         assert state.counter("ready?").value == -(2**63)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=True)
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def fill(file: Path) -> None:
-    """Leave no room in its file system."""
-    with file.open("wb", buffering=0) as whole, suppress(OSError):
-        while whole.write(b"\0" * 4096):
-            pass
-    assert shutil.disk_usage(file.parent).free == 0
 
 
 def test_with_the_disk_full_a_server_is_alive_not_ready_tells_its_figures_and_heals(

@@ -380,11 +380,11 @@ def test_a_journal_of_a_newer_version_is_refused_and_left_alone(
     journal.commit(some_changes())
     journal.close()
     with closing(sqlite3.connect(path)) as other:
-        other.execute("PRAGMA user_version = 2")
+        other.execute("PRAGMA user_version = 3")
     before = files_of(tmp_path)
     message = refuse(path)
     assert "newer" in message
-    assert "format 2" in message
+    assert "format 3" in message
     assert_left_alone(tmp_path, before)
 
 
@@ -394,7 +394,7 @@ def test_a_journal_of_a_newer_version_that_was_killed_is_refused_and_left_alone(
     journal = open_journal(tmp_path / "original")
     journal.commit(some_changes())
     journal.close()
-    left_by_a_kill(lambda other: other.execute("PRAGMA user_version = 2"), path)
+    left_by_a_kill(lambda other: other.execute("PRAGMA user_version = 3"), path)
     before = files_of(tmp_path)
     assert len(before[f"{path.name}-wal"]) > 0
     assert "newer" in refuse(path)

@@ -69,6 +69,13 @@ class StateProxy(BaseProxy):
         except ValidationError as error:  # one that was started before an upgrade serves on
             raise Unsupported(f"the manager of {self._directory} is of another version: it tells {error}") from error
 
+    def ask(self, method: str, arguments: tuple[Any, ...], deadline: float) -> Any:
+        """Call a method of the manager's own; the answer is plain data.
+
+        :raises BatchRefused: with the manager's reason, if it could not do it.
+        """
+        return _decode(self._callmethod(method, arguments, deadline=deadline))
+
     def _callmethod(  # type: ignore[override]
         self, methodname: str, args: tuple[Any, ...] = (), kwds: dict[str, Any] | None = None, *, deadline: float
     ) -> Raw:

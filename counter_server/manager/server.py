@@ -26,7 +26,7 @@ from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from .directory import DataDirectory
-from .services import LedgerService, StatusService
+from .services import LedgerService, StatusService, UpkeepService
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
 
 log = logging.getLogger(__name__)
@@ -249,9 +249,13 @@ def serve(
             objects=len(declarations),
             connections=lambda: server.connections,
         )
+        upkeep = UpkeepService(ledger, journal)
+        nothing = msgpack.Decoder(tuple[()]).decode
         methods = {
             "apply": Method(service.apply, msgpack.Decoder(tuple[Batch]).decode),
-            "status": Method(told.status, msgpack.Decoder(tuple[()]).decode),
+            "status": Method(told.status, nothing),
+            "check": Method(upkeep.check, nothing),
+            "back_up": Method(upkeep.back_up, msgpack.Decoder(tuple[bytes]).decode),
         }
         server.hosted = {"ledger": Hosted(methods, epoch)}
         for declaration in declarations:

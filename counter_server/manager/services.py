@@ -4,10 +4,11 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 from ..combiner import Combiner
-from ..errors import BatchRefused
+from ..errors import BatchRefused, StartupError
 from ..journal import Journal, JournalFailed
 from ..ledger import Ledger, results_of
 from ..operations import Batch, Result
@@ -47,6 +48,34 @@ class LedgerService:
         self.batches += len(batches)
         self.operations += sum(len(batch.operations) for batch in batches)
         return answers
+
+
+@dataclass(frozen=True)
+class UpkeepService:
+    """What the manager does for its operator: nobody else can, as the journal is its alone."""
+
+    ledger: Ledger
+    journal: Journal | None
+
+    def back_up(self, target: bytes) -> int:
+        """Copy the journal into a new file; its bytes."""
+        try:
+            return self._durable().back_up(Path(os.fsdecode(target)))
+        except (StartupError, ValueError) as error:  # ValueError: what cannot be a path
+            raise BatchRefused(str(error)) from error
+
+    def check(self) -> tuple[int, int, int]:
+        """Look at the whole journal, and whether it holds what the memory does; how much that is."""
+        try:
+            seen = self.ledger.show(self._durable().check)
+        except StartupError as error:
+            raise BatchRefused(str(error)) from error
+        return len(seen.counters), len(seen.clients), len(seen.keys)
+
+    def _durable(self) -> Journal:
+        if self.journal is None:
+            raise StartupError("the counters are in memory alone (durability none): there is no journal")
+        return self.journal
 
 
 @dataclass(frozen=True, kw_only=True)

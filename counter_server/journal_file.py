@@ -1,0 +1,197 @@
+"""The journal's file: its tables, a checksum in every row, and how damage is found out before anything is believed.
+
+SQLite's own checks find what is wrong with the structure: a page that is cut off, a row that is lost. A bit that flips
+within a number is none of that, so each row carries the CRC-32 of what it holds.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from msgspec import msgpack
+
+from .errors import StartupError
+from .ledger import ClientRecord, Contents, KeyRecord
+from .operations import Result
+
+APPLICATION_ID = 0x43545352  # "CTSR", in the file's header: tells our journal from any other SQLite file
+VERSION = 2
+SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE clients (client BLOB PRIMARY KEY, sequence INTEGER NOT NULL, results BLOB NOT NULL, used REAL NOT NULL,
+    object TEXT NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE objects (name TEXT PRIMARY KEY, state BLOB NOT NULL, checksum INTEGER NOT NULL);
+CREATE TABLE keys (key TEXT PRIMARY KEY, fingerprint BLOB NOT NULL, value INTEGER NOT NULL, used REAL NOT NULL,
+    checksum INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_TABLES = {statement.strip() for statement in SCHEMA.split(";")} - {""}
+_COLUMNS = {
+    "counters": "name, value",
+    "clients": "client, sequence, results, used, object",
+    "objects": "name, state",
+    "keys": "key, fingerprint, value, used",
+}
+
+_encode = msgpack.Encoder().encode
+_decode_results = msgpack.Decoder(list[Result]).decode
+
+
+class Damaged(Exception):
+    """What stands in the file is not what was written to it."""
+
+
+def unusable(path: Path, error: Exception) -> StartupError:
+    """The error of whoever was to read the file and cannot."""
+    return StartupError(
+        f"the journal {path} cannot be used ({error}); it was left as it is: put back a copy, or mend its disk"
+    )
+
+
+def sealed(*values: object) -> tuple[object, ...]:
+    """A row of these values, with its checksum."""
+    return *values, crc32(_encode(values))
+
+
+def sealed_client(client: bytes, record: ClientRecord) -> tuple[object, ...]:
+    return sealed(client, record.sequence, _encode(record.results), float(record.used), record.object)
+
+
+def rows(connection: sqlite3.Connection, table: str, order: str | None = None) -> Iterator[list[Any]]:
+    """The rows of a table, each as it was written.
+
+    :raises Damaged: if one is not.
+    """
+    ordered = f" ORDER BY {order}" if order else ""
+    for *row, checksum in connection.execute(f"SELECT {_COLUMNS[table]}, checksum FROM {table}{ordered}"):  # noqa: S608
+        if crc32(_encode(row)) != checksum:
+            raise Damaged(f"a row of its {table} is not what was written: {row[0]!r}")
+        yield row
+
+
+def is_new(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether there is nothing in the file yet.
+
+    :raises StartupError: if there is something, and it is not ours, or of a newer version.
+    """
+    application, version = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+    )
+    empty: bool = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+    if not empty and application != APPLICATION_ID:
+        raise StartupError(f"{path} is not a journal of counter_server; it was left as it is")
+    if version > VERSION:
+        raise StartupError(
+            f"the journal {path} has format {version}, of a newer counter_server; this one reads {VERSION}"
+        )
+    return empty
+
+
+def make(connection: sqlite3.Connection, epoch: str) -> None:
+    """Make the tables of a new journal."""
+    connection.executescript(f"BEGIN; {SCHEMA}")
+    connection.execute("INSERT INTO meta VALUES ('epoch', ?)", (epoch,))
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {VERSION}")
+    connection.execute("COMMIT")
+
+
+def upgrade(connection: sqlite3.Connection) -> None:
+    """Give the rows of version 1 their checksums, in one transaction."""
+    if connection.execute("PRAGMA user_version").fetchone()[0] == VERSION:
+        return
+    connection.create_function("checksum", -1, lambda *values: crc32(_encode(values)), deterministic=True)
+    old = "".join(f"ALTER TABLE {table} RENAME TO old_{table};" for table in ("meta", *_COLUMNS))
+    copied = "".join(
+        f"INSERT INTO {table} SELECT {columns}, checksum({columns}) FROM old_{table}; DROP TABLE old_{table};"  # noqa: S608
+        for table, columns in _COLUMNS.items()
+    )
+    meta = "INSERT INTO meta SELECT * FROM old_meta; DROP TABLE old_meta;"
+    try:
+        connection.executescript(f"BEGIN IMMEDIATE; {old} {SCHEMA} {meta} {copied} PRAGMA user_version = {VERSION}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def verify(connection: sqlite3.Connection, *, thoroughly: bool = False) -> None:
+    """Look at the structure of the whole file.
+
+    :param thoroughly: compare indexes with their tables, too.
+    :raises Damaged: naming what was found first.
+    """
+    (found,) = connection.execute(f"PRAGMA {'integrity' if thoroughly else 'quick'}_check(1)").fetchone()
+    if found != "ok":
+        raise Damaged(" ".join(found.split()))
+    tables = {statement for (statement,) in connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")}
+    if tables != _TABLES:
+        raise Damaged("its tables are not those of a journal")
+
+
+def read(connection: sqlite3.Connection) -> Contents:
+    """Everything that was committed.
+
+    :raises Damaged: if a row is not what was written.
+    :raises ValueError: if what a client was answered makes no sense.
+    """
+    return Contents(
+        counters={name: value for name, value in rows(connection, "counters", "name")},  # noqa: C416 - it is a list
+        clients={
+            client: ClientRecord(sequence, _decode_results(results), used, name)
+            for client, sequence, results, used, name in rows(connection, "clients", "used")
+        },
+        keys={
+            key: KeyRecord(fingerprint, value, used)
+            for key, fingerprint, value, used in rows(connection, "keys", "used")
+        },
+        objects={name: state for name, state in rows(connection, "objects")},  # noqa: C416
+    )
+
+
+def compare(connection: sqlite3.Connection, contents: Contents) -> None:
+    """Look whether the file holds what the memory does. (What was refused for want of room is in memory alone.)
+
+    :raises Damaged: naming what differs first.
+    """
+    number = 0
+    for name, value in rows(connection, "counters"):
+        number += 1
+        if contents.counters.get(name) != value:
+            raise Damaged(f"it has {value} for {name!r}, and the memory {contents.counters.get(name)}")
+    if number != len(contents.counters):
+        raise Damaged(f"it has {number} counters, and the memory {len(contents.counters)}")
+    number = 0
+    for key, *record in rows(connection, "keys"):
+        number += 1
+        if contents.keys.get(key) != KeyRecord(*record):
+            raise Damaged(f"it has {record[1]} for the idempotency key {key!r}, and the memory another number")
+    if number != len(contents.keys):
+        raise Damaged(f"it has {number} idempotency keys, and the memory {len(contents.keys)}")
+    for client, sequence, results, _, owner in rows(connection, "clients"):
+        known = None if owner else contents.clients.get(client)
+        if not owner and (known is None or known.sequence < sequence):
+            raise Damaged(f"it knows a client at batch {sequence} that the memory does not")
+        if known is not None and known.sequence == sequence and _encode(known.results) != results:
+            raise Damaged(f"it has other results of a client's batch {sequence} than the memory")
+
+
+def examine(path: Path) -> Contents:
+    """What the journal or backup at `path` holds, all of it checked. Nothing is changed.
+
+    :raises StartupError: if it is damaged, is none, or cannot be read; naming it.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            if is_new(connection, path):
+                raise StartupError(f"{path} holds no journal")
+            if connection.execute("PRAGMA user_version").fetchone()[0] < VERSION:
+                raise StartupError(f"{path} has an older format, without checksums: start a manager on it once")
+            verify(connection, thoroughly=True)
+            return read(connection)
+    except (sqlite3.Error, OSError, ValueError, Damaged) as error:
+        raise unusable(path, error) from error
