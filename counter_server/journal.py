@@ -15,7 +15,20 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from .errors import StartupError, StorageFull
-from .journal_file import Damaged, compare, is_new, make, read, sealed, sealed_client, unusable, upgrade, verify
+from .journal_file import (
+    Damaged,
+    Header,
+    compare,
+    create,
+    is_new,
+    read,
+    sealed,
+    sealed_client,
+    sync,
+    unusable,
+    upgrade,
+    verify,
+)
 from .ledger import Changes, Contents
 from .settings import Caps
 
@@ -46,9 +59,10 @@ class Journal:
         self._committing = threading.Lock()  # held through a transaction: the ledger's, or one object's
         try:
             self._sync()
-            self._check()
+            if self._is_new():
+                create(path)
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError) as error:
             raise unusable(self.path, error) from error
         try:
             self._open(_SYNCHRONOUS[durability])
@@ -56,7 +70,7 @@ class Journal:
             self._connection.execute(f"PRAGMA max_page_count = {max(most // page_size, 1)}")
         except BaseException as error:
             self._connection.close()
-            if isinstance(error, (sqlite3.Error, OSError)):
+            if isinstance(error, (sqlite3.Error, OSError, ValueError)):
                 raise unusable(self.path, error) from error
             raise
 
@@ -64,19 +78,36 @@ class Journal:
         """Have on disk what is there to be read: the writer before us may have been killed between write and sync."""
         for path in (self.path, self._log, self.path.parent):
             with suppress(FileNotFoundError):
-                _sync(path)
+                sync(path)
 
-    def _check(self) -> None:
-        """Refuse what is not ours. A connection that can write would fold the log in as it closes."""
-        if not self.path.exists():
-            return
-        with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            is_new(connection, self.path)
+    def _is_new(self) -> bool:
+        """Whether there is nothing yet.
+
+        What is not ours is refused before a connection that can write would fold its log in, and so is a log of
+        another journal: SQLite would take its pages for those of this one.
+        """
+        there = self.path.exists() and self.path.stat().st_size > 0
+        header = Header.of(self.path) if there else Header(is_ours=True, keeps_log=False)
+        if header.is_ours and not header.keeps_log and self._log.exists() and self._log.stat().st_size > 0:
+            raise StartupError(
+                f"{self._log} is not the log of {self.path}, which was removed or put back from a backup: move the log"
+                " away, or put back the journal that it was written for"
+            )
+        if not there:
+            return True
+        try:
+            with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+                return is_new(connection, self.path)
+        except sqlite3.OperationalError as error:
+            # Somebody was killed as he made a journal of a backup: to open it will undo that.
+            if not header.is_ours or error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+                raise
+            return False
 
     def _open(self, synchronous: str) -> None:
         execute = self._connection.execute
         execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner: no shared-memory file, no locks per commit
-        new = is_new(self._connection, self.path)
+        is_new(self._connection, self.path)  # of a newer version, perhaps: when it could not be read before
         execute("PRAGMA journal_mode = WAL")
         execute(f"PRAGMA synchronous = {synchronous}")
         try:
@@ -86,11 +117,7 @@ class Journal:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_FULL:  # then it stays in the log, and is read from there
                 raise
-        if new:
-            make(self._connection, secrets.token_hex(16))
-            self._sync()  # the new files' names, too
-        else:
-            upgrade(self._connection)
+        upgrade(self._connection)
 
     @property
     def epoch(self) -> str:
@@ -160,9 +187,9 @@ class Journal:
                         self._connection.backup(copy, pages=_BACKUP_PAGES, progress=self._pause)
                     copy.execute("PRAGMA journal_mode = DELETE")
                 size = part.stat().st_size
-                _sync(part)
+                sync(part)
                 os.link(part, target)  # and so never over another file
-                _sync(target.parent)
+                sync(target.parent)
                 return size
             finally:
                 part.unlink(missing_ok=True)
@@ -233,11 +260,3 @@ class Journal:
         """Fold the log into the file where possible (everything committed is safe without), and let go."""
         with suppress(sqlite3.Error), self._committing:
             self._connection.close()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,11 +4,13 @@ SQLite's own checks find what is wrong with the structure: a page that is cut of
 within a number is none of that, so each row carries the CRC-32 of what it holds.
 """
 
+import os
+import secrets
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 from zlib import crc32
 
 from msgspec import msgpack
@@ -90,13 +92,48 @@ def is_new(connection: sqlite3.Connection, path: Path) -> bool:
     return empty
 
 
-def make(connection: sqlite3.Connection, epoch: str) -> None:
-    """Make the tables of a new journal."""
-    connection.executescript(f"BEGIN; {SCHEMA}")
-    connection.execute("INSERT INTO meta VALUES ('epoch', ?)", (epoch,))
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    connection.execute(f"PRAGMA user_version = {VERSION}")
-    connection.execute("COMMIT")
+class Header(NamedTuple):
+    """What a database's first bytes tell (https://www.sqlite.org/fileformat2.html)."""
+
+    is_ours: bool
+    keeps_log: bool  # is written by way of a log, as a journal is, and a backup is not
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        with path.open("rb") as file:
+            header = file.read(100)
+        return cls(header[68:72] == APPLICATION_ID.to_bytes(4, "big"), header[18:19] == b"\2")
+
+
+def create(path: Path) -> None:
+    """Make a new journal, whole under another name first: who is killed meanwhile leaves none of it behind."""
+    part = path.with_name(f".{path.name}.part")
+    leftovers = [part.with_name(part.name + suffix) for suffix in ("", "-wal", "-journal", "-shm")]
+    try:
+        for leftover in leftovers:
+            leftover.unlink(missing_ok=True)
+        with closing(sqlite3.connect(part, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(f"BEGIN; {SCHEMA}")
+            connection.execute("INSERT INTO meta VALUES ('epoch', ?)", (secrets.token_hex(16),))
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+            connection.execute("COMMIT")
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+    finally:
+        for leftover in leftovers:
+            leftover.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have on the disk what was written to the file, or the names that are in the directory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def upgrade(connection: sqlite3.Connection) -> None:

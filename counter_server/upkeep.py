@@ -55,7 +55,7 @@ def _told(path: Path, counters: int, clients: int, keys: int) -> str:
     return f"{path} is whole: {counters:,} counters, {keys:,} idempotency keys, {clients:,} clients"
 
 
-def _at_rest(directory: DataDirectory) -> AbstractContextManager[None]:
+def _at_rest(directory: DataDirectory) -> AbstractContextManager[object]:
     if not directory.journal.exists():
         raise StartupError(f"there is no journal in {directory}")
     return directory.hold()

@@ -127,6 +127,24 @@ def test_counters_in_memory_alone_can_neither_be_copied_nor_checked(
         assert "in memory alone" in done.errors
 
 
+def test_a_backup_beside_the_log_of_another_journal_is_refused(state: State, data_dir: Path, tmp_path: Path) -> None:
+    """SQLite would take the log's pages for the backup's own."""
+    assert Done("backup", tmp_path / "b", "--data-dir", data_dir).status == 0
+    place = tmp_path / "restored"
+    place.mkdir(mode=0o700)
+    journal, log = place / "journal.sqlite3", place / "journal.sqlite3-wal"
+    shutil.copy(data_dir / "journal.sqlite3-wal", log)
+    for _ in ("without a journal", "with another one"):
+        files = {path.name: path.read_bytes() for path in place.glob("journal*")}
+        with pytest.raises(StartupError, match=f"{log} is not the log"):
+            Journal(journal)
+        assert {path.name: path.read_bytes() for path in place.glob("journal*")} == files
+        shutil.copy(tmp_path / "b", journal)
+    log.unlink()
+    with closing(Journal(journal)) as restored:
+        assert restored.load().counters == {"c": 3}
+
+
 # Offline
 
 
@@ -258,7 +276,7 @@ def test_a_memory_that_is_not_what_the_disk_holds_is_found(kept: Journal) -> Non
         ({"a": 1, "b": 1, "c": 1}, None, None, "it has 2 counters, and the memory 3"),
         (None, {}, None, "it knows a client at batch 1 that the memory does not"),
         (None, {client: ClientRecord(1, [1, 2], 0.0)}, None, "other results of a client's batch 1"),
-        (None, None, {}, "for the idempotency key 'k'"),
+        (None, None, dict[str, KeyRecord](), "for the idempotency key 'k'"),
     ]:
         seen = ledger.show(lambda _contents: None)
         wrong = Contents(

@@ -6,7 +6,7 @@ import secrets
 import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -71,12 +71,15 @@ class DataDirectory:
             )
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self) -> Iterator[Callable[[], bool]]:
         """Be the one manager of this directory until the block ends, or this process does.
 
+        Gives a function that tells whether it is still so: not when the directory was removed, or replaced.
+
         :raises DirectoryHeld: naming the other one, if there is one.
+        :raises StartupError: if the directory cannot be written to.
         """
-        file = os.open(self.path / "manager.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = self._open_lock("manager.lock")
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,9 +89,21 @@ class DataDirectory:
             with suppress(OSError):  # for people only: on a full disk it does without
                 os.ftruncate(file, 0)
                 os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-            yield
+            yield lambda: self._is_lock(file)
         finally:
             os.close(file)
+
+    def _open_lock(self, name: str) -> int:
+        try:
+            return os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StartupError(f"the data directory {self} cannot be written to: {error.strerror}") from error
+
+    def _is_lock(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self.path / "manager.lock"))
+        except OSError:
+            return False
 
     def holder(self) -> int | None:
         """The pid of the manager that holds this directory, if there is one.
@@ -109,8 +124,11 @@ class DataDirectory:
 
     @contextmanager
     def starting(self) -> Iterator[bool]:
-        """Whether this process is the one to start a manager now: one at a time, while the block runs."""
-        file = os.open(self.path / "starter.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Whether this process is the one to start a manager now: one at a time, while the block runs.
+
+        :raises StartupError: if the directory cannot be written to.
+        """
+        file = self._open_lock("starter.lock")
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

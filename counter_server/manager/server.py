@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _EXIT_JOURNAL_FAILED = 74  # EX_IOERR of sysexits.h
 _SECONDS_TO_STOP = 2.0
+_LOOK_SECONDS = 0.5
 _MOST_GREETED = 100  # connections over the cap that are told so; those beyond are closed without a word, or a thread
 _OTHER_DESCRIPTORS = 64  # that a manager has open beside its connections, and what its shared objects may open
 
@@ -229,7 +230,7 @@ def serve(
     else:
         threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
-    with directory.hold():
+    with directory.hold() as is_held:
         journal = _open_journal(directory, durability, caps)
         contents = journal.load() if journal else Contents()
         if journal:
@@ -263,13 +264,16 @@ def serve(
         if idle_timeout is not None and journal is not None:
             server.gives_way = True
             threading.Thread(target=_end_when_idle, args=(server, idle_timeout), name="idle", daemon=True).start()
+        keeping = threading.Thread(target=_keep_found, args=(directory, server.listener, is_held), daemon=True)
+        keeping.start()
         try:
             ready()
             server.serve_forever()
         finally:
+            if server.listener.is_found:
+                with suppress(FileNotFoundError):
+                    directory.socket.unlink()
             server.listener.close()
-            with suppress(FileNotFoundError):
-                directory.socket.unlink()
             ledger.stop()
             if journal:
                 journal.close()
@@ -341,6 +345,25 @@ def _fail(error: Exception) -> NoReturn:
     )
     sys.stderr.flush()
     os._exit(_EXIT_JOURNAL_FAILED)
+
+
+def _keep_found(directory: DataDirectory, listener: Listener, is_held: Callable[[], bool]) -> None:
+    """Look now and then whether clients still find this process, and have them find it again."""
+    told = ""
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        if not is_held():  # then its files are nobody's, and whoever comes next begins with others
+            _fail(StartupError(f"the data directory {directory} was removed, or replaced by another"))
+        if listener.is_found:
+            continue
+        try:
+            directory.remove_stale_socket()
+            listener.rebind()
+            log.warning("the socket %s was removed; it is there again", directory.socket)
+        except (StartupError, OSError) as error:
+            if str(error) != told:
+                log.error("no new client can connect: %s", error)
+            told = str(error)
 
 
 def _end_with(lifeline: Lifeline) -> None:

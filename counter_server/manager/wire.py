@@ -145,26 +145,51 @@ class Listener:
 
     def __init__(self, address: str, backlog: int = _BACKLOG) -> None:
         self.address = address
+        self._backlog = max(backlog, _BACKLOG)
         self._closed = False
-        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket = self._bound()
+
+    def _bound(self) -> socket.socket:
+        bound = socket.socket(socket.AF_UNIX)
         try:
-            with short_address(address) as short:
-                self._socket.bind(short)
-            self._socket.listen(max(backlog, _BACKLOG))
+            with short_address(self.address) as short:
+                bound.bind(short)
+            self._file = os.lstat(self.address)
+            bound.listen(self._backlog)
         except BaseException:
-            self._socket.close()
+            bound.close()
             raise
+        return bound
+
+    @property
+    def is_found(self) -> bool:
+        """Whether who connects to the address comes here: its file was not removed or replaced."""
+        try:
+            return os.path.samestat(self._file, os.lstat(self.address))
+        except OSError:
+            return False
+
+    def rebind(self) -> None:
+        """Listen at the address anew, where nothing stands any more.
+
+        :raises OSError: if that cannot be.
+        """
+        before, self._socket = self._socket, self._bound()
+        before.shutdown(socket.SHUT_RDWR)  # wakes who waits in `accept`, and closes it
 
     def accept(self) -> Connection:
         """The next connection.
 
         :raises OSError: for one that failed or is another user's; the standard server asks again.
         """
+        listening = self._socket
         try:
-            sock, _ = self._socket.accept()
+            sock, _ = listening.accept()
         except OSError:
             if self._closed:
                 raise SystemExit from None  # ends the accepting thread, which would ask for ever
+            if listening is not self._socket:
+                listening.close()
             time.sleep(ACCEPT_PAUSE)
             raise
         if peer_uid(sock) != os.geteuid():

@@ -1,0 +1,49 @@
+"""Faults of the disk, injected between a program and the kernel: a system call that fails, or never returns."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.processes import PATIENCE, Program, eventually
+
+
+def needed() -> str:
+    """The program's path; a test that needs it is skipped where it is not."""
+    found = shutil.which("strace")
+    if found is None:
+        pytest.skip("strace is not installed (Debian package strace)")
+    return found
+
+
+def killed_at(call: str, when: int, *arguments: str | Path) -> Program:
+    """A program of Python's that is killed as it begins the system call of that name for the `when`th time."""
+    options = ("-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}")
+    inject = f"inject={call}:signal=SIGKILL:when={when}"
+    return Program(*options, "-e", inject, sys.executable, *arguments, program=needed())
+
+
+@contextmanager
+def failing(pid: int, call: str, error: str) -> Iterator[None]:
+    """While the block runs, every system call of that name in the process fails so, in all its threads."""
+    options = ["-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:error={error}"]
+    tracer = subprocess.Popen([needed(), *options, "-p", str(pid)], stderr=subprocess.DEVNULL)
+
+    def traced() -> bool:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        tracers = [re.search(r"TracerPid:\t(\d+)", (task / "status").read_text()) for task in tasks]
+        return all(found is not None and int(found[1]) == tracer.pid for found in tracers)
+
+    try:
+        eventually(traced, "strace to watch every thread")
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            tracer.send_signal(signal.SIGINT)  # lets go of what it watches
+        tracer.wait(PATIENCE)

@@ -1,0 +1,483 @@
+"""The manager under faults that are really injected: of the disk, of its files, of descriptors and of the clock."""
+
+import os
+import pickle
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+
+import pytest
+
+from counter_server import State
+from counter_server.errors import StartupError, StorageFull
+from counter_server.journal import Journal
+from counter_server.ledger import Changes, ClientRecord, Contents, KeyRecord, Ledger
+from counter_server.manager.directory import DataDirectory
+from counter_server.operations import Batch, Increment
+from tests.history import assert_exactly_once
+from tests.load import HttpLoad, open_client
+from tests.processes import PATIENCE, Manager, Program, Server, eventually
+from tests.strace import failing, killed_at
+from tests.test_manager import authenticated, raw
+from tests.test_server import ask
+
+StartManager = Callable[..., Manager]
+
+
+@pytest.fixture
+def manager(start_manager: StartManager) -> Manager:
+    return start_manager()
+
+
+@pytest.fixture
+def state(manager: Manager, stack: ExitStack) -> State:
+    """Of the manager, and of the ones that come after it, with a counter at 1."""
+    state = stack.enter_context(open_client(manager.url, deadline=PATIENCE))
+    assert state.counter("c").increment() == 1
+    return state
+
+
+# Killed at every step of a commit
+
+_WRITER = """
+import pathlib, sys
+from counter_server.journal import Journal
+from counter_server.ledger import Ledger
+from counter_server.operations import Batch, Increment
+
+journal = Journal(pathlib.Path(sys.argv[1]))
+ledger = Ledger(journal.load(), journal.commit)
+for sequence in range(1, 5):
+    ((value,),) = ledger.apply([Batch(b"w" * 16, sequence, [Increment("a", key=f"k{sequence}")])])
+    print(f"answered {value}", flush=True)
+journal.close()
+"""
+
+
+def survives_a_kill(path: Path, call: str, when: int, backup: Path | None) -> bool:
+    """Kill a writer there and look at what it leaves; whether it came so far at all."""
+    path.mkdir()
+    if backup is not None:
+        shutil.copy(backup, path / "journal")
+    with killed_at(call, when, "-c", _WRITER, path / "journal") as writer:
+        status = writer.wait()
+    assert status in (0, -signal.SIGKILL), writer.errors
+    answered = len(writer.output)
+    with closing(Journal(path / "journal")) as journal:
+        contents = journal.load()
+        value = contents.counters.get("a", 0)
+        assert value in (answered, answered + 1)
+        assert [known.value for known in contents.keys.values()] == list(range(1, value + 1))
+        # The one that was never answered is sent again, and counted once.
+        ledger = Ledger(contents, journal.commit)
+        again = Batch(b"w" * 16, answered + 1, [Increment("a", key=f"k{answered + 1}")])
+        assert ledger.apply([again]) == [[answered + 1]]
+        ledger.show(journal.check)
+    return status != 0
+
+
+@pytest.mark.parametrize(
+    ("call", "step", "put_back"),
+    [("fdatasync", 1, False), ("fdatasync", 1, True), ("pwrite64", 2, False), ("ftruncate", 1, False)],
+)
+def test_a_writer_killed_at_any_step_of_a_commit_loses_nothing_answered_and_applies_nothing_twice(
+    tmp_path: Path, call: str, step: int, *, put_back: bool
+) -> None:
+    """From the making of the file, also of a backup, to its closing: at every sync, and at every other write."""
+    backup = tmp_path / "backup" if put_back else None
+    if backup is not None:
+        with closing(Journal(tmp_path / "original")) as journal:
+            journal.back_up(backup)
+    reached: list[bool] = []
+    with ThreadPoolExecutor(4) as several:
+        for first in range(1, 200, 8 * step):
+            moments = range(first, first + 8 * step, step)
+            reached += several.map(lambda when: survives_a_kill(tmp_path / f"{when}", call, when, backup), moments)
+            if not reached[-1]:
+                break
+    assert not reached[-1]
+    assert reached == sorted(reached, reverse=True)
+    assert sum(reached) >= {"fdatasync": 8, "pwrite64": 20, "ftruncate": 2}[call]
+
+
+# A disk that fails
+
+
+@pytest.mark.parametrize(
+    ("call", "error"), [("fdatasync", "EIO"), ("pwrite64", "EIO"), ("pwrite64", "EDQUOT"), ("pwrite64", "EROFS")]
+)
+def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
+    manager: Manager, state: State, start_manager: StartManager, stack: ExitStack, call: str, error: str
+) -> None:
+    with ThreadPoolExecutor(1) as caller:
+        with failing(manager.pid, call, error):
+            answer = caller.submit(state.counter("c").increment)
+            assert manager.wait() == 74
+        (line,) = manager.errors
+        assert "journal.sqlite3 failed" in line
+        assert "unknown" in line
+        assert not answer.done()
+        start_manager()
+        assert answer.result() == 2  # whether it was written before or not
+    assert state.counter("c").increment() == 3
+
+
+def test_a_disk_that_is_full_for_a_while_is_a_refusal_and_reads_go_on(manager: Manager, state: State) -> None:
+    with failing(manager.pid, "pwrite64", "ENOSPC"):
+        for _ in range(2):
+            with pytest.raises(StorageFull) as refused:
+                state.counter("c").increment()
+            assert refused.value.outcome == "not_applied"
+        assert state.counter("c").value == 1
+    assert state.counter("c").increment() == 2
+
+
+def test_a_file_system_that_is_read_only_is_named_and_when_it_is_not_any_more_all_is_there(
+    small_disk: Path, stack: ExitStack
+) -> None:
+    with Manager(small_disk / "data") as manager, open_client(manager.url) as state:
+        assert state.counter("c").increment() == 1
+        manager.kill()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(AssertionError, match=str(small_disk / "data")) as refused:
+        Manager(small_disk / "data").__exit__(None, None, None)
+    assert "Read-only file system" in str(refused.value)
+    assert "Traceback" not in str(refused.value)
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    state = stack.enter_context(open_client(stack.enter_context(Manager(small_disk / "data")).url))
+    assert state.counter("c").increment() == 2
+
+
+# A torn journal
+
+
+@pytest.fixture
+def states(tmp_path: Path) -> Iterator[list[Contents]]:
+    """A journal's contents after each of its commits: some in its file, the last in its log."""
+    contents = [Contents()]
+    with closing(Journal(tmp_path / "journal")) as journal:
+        for number in range(1, 31):
+            journal.commit(
+                Changes(
+                    now=number,
+                    counters={"a": number, f"{number:040}": number},
+                    clients={bytes([number % 5]) * 16: ClientRecord(number, [number], number)},
+                    keys={f"k{number}": KeyRecord(b"f" * 16, number, number)},
+                    objects={"o": bytes([number]) * 30},
+                )
+            )
+            contents.append(journal.load())
+            if number == 15:
+                journal._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        yield contents
+
+
+@pytest.mark.parametrize("name", ["journal", "journal-wal"])
+def test_a_journal_with_flipped_or_missing_bytes_is_refused_by_name_or_is_as_it_was_at_one_commit(
+    tmp_path: Path, states: list[Contents], name: str
+) -> None:
+    place = tmp_path / "copy"
+    place.mkdir()
+    originals = {path.name: path.read_bytes() for path in tmp_path.glob("journal*")}
+    size = len(originals[name])
+    assert size > 20_000
+    refused = 0
+    damages: list[Callable[[bytearray, int], None]] = [_flip_a_bit, _overwrite, _cut]
+    for turn, offset in enumerate(range(0, size, max(size // 600, 1))):
+        damaged = bytearray(originals[name])
+        damages[turn % 3](damaged, offset)
+        for file, content in {**originals, name: bytes(damaged)}.items():
+            (place / file).write_bytes(content)
+        try:
+            with closing(Journal(place / "journal")) as journal:
+                assert journal.load() in states, (turn % 3, offset)
+        except StartupError as error:
+            if str(place / "journal") not in str(error):
+                raise
+            refused += 1
+    if name == "journal":
+        assert refused > 40  # the others hit what SQLite does not use, or is rewritten from the log
+    for path in place.iterdir():
+        path.unlink()
+
+
+def _flip_a_bit(content: bytearray, offset: int) -> None:
+    content[offset] ^= 1 << offset % 8
+
+
+def _overwrite(content: bytearray, offset: int) -> None:
+    content[offset : offset + 16] = os.urandom(16)[: len(content) - offset]
+
+
+def _cut(content: bytearray, offset: int) -> None:
+    del content[offset:]
+
+
+# Its files
+
+
+def new_client_counts(url: str) -> int:
+    with open_client(url) as fresh:
+        return fresh.counter("c").increment()
+
+
+def test_a_socket_that_was_removed_is_there_again_and_nobody_who_is_in_is_disturbed(
+    manager: Manager, state: State, data_dir: Path
+) -> None:
+    path = DataDirectory(data_dir).socket
+    for number in (2, 4):
+        path.unlink()
+        assert state.counter("c").increment() == number
+        assert new_client_counts(manager.url) == number + 1
+        assert path.is_socket()
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as foreign:
+        foreign.bind(str(path))  # one that nobody listens on
+        assert new_client_counts(manager.url) == 6
+    assert manager.stop() == 0
+    assert not path.exists()
+
+
+def test_what_takes_the_place_of_the_socket_is_left_alone_and_named(
+    manager: Manager, state: State, data_dir: Path
+) -> None:
+    path = DataDirectory(data_dir).socket
+    path.unlink()
+    path.write_text("notes")
+    eventually(lambda: any(str(path) in line and "not a socket" in line for line in manager.errors), "its name")
+    assert state.counter("c").increment() == 2
+    path.unlink()
+    assert new_client_counts(manager.url) == 3
+    path.unlink()
+    path.write_text("notes")
+    assert manager.stop() == 0
+    assert path.read_text() == "notes"
+
+
+def test_a_manager_whose_directory_was_removed_ends_and_says_so(
+    manager: Manager, state: State, data_dir: Path, start_manager: StartManager
+) -> None:
+    data_dir.rename(data_dir.with_name("moved"))
+    assert manager.wait() == 74
+    (line,) = manager.errors
+    assert f"{data_dir} was removed, or replaced" in line
+    data_dir.with_name("moved").rename(data_dir)
+    start_manager()
+    assert state.counter("c").increment() == 2
+
+
+# Descriptors and peers
+
+
+def cpu_seconds(pid: int) -> float:
+    """That a process has used until now."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_manager_without_descriptors_does_not_spin_and_serves_again_when_there_are_some(
+    manager: Manager, state: State, data_dir: Path
+) -> None:
+    used = len(list(Path(f"/proc/{manager.pid}/fd").iterdir()))
+    before = resource.prlimit(manager.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(manager.pid, resource.RLIMIT_NOFILE, (used, before[1]))
+    try:
+        with ExitStack() as waiting:
+            for _ in range(20):
+                waiting.enter_context(raw(data_dir))
+            began = cpu_seconds(manager.pid)
+            end = time.monotonic() + 1
+            values = []
+            while time.monotonic() < end:
+                values.append(state.counter("c").increment())
+                time.sleep(0.1)  # the pace of the load: it is the manager's own use of time that is looked at
+            assert values == list(range(2, 2 + len(values)))
+            assert cpu_seconds(manager.pid) - began < 0.4
+    finally:
+        resource.prlimit(manager.pid, resource.RLIMIT_NOFILE, before)
+    with open_client(manager.url, deadline=PATIENCE) as fresh:
+        assert fresh.counter("d").increment() == 1
+
+
+def threads_of(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+def test_half_open_peers_are_gone_after_the_handshakes_time_with_their_threads(
+    manager: Manager, state: State, data_dir: Path
+) -> None:
+    before = threads_of(manager.pid)
+    with ExitStack() as silent:
+        for _ in range(200):
+            silent.enter_context(raw(data_dir))
+        began = time.monotonic()
+        eventually(lambda: threads_of(manager.pid) >= before + 100, "their threads")
+        assert state.counter("c").increment() == 2
+        eventually(lambda: threads_of(manager.pid) == before, "the end of their threads")
+        assert time.monotonic() - began < 2 + 3  # and what a busy machine takes
+
+
+def test_peers_that_never_read_are_cut_off_and_hold_up_nobody(manager: Manager, state: State, data_dir: Path) -> None:
+    names = [f"{number:04}" + "x" * 240 for number in range(1000)]
+    for name in names:
+        state.counter(name)
+    state.store.apply(Batch(os.urandom(16), 1, [Increment(name) for name in names]), time.monotonic() + PATIENCE)
+    before = threads_of(manager.pid)
+    with ExitStack() as deaf:
+        for _ in range(20):
+            peer = authenticated(data_dir)
+            deaf.callback(peer.close)
+            peer.send((None, "accept_connection", ("ledger", None), {}))
+            assert peer.recv()[0] == "#RETURN"
+            for _ in range(5):  # each answer is as large as a socket's buffer
+                peer.send(("ledger", "apply", ((os.urandom(16), 0, [("scan", "", 1000)]),), {}))
+        assert threads_of(manager.pid) >= before + 20
+        assert state.counter("c").increment() == 2
+        eventually(lambda: threads_of(manager.pid) == before, "the end of their threads", 2 + 5)
+    assert state.counter("c").increment() == 3
+
+
+@pytest.mark.parametrize("flags", [(), ("-O",)], ids=["plain", "python -O"])
+def test_a_peer_with_the_key_cannot_get_further_with_bad_words(
+    stack: ExitStack, data_dir: Path, flags: tuple[str, ...]
+) -> None:
+    manager = stack.enter_context(Program(*flags, "manager_process.py", "--data-dir", data_dir))
+    url = manager.expect("Manager ready:")
+    state = stack.enter_context(open_client(url))
+    assert state.counter("c").increment() == 1
+    proof = data_dir / "proof"
+    payload = pickle.dumps(_Bomb(str(proof)))
+    for words in [
+        b"\x7f\xff\xff\xff",
+        b"\x80\x00\x00\x00",
+        b"\xff\xff\xff\xff",
+        len(payload).to_bytes(4, "big") + payload,
+        b"\x00\x00\x00\x00",
+        b"\x00\x00\x00\x03\xc1\xc1\xc1",
+        *(b"\x00\x00\x10\x00" + b"\x91" * 4096, b"\x00\x00\x00\x05\xdd\xff\xff\xff\xff"),  # deep, and long, arrays
+    ]:
+        peer = authenticated(data_dir)
+        try:
+            peer.send((None, "accept_connection", ("ledger", None), {}))
+            assert peer.recv()[0] == "#RETURN"
+            with socket.socket(fileno=os.dup(peer.fileno())) as sock:
+                sock.sendall(words)
+                with suppress(ConnectionResetError):
+                    assert sock.recv(1) == b""
+        finally:
+            peer.close()
+    for call in [
+        *((ident, method) for ident in ("ledger", None) for method in ("shutdown", "create", "#GETVALUE")),
+        *(("ledger", method) for method in ("incref", "decref", "_durable", "journal")),
+        *(("ledger", method, "x") for method in ("check", "status", "back_up")),
+    ]:
+        peer = authenticated(data_dir)
+        try:
+            peer.send((None, "accept_connection", ("ledger", None), {}))
+            assert peer.recv()[0] == "#RETURN"
+            ident, method, *arguments = call
+            peer.send((ident, method, tuple(arguments), {}))
+            with pytest.raises((EOFError, ConnectionResetError)):
+                peer.recv()
+        finally:
+            peer.close()
+    assert not proof.exists()
+    assert state.counters().counters == [("c", 1)]
+    assert manager.running
+
+
+class _Bomb:
+    """What code would be run by, if it were unpickled."""
+
+    def __init__(self, proof: str) -> None:
+        self._proof = proof
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (self._proof, "w")
+
+
+# All of it, killed
+
+
+def test_a_whole_server_killed_under_load_and_started_again_miscounts_nothing(
+    stack: ExitStack, data_dir: Path, tmp_path: Path
+) -> None:
+    with Server("--workers", "2", "--data-dir", data_dir) as server:
+        port = server.url.rpartition(":")[2]
+        load = HttpLoad(server.url, "hot", 4)
+        load.progress(100)
+        # At once: the supervisor, the manager and the workers.
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    stack.enter_context(Program("run.py", "--port", port, "--workers", "2", "--data-dir", data_dir))
+    load.progress(100)
+    history = load.finish()
+    with open_client(DataDirectory(data_dir).url) as state:
+        assert_exactly_once(history, state.counter("hot").value, tmp_path / "history.json")
+
+
+# The clock
+
+
+@pytest.fixture
+def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Set the wall clock of all programs that are started from now on, so many seconds away from the true one."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    if library is None:
+        pytest.skip("libfaketime is not installed (Debian package faketime)")
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    for name, value in {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # that one does not jump when a clock is set
+        "DONT_FAKE_MONOTONIC": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    def jump(seconds: str) -> None:
+        draft = clock.with_name("draft")
+        draft.write_text(seconds)
+        draft.rename(clock)
+        told = subprocess.run(
+            [sys.executable, "-c", "import time; print(time.time(), time.monotonic())"], capture_output=True, check=True
+        ).stdout.split()
+        assert abs(float(told[0]) - time.time() - float(seconds)) < 60
+        assert abs(float(told[1]) - time.monotonic()) < 60
+
+    return jump
+
+
+def test_clocks_that_jump_an_hour_either_way_revive_and_repeat_nothing(
+    jump: Callable[[str], None], stack: ExitStack, data_dir: Path
+) -> None:
+    server = stack.enter_context(Server("--workers", "2", "--data-dir", data_dir))
+    children = sorted([*server.children("worker"), *server.children("manager")])
+
+    def increment(key: str) -> str:
+        status, _, text = ask(server.url, "POST", "/api/v1/counters/c/increment", None, {"Idempotency-Key": key})
+        assert status == 200, text
+        return text
+
+    first = increment("first")
+    texts = [first]
+    for seconds in ("+3600", "-3600", "+7200", "-90000", "+90000", "+0"):
+        jump(seconds)
+        texts.append(increment(seconds))
+        assert increment(seconds) == texts[-1]  # the same number, not another one
+        assert increment("first") == first
+    assert sorted([*server.children("worker"), *server.children("manager")]) == children
+    assert server.stop() == 0
+    jump("-3600")
+    server = stack.enter_context(Server("--workers", "1", "--data-dir", data_dir))
+    assert increment("first") == first
+    assert f'"value":{len(texts) + 1}' in increment("last").replace(" ", "")
