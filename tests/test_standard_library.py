@@ -1,0 +1,243 @@
+"""Why not simply `multiprocessing.managers`, or waitress alone: each weakness shown there, on a small server of theirs.
+
+That ours does not have it is shown beside it, or by the test that is named. Should one of these tests fail on a new
+version of Python, that is good news: a reason of ours has gone.
+"""
+
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from tests.load import open_client
+from tests.processes import Manager, Program, eventually
+from tests.standard_server import KEY, StandardManager
+from tests.test_faults import cpu_seconds, threads_of
+from tests.test_manager import raw, received_until_closed
+
+StartManager = Callable[..., Manager]
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return str(tmp_path / "standard.sock")
+
+
+@pytest.fixture
+def standard(stack: ExitStack, address: str) -> Program:
+    """The standard library's manager, ready."""
+    return stack.enter_context(ready("-m", "tests.standard_server", address))
+
+
+def ready(*arguments: str) -> Program:
+    program = Program(*arguments)
+    program.told = program.expect("ready")  # type: ignore[attr-defined]
+    return program
+
+
+def silent(address: str) -> socket.socket:
+    peer = socket.socket(socket.AF_UNIX)
+    peer.settimeout(10)
+    peer.connect(address)
+    return peer
+
+
+def test_a_managers_child_outlives_its_killed_parent(stack: ExitStack) -> None:
+    """Ours does not: test_no_process_outlives_a_killed_supervisor."""
+    parent = stack.enter_context(ready("-m", "tests.standard_server", "--child"))
+    child = int(cast(Any, parent).told)
+    parent.kill()
+    time.sleep(0.5)  # longer than ours takes; it would stay for ever
+    assert Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_peer_that_says_nothing_holds_a_thread_for_ever(
+    standard: Program, address: str, start_manager: StartManager, data_dir: Path
+) -> None:
+    ours = start_manager()
+    with ExitStack() as peers:
+        state = peers.enter_context(open_client(ours.url))
+        state.counter("c").increment()  # so all of its threads are there
+        theirs_before, ours_before = threads_of(standard.pid), threads_of(ours.pid)
+        for _ in range(5):
+            peers.enter_context(silent(address))
+            peers.enter_context(raw(data_dir))
+        eventually(lambda: threads_of(ours.pid) == ours_before + 5, "our threads")
+        eventually(lambda: threads_of(standard.pid) >= theirs_before + 5, "their threads")
+        eventually(lambda: threads_of(ours.pid) == ours_before, "the end of ours")
+        assert threads_of(standard.pid) >= theirs_before + 5
+
+
+def test_without_descriptors_the_accept_loop_spins(standard: Program, address: str) -> None:
+    """Ours does not: test_a_manager_without_descriptors_does_not_spin_and_serves_again_when_there_are_some."""
+    used = len(list(Path(f"/proc/{standard.pid}/fd").iterdir()))
+    resource.prlimit(standard.pid, resource.RLIMIT_NOFILE, (used, used))
+    with closing(silent(address)):
+        before, began = cpu_seconds(standard.pid), time.thread_time()
+        time.sleep(1)  # the time over which it is measured
+        spun = cpu_seconds(standard.pid) - before
+        assert spun > 0.25, f"{spun} s of CPU in one second, beside {time.thread_time() - began}"
+
+
+def test_an_unauthenticated_peer_is_sent_a_traceback_with_paths(
+    standard: Program, address: str, start_manager: StartManager, data_dir: Path
+) -> None:
+    def said(peer: socket.socket) -> bytes:
+        with peer:
+            wrong = b"x" * 16
+            for words in (wrong, wrong):  # no answer to its challenge, and no challenge
+                peer.sendall(len(words).to_bytes(4, "big") + words)
+            peer.shutdown(socket.SHUT_WR)
+            return received_until_closed(peer)
+
+    theirs = said(silent(address))
+    assert b"Traceback" in theirs
+    assert b"managers.py" in theirs
+    start_manager()
+    ours = said(raw(data_dir))
+    assert b"Traceback" not in ours
+    assert b".py" not in ours
+
+
+@pytest.mark.parametrize(("flags", "called"), [((), False), (("-O",), True)], ids=["plain", "python -O"])
+def test_with_python_o_a_function_that_is_not_public_is_called(
+    stack: ExitStack, address: str, flags: tuple[str, ...], *, called: bool
+) -> None:
+    """Ours refuses both: test_none_of_the_standard_servers_functions_can_be_called."""
+    server = stack.enter_context(ready(*flags, "-m", "tests.standard_server", address))
+    with Client(address, authkey=KEY) as connection:
+        connection.send((None, "fallback_str", ("", ""), {}))
+        kind, result = connection.recv()
+    assert (kind, "managers.py" in str(result)) == (("#RETURN", False) if called else ("#TRACEBACK", True)), result
+    assert server.running
+
+
+def test_a_stale_identity_reaches_another_object(standard: Program, address: str) -> None:
+    """Objects go by `id()`, which is given to the next one when one is gone. Ours go by name and epoch."""
+    manager = StandardManager(address, KEY)
+    manager.connect()
+    make = cast(Any, manager).Counter
+    stale = set()
+    for _ in range(1000):
+        proxy = make()
+        stale.add(proxy._token.id)
+        del proxy  # the last reference: the object is gone
+        reached = make()
+        if reached._token.id in stale:
+            break
+    else:
+        raise AssertionError("none of 1000 has the address of one that is gone")
+    with Client(address, authkey=KEY) as connection:
+        connection.send((None, "accept_connection", ("stale",), {}))
+        assert connection.recv() == ("#RETURN", None)
+        connection.send((reached._token.id, "increment", (), {}))
+        assert connection.recv() == ("#RETURN", 1)
+    assert reached.increment() == 2  # somebody else has counted on it
+
+
+def test_a_fresh_proxy_costs_six_authenticated_connections(
+    standard: Program, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours costs one, and each later call none: a connection is kept."""
+    made = 0
+    original = Connection.__init__
+
+    def counted(self: Any, *arguments: Any, **keywords: Any) -> None:
+        nonlocal made
+        made += 1
+        original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Connection, "__init__", counted)
+    manager = StandardManager(address, KEY)
+    manager.connect()
+    proxy = cast(Any, manager).Counter()
+    assert proxy.increment() == 1
+    del proxy
+    assert made == 6
+
+
+def test_a_crowd_of_fresh_clients_finds_no_place_in_the_queue(
+    standard: Program, address: str, start_manager: StartManager, data_dir: Path
+) -> None:
+    """Its backlog of 16 lets 17 wait. (Ours serves 100 at once: test_100_fresh_clients_connect_at_once.)"""
+    with ExitStack() as peers:
+        os.kill(standard.pid, signal.SIGSTOP)  # away for a moment, as under load
+        try:
+            placed = connected_at_once(peers, address, 40)
+        finally:
+            os.kill(standard.pid, signal.SIGCONT)
+        assert placed < 20
+        ours = start_manager()
+        os.kill(ours.pid, signal.SIGSTOP)
+        try:
+            assert connected_at_once(peers, str(data_dir / "manager.sock"), 40) == 40
+        finally:
+            os.kill(ours.pid, signal.SIGCONT)
+
+
+def connected_at_once(stack: ExitStack, address: str, count: int) -> int:
+    """How many of so many find a place, without waiting for one."""
+    placed = 0
+    for _ in range(count):
+        peer = stack.enter_context(socket.socket(socket.AF_UNIX))
+        peer.settimeout(0)
+        with suppress(BlockingIOError):
+            peer.connect(address)
+            placed += 1
+    return placed
+
+
+def test_the_standard_handshake_alone_keeps_no_time(standard: Program, address: str) -> None:
+    """A server that has gone silent holds its clients for ever, too: `connect` and every call wait without a limit."""
+    os.kill(standard.pid, signal.SIGSTOP)
+    held = threading.Thread(target=lambda: _handshake(address), daemon=True)
+    try:
+        held.start()
+        held.join(3)  # ours gives up: test_every_thread_keeps_its_deadline_while_the_manager_is_frozen
+        assert held.is_alive()
+    finally:
+        os.kill(standard.pid, signal.SIGCONT)
+    held.join(10)
+    assert not held.is_alive()
+
+
+def _handshake(address: str) -> None:
+    with Client(address) as connection:
+        answer_challenge(connection, KEY)
+        deliver_challenge(connection, KEY)
+
+
+_WAITRESS = """
+import time, waitress
+
+def app(environ, start_response):
+    print("request", flush=True)
+    time.sleep(1)
+    start_response("200 OK", [])
+    return [b"done"]
+
+server = waitress.create_server(app, host="127.0.0.1", port=0)
+print("ready", server.effective_port, flush=True)
+server.run()
+"""
+
+
+def test_waitress_alone_dies_on_sigterm_with_requests_open(stack: ExitStack) -> None:
+    """Under our supervisor it does not: test_a_request_that_is_open_when_the_signal_comes_is_answered."""
+    server = stack.enter_context(ready("-c", _WAITRESS))
+    with socket.create_connection(("127.0.0.1", int(cast(Any, server).told)), timeout=10) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        server.expect("request")
+        server.send_signal(signal.SIGTERM)
+        assert server.wait() == -signal.SIGTERM
+        assert received_until_closed(client) == b""
