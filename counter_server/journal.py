@@ -20,8 +20,8 @@ from .journal_file import (
     Header,
     compare,
     create,
-    is_new,
     read,
+    recognise,
     sealed,
     sealed_client,
     sync,
@@ -36,6 +36,7 @@ from .settings import Caps
 # loses nothing, and syncs at checkpoints, so that a power cut may lose the last commits.
 _SYNCHRONOUS = {"commit": "FULL", "process": "NORMAL"}
 
+_SMALLEST = 512  # bytes, of a page
 _BACKUP_PAGES = 2000  # copied at once, between commits
 _BACKUP_PAUSE = 0.002  # seconds, in which those that wait can commit
 
@@ -59,7 +60,8 @@ class Journal:
         self._committing = threading.Lock()  # held through a transaction: the ledger's, or one object's
         try:
             self._sync()
-            if self._is_new():
+            self._look()
+            if not path.exists():
                 create(path)
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except (sqlite3.Error, OSError, ValueError) as error:
@@ -70,7 +72,7 @@ class Journal:
             self._connection.execute(f"PRAGMA max_page_count = {max(most // page_size, 1)}")
         except BaseException as error:
             self._connection.close()
-            if isinstance(error, (sqlite3.Error, OSError, ValueError)):
+            if isinstance(error, (sqlite3.Error, OSError, ValueError, Damaged)):
                 raise unusable(self.path, error) from error
             raise
 
@@ -80,13 +82,15 @@ class Journal:
             with suppress(FileNotFoundError):
                 sync(path)
 
-    def _is_new(self) -> bool:
-        """Whether there is nothing yet.
+    def _look(self) -> None:
+        """Refuse what cannot be used, and leave it alone.
 
         What is not ours is refused before a connection that can write would fold its log in, and so is a log of
         another journal: SQLite would take its pages for those of this one.
         """
-        there = self.path.exists() and self.path.stat().st_size > 0
+        there = self.path.exists()
+        if there and (size := self.path.stat().st_size) < _SMALLEST:  # to SQLite, that is a new one
+            raise StartupError(f"the journal {self.path} has {size} bytes, as none has: put back a copy, or remove it")
         header = Header.of(self.path) if there else Header(is_ours=True, keeps_log=False)
         if header.is_ours and not header.keeps_log and self._log.exists() and self._log.stat().st_size > 0:
             raise StartupError(
@@ -94,20 +98,19 @@ class Journal:
                 " away, or put back the journal that it was written for"
             )
         if not there:
-            return True
+            return
         try:
             with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-                return is_new(connection, self.path)
+                recognise(connection, self.path)
         except sqlite3.OperationalError as error:
             # Somebody was killed as he made a journal of a backup: to open it will undo that.
             if not header.is_ours or error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
                 raise
-            return False
 
     def _open(self, synchronous: str) -> None:
         execute = self._connection.execute
         execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner: no shared-memory file, no locks per commit
-        is_new(self._connection, self.path)  # of a newer version, perhaps: when it could not be read before
+        recognise(self._connection, self.path)  # of a newer version, perhaps: when it could not be read before
         execute("PRAGMA journal_mode = WAL")
         execute(f"PRAGMA synchronous = {synchronous}")
         try:

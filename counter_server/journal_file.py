@@ -5,6 +5,7 @@ within a number is none of that, so each row carries the CRC-32 of what it holds
 """
 
 import os
+import re
 import secrets
 import sqlite3
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ CREATE TABLE keys (key TEXT PRIMARY KEY, fingerprint BLOB NOT NULL, value INTEGE
     checksum INTEGER NOT NULL) WITHOUT ROWID;
 """
 _TABLES = {statement.strip() for statement in SCHEMA.split(";")} - {""}
+_TABLES_OF_VERSION_1 = {re.sub(r",\s+checksum INTEGER NOT NULL", "", table) for table in _TABLES}
 _COLUMNS = {
     "counters": "name, value",
     "clients": "client, sequence, results, used, object",
@@ -74,22 +76,21 @@ def rows(connection: sqlite3.Connection, table: str, order: str | None = None) -
         yield row
 
 
-def is_new(connection: sqlite3.Connection, path: Path) -> bool:
-    """Whether there is nothing in the file yet.
+def recognise(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuse what was not written by us, or not by us as we are now.
 
-    :raises StartupError: if there is something, and it is not ours, or of a newer version.
+    :raises StartupError: if so.
     """
     application, version = (
         connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
     )
-    empty: bool = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-    if not empty and application != APPLICATION_ID:
+    connection.execute("SELECT count(*) FROM sqlite_master")  # it is looked at no sooner than that
+    if application != APPLICATION_ID:
         raise StartupError(f"{path} is not a journal of counter_server; it was left as it is")
     if version > VERSION:
         raise StartupError(
             f"the journal {path} has format {version}, of a newer counter_server; this one reads {VERSION}"
         )
-    return empty
 
 
 class Header(NamedTuple):
@@ -137,9 +138,15 @@ def sync(path: Path) -> None:
 
 
 def upgrade(connection: sqlite3.Connection) -> None:
-    """Give the rows of version 1 their checksums, in one transaction."""
-    if connection.execute("PRAGMA user_version").fetchone()[0] == VERSION:
+    """Give the rows of version 1 their checksums, in one transaction.
+
+    :raises Damaged: if it is no version that there ever was.
+    """
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version == VERSION:
         return
+    if version != 1 or _tables(connection) != _TABLES_OF_VERSION_1:
+        raise Damaged(f"its format is said to be {version}, and is not")
     connection.create_function("checksum", -1, lambda *values: crc32(_encode(values)), deterministic=True)
     old = "".join(f"ALTER TABLE {table} RENAME TO old_{table};" for table in ("meta", *_COLUMNS))
     copied = "".join(
@@ -165,9 +172,12 @@ def verify(connection: sqlite3.Connection, *, thoroughly: bool = False) -> None:
     (found,) = connection.execute(f"PRAGMA {'integrity' if thoroughly else 'quick'}_check(1)").fetchone()
     if found != "ok":
         raise Damaged(" ".join(found.split()))
-    tables = {statement for (statement,) in connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")}
-    if tables != _TABLES:
+    if _tables(connection) != _TABLES:
         raise Damaged("its tables are not those of a journal")
+
+
+def _tables(connection: sqlite3.Connection) -> set[str]:
+    return {statement for (statement,) in connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")}
 
 
 def read(connection: sqlite3.Connection) -> Contents:
@@ -224,8 +234,7 @@ def examine(path: Path) -> Contents:
     """
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            if is_new(connection, path):
-                raise StartupError(f"{path} holds no journal")
+            recognise(connection, path)
             if connection.execute("PRAGMA user_version").fetchone()[0] < VERSION:
                 raise StartupError(f"{path} has an older format, without checksums: start a manager on it once")
             verify(connection, thoroughly=True)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -19,10 +19,11 @@ import pytest
 from counter_server import State
 from counter_server.errors import StartupError, StorageFull
 from counter_server.journal import Journal
-from counter_server.ledger import Changes, ClientRecord, Contents, KeyRecord, Ledger
+from counter_server.ledger import Ledger
 from counter_server.manager.directory import DataDirectory
 from counter_server.operations import Batch, Increment
 from tests.history import assert_exactly_once
+from tests.journals import written
 from tests.load import HttpLoad, open_client
 from tests.processes import PATIENCE, Manager, Program, Server, eventually
 from tests.strace import failing, killed_at
@@ -164,7 +165,7 @@ def test_a_journal_with_flipped_or_missing_bytes_is_refused_by_name_or_is_as_it_
     tmp_path: Path, name: str
 ) -> None:
     """Of the log, everything from the damage on counts as never written. The file by itself is right or refused."""
-    copies, states = _written(tmp_path / "original")
+    copies, states = written(tmp_path / "original")
     if name == "journal":
         copies = {name: (tmp_path / "original" / name).read_bytes()}  # alone: closed, the log is folded in
         states = states[-1:]
@@ -190,29 +191,6 @@ def test_a_journal_with_flipped_or_missing_bytes_is_refused_by_name_or_is_as_it_
             refused += 1
     if name == "journal":
         assert refused > 300
-
-
-def _written(directory: Path) -> tuple[dict[str, bytes], list[Contents]]:
-    """A journal's files when much of it is in the log, and what it held after each of its commits."""
-    directory.mkdir()
-    with closing(Journal(directory / "journal")) as journal:
-        states = [Contents()]
-        for number in range(1, 31):
-            journal.commit(_changes(number))
-            states.append(journal.load())
-            if number == 15:
-                journal._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return {path.name: path.read_bytes() for path in directory.iterdir()}, states
-
-
-def _changes(number: int) -> Changes:
-    return Changes(
-        now=number,
-        counters={"a": number, f"{number:040}": number},
-        clients={bytes([number % 5]) * 16: ClientRecord(number, [number], number)},
-        keys={f"k{number}": KeyRecord(b"f" * 16, number, number)},
-        objects={"o": bytes([number]) * 30},
-    )
 
 
 def _flip_a_bit(content: bytearray, offset: int) -> None:
@@ -434,11 +412,12 @@ def test_a_whole_server_killed_under_load_and_started_again_miscounts_nothing(
 
 
 @pytest.fixture
-def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Set the wall clock of all programs that are started from now on, so many seconds away from the true one."""
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     if library is None:
         pytest.skip("libfaketime is not installed (Debian package faketime)")
+    memory = Path("/dev/shm")
     clock = tmp_path / "clock"
     clock.write_text("+0")
     for name, value in {
@@ -460,7 +439,10 @@ def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
         assert abs(float(told[0]) - time.time() - float(seconds)) < 60
         assert abs(float(told[1]) - time.monotonic()) < 60
 
-    return jump
+    before = set(memory.glob("*faketime*"))
+    yield jump
+    for left in set(memory.glob("*faketime*")) - before:  # by those that were killed
+        left.unlink()
 
 
 def test_clocks_that_jump_an_hour_either_way_revive_and_repeat_nothing(

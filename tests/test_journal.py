@@ -432,6 +432,40 @@ def test_a_journal_in_use_by_another_connection_is_refused(
 # Damage and failure
 
 
+@pytest.mark.parametrize("size", [0, 1, 100, 511])
+def test_a_journal_of_which_nothing_is_left_is_none_that_is_new(
+    journal: Journal, path: Path, tmp_path: Path, size: int
+) -> None:
+    """SQLite takes it for one. To begin again at 1 would be a wrong number, silently."""
+    journal.commit(some_changes())
+    journal.close()
+    path.write_bytes(path.read_bytes()[:size])
+    before = files_of(tmp_path)
+    assert f"{size} bytes" in refuse(path)
+    assert_left_alone(tmp_path, before)
+
+
+def test_a_journal_whose_tables_have_vanished_is_none_that_is_new(journal: Journal, path: Path) -> None:
+    journal.commit(some_changes())
+    journal.close()
+    content = bytearray(path.read_bytes())
+    content[103:105] = b"\0\0"  # how many entries the list of tables has
+    path.write_bytes(content)
+    with pytest.raises(StartupError, match=str(path)), closing(Journal(path)) as again:
+        again.load()
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_format_that_the_header_says_and_the_tables_do_not_is_damage(
+    journal: Journal, path: Path, version: int
+) -> None:
+    journal.commit(some_changes())
+    journal.close()
+    with closing(sqlite3.connect(path)) as other:
+        other.execute(f"PRAGMA user_version = {version}")
+    assert "its format" in refuse(path)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

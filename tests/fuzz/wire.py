@@ -1,0 +1,69 @@
+"""Fuzz what the manager reads from its socket: frames, calls and batches, by the code that serves a connection.
+
+    python -m tests.fuzz.wire [--runs N]
+
+Whatever comes, the connection is served or closed, only valid batches change anything, and every answer can be read.
+"""
+
+import socket
+from types import SimpleNamespace
+from typing import Any, cast
+
+from tests.fuzz.fuzzing import fuzz, instrumented
+
+instrumented(["counter_server.manager.server", "counter_server.operations", "counter_server.ledger"])
+
+from msgspec import MsgspecError, msgpack  # noqa: E402 - after the instrumentation
+
+from counter_server.ledger import Ledger  # noqa: E402
+from counter_server.manager.server import Hosted, Method, StateServer  # noqa: E402
+from counter_server.manager.services import LedgerService  # noqa: E402
+from counter_server.manager.wire import Connection  # noqa: E402
+from counter_server.operations import LARGEST, SMALLEST, Batch, check_name  # noqa: E402
+
+_decode_batch = msgpack.Decoder(tuple[Batch]).decode
+
+
+def _fail(error: Exception) -> Any:
+    raise error
+
+
+def serve(data: bytes) -> tuple[Ledger, bytes]:
+    """A fresh ledger that a client has sent `data` to, and what it was answered."""
+    ledger = Ledger()
+    hosted = Hosted({"apply": Method(LedgerService(ledger, _fail).apply, _decode_batch)}, "epoch")
+    server = cast(Any, SimpleNamespace(hosted={"ledger": hosted}))
+    theirs, ours = socket.socketpair()
+    connection = Connection(ours)
+    with theirs:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        try:
+            StateServer.serve_client(server, connection)
+        except (EOFError, OSError, MsgspecError, ValueError):
+            pass  # what `handle_request` closes the connection on, and tells nobody
+        finally:
+            connection.close()
+        theirs.setblocking(False)  # noqa: FBT003 - its only argument
+        answers = b""
+        while chunk := theirs.recv(65536):
+            answers += chunk
+    return ledger, answers
+
+
+def try_one(data: bytes) -> None:
+    """The first byte says whether the rest is what comes over the socket, or one message that is yet to be framed."""
+    kind, rest = data[:1], data[1:]
+    ledger, answers = serve(rest if kind < b"\x80" else len(rest).to_bytes(4, "big") + rest)
+    while answers:
+        end = 4 + int.from_bytes(answers[:4], "big")
+        kind_of_answer, _ = msgpack.decode(answers[4:end])
+        assert kind_of_answer in ("#RETURN", "#ERROR")
+        answers = answers[end:]
+    for name, value in ledger.show(lambda _contents: None).counters.items():
+        check_name(name)
+        assert SMALLEST <= value <= LARGEST
+
+
+if __name__ == "__main__":
+    fuzz("wire", try_one)
