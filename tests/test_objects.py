@@ -97,7 +97,9 @@ def test_plain_data_comes_back_as_it_went(state: State, value: object) -> None:
     assert repr(back) == repr(((value,), {"word": value}))
 
 
-@pytest.mark.parametrize("value", [{1}, object(), Toolbox, 1j, [{1}], {"a": {1}}, "\ud800"], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [{1}, object(), Toolbox, 1j, [{1}], {"a": {1}}, "\ud800"], ids=lambda value: type(value).__name__
+)
 def test_what_is_not_plain_data_is_refused_before_it_is_sent(state: State, value: object) -> None:
     toolbox: Any = state.object("toolbox", Toolbox)
     with pytest.raises(InvalidRequest, match=r"the arguments of toolbox\.add"):
