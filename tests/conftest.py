@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import hypothesis
 import pytest
 from playwright.sync_api import Browser as Chromium
 
@@ -15,6 +17,10 @@ from tests.browser import Browser, chromium
 from tests.cutter import Cutter
 from tests.engines import PostgresServer
 from tests.processes import Manager, Server, end_manager
+
+# How long an example takes says what else the machine has to do.
+hypothesis.settings.register_profile("counter_server", deadline=None)
+hypothesis.settings.load_profile("counter_server")
 
 
 @pytest.fixture
@@ -97,7 +103,11 @@ def browser(browser_process: Chromium) -> Iterator[Browser]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what needs a browser. On CPython 3.12 tracing opcodes with `sys.settrace` crashes: leave that out."""
+    known = Counter[str]()
     for item in items:
+        known[item.nodeid] += 1
+        if known[item.nodeid] > 1:  # Schemathesis gives all operations one name, which pytest-xdist would run once
+            item._nodeid += f"[{known[item.nodeid]}]"
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.browser)
     if sys.version_info[:2] == (3, 12):
