@@ -235,6 +235,20 @@ def test_clients_and_keys_are_loaded_in_the_order_of_their_last_use(open_journal
     assert list(contents.keys) == ["bob", "cyd", "ann"]
 
 
+def test_under_load_the_log_is_folded_in_again_and_again(open_journal: Callable[..., Journal], path: Path) -> None:
+    journal = open_journal(path, "process")
+    largest = 0
+    for number in range(1500):
+        journal.commit(
+            Changes(now=1.0, counters={f"{number % 50:0200}": number}, clients={ANN: ClientRecord(1, [1], 1.0)})
+        )
+        largest = max(largest, journal.size)
+    assert 3 * 2**20 < largest < 6 * 2**20  # a thousand pages, and not all that was ever written
+    journal.close()
+    assert path.stat().st_size < 100_000
+    assert open_journal().load().counters[f"{49:0200}"] == 1499
+
+
 @pytest.mark.parametrize(("durability", "synchronous"), [("commit", 2), ("process", 1)])
 def test_commits_are_synced_where_they_were_promised_to_be(
     open_journal: Callable[..., Journal], path: Path, durability: str, synchronous: int

@@ -169,18 +169,18 @@ def test_a_fresh_proxy_costs_six_authenticated_connections(
 def test_a_crowd_of_fresh_clients_finds_no_place_in_the_queue(
     standard: Program, address: str, start_manager: StartManager, data_dir: Path
 ) -> None:
-    """Its backlog of 16 lets 17 wait. (Ours serves 100 at once: test_100_fresh_clients_connect_at_once.)"""
+    """Its backlog lets 17 wait, and 129 since Python 3.13. Ours: test_100_fresh_clients_connect_at_once."""
     with ExitStack() as peers:
         os.kill(standard.pid, signal.SIGSTOP)  # away for a moment, as under load
         try:
-            placed = connected_at_once(peers, address, 40)
+            placed = connected_at_once(peers, address, 200)
         finally:
             os.kill(standard.pid, signal.SIGCONT)
-        assert placed < 20
+        assert placed < 140
         ours = start_manager()
         os.kill(ours.pid, signal.SIGSTOP)
         try:
-            assert connected_at_once(peers, str(data_dir / "manager.sock"), 40) == 40
+            assert connected_at_once(peers, str(data_dir / "manager.sock"), 200) == 200
         finally:
             os.kill(ours.pid, signal.SIGCONT)
 
