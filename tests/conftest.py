@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -103,11 +102,7 @@ def browser(browser_process: Chromium) -> Iterator[Browser]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what needs a browser. On CPython 3.12 tracing opcodes with `sys.settrace` crashes: leave that out."""
-    known = Counter[str]()
     for item in items:
-        known[item.nodeid] += 1
-        if known[item.nodeid] > 1:  # Schemathesis gives all operations one name, which pytest-xdist would run once
-            item._nodeid += f"[{known[item.nodeid]}]"
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.browser)
     if sys.version_info[:2] == (3, 12):
