@@ -35,6 +35,7 @@ ROOMS = [
     ("serve.replacement",),
     ("serve.child", "serve.managing", "serve.worker"),
     ("serve.channel", "serve.logs", "serve.processes", "serve.service_manager"),
+    ("serve.refusal",),
     ("serve",),
     ("web",),
     (
