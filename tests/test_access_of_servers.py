@@ -1,7 +1,6 @@
 """Who may what on real servers: waitress, gunicorn and Flask's own, what they read from the outside, and their keys."""
 
 import json
-import re
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -76,8 +75,9 @@ def test_on_loopback_this_machine_sets_and_deletes_by_loopbacks_names_only(plain
     assert put(plain.url, 5) == 200
     for name in [*OTHER_NAMES, "[::::]", "[::1", "::1", "counter.example"]:
         status, headers, text = ask(plain.url, "DELETE", COUNTER, None, {"Host": name})
-        assert (status, headers["Content-Type"]) == (421, "application/problem+json"), name
-        assert "--allow-host" in json.loads(text)["detail"]
+        # What may be two names is no request at all.
+        assert (status, headers["Content-Type"]) == (400 if "," in name else 421, "application/problem+json"), name
+        assert "," in name or "--allow-host" in json.loads(text)["detail"]
     assert value(plain.url) == 5
     assert ask(plain.url, "DELETE", COUNTER)[0] == 204
     assert value(plain.url) is None
@@ -88,7 +88,7 @@ def test_a_request_by_no_name_or_by_two_is_refused(plain: Server, lines: str) ->
     before = value(plain.url)
     with socket.create_connection(address(plain), timeout=PATIENCE) as connection:
         connection.sendall(f"POST {COUNTER}/increment HTTP/1.1\r\n{lines}Connection: close\r\n\r\n".encode())
-        assert re.match(r"HTTP/1\.1 4(00|21) ", read_all(connection))
+        assert read_all(connection).startswith("HTTP/1.1 400 ")
     assert value(plain.url) == before
 
 

@@ -36,6 +36,7 @@ ROOMS = [
     ("serve.replacement",),
     ("serve.child", "serve.managing", "serve.worker"),
     ("serve.channel", "serve.logs", "serve.processes", "serve.service_manager"),
+    ("serve.refusal",),
     ("serve",),
     ("web",),
     (

@@ -1,22 +1,49 @@
-"""A client's connection, as waitress has it, with limits: a time for each request, and an orderly end."""
+"""A client's connection, as waitress has it, with limits: of time, of requests at once; and with an orderly end."""
 
+import threading
 import time
 from typing import Any
 
 from waitress.channel import HTTPChannel
 
+from .refusal import Parser, Refusal
+
+_MOST_AT_ONCE = 16  # requests; the answers to so many fit into the buffer, so no thread waits for one who does not read
+
 
 class Channel(HTTPChannel):  # type: ignore[misc] # waitress has no types
     """One connection. `server.ending` says that the worker takes no more requests on it than the next."""
 
+    server: Any
+    requests: Any
+    requests_lock: threading.Lock
+    parser_class = Parser
+    error_task_class = Refusal
+
     _began = 0.0  # when the first byte came of the request that is being received
+    _took = 0.0  # when the client last took something of an answer, or there was none to take
 
     def received(self, data: bytes) -> bool:
         before = self.request
         taken = bool(super().received(data))
         if self.request is not before:
             self._began = time.monotonic()
+        if len(self.requests) > _MOST_AT_ONCE:
+            self._drop_excess()
         return taken
+
+    def _drop_excess(self) -> None:
+        """The client is told that the connection ends with the last answer, so it knows that the others were not."""
+        with self.requests_lock:
+            if len(self.requests) > _MOST_AT_ONCE:
+                self.requests[_MOST_AT_ONCE - 1].headers["CONNECTION"] = "close"
+                del self.requests[_MOST_AT_ONCE:]
+
+    def _flush_some(self, do_close: bool = True) -> bool:  # noqa: FBT001, FBT002 - waitress's own
+        sent = bool(super()._flush_some(do_close))  # pyright: ignore[reportAttributeAccessIssue]
+        if sent:
+            self._took = time.monotonic()
+        return sent
 
     def service(self) -> None:
         if self.server.ending:
@@ -33,9 +60,15 @@ class Channel(HTTPChannel):  # type: ignore[misc] # waitress has no types
         """The seconds since the first byte of a request that is not all there; 0 where there is none."""
         return now - self._began if self.request is not None and not self.requests else 0.0
 
+    def stalled_for(self, now: float) -> float:
+        """The seconds for which the client has taken nothing of what is there for it; to be asked every second."""
+        if self.requests or not self.total_outbufs_len:
+            self._took = now
+        return now - self._took
+
     def give_up(self) -> None:
-        """Have it closed."""
-        self.will_close = True
+        """Close it, from the thread of the loop, also if the client takes nothing any more."""
+        self.handle_close()
 
 
 def channels(server: Any) -> list[Channel]:

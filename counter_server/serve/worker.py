@@ -15,13 +15,14 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from waitress import wasyncore
-from waitress.server import BaseWSGIServer, create_server
+from waitress.server import create_server
 
 from ..extension import SharedState
 from ..settings import ServerSettings
 from ..web import create_app
 from .channel import Channel, channels
 from .logs import configure
+from .refusal import LARGEST_HEAD, LARGEST_REQUEST
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ LINGER_SECONDS = 2.0  # for clients that keep a connection, when it is replaced:
 BEAT_SECONDS = 1.0  # between signs of life
 _MOST_CONNECTIONS = 4000
 _SPARE_DESCRIPTORS = 100  # for all else that a worker opens
-_LARGEST_REQUEST = 2**20  # bytes; the application's own limit is lower and answers with a problem document
 
 
 class Worker:
@@ -44,15 +44,15 @@ class Worker:
         self._most = _connection_limit()
         self._map: dict[int, Any] = {}
         self._app = create_app(config)
-        # One socket, so one server of this class; the function can also return one for several.
-        self._server: BaseWSGIServer = create_server(  # pyright: ignore[reportAttributeAccessIssue]
+        self._server: Any = create_server(
             self._app,
             map=self._map,
             sockets=[sock],
             threads=settings.threads,
             backlog=BACKLOG,
             connection_limit=self._most,
-            max_request_body_size=_LARGEST_REQUEST,
+            max_request_header_size=LARGEST_HEAD,
+            max_request_body_size=LARGEST_REQUEST,
             asyncore_use_poll=True,
             # It takes them away where they are not its own to trust; those of a declared proxy are the application's.
             clear_untrusted_proxy_headers=not self._app.config["COUNTER_SERVER_TRUSTED_PROXIES"],
@@ -103,10 +103,10 @@ class Worker:
         wasyncore.loop(timeout=seconds, use_poll=True, map=self._map, count=1)
 
     def _tidy(self, now: float) -> None:
-        """Close what has been coming for too long; and where there is hardly room, what has been idle for longest."""
+        """Close what was coming, or not taken, for too long; for want of room, also what was idle for longest."""
         connections = channels(self._server)
         for channel in connections:
-            if channel.coming_for(now) > self._request_timeout:
+            if max(channel.coming_for(now), channel.stalled_for(now)) > self._request_timeout:
                 channel.give_up()
         excess = len(connections) - self._most * 9 // 10
         if excess > 0:

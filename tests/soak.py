@@ -1,0 +1,291 @@
+"""Everything at once, for some time: a server under load, random faults, and the checker over all of it in the end.
+
+    python -m tests.soak [--minutes 2] [--seed S] [--clients 16] [--json FILE]
+
+It prints each fault, what was injected in all and how soon service was back, and whether every increment was counted
+exactly once and no process grew. Exit status 0 if so, else 1, with the history saved. The seed gives the same faults in
+the same order; what they meet is another moment each time.
+"""
+
+import argparse
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
+from http.client import HTTPException
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+
+from counter_server.prove.history import Operation, save
+from counter_server.prove.load import Client, Load, path_of
+from counter_server.prove.processes import group_members
+from counter_server.prove.verdict import judge
+from tests.leaks import MEBIBYTE, Bounds, Growth, Watch
+from tests.processes import PATIENCE, Server, eventually
+from tests.soak_faults import MOST_HELD, WORKERS, Faults, Injury
+
+COUNTER = "soak"
+WARM_UP = 5  # samples, of one second each: a process that begins imports, and fills its caches
+ASKED_AGAIN = 200  # keys, at most
+# The share of the time after which nothing is killed or replaced any more, so that processes live long enough to be
+# judged; before it some do.
+PASSING_ONLY = 0.6
+
+# Memory: the interpreter takes it in arenas of 1 MiB and the C library for each thread anew, SQLite has a cache of
+# 2 MiB, and waitress keeps answers that are not taken. Less than a leak of 1 KiB for each request comes to in a minute.
+ALLOWANCE = 12 * MEBIBYTE
+# What a manager keeps for each increment with a key, for a day: the key, its fingerprint and the number.
+PER_KEY = 700
+
+
+def bounds(clients: int) -> dict[str, Bounds]:
+    """By how much each kind of process may grow."""
+    # The connections of the load and of those that hold on may all be at one worker early, and at the other one late.
+    connections = clients + MOST_HELD
+    return {
+        "supervisor": Bounds(memory=ALLOWANCE, descriptors=4, threads=0),
+        "worker": Bounds(memory=ALLOWANCE, descriptors=connections, threads=1),
+        # A thread and a descriptor for each connection: one or two of each worker, and strangers for two seconds.
+        "manager": Bounds(memory=ALLOWANCE, descriptors=8, threads=8, per_work=PER_KEY),
+    }
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """The outcome of a soak. Times are in seconds."""
+
+    right: bool
+    found: list[str]  # what was not as it has to be
+    seed: int
+    seconds: float
+    clients: int
+    answered: int
+    unknown: int
+    final: int | None
+    slowest: float | None
+    injuries: list[Injury]
+    growths: list[Growth]
+    left_out: list[str]
+    machine: str
+
+
+@contextmanager
+def small_disk(directory: Path, megabytes: int) -> Iterator[Path | None]:
+    """A file system in memory of its own, where we may mount one."""
+    place = directory / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=0700", "none", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        yield None
+        return
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+class Soak:
+    """One run.
+
+    :param told: is given each line of what happens.
+    """
+
+    def __init__(self, minutes: float, seed: int, clients: int, told: Any = print) -> None:
+        self._seconds = minutes * 60
+        self._minutes = minutes
+        self._seed = seed
+        self._chance = random.Random(seed)
+        self._clients = clients
+        self._told = told
+        self._probes: list[Operation] = []
+        self._injuries: list[Injury] = []
+        self._port = "0"
+        self._url = ""
+
+    def run(self) -> tuple[Report, list[Operation]]:
+        """Soak, judge, and leave nothing behind."""
+        with ExitStack() as stack:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
+            # 300 bytes for each of 5,000 increments a second, and room for the journal's log.
+            disk = stack.enter_context(small_disk(directory, int(64 + 90 * self._minutes)))
+            data_dir = (disk or directory) / "data"
+
+            def start() -> Server:
+                server = stack.enter_context(
+                    Server(
+                        *("--workers", str(WORKERS), "--durability", "commit", "--data-dir", data_dir),
+                        *("--port", self._port, "--request-timeout", "5", "--frozen-after", "3"),
+                    )
+                )
+                self._url, self._port = server.url, server.url.rpartition(":")[2]
+                return server
+
+            faults = Faults(start, data_dir, disk, self._increment, self._chance)
+            stack.callback(faults.close)
+            load = Load(self._url, COUNTER, self._clients)
+            stack.callback(load.stop, 0.0)
+            with Watch(lambda: _processes(faults.server), lambda: len(load.history)) as watch:
+                self._strike(faults, load)
+            load.stop()
+            seconds = time.monotonic() - load.began
+            history, final = self._settled([*self._probes, *load.operations()])
+            found = [str(error) or repr(error) for error in load.failures]
+            growths, grown = self._grown(watch)
+            found += grown + self._ended(faults)
+            verdict = judge(
+                history, final, (), [f"service was not back from {i.kind}: {i.why}" for i in self._unhealed()]
+            )
+            found += [f"{verdict.violation} ({verdict.violations} such)"] if verdict.violation else []
+            report = Report(
+                right=not found,
+                found=found,
+                seed=self._seed,
+                seconds=seconds,
+                clients=self._clients,
+                answered=verdict.answered,
+                unknown=verdict.unknown,
+                final=final,
+                slowest=verdict.slowest,
+                injuries=self._injuries,
+                growths=growths,
+                left_out=[] if disk else ["disk full: only root may mount a small file system"],
+                machine=machine(),
+            )
+            return report, history
+
+    def _strike(self, faults: Faults, load: Load) -> None:
+        """One fault after the other, in an order of chance in which each kind comes before one comes again."""
+        to_come: list[str] = []
+        while (elapsed := time.monotonic() - load.began) < self._seconds and not load.failures:
+            kinds = list(faults.passing) + (list(faults.replacing) if elapsed < PASSING_ONLY * self._seconds else [])
+            to_come = [kind for kind in to_come if kind in kinds] or self._chance.sample(kinds, len(kinds))
+            injury = faults.strike(to_come.pop(), elapsed)
+            self._injuries.append(injury)
+            back = f"NOT BACK: {injury.why}" if injury.recovery is None else f"back after {injury.recovery:.2f} s"
+            self._told(f"{elapsed:6.1f} s  {injury.kind}: {back}; {len(load.history):,} increments")
+            if injury.recovery is None:
+                return
+            time.sleep(self._chance.uniform(0.2, 1.5))  # the pace of the faults
+
+    def _increment(self, deadline: float) -> bool:
+        with closing(Client(self._url)) as client:
+            self._probes.append(operation := client.increment(COUNTER, f"probe-{len(self._probes)}", deadline))
+        return bool(operation.answers)
+
+    def _settled(self, history: list[Operation]) -> tuple[list[Operation], int | None]:
+        """The history, with some keys asked for again, and what the counter came to."""
+        deadline = time.monotonic() + PATIENCE
+        answered = [index for index, operation in enumerate(history) if operation.answers]
+        with closing(Client(self._url)) as client:
+            for index in self._chance.sample(answered, min(ASKED_AGAIN, len(answered))):
+                again = client.increment(COUNTER, history[index].key, deadline)
+                history[index] = replace(history[index], answers=history[index].answers + again.answers)
+            while time.monotonic() < deadline:
+                with suppress(OSError, HTTPException):
+                    status, content = client.request("GET", path_of(COUNTER))
+                    if status == 200:
+                        return history, content["value"]
+                time.sleep(0.1)
+        return history, None
+
+    def _unhealed(self) -> list[Injury]:
+        return [injury for injury in self._injuries if injury.recovery is None]
+
+    def _grown(self, watch: Watch) -> tuple[list[Growth], list[str]]:
+        growths = [growth for life in watch.lives if (growth := life.growth(WARM_UP)) is not None]
+        allowed = bounds(self._clients)
+        found = [line for growth in growths for line in growth.over(allowed[growth.kind])]
+        judged = {growth.kind for growth in growths}
+        return growths, found + [f"no {kind} lived long enough to be judged" for kind in allowed if kind not in judged]
+
+    def _ended(self, faults: Faults) -> list[str]:
+        """End the server, and say what was wrong with that."""
+        faults.close()
+        found = []
+        status = faults.server.stop()
+        if status:
+            found.append(f"the server ended with {status}: {faults.server.errors[-1:]}")
+        try:
+            eventually(lambda: not group_members(faults.server.pid), "the end of every process", seconds=5)
+        except AssertionError as error:
+            found.append(str(error))
+        found += [line for line in faults.server.errors if "Traceback" in line or "uncaptured" in line]
+        return found
+
+
+def _processes(server: Server) -> dict[int, str]:
+    """The pids of a server's processes, and what each is."""
+    found = {pid: kind for kind in ("worker", "manager") for pid in server.children(kind)}
+    return {server.pid: "supervisor", **found}
+
+
+def machine() -> str:
+    """What it ran on."""
+    cores = os.cpu_count()
+    return f"Linux {platform.release()}, {cores} cores, Python {platform.python_version()}"
+
+
+def screen(report: Report) -> str:
+    """The report for people."""
+    lines = [f"{'fault':<36}{'times':>6}{'median':>10}{'worst':>10}"]
+    for kind, count in Counter(injury.kind for injury in report.injuries).most_common():
+        times = [i.recovery for i in report.injuries if i.kind == kind and i.recovery is not None]
+        told = f"{median(times):8.2f} s{max(times):8.2f} s" if times else f"{'not back':>10}"
+        lines.append(f"{kind:<36}{count:>6}{told}")
+    lines += [f"left out: {line}" for line in report.left_out]
+    lines.append(f"{'process':<20}{'seconds':>8}{'memory, MiB':>18}{'descriptors':>14}{'threads':>12}")
+    for growth in report.growths:
+        a, b = growth.first, growth.last
+        memory = f"{a.memory / MEBIBYTE:.1f} -> {b.memory / MEBIBYTE:.1f}"
+        lines.append(
+            f"{f'{growth.kind} {growth.pid}':<20}{growth.samples:>8}{memory:>18}"
+            f"{f'{a.descriptors} -> {b.descriptors}':>14}{f'{a.threads} -> {b.threads}':>12}"
+        )
+    slowest = "" if report.slowest is None else f", the slowest after {report.slowest:.2f} s"
+    lines.append(
+        f"{len(report.injuries)} faults in {report.seconds:.0f} s; {report.answered:,} increments answered"
+        f" ({report.unknown} not){slowest}; the counter came to {report.final}"
+    )
+    lines += [f"WRONG: {line}" for line in report.found[:20]] or ["right: each increment was counted exactly once"]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak", description="Random faults under load, and the checker over all of it."
+    )
+    parser.add_argument("--minutes", type=float, default=2.0, help="at least 1 (default: 2)")
+    parser.add_argument("--seed", type=int, default=None, help="of the order of faults (default: a new one)")
+    parser.add_argument("--clients", type=int, default=16, help="that increment (default: 16)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
+    options = parser.parse_args()
+    if options.minutes < 1:
+        parser.error("in less than a minute no process lives long enough to be judged: --minutes 1 or more")
+    seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
+    print(f"seed {seed}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which leaves nothing behind either
+    report, history = Soak(options.minutes, seed, options.clients, lambda line: print(line, flush=True)).run()
+    print(screen(report))
+    if options.json:
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+    if not report.right:
+        place = Path(f"soak-{seed}.jsonl")
+        save(place, history, report.final)
+        print(f"the history: {place}")
+    return 0 if report.right else 1
+
+
+if __name__ == "__main__":
+    threading.stack_size(2**18)  # there are many clients
+    sys.exit(main())
