@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tests.benchmarks.growth import COUNTERS
-from tests.benchmarks.growth import case_of as growing
+from tests.benchmarks.growth import place as grown
 from tests.benchmarks.over_http import BAR, CEILING, PLAIN_REDIS
 from tests.benchmarks.over_http import case_of as requests
 from tests.benchmarks.peers import CONTESTANTS, LIMIT_COMMIT
@@ -149,8 +149,8 @@ def _over_http() -> Iterator[Bar]:
 
 
 def _growth() -> Iterator[Bar]:
-    for ours, name in ((VOLATILE, "volatile"), (DURABLE, "durable")):
-        places = tuple((Place("growth", growing(counters, "counter"), ours), "p50 us") for counters in COUNTERS)
+    for durability, name in (("none", "volatile"), ("commit", "durable")):
+        places = tuple((grown("counters", counters, durability), "p50 us") for counters in COUNTERS)
 
         def spread(results: Results, places: tuple[tuple[Place, str], ...] = places) -> float:
             medians = [results.median(*place) for place in places]
@@ -159,7 +159,7 @@ def _growth() -> Iterator[Bar]:
         yield Bar(
             f"1 to 1,000,000 counters, {name}: slowest median, of the quickest", 1.2, spread, places, at_least=False
         )
-    memory = (Place("growth", growing(COUNTERS[-1], "counter"), VOLATILE), "bytes/counter")
+    memory = (grown("counters", COUNTERS[-1], "none"), "bytes/counter")
     yield Bar("memory of a counter, in bytes", 200, lambda results: results.median(*memory), (memory,), at_least=False)
     yield _ratio(
         f"start: {OURS}, of {BARE}", "ms", Place("startup", CASE, OURS), Place("startup", CASE, BARE), 2,

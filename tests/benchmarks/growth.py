@@ -43,9 +43,9 @@ def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
                 _workers(plan, results, say, durability, manager.url)
 
 
-def case_of(number: int, what: str) -> str:
-    """How the results name it."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def place(what: str, number: int, durability: str) -> Place:
+    """How the results name one of the steps of what grows."""
+    return Place("growth", what, f"ours, {durability}: {number:,}")
 
 
 def _counters(plan: Plan, results: Results, say: Callable[[str], None], durability: str, root: Path) -> None:
@@ -63,18 +63,18 @@ def _counters(plan: Plan, results: Results, say: Callable[[str], None], durabili
             figures = {"journal bytes": float(_status(managers[counters].url).journal_bytes)}
             if counters > 1:
                 figures["bytes/counter"] = (_memory(managers[counters].pid) - empty) / counters
-            results.add(Place("growth", case_of(counters, "counter"), who), figures)
+            results.add(place("counters", counters, durability), figures)
         for number in range(plan.rounds(bar=True)):
             for counters in in_turn(COUNTERS, number):
                 say(f"growth, {who}, round {number + 1}: {counters:,} counters")
                 took = _one_client(managers[counters].url, counters, plan.seconds)
-                results.add(Place("growth", case_of(counters, "counter"), who), took)
+                results.add(place("counters", counters, durability), took)
     if durability != "none":
         for number in range(plan.rounds(bar=False)):
             for counters in COUNTERS:
                 say(f"growth, {who}, round {number + 1}: recovery of {counters:,} counters")
                 recovery = _recovery(root / str(counters))
-                results.add(Place("growth", case_of(counters, "counter"), who), {"recovery ms": recovery})
+                results.add(place("counters", counters, durability), {"recovery ms": recovery})
 
 
 def _one_client(url: str, counters: int, seconds: float) -> dict[str, float]:
@@ -119,7 +119,7 @@ def _clients(plan: Plan, results: Results, say: Callable[[str], None], url: str)
             for clients in in_turn(CLIENTS, number):
                 say(f"growth, round {number + 1}: {clients:,} clients")
                 took = _took(asks[clients], ["hot"], plan.seconds)
-                results.add(Place("growth", case_of(clients, "client"), "ours, none"), took)
+                results.add(place("clients", clients, "none"), took)
 
 
 def _workers(plan: Plan, results: Results, say: Callable[[str], None], durability: str, url: str) -> None:
@@ -128,7 +128,7 @@ def _workers(plan: Plan, results: Results, say: Callable[[str], None], durabilit
         for workers in in_turn(WORKERS, number):
             say(f"growth, {peer.name}, round {number + 1}: {workers} workers")
             figures = measure(peer, Shape(workers, _THREADS), plan.seconds)
-            results.add(Place("growth", case_of(workers, "worker"), peer.name), figures)
+            results.add(place("workers", workers, durability), figures)
 
 
 def _recovery(directory: Path) -> float:

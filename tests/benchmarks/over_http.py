@@ -31,7 +31,7 @@ _UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6, "m": 6e7}
 
 def case_of(workers: int, connections: int) -> str:
     """How the results name it."""
-    return f"{workers} workers, {connections} connections"
+    return f"{workers} worker{'' if workers == 1 else 's'}, {connections} connections"
 
 
 @dataclass(frozen=True)

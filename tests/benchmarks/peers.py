@@ -175,7 +175,8 @@ def serve_pyro(path: str, ready: Any) -> None:
     import Pyro5
     import Pyro5.api
 
-    Pyro5.config.THREADPOOL_SIZE = MOST_CLIENTS  # a thread for each client, and none is refused
+    # A thread for each client, and none is refused. (pyright takes the default for the type.)
+    Pyro5.config.THREADPOOL_SIZE = MOST_CLIENTS  # pyright: ignore[reportAttributeAccessIssue]
     with Pyro5.api.Daemon(unixsocket=path) as daemon:
         daemon.register(Pyro5.api.expose(LockedCounter)(), "counter")
         ready.send(None)
@@ -245,7 +246,6 @@ class Contestant:
     networked: bool = False  # somebody else's, and reached over a socket
     durable: bool = False  # on disk before it is answered
     one_writer: bool = False
-    right: bool = True  # whether it promises that no number is given twice
     commits: Callable[[Any], int] | None = None
 
 
@@ -334,7 +334,7 @@ CONTESTANTS = [
     Contestant("SQLite WAL, NORMAL", _sqlite, partial(open_sqlite, synchronous="NORMAL")),
     Contestant("SQLite WAL, FULL", _sqlite, open_sqlite, durable=True),
     Contestant("diskcache incr", _directory, open_diskcache, needs="diskcache"),
-    Contestant("cachelib file cache", _directory, open_cachelib, right=False),
+    Contestant("cachelib file cache", _directory, open_cachelib),
     Contestant("multiprocessing.Value", _shared_memory, open_shared_memory),
     Contestant("Pyro5", _served(serve_pyro), open_pyro, needs="Pyro5", networked=True),
     Contestant("AF_UNIX ping-pong", _served(serve_ping_pong), open_ping_pong),

@@ -59,16 +59,16 @@ def _growth(results: Results, file: Path) -> Path:
     lines: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for level, case, medians in results.tables():
         if level == "growth":
-            number, what = case.split()
-            for who, figures in medians.items():
-                lines[what.removesuffix("s")][who][int(number.replace(",", ""))] = figures["p50 us"]
+            for step, figures in medians.items():
+                who, _, number = step.partition(": ")
+                lines[case][who][int(number.replace(",", ""))] = figures["p50 us"]
     figure = Figure(figsize=(9, 3), dpi=_DPI, layout="constrained")
     for panel, (what, curves) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
         for who, points in curves.items():
             panel.plot(list(points), list(points.values()), "o-", label=who, color=OURS if "none" in who else SHORT)
         panel.set_xscale("log")
         panel.set_ylim(bottom=0)
-        panel.set_title(f"median us against {what}s", fontsize=8, loc="left")
+        panel.set_title(f"median us against {what}", fontsize=8, loc="left")
         panel.tick_params(labelsize=7)
         panel.legend(fontsize=7)
     figure.savefig(file)
