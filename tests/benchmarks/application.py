@@ -14,10 +14,10 @@ from typing import Any
 
 from flask import Flask
 from redis import Redis
-from waitress.server import create_server
 
 from counter_server import SharedState
-from counter_server.serve.worker import BACKLOG
+from counter_server.demo.stage import listen
+from counter_server.serve.worker import Worker
 from counter_server.settings import ServerSettings
 
 
@@ -55,11 +55,9 @@ def create_plain_app(url: str) -> Flask:
 
 
 def work(sock: socket.socket, app: Flask, threads: int) -> None:
-    """Serve for ever, set up as our own workers are."""
+    """Serve for ever, as our own workers do."""
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    create_server(
-        app, sockets=[sock], threads=threads, backlog=BACKLOG, connection_limit=4000, asyncore_use_poll=True
-    ).run()
+    Worker(sock, ServerSettings(threads=threads), app).run(lambda: None)
 
 
 def main() -> None:
@@ -70,11 +68,13 @@ def main() -> None:
     parser.add_argument("--plain-redis", action="store_true")
     options = parser.parse_args()
     app = (create_plain_app if options.plain_redis else create_app)(options.url)
-    sock = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
-    for _ in range(options.workers):
+    # A socket for each worker, among which the kernel spreads the connections. From one that all share, a single worker
+    # often takes every one of a crowd, and then the figures would tell of that.
+    sockets = listen(0, options.workers)
+    for sock in sockets:
         if os.fork() == 0:
             work(sock, app, options.threads)
-    print(f"Serving on http://127.0.0.1:{sock.getsockname()[1]}", flush=True)
+    print(f"Serving on http://127.0.0.1:{sockets[0].getsockname()[1]}", flush=True)
     signal.pause()
 
 

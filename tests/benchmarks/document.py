@@ -31,7 +31,7 @@ def write(document: Path, results: Results, verdicts: list[Verdict], pictures: I
 
 
 def _lines(results: Results, verdicts: list[Verdict], pictures: list[str], how: str) -> Iterator[str]:
-    yield f"Measured by `{how}` on {measured_on()}.\n"
+    yield f"Measured by `{how}` on {measured_on(results.load)}.\n"
     yield "| bar | is to be | is | |"
     yield "| --- | ---: | ---: | --- |"
     for verdict in verdicts:

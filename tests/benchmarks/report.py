@@ -41,15 +41,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def measured_on() -> str:
+def measured_on(load: float) -> str:
     """In a sentence."""
-    return f"{machine()}; {', '.join(f'{name} {number}' for name, number in versions().items())}"
+    told = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return f"{machine()}, under a load of {load:.1f} when it began; {told}"
 
 
 def as_json(results: Results, verdicts: list[Verdict]) -> bytes:
     """All that is known, each figure of every round."""
     content = {
         "machine": machine(),
+        "load": results.load,
         "versions": versions(),
         "figures": [{**place._asdict(), "rounds": figures} for place, figures in results.figures.items()],
         "missing": results.missing,
@@ -113,4 +115,4 @@ def print_tables(results: Results, verdicts: list[Verdict]) -> None:
         console.print(f"missing  {name}: {reason}", markup=False)
     for place, wrong in results.wrong().items():
         console.print(f"wrong  {' '.join(place)}: {wrong:,} numbers were due, and given to nobody", markup=False)
-    console.print(measured_on(), markup=False)
+    console.print(measured_on(results.load), markup=False)

@@ -1,5 +1,6 @@
 """What was measured: figures of each round, and their medians."""
 
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ class Results:
     """All of one run. A figure is named with its unit: "increments/s", "p50 us"."""
 
     figures: dict[Place, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    load: float = field(default_factory=lambda: os.getloadavg()[0])  # of the machine, before
     missing: dict[str, str] = field(default_factory=dict)  # what was not there to be measured, and why
 
     def add(self, place: Place, figures: Mapping[str, float]) -> None:
