@@ -16,6 +16,8 @@ import pytest
 
 from tests.processes import PATIENCE, Program, eventually
 
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")  # of Redis: on disk before it is answered
+
 
 def find(program: str, package: str) -> str:
     """Where it is. Where it is not, the test is skipped, and says which Debian package has it."""

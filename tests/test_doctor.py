@@ -14,10 +14,9 @@ from counter_server.doctor import examine
 from counter_server.errors import InvalidRequest
 from counter_server.stores import Finding
 from counter_server.stores.postgresql_findings import judge as judge_postgresql
-from tests.engines import MemcachedServer, PostgresServer, RedisServer
+from tests.engines import DURABLE, MemcachedServer, PostgresServer, RedisServer
 from tests.load import open_client
 from tests.processes import PATIENCE, ROOT, Manager, eventually, frozen
-from tests.test_redis import DURABLE
 
 StartRedis = Callable[..., RedisServer]
 

@@ -29,7 +29,8 @@ from counter_server.manager.services import LedgerService
 from counter_server.manager.wire import LARGEST_FRAME, Connection, connect
 from counter_server.operations import Batch, Increment
 from counter_server.status import Status
-from tests.benchmarks.store import PlainManager, running, serve_plain
+from tests.benchmarks.load import running
+from tests.benchmarks.peers import PlainManager, serve_plain
 from tests.load import at_once, open_client
 from tests.processes import PATIENCE, Manager, eventually, frozen
 from tests.test_combiner import InterruptedAt

@@ -19,12 +19,10 @@ from counter_server.errors import (
 )
 from counter_server.stores.redis import RedisStore
 from tests.cutter import Cutter
-from tests.engines import RedisServer
+from tests.engines import DURABLE, RedisServer
 from tests.history import assert_exactly_once
 from tests.load import StoreLoad, open_client
 from tests.processes import PATIENCE, eventually, frozen
-
-DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
 
 @pytest.fixture

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import PostgresServer, RedisServer
+from tests.engines import DURABLE, PostgresServer, RedisServer
 from tests.history import assert_exactly_once
 from tests.load import HttpLoad, open_client
 from tests.processes import Server
-from tests.test_redis import DURABLE
 
 
 @pytest.fixture(params=["redis", "postgresql"])

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, NoReturn
 
+from flask import Flask
 from waitress import wasyncore
 from waitress.server import create_server
 
@@ -35,17 +36,17 @@ _SPARE_DESCRIPTORS = 100  # for all else that a worker opens
 
 
 class Worker:
-    """Runs `create_app` behind waitress on `sock`."""
+    """Runs `app` behind waitress on `sock`."""
 
-    def __init__(self, sock: socket.socket, settings: ServerSettings, config: dict[str, Any]) -> None:
+    def __init__(self, sock: socket.socket, settings: ServerSettings, app: Flask) -> None:
         self._request_timeout = settings.request_timeout
         self._stopping = False
         self._linger = 0.0  # seconds
         self._most = _connection_limit()
         self._map: dict[int, Any] = {}
-        self._app = create_app(config)
+        self._app = app
         self._server: Any = create_server(
-            self._app,
+            app,
             map=self._map,
             sockets=[sock],
             threads=settings.threads,
@@ -55,7 +56,7 @@ class Worker:
             max_request_body_size=LARGEST_REQUEST,
             asyncore_use_poll=True,
             # It takes them away where they are not its own to trust; those of a declared proxy are the application's.
-            clear_untrusted_proxy_headers=not self._app.config["COUNTER_SERVER_TRUSTED_PROXIES"],
+            clear_untrusted_proxy_headers=not app.config.get("COUNTER_SERVER_TRUSTED_PROXIES"),
             ident="counter_server",
         )
         self._server.channel_class = Channel
@@ -139,7 +140,7 @@ def work(sock: socket.socket, settings: ServerSettings, config: dict[str, Any], 
     """
     configure("worker", settings.log_format)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue under load is what the threads are for
-    worker = Worker(sock, settings, config)
+    worker = Worker(sock, settings, create_app(config))
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         worker.stop()

@@ -19,9 +19,9 @@ from typing import Any
 from counter_server import open_state
 from counter_server.operations import Batch, Increment
 from counter_server.stores import open_store
-from tests.benchmarks.store import running, serve_ours, spawn
-from tests.engines import MemcachedServer, PostgresServer, RedisServer
-from tests.test_redis import DURABLE
+from tests.benchmarks.load import context
+from tests.engines import DURABLE, MemcachedServer, PostgresServer, RedisServer
+from tests.processes import Manager
 
 CALLERS = 4
 COMPANY = 16
@@ -58,9 +58,9 @@ def caller(url: str, counter: str, seconds: float, start: Any, results: Any) -> 
 
 def together(url: str, seconds: float, *, one_counter: bool) -> float:
     """Seconds between the calls of several processes, on one counter or each on its own."""
-    start, results = spawn.Barrier(CALLERS), spawn.SimpleQueue()
+    start, results = context.Barrier(CALLERS), context.SimpleQueue()
     counters = ["hot"] * CALLERS if one_counter else [f"own-{number}" for number in range(CALLERS)]
-    processes = [spawn.Process(target=caller, args=(url, name, seconds, start, results)) for name in counters]
+    processes = [context.Process(target=caller, args=(url, name, seconds, start, results)) for name in counters]
     for process in processes:
         process.start()
     rate: float = sum(results.get() for _ in processes)
@@ -105,11 +105,10 @@ def engines() -> Iterator[dict[str, str]]:
     """The URL of each engine, by the name that the page gives it."""
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for durability in ("none", "commit"):
-            stack.enter_context(running(serve_ours, str(root / durability), durability))
+        managers = {one: stack.enter_context(Manager(root / one, "--durability", one)) for one in ("none", "commit")}
         yield {
-            "manager, `none`": f"manager://{root}/none",
-            "manager, `commit`": f"manager://{root}/commit",
+            "manager, `none`": managers["none"].url,
+            "manager, `commit`": managers["commit"].url,
             "Redis, nothing on disk": stack.enter_context(RedisServer(root / "redis")).url,
             "Redis, `appendfsync always`": stack.enter_context(RedisServer(root / "durable", *DURABLE)).url,
             "PostgreSQL": stack.enter_context(PostgresServer()).url,

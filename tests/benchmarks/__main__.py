@@ -1,0 +1,67 @@
+"""Everything that is measured, in one run:  python -m tests.benchmarks
+
+Store, HTTP, growth and start-up, side by side and interleaved; the peers start by themselves from what is installed.
+Prints tables and says which bars fall short; writes JSON and pictures. Exit status 1 if ours gave a wrong number.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tests.benchmarks import growth, over_http, startup, store
+from tests.benchmarks.load import Shape
+from tests.benchmarks.plan import Plan
+from tests.benchmarks.results import Results
+from tests.processes import ROOT
+
+LEVELS = {"store": store.run, "http": over_http.run, "growth": growth.run, "startup": startup.run}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=LEVELS, action="append", help="a level; again for several")
+    parser.add_argument("--rounds", type=int, help="of each measurement; default 3, and 5 where a bar is judged by it")
+    parser.add_argument(
+        "--seconds", type=float, default=Plan.seconds, help="of each measurement (default: %(default)s)"
+    )
+    parser.add_argument("--shapes", type=Shape.parse, nargs="+", default=[], help="processes x threads, such as 2x16")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME", help="whose names have that in them")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "benchmarks", help="a directory")
+    parser.add_argument("--document", action="store_true", help="write the results into docs/performance.md")
+    options = parser.parse_args()
+    plan = Plan(rounds_asked=options.rounds, seconds=options.seconds, shapes=options.shapes, peers=options.peers)
+    results = Results()
+    for level in options.only or LEVELS:
+        LEVELS[level](plan, results, _say)
+    _say("")
+    return _report(results, options.output, document=options.document)
+
+
+def _say(what: str) -> None:
+    """On one line of a terminal; in a file every line would be one too many."""
+    if sys.stderr.isatty():
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+        print(f"\r{what[: width - 1]:<{width - 1}}", end="\r" if not what else "", file=sys.stderr, flush=True)
+
+
+def _report(results: Results, output: Path, *, document: bool) -> int:
+    # Here, and not above: the processes of the load import this module, and need none of it.
+    from tests.benchmarks import bars, pictures, report
+    from tests.benchmarks.document import write
+
+    verdicts = bars.judge(results)
+    report.print_tables(results, verdicts)
+    drawn = pictures.draw(results, verdicts, output)
+    (output / "results.json").write_bytes(report.as_json(results, verdicts))
+    print(f"JSON and pictures: {output}")
+    if document:
+        how = f"python -m {' '.join(['tests.benchmarks', *sys.argv[1:]])}"
+        write(ROOT / "docs" / "performance.md", results, verdicts, drawn, how)
+    return 1 if any(place.who.startswith("ours") for place in results.wrong()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The bars: how far ahead of whom, or how near to which limit, ours has to be; each from the medians of one run."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from tests.benchmarks.growth import COUNTERS
+from tests.benchmarks.growth import place as grown
+from tests.benchmarks.over_http import BAR, CEILING, PLAIN_REDIS
+from tests.benchmarks.over_http import case_of as requests
+from tests.benchmarks.peers import CONTESTANTS, LIMIT_COMMIT
+from tests.benchmarks.plan import ROUNDS_OF_BARS
+from tests.benchmarks.results import Place, Results
+from tests.benchmarks.startup import BARE, CASE, OURS
+
+VOLATILE, DURABLE = "ours, none", "ours, commit"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What is asked for."""
+
+    title: str
+    limit: float
+    figure: Callable[[Results], float]
+    places: tuple[tuple[Place, str], ...]  # what it is computed from
+    at_least: bool = True  # else at most
+    why: str = ""  # it falls short, where it is known to
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How it came out."""
+
+    bar: Bar
+    figure: float | None  # None: not measured
+    rounds: int = 0  # of the place that has the fewest
+
+    @property
+    def reached(self) -> bool:
+        if self.figure is None:
+            return False
+        return self.figure >= self.bar.limit if self.bar.at_least else self.figure <= self.bar.limit
+
+    @property
+    def words(self) -> str:
+        if self.figure is None:
+            return "not measured"
+        few = "" if self.rounds >= ROUNDS_OF_BARS else f", by {self.rounds} rounds only"
+        return ("reached" if self.reached else "short") + few
+
+
+def judge(results: Results) -> list[Verdict]:
+    """All bars that have anything to do with what was measured."""
+    levels = {place.level for place in results.figures}
+    return [_verdict(bar, results) for bar in BARS if all(place.level in levels for place, _ in bar.places)]
+
+
+def _verdict(bar: Bar, results: Results) -> Verdict:
+    try:
+        return Verdict(bar, bar.figure(results), min(results.rounds(*place) for place in bar.places))
+    except KeyError:
+        return Verdict(bar, None)
+
+
+def _ratio(title: str, figure: str, of: Place, to: Place, limit: float, *, at_least: bool = True) -> Bar:
+    return Bar(
+        title,
+        limit,
+        lambda results: results.median(of, figure) / results.median(to, figure),
+        ((of, figure), (to, figure)),
+        at_least,
+    )
+
+
+def _store(shape: str, who: str) -> Place:
+    return Place("store", shape, who)
+
+
+def _http(who: str) -> Place:
+    return Place("http", requests(*BAR), who)
+
+
+def _throughput() -> Iterator[Bar]:
+    for ours, name, peers in (
+        (
+            VOLATILE,
+            "volatile",
+            {
+                "BaseManager proxy, AF_UNIX": 6,
+                "redis-py INCR, volatile": 6,
+                "pymemcache incr": 1.5,
+                "SQLite WAL, NORMAL": 1.8,
+                "multiprocessing.Value": 0.5,
+            },
+        ),
+        (
+            DURABLE,
+            "durable",
+            {"redis-py INCR, fsync always": 2, "SQLite WAL, FULL": 3, "PostgreSQL row update": 25},
+        ),
+    ):
+        for peer, limit in peers.items():
+            yield _ratio(
+                f"2x16 {name}: times {peer}", "increments/s", _store("2x16", ours), _store("2x16", peer), limit
+            )
+    commits, limit_of_commits = (_store("2x16", DURABLE), "commits/s"), (_store("2x16", LIMIT_COMMIT), "increments/s")
+    yield Bar(
+        "2x16 durable: commits, of raw append and fdatasync",
+        0.5,
+        lambda results: results.median(*commits) / results.median(*limit_of_commits),
+        (commits, limit_of_commits),
+    )
+
+
+def _latency() -> Iterator[Bar]:
+    plain = "BaseManager proxy, AF_UNIX"
+    yield _ratio(
+        "1x1 volatile: median, of the plain proxy's", "p50 us", _store("1x1", VOLATILE), _store("1x1", plain), 1.2,
+        at_least=False,
+    )  # fmt: skip
+    everyone = [one.name for one in CONTESTANTS if one.networked]
+    durable = [one.name for one in CONTESTANTS if one.networked and one.durable]
+    yield _below("2x16 volatile: p99, of the best networked peer's", VOLATILE, everyone)
+    yield _below("2x16 durable: p99, of the best durable networked peer's", DURABLE, durable)
+
+
+def _below(title: str, ours: str, peers: Iterable[str]) -> Bar:
+    """Of those that are there."""
+    places = [(_store("2x16", peer), "p99 us") for peer in peers]
+    mine = (_store("2x16", ours), "p99 us")
+
+    def figure(results: Results) -> float:
+        there = [place for place in places if place[0] in results.figures]
+        if not there:
+            raise KeyError("no networked peer")
+        return results.median(*mine) / min(results.median(*place) for place in there)
+
+    return Bar(title, 1.0, figure, (mine,), at_least=False)
+
+
+def _over_http() -> Iterator[Bar]:
+    for ours, name, limit in ((VOLATILE, "volatile", 0.85), (DURABLE, "durable", 0.75)):
+        yield _ratio(f"HTTP {name}: requests/s, of {CEILING}", "requests/s", _http(ours), _http(CEILING), limit)
+    yield _ratio(f"HTTP volatile: times the {PLAIN_REDIS}", "requests/s", _http(VOLATILE), _http(PLAIN_REDIS), 1.3)
+    yield _ratio(
+        f"HTTP volatile: processor time per request, of {CEILING}", "cpu us/request", _http(VOLATILE), _http(CEILING),
+        1.15, at_least=False,
+    )  # fmt: skip
+
+
+def _growth() -> Iterator[Bar]:
+    for durability, name in (("none", "volatile"), ("commit", "durable")):
+        places = tuple((grown("counters", counters, durability), "p50 us") for counters in COUNTERS)
+
+        def spread(results: Results, places: tuple[tuple[Place, str], ...] = places) -> float:
+            medians = [results.median(*place) for place in places]
+            return max(medians) / min(medians)
+
+        yield Bar(
+            f"1 to 1,000,000 counters, {name}: slowest median, of the quickest", 1.2, spread, places, at_least=False
+        )
+    memory = (grown("counters", COUNTERS[-1], "none"), "bytes/counter")
+    yield Bar("memory of a counter, in bytes", 200, lambda results: results.median(*memory), (memory,), at_least=False)
+    yield _ratio(
+        f"start: {OURS}, of {BARE}", "ms", Place("startup", CASE, OURS), Place("startup", CASE, BARE), 2,
+        at_least=False,
+    )  # fmt: skip
+
+
+BARS = [*_throughput(), *_latency(), *_over_http(), *_growth()]

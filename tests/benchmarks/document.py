@@ -1,0 +1,59 @@
+"""What a run measured, as a part of docs/performance.md between two markers."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tests.benchmarks.bars import Verdict
+from tests.benchmarks.report import figure_of, limit_of, measured_on, rows
+from tests.benchmarks.results import Results
+
+BEGIN = "<!-- measured: begin (python -m tests.benchmarks --document writes what stands here) -->"
+END = "<!-- measured: end -->"
+_LEVELS = {"store": "Store", "http": "HTTP", "growth": "Growth", "startup": "Start-up"}
+
+
+def write(document: Path, results: Results, verdicts: list[Verdict], pictures: Iterable[Path], how: str) -> None:
+    """Put the results into `document`, and the pictures into `pictures` beside it.
+
+    :raises ValueError: if it has no such place.
+    """
+    text = document.read_text()
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{document} has no place for the results: {BEGIN} and {END}")
+    beside = document.parent / "pictures"
+    beside.mkdir(exist_ok=True)
+    names = [Path(shutil.copy(picture, beside)).name for picture in pictures]
+    block = "\n".join(_lines(results, verdicts, names, how))
+    document.write_text(f"{head}{BEGIN}\n\n{block}\n{END}{tail}")
+
+
+def _lines(results: Results, verdicts: list[Verdict], pictures: list[str], how: str) -> Iterator[str]:
+    yield f"Measured by `{how}` on {measured_on(results.load)}.\n"
+    yield "| bar | is to be | is | |"
+    yield "| --- | ---: | ---: | --- |"
+    for verdict in verdicts:
+        words = verdict.words if verdict.reached else f"**{verdict.words}**"
+        yield f"| {verdict.bar.title} | {limit_of(verdict)} | {figure_of(verdict)} | {words} |"
+    yield ""
+    short = [verdict for verdict in verdicts if verdict.figure is not None and not verdict.reached]
+    for verdict in short:
+        yield f"- **{verdict.bar.title}**: {verdict.bar.why or 'the reason is not known yet'}."
+    if short:
+        yield ""
+    shown = ""
+    for level, case, medians in results.tables():
+        if level != shown:
+            shown = level
+            yield f"### {_LEVELS[level]}\n"
+            if f"{level}.png" in pictures:
+                yield f"![{_LEVELS[level]}: the medians below as bars](pictures/{level}.png)\n"
+        head, *lines = rows(medians)
+        yield f"| {' | '.join([case, *head[1:]])} |"
+        yield f"| --- |{' ---: |' * (len(head) - 1)}"
+        yield from (f"| {' | '.join(line)} |" for line in lines)
+        yield ""
+    for name, reason in results.missing.items():
+        yield f"Missing: {name}: {reason}.\n"
