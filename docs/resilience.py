@@ -103,11 +103,11 @@ def block(minutes: str) -> str:
     paragraphs = [
         f"In {report['seconds'] / 60:.1f} minutes {report['clients']} clients made {report['answered']:,} increments,"
         f" while {len(report['injuries'])} faults were injected in an order of chance (seed {report['seed']}). Each was"
-        f" counted exactly once, {report['unknown'] or 'none'} of them stayed without an answer, the slowest answer came"
-        f" after {report['slowest']:.1f} s, and no process grew in memory, descriptors or threads. A frozen worker is"
+        f" counted exactly once, {report['unknown'] or 'none'} of them stayed without an answer, the slowest answer"
+        f" came after {report['slowest']:.1f} s, and no process grew in memory, descriptors or threads. A frozen worker is"
         " replaced after 3 s here; the time is from the freezing on.",
         of_the_faults(report),
-        "From `kill -9` of the manager to the next increment that was answered, by the number of counters in the journal:",
+        "From `kill -9` of the manager to the next increment answered, by the number of counters in the journal:",
         of_the_kills(recoveries),
         "Bad inputs, each of them refused with the status that it has to be, nothing changed:",
         of_the_inputs(),

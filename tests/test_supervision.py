@@ -9,12 +9,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from datetime import datetime
 from http.client import HTTPConnection
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
+from counter_server.prove.processes import group_members
 from tests.processes import PATIENCE, Program, Server, eventually, frozen
 
 INCREMENT = "/api/v1/counters/x/increment"
@@ -99,14 +102,39 @@ def test_sighup_replaces_every_worker_under_load_and_no_request_fails(start_serv
     assert server.stop() == 0
 
 
-def test_a_new_worker_that_does_not_start_leaves_the_old_ones_serving(stack: ExitStack, tmp_path: Path) -> None:
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where there is a file of that name, no new child of a server that was started meanwhile lives."""
     broken = tmp_path / "broken"
     (tmp_path / "sitecustomize.py").write_text(
         f"import os, sys\nif os.path.exists({str(broken)!r}) and '--multiprocessing-fork' in sys.orig_argv:\n"
         "    sys.exit('this installation is broken')\n"
     )
-    os.environ["PYTHONPATH"] = str(tmp_path)
-    stack.callback(os.environ.pop, "PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return broken
+
+
+def test_a_crash_loop_is_slowed_down_and_ends_with_one_line_that_says_why(
+    stack: ExitStack, tmp_path: Path, broken: Path
+) -> None:
+    server = stack.enter_context(Server("--workers", "1", "--data-dir", tmp_path / "data"))
+    assert increment(server.url) == 1
+    broken.touch()
+    os.kill(server.children("worker")[0], signal.SIGKILL)
+    eventually(lambda: not server.running, "the end of the server", seconds=60)
+    assert server.wait() == 1
+    assert server.errors[-1] == "Error: the worker-1 process died 10 times in a row; giving up"
+    restarts = [line for line in server.errors if "starting another" in line]
+    moments = [datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f") for line in restarts]
+    pauses = [(later - earlier).total_seconds() for earlier, later in pairwise(moments)]
+    assert len(pauses) == 8
+    assert pauses[-1] > 3 > 0.8 > pauses[0]
+    eventually(lambda: not group_members(server.pid), "the end of every process of the server")
+
+
+def test_a_new_worker_that_does_not_start_leaves_the_old_ones_serving(
+    stack: ExitStack, tmp_path: Path, broken: Path
+) -> None:
     server = stack.enter_context(Server("--workers", "2", "--data-dir", tmp_path / "data"))
     before = set(server.children("worker"))
     assert increment(server.url) == 1
