@@ -104,8 +104,8 @@ def block(minutes: str) -> str:
         f"In {report['seconds'] / 60:.1f} minutes {report['clients']} clients made {report['answered']:,} increments,"
         f" while {len(report['injuries'])} faults were injected in an order of chance (seed {report['seed']}). Each was"
         f" counted exactly once, {report['unknown'] or 'none'} of them stayed without an answer, the slowest answer"
-        f" came after {report['slowest']:.1f} s, and no process grew in memory, descriptors or threads. A frozen worker is"
-        " replaced after 3 s here; the time is from the freezing on.",
+        f" came after {report['slowest']:.1f} s, and no process grew in memory, descriptors or threads. A frozen worker"
+        " is replaced after 3 s here; the time is from the freezing on.",
         of_the_faults(report),
         "From `kill -9` of the manager to the next increment answered, by the number of counters in the journal:",
         of_the_kills(recoveries),
