@@ -33,6 +33,11 @@ LINGER_SECONDS = 2.0  # for clients that keep a connection, when it is replaced:
 BEAT_SECONDS = 1.0  # between signs of life
 _MOST_CONNECTIONS = 4000
 _SPARE_DESCRIPTORS = 100  # for all else that a worker opens
+# Answers up to this many bytes are sent whole, by waitress's loop, when their thread has done with them. Were they sent
+# by the thread, in parts, each part would give the GIL to the loop, which then turns and turns on a socket that the
+# thread has yet to empty: 20 turns and 600 us of processor time for a request that waits for a store, in place of 1
+# turn and 200 us.
+_SEND_BYTES = 18_000
 
 
 class Worker:
@@ -55,6 +60,7 @@ class Worker:
             max_request_header_size=LARGEST_HEAD,
             max_request_body_size=LARGEST_REQUEST,
             asyncore_use_poll=True,
+            send_bytes=_SEND_BYTES,
             # It takes them away where they are not its own to trust; those of a declared proxy are the application's.
             clear_untrusted_proxy_headers=not app.config.get("COUNTER_SERVER_TRUSTED_PROXIES"),
             ident="counter_server",
