@@ -92,8 +92,11 @@ def browser_process() -> Iterator[Chromium]:
 
 
 @pytest.fixture
-def browser(browser_process: Chromium) -> Iterator[Browser]:
-    """A browser without any page. What its pages complained of by the end fails the test."""
+def browser(browser_process: Chromium, stack: ExitStack) -> Iterator[Browser]:
+    """A browser without any page. What its pages complained of by the end fails the test.
+
+    It is closed before what `stack` holds ends: a page that polls would complain of its server's end.
+    """
     browser = Browser(browser_process)
     yield browser
     browser.close()

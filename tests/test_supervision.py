@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from datetime import datetime
 from http.client import HTTPConnection
@@ -211,6 +212,14 @@ def test_a_request_that_comes_byte_by_byte_is_cut_off_in_the_end_and_counts_noth
 
     eventually(cut_off, "the end of the connection")
     assert increment(server.url) == 1
+
+
+def test_no_fresh_connection_is_taken_for_one_whose_client_reads_nothing(start_server: StartServer) -> None:
+    """The worker looks at its connections every second: at any moment some of these have an answer yet to be sent."""
+    server = start_server("--workers", "1")
+    with ThreadPoolExecutor(8) as pool:
+        values = list(pool.map(lambda _: increment(server.url), range(3000)))
+    assert sorted(values) == list(range(1, 3001))
 
 
 # Under systemd

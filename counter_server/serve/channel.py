@@ -21,9 +21,10 @@ class Channel(HTTPChannel):  # type: ignore[misc] # waitress has no types
     error_task_class = Refusal
 
     _began = 0.0  # when the first byte came of the request that is being received
-    _took = 0.0  # when the client last took something of an answer, or there was none to take
+    _took = 0.0  # when the client last sent something, took something of an answer, or there was none to take
 
     def received(self, data: bytes) -> bool:
+        self._took = time.monotonic()
         before = self.request
         taken = bool(super().received(data))
         if self.request is not before:
