@@ -105,7 +105,7 @@ def block(minutes: str) -> str:
         f" while {len(report['injuries'])} faults were injected, in an order of chance (seed {report['seed']}). Each"
         f" increment was counted exactly once, {report['unknown'] or 'none'} stayed without an answer, the slowest took"
         f" {report['slowest']:.1f} s, and no process grew in memory, descriptors or threads. (A frozen worker is"
-        " replaced after 3 s here, and its time is from the freezing on.)",
+        " replaced after 3 s here, and its time is from the freezing on; for a killed supervisor another starts.)",
         of_the_faults(report),
         "From `kill -9` of the manager to the next increment that was answered, by the number of counters:",
         of_the_kills(recoveries),

@@ -168,7 +168,7 @@ class Soak:
         """One fault after the other, in an order of chance in which each kind comes before one comes again."""
         to_come: list[str] = []
         while (elapsed := time.monotonic() - load.began) < self._seconds and not load.failures:
-            kinds = list(faults.passing) + (list(faults.replacing) if elapsed < PASSING_ONLY * self._seconds else [])
+            kinds = faults.passing_here + (list(faults.replacing) if elapsed < PASSING_ONLY * self._seconds else [])
             to_come = [kind for kind in to_come if kind in kinds] or self._chance.sample(kinds, len(kinds))
             injury = faults.strike(to_come.pop(), elapsed)
             self._injuries.append(injury)
