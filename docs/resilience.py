@@ -102,12 +102,12 @@ def block(minutes: str) -> str:
     recoveries = json.loads(python("-m", "tests.benchmarks.recovery", "--json"))
     paragraphs = [
         f"In {report['seconds'] / 60:.1f} minutes {report['clients']} clients made {report['answered']:,} increments,"
-        f" while {len(report['injuries'])} faults were injected in an order of chance (seed {report['seed']}). Each was"
-        f" counted exactly once, {report['unknown'] or 'none'} of them stayed without an answer, the slowest answer"
-        f" came after {report['slowest']:.1f} s, and no process grew in memory, descriptors or threads. A frozen worker"
-        " is replaced after 3 s here; the time is from the freezing on.",
+        f" while {len(report['injuries'])} faults were injected, in an order of chance (seed {report['seed']}). Each"
+        f" increment was counted exactly once, {report['unknown'] or 'none'} stayed without an answer, the slowest took"
+        f" {report['slowest']:.1f} s, and no process grew in memory, descriptors or threads. (A frozen worker is"
+        " replaced after 3 s here, and its time is from the freezing on; for a killed supervisor another starts.)",
         of_the_faults(report),
-        "From `kill -9` of the manager to the next increment answered, by the number of counters in the journal:",
+        "From `kill -9` of the manager to the next increment that was answered, by the number of counters:",
         of_the_kills(recoveries),
         "Bad inputs, each of them refused with the status that it has to be, nothing changed:",
         of_the_inputs(),
@@ -118,10 +118,10 @@ def block(minutes: str) -> str:
 
 
 def main(minutes: str = "5", file: str = str(ROOT / "docs" / "guarantees.md")) -> None:
-    path = Path(file)
+    path, made = Path(file), block(minutes)
     before, rest = path.read_text().split(BEGIN)
     _, after = rest.split(END)
-    path.write_text(f"{before}{BEGIN}\n\n{block(minutes)}\n\n{END}{after}")
+    path.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}")
 
 
 if __name__ == "__main__":

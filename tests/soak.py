@@ -46,8 +46,8 @@ PASSING_ONLY = 0.6
 # Memory: the interpreter takes it in arenas of 1 MiB and the C library for each thread anew, SQLite has a cache of
 # 2 MiB, and waitress keeps answers that are not taken. Less than a leak of 1 KiB for each request comes to in a minute.
 ALLOWANCE = 12 * MEBIBYTE
-# What a manager keeps for each increment with a key, for a day: the key, its fingerprint and the number.
-PER_KEY = 700
+# What a manager keeps for each increment with a key, for a day: the key, its fingerprint, the number, and their places.
+PER_KEY = 450
 
 
 def bounds(clients: int) -> dict[str, Bounds]:
@@ -168,7 +168,7 @@ class Soak:
         """One fault after the other, in an order of chance in which each kind comes before one comes again."""
         to_come: list[str] = []
         while (elapsed := time.monotonic() - load.began) < self._seconds and not load.failures:
-            kinds = list(faults.passing) + (list(faults.replacing) if elapsed < PASSING_ONLY * self._seconds else [])
+            kinds = faults.passing_here + (list(faults.replacing) if elapsed < PASSING_ONLY * self._seconds else [])
             to_come = [kind for kind in to_come if kind in kinds] or self._chance.sample(kinds, len(kinds))
             injury = faults.strike(to_come.pop(), elapsed)
             self._injuries.append(injury)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 from counter_server.prove.load import Client, path_of
@@ -21,6 +22,7 @@ from tests.processes import PATIENCE, Server, eventually, frozen
 from tests.test_manager import raw
 from tests.test_server import visit
 
+DISK_FULL = "disk full"
 WORKERS = 2
 
 SLOW_CLIENTS = 10
@@ -67,31 +69,18 @@ class Faults:
         self._increment = increment
         self._chance = chance
         self._held = {kind: ExitStack() for kind in ("slow", "half-open", "deaf")}
-        self.replacing: dict[str, Callable[[], float]] = {
-            "manager killed": self._kill_manager,
-            "worker killed": self._kill_worker,
-            "manager and workers killed": self._kill_all,
-            "supervisor killed": self._kill_supervisor,
-            "worker frozen": self._freeze_worker,
-            "workers replaced (SIGHUP)": self._replace_workers,
-        }
-        self.passing: dict[str, Callable[[], float]] = {
-            "manager frozen for a moment": self._freeze_manager,
-            "slow clients": self._slow_clients,
-            "clients that never read": self._deaf_clients,
-            "half-open clients": self._half_open_clients,
-            "flood of connections": self._flood,
-            "strangers at the manager's socket": self._strangers,
-        }
-        if disk is not None:
-            self.passing["disk full"] = self._fill_disk
+
+    @property
+    def passing_here(self) -> list[str]:
+        """The kinds that kill nothing, of those that can be done."""
+        return [kind for kind in self.passing if kind != DISK_FULL or self._disk is not None]
 
     def strike(self, kind: str, moment: float) -> Injury:
         """Do it, and return when the server is over it, or is not in time."""
         harm = {**self.replacing, **self.passing}[kind]
         try:
             self._wait_until_whole()
-            since = harm()
+            since = harm(self)
         except (AssertionError, OSError, HTTPException) as error:  # what had to come did not, or was no answer
             return Injury(kind=kind, moment=moment, recovery=None, why=repr(error))
         if not self._increment(time.monotonic() + PATIENCE):
@@ -263,3 +252,21 @@ class Faults:
         assert parts.hostname is not None
         connection.connect((parts.hostname, parts.port or 80))
         return connection
+
+    replacing: ClassVar[dict[str, Callable[["Faults"], float]]] = {
+        "manager killed": _kill_manager,
+        "worker killed": _kill_worker,
+        "manager and workers killed": _kill_all,
+        "supervisor killed": _kill_supervisor,
+        "worker frozen": _freeze_worker,
+        "workers replaced (SIGHUP)": _replace_workers,
+    }
+    passing: ClassVar[dict[str, Callable[["Faults"], float]]] = {
+        "manager frozen for a moment": _freeze_manager,
+        "slow clients": _slow_clients,
+        "clients that never read": _deaf_clients,
+        "half-open clients": _half_open_clients,
+        "flood of connections": _flood,
+        "strangers at the manager's socket": _strangers,
+        DISK_FULL: _fill_disk,
+    }

@@ -12,8 +12,10 @@ from flask import Flask
 
 from counter_server import SharedState
 from tests.processes import ROOT, Manager, Server
+from tests.soak_faults import Faults
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+BESIDE = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+DOCUMENTS = [*(ROOT / name for name in BESIDE), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def examples(document: Path) -> list[str]:
@@ -134,6 +136,12 @@ def test_every_file_that_a_document_names_is_there() -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
         for path in re.findall(r"`(tests/[\w/]+\.py|docs/[\w-]+\.md)`", text):
             assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def test_the_figures_of_what_is_survived_are_of_every_kind_of_fault() -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    told = re.findall(r"^\| ([^|]+) \| \d+ \| [\d.]+ s \|", page, re.MULTILINE)
+    assert set(told) >= {*Faults.replacing, *Faults.passing}
 
 
 def test_no_line_of_a_document_needs_a_scroll_bar() -> None:
