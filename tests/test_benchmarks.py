@@ -11,6 +11,7 @@ from PIL import Image
 from tests.benchmarks import bars, document
 from tests.benchmarks.load import Shape
 from tests.benchmarks.plan import Plan, in_turn
+from tests.benchmarks.reasons import WHY
 from tests.benchmarks.results import Place, Results
 from tests.processes import ROOT
 
@@ -108,6 +109,10 @@ def test_a_document_without_a_place_for_results_is_left_as_it_is(tmp_path: Path)
     with pytest.raises(ValueError, match="no place"):
         document.write(page, Results(), [], [], "the command")
     assert page.read_text() == "nothing"
+
+
+def test_each_reason_is_that_of_a_bar() -> None:
+    assert set(WHY) <= {bar.title for bar in bars.BARS}
 
 
 def test_rounds_are_interleaved_in_both_directions_and_bars_have_more_of_them() -> None:

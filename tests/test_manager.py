@@ -247,6 +247,23 @@ def test_batches_of_workers_that_wait_at_the_same_time_share_a_commit() -> None:
     assert (service.operations, service.batches, service.commits) == (64, 64, 2)
 
 
+def test_in_memory_each_batch_has_a_commit_of_its_own_and_none_is_lost() -> None:
+    def fail(error: JournalFailed) -> NoReturn:
+        raise error
+
+    service = LedgerService(Ledger(), fail, in_memory=True)
+    answers: list[object] = []
+
+    def send() -> None:
+        client = os.urandom(16)
+        for sequence in range(1, 101):
+            answers.extend(service.apply(Batch(client, sequence, [Increment("c")])))
+
+    at_once(8, send)
+    assert sorted(cast(list[int], answers)) == list(range(1, 801))
+    assert (service.operations, service.batches, service.commits) == (800, 800, 800)
+
+
 # Peers that mean no good
 
 

@@ -240,7 +240,7 @@ def serve(
         directory.remove_stale_socket()
         server = StateManager(str(directory.socket), directory.key("manager")).get_server()
         server.most_connections = _room_for(caps.connections)
-        service = LedgerService(ledger, _fail)
+        service = LedgerService(ledger, _fail, in_memory=journal is None)
         told = StatusService(
             ledger=ledger,
             service=service,

@@ -1,9 +1,11 @@
 """What the manager offers of its ledger and of itself, whoever asks and however."""
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,11 +21,16 @@ _LARGEST_COMMIT = 1000  # batches; in truth one for each connected worker at the
 
 
 class LedgerService:
-    """What the manager offers of its ledger: the last stop of the road."""
+    """What the manager offers of its ledger: the last stop of the road.
 
-    def __init__(self, ledger: Ledger, fail: Callable[[JournalFailed], NoReturn]) -> None:
+    :param in_memory: a commit costs less than to share it, so each batch has one of its own. (Alone, an increment's
+        round trip is a fifth shorter for it.)
+    """
+
+    def __init__(self, ledger: Ledger, fail: Callable[[JournalFailed], NoReturn], *, in_memory: bool = False) -> None:
         self._ledger = ledger
         self._fail = fail
+        self._alone = threading.Lock() if in_memory else None  # held through a commit that is not shared
         self._combiner: Combiner[Batch, list[Result] | BatchRefused] = Combiner(self._commit, limit=_LARGEST_COMMIT)
         # Of writes, since the start. Commits are made by one thread at a time, so nothing has to guard these.
         self.batches = 0
@@ -32,10 +39,14 @@ class LedgerService:
         self.commit_seconds = 0.0
 
     def apply(self, batch: Batch) -> list[Result]:
-        """Apply a batch, in one durable commit with those of other workers that wait at the same time."""
+        """Apply a batch; where commits are durable, in one with those of other workers that wait at the same time."""
         if batch.sequence == 0:
             return self._ledger.read(batch)
-        return results_of(self._combiner.submit(batch))
+        if self._alone is None:
+            return results_of(self._combiner.submit(batch))
+        with self._alone:
+            (answer,) = self._commit([batch], inf)
+        return results_of(answer)
 
     def _commit(self, batches: list[Batch], _deadline: float) -> list[list[Result] | BatchRefused]:
         began = time.monotonic()

@@ -24,7 +24,6 @@ class Bar:
     figure: Callable[[Results], float]
     places: tuple[tuple[Place, str], ...]  # what it is computed from
     at_least: bool = True  # else at most
-    why: str = ""  # it falls short, where it is known to
 
 
 @dataclass(frozen=True)

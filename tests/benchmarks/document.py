@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tests.benchmarks.bars import Verdict
+from tests.benchmarks.reasons import WHY
 from tests.benchmarks.report import figure_of, limit_of, measured_on, rows
 from tests.benchmarks.results import Results
 
@@ -40,7 +41,7 @@ def _lines(results: Results, verdicts: list[Verdict], pictures: list[str], how: 
     yield ""
     short = [verdict for verdict in verdicts if verdict.figure is not None and not verdict.reached]
     for verdict in short:
-        yield f"- **{verdict.bar.title}**: {verdict.bar.why or 'the reason is not known yet'}."
+        yield f"- **{verdict.bar.title}**: {WHY.get(verdict.bar.title, 'not looked into yet')}."
     if short:
         yield ""
     shown = ""
