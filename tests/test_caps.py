@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -311,7 +312,7 @@ def test_a_manager_asks_for_the_descriptors_that_it_may_need_and_takes_no_more_t
 ) -> None:
     limited = ("--data-dir", str(data_dir), "--max-connections", "500")
     program = stack.enter_context(
-        Program(*("--nofile=64:264", "python", "manager_process.py", *limited), program="prlimit")
+        Program(*("--nofile=64:264", sys.executable, "manager_process.py", *limited), program="prlimit")
     )
     url = program.expect("Manager ready:")
     assert resource.prlimit(program.pid, resource.RLIMIT_NOFILE) == (264, 264)
