@@ -17,6 +17,9 @@ from tests.cutter import Cutter
 from tests.engines import PostgresServer
 from tests.processes import Manager, Server, end_manager
 
+# The programs that tests start keep what they compile; else each of hundreds would compile all of it anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # How long an example takes says what else the machine has to do.
 hypothesis.settings.register_profile("counter_server", deadline=None)
 hypothesis.settings.load_profile("counter_server")
