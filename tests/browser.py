@@ -16,6 +16,7 @@ from tests.processes import PATIENCE, ROOT
 SCREENSHOTS = ROOT / "build" / "screenshots"
 NARROW = 360  # pixels: a small telephone
 _WIDE = 1280
+LOOKS = [(NARROW, "light"), (NARROW, "dark"), (_WIDE, "light")]  # that each page is looked at in
 _AXE = Path(__file__).parent / "axe_core" / "axe.min.js"
 # As root it has no sandbox to be in; and it is to talk to our server, and to nobody else.
 _OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]

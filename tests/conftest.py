@@ -25,6 +25,14 @@ hypothesis.settings.register_profile("counter_server", deadline=None)
 hypothesis.settings.load_profile("counter_server")
 
 
+# What is tested here is the same on every Python: pages, words, faults of disks, whole programs beside ours.
+ONCE = {
+    *("test_access", "test_access_of_servers", "test_architecture", "test_bad_requests", "test_badge"),
+    *("test_benchmarks", "test_dashboard", "test_demo", "test_documentation", "test_faults", "test_lab", "test_leaks"),
+    *("test_openapi", "test_prove", "test_rate_limit", "test_two_machines", "test_upkeep"),
+}
+
+
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
     """What a test starts with this ends with it, also when it fails."""
@@ -107,10 +115,10 @@ def browser(browser_process: Chromium, stack: ExitStack) -> Iterator[Browser]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what needs a browser. On CPython 3.12 tracing opcodes with `sys.settrace` crashes: leave that out."""
+    """Mark what one Python is enough for. Tracing opcodes by `sys.settrace` crashes CPython 3.12: leave that out there."""
     for item in items:
-        if "browser" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.browser)
+        if "browser" in getattr(item, "fixturenames", ()) or item.path.stem in ONCE:
+            item.add_marker(pytest.mark.once)
     if sys.version_info[:2] == (3, 12):
         tracing = [item for item in items if item.get_closest_marker("traces_opcodes")]
         config.hook.pytest_deselected(items=tracing)

@@ -10,7 +10,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from counter_server.operations import LARGEST, SMALLEST
 from counter_server.state import State
-from tests.browser import NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
+from tests.browser import LOOKS, Browser, accessibility_violations, overflow, press_until, screenshot
 from tests.load import open_client
 from tests.processes import Server
 
@@ -253,8 +253,7 @@ def test_it_works_without_javascript(browser: Browser, server: Server, elsewhere
     assert names(page) == sorted(NAMES.keys() - {"tickets"})
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
-@pytest.mark.parametrize("width", [NARROW, 1280])
+@pytest.mark.parametrize(("width", "colours"), LOOKS)
 def test_it_fits_and_is_accessible(
     browser: Browser, server: Server, elsewhere: State, colours: str, width: int
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser import NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
+from tests.browser import LOOKS, Browser, accessibility_violations, overflow, press_until, screenshot
 from tests.processes import Server
 
 
@@ -37,8 +37,7 @@ def test_every_part_is_reached_by_keyboard_alone(browser: Browser, server: Serve
     press_until(page, "Tab", "section:has(#api_delete) pre")
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
-@pytest.mark.parametrize("width", [NARROW, 1280])
+@pytest.mark.parametrize(("width", "colours"), LOOKS)
 def test_it_fits_and_is_accessible(
     browser: Browser, server: Server, colours: Literal["light", "dark"], width: int
 ) -> None:

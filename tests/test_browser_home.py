@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser import NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
+from tests.browser import LOOKS, NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
 from tests.processes import Server
 
 
@@ -73,8 +73,7 @@ def test_the_visitors_own_counter_counts_by_keyboard(browser: Browser, server: S
 
 
 @pytest.mark.parametrize("path", ["", "/session"])
-@pytest.mark.parametrize("colours", ["light", "dark"])
-@pytest.mark.parametrize("width", [NARROW, 1280])
+@pytest.mark.parametrize(("width", "colours"), LOOKS)
 def test_it_fits_and_is_accessible(browser: Browser, server: Server, path: str, colours: str, width: int) -> None:
     page = browser.open(server.url + path, width=width, colours=colours)  # type: ignore[arg-type]
     assert accessibility_violations(page) == []

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.browser import NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
+from tests.browser import LOOKS, Browser, accessibility_violations, overflow, press_until, screenshot
 from tests.processes import PATIENCE, Server
 
 SUMMARY = re.compile(
@@ -178,8 +178,7 @@ def test_without_javascript_the_form_keeps_its_choices_and_says_what_is_missing(
     expect(page.locator("#result")).to_be_hidden()
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
-@pytest.mark.parametrize("width", [NARROW, 1280])
+@pytest.mark.parametrize(("width", "colours"), LOOKS)
 def test_it_fits_and_is_accessible(
     browser: Browser, server: Server, colours: Literal["light", "dark"], width: int
 ) -> None:

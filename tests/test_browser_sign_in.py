@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from counter_server.web.operators import COOKIE
-from tests.browser import NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
+from tests.browser import LOOKS, NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
 from tests.processes import Server
 from tests.test_access import TOKEN
 
@@ -34,8 +34,7 @@ def test_an_operator_signs_in_and_out_by_keyboard_alone(browser: Browser, server
     expect(page.locator("#token")).to_be_visible()
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
-@pytest.mark.parametrize("width", [NARROW, 1280])
+@pytest.mark.parametrize(("width", "colours"), LOOKS)
 def test_the_form_fits_and_is_accessible(browser: Browser, server: Server, colours: str, width: int) -> None:
     page = browser.open(f"{server.url}/sign-in", width=width, colours=colours)  # type: ignore[arg-type]
     assert accessibility_violations(page) == []
