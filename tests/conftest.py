@@ -115,7 +115,7 @@ def browser(browser_process: Chromium, stack: ExitStack) -> Iterator[Browser]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what one Python is enough for. Tracing opcodes by `sys.settrace` crashes CPython 3.12: leave that out there."""
+    """Mark what one Python is enough for. To trace opcodes by `sys.settrace` crashes CPython 3.12: leave that out."""
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()) or item.path.stem in ONCE:
             item.add_marker(pytest.mark.once)
