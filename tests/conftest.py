@@ -25,11 +25,12 @@ hypothesis.settings.register_profile("counter_server", deadline=None)
 hypothesis.settings.load_profile("counter_server")
 
 
-# What is tested here is the same on every Python: pages, words, faults of disks, whole programs beside ours.
+# What is tested here is the same on every Python: pages, words, faults of disks and engines, programs beside ours.
 ONCE = {
     *("test_access", "test_access_of_servers", "test_architecture", "test_bad_requests", "test_badge"),
-    *("test_benchmarks", "test_dashboard", "test_demo", "test_documentation", "test_faults", "test_lab", "test_leaks"),
-    *("test_openapi", "test_prove", "test_rate_limit", "test_two_machines", "test_upkeep"),
+    *("test_benchmarks", "test_cli", "test_dashboard", "test_demo", "test_doctor", "test_documentation", "test_faults"),
+    *("test_lab", "test_leaks", "test_memcached", "test_openapi", "test_prove", "test_rate_limit", "test_redis"),
+    *("test_sql", "test_two_machines", "test_upkeep"),
 }
 
 
