@@ -6,16 +6,23 @@ python -m tests.standard_server ADDRESS | --child
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.managers import BaseManager
+from typing import Any
 
 KEY = b"key"
 
 
 class Counter:
+    """A lock and a number."""
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._value = 0
+
+    def value(self) -> int:
+        return self._value
 
     def increment(self) -> int:
         with self._lock:
@@ -27,7 +34,21 @@ class StandardManager(BaseManager):
     """The recipe."""
 
 
-StandardManager.register("Counter", Counter)
+_counter = Counter()
+
+
+def _shared() -> Counter:
+    return _counter
+
+
+StandardManager.register("Counter", Counter)  # a new one for each who asks
+StandardManager.register("shared", _shared)
+
+
+def serve(address: Any, ready: Callable[[], None]) -> None:
+    server = StandardManager(address, KEY).get_server()
+    ready()
+    server.serve_forever()
 
 
 def main() -> None:
@@ -37,9 +58,7 @@ def main() -> None:
         manager.start()
         print("ready", vars(manager)["_process"].pid, flush=True)
         signal.pause()
-    server = StandardManager(argument, KEY).get_server()
-    print("ready", flush=True)
-    server.serve_forever()
+    serve(argument, lambda: print("ready", flush=True))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """The manager and its proxies: interrupted calls, forks, crowds, shared round trips, and peers that mean no good."""
 
 import ctypes
-import multiprocessing
+import fcntl
 import os
 import pickle
 import resource
 import signal
 import socket
+import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
@@ -29,10 +32,9 @@ from counter_server.manager.services import LedgerService
 from counter_server.manager.wire import LARGEST_FRAME, Connection, connect
 from counter_server.operations import Batch, Increment
 from counter_server.status import Status
-from tests.benchmarks.load import running
-from tests.benchmarks.peers import PlainManager, serve_plain
 from tests.load import at_once, open_client
-from tests.processes import PATIENCE, Manager, eventually, frozen
+from tests.processes import PATIENCE, Manager, Program, eventually, frozen
+from tests.standard_server import KEY, StandardManager
 from tests.test_combiner import InterruptedAt
 
 
@@ -67,45 +69,75 @@ class Interrupted(BaseException):
 
 
 @contextmanager
-def interrupted_after(seconds: float) -> Iterator[None]:
+def interrupted_when_sent(descriptor: int) -> Iterator[None]:
+    """Interrupt the main thread when something that it sent waits in the other end of this socket."""
+
     def interrupt(_number: int, _frame: object) -> NoReturn:
         raise Interrupted
 
+    def watch() -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        eventually(lambda: bytes_on_the_way(descriptor) > 0, "the call on its way")
+        signal.pthread_kill(main, signal.SIGALRM)
+
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        watcher.join()
         signal.signal(signal.SIGALRM, before)
 
 
-def check_that_an_interrupted_call_shifts_no_reply(pid: int, increment: Callable[[], int]) -> None:
-    """Freeze the manager, interrupt a call that waits for it, and look at what the next calls are answered."""
-    first = increment()
-    with frozen(pid), pytest.raises(Interrupted), interrupted_after(0.2):
+def bytes_on_the_way(descriptor: int) -> int:
+    """How much was sent on this socket, and not read yet."""
+    return int.from_bytes(fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+def check_that_an_interrupted_call_shifts_no_reply(
+    pid: int, descriptor: int, increment: Callable[[], int], value: Callable[[], int]
+) -> None:
+    """Freeze the manager, interrupt a call that waits for it, and look at what the next calls are answered.
+
+    :param value: tells the number that was given out last, by a connection of its own.
+    """
+    first = value()
+    with frozen(pid), pytest.raises(Interrupted), interrupted_when_sent(descriptor):
         increment()
-    following = [increment() for _ in range(3)]
-    # The interrupted one has reached the manager, so it has taken the number after the first.
-    assert following == [first + 2, first + 3, first + 4]
+    # It has reached the manager, so it takes the number after the first.
+    eventually(lambda: value() == first + 1, "the number that the interrupted call took")
+    assert [increment() for _ in range(3)] == [first + 2, first + 3, first + 4]
 
 
 def test_an_interrupted_call_shifts_no_later_reply(manager: Manager, state: State) -> None:
-    check_that_an_interrupted_call_shifts_no_reply(manager.pid, state.counter("c").increment)
+    state.counter("c").increment()
+    descriptor = cast(Any, state.store).proxy._connection.fileno()
+    with open_client(manager.url) as other:
+        check_that_an_interrupted_call_shifts_no_reply(
+            manager.pid, descriptor, state.counter("c").increment, lambda: other.counter("c").value
+        )
 
 
 def test_an_interrupted_call_shifts_every_later_reply_of_a_plain_proxy(tmp_path: Path) -> None:
     """What the test above would find on the standard library's proxy: the reason for ours."""
     address = str(tmp_path / "plain.sock")
-    with running(serve_plain, address):
-        plain = PlainManager(address, b"key")
+    with Program("-m", "tests.standard_server", address) as server, ThreadPoolExecutor(1) as another_thread:
+        server.expect("ready")
+        plain = StandardManager(address, KEY)
         plain.connect()
-        proxy = cast(Any, plain).counter()
-        (server,) = multiprocessing.active_children()
-        assert server.pid is not None
+        proxy = cast(Any, plain).shared()
+        value = proxy.value
+        proxy.increment()  # connects
         with pytest.raises(AssertionError, match=r"\[2, 3, 4\] == \[3, 4, 5\]"):
-            check_that_an_interrupted_call_shifts_no_reply(server.pid, proxy.increment)
-        del proxy
+            check_that_an_interrupted_call_shifts_no_reply(
+                server.pid,
+                proxy._tls.connection.fileno(),
+                proxy.increment,
+                # The standard proxy has a connection for each thread.
+                lambda: int(another_thread.submit(value).result()),
+            )
 
 
 def test_a_deadline_while_the_manager_is_frozen_shifts_no_later_reply(manager: Manager) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.managers import BaseManager, SyncManager
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from counter_server.settings import DURABILITIES
 from tests.benchmarks.load import Increment, Peer, context, running
 from tests.engines import DURABLE, MemcachedServer, PostgresServer, RedisServer
 from tests.processes import Manager
+from tests.standard_server import KEY, Counter, StandardManager, serve
 
 UPDATE = "UPDATE plain SET value = value + 1 WHERE name = 'hot' RETURNING value"
 TABLE = "CREATE TABLE plain (name text PRIMARY KEY, value bigint NOT NULL)"
@@ -37,39 +38,14 @@ PAGE = 4096  # bytes: the least that SQLite writes
 LIMIT_COMMIT = "append and fdatasync, one writer"
 
 
-class LockedCounter:
-    """The counter of the textbook: a lock and a number in the manager process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._value = 0
-
-    def increment(self) -> int:
-        with self._lock:
-            self._value += 1
-            return self._value
-
-
-_the_counter = LockedCounter()
-
-
-class PlainManager(BaseManager):
-    """The textbook recipe: one object behind a proxy of the standard library."""
-
-
-PlainManager.register("counter", callable=lambda: _the_counter)
-
-
 def serve_plain(address: Any, ready: Any) -> None:
-    server = PlainManager(address, b"key").get_server()
-    ready.send(None)
-    server.serve_forever()
+    serve(address, lambda: ready.send(None))
 
 
 def open_plain(place: Any) -> Increment:
-    manager = PlainManager(place, b"key")
+    manager = StandardManager(place, KEY)
     manager.connect()
-    proxy = manager.counter()  # type: ignore[attr-defined]
+    proxy = manager.shared()  # type: ignore[attr-defined]
     return proxy.increment  # type: ignore[no-any-return]
 
 
@@ -178,7 +154,7 @@ def serve_pyro(path: str, ready: Any) -> None:
     # A thread for each client, and none is refused. (pyright takes the default for the type.)
     Pyro5.config.THREADPOOL_SIZE = MOST_CLIENTS  # pyright: ignore[reportAttributeAccessIssue]
     with Pyro5.api.Daemon(unixsocket=path) as daemon:
-        daemon.register(Pyro5.api.expose(LockedCounter)(), "counter")
+        daemon.register(Pyro5.api.expose(Counter)(), "counter")
         ready.send(None)
         daemon.requestLoop()
 
