@@ -2,7 +2,7 @@
 
 import sys
 
-from counter_server.cli import main
-
 if __name__ == "__main__":
+    from counter_server.cli import main  # here, as the child processes import this file, too
+
     main(["run", *sys.argv[1:]], prog_name="counter-server")

@@ -105,7 +105,7 @@ def test_sighup_replaces_every_worker_under_load_and_no_request_fails(start_serv
 
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where there is a file of that name, no new child of a server that was started meanwhile lives."""
+    """Where there is a file of that name, no successor of a worker of a server that was started meanwhile lives."""
     broken = tmp_path / "broken"
     (tmp_path / "sitecustomize.py").write_text(
         f"import os, sys\nif os.path.exists({str(broken)!r}) and '--multiprocessing-fork' in sys.orig_argv:\n"
@@ -115,12 +115,11 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return broken
 
 
-def test_a_crash_loop_is_slowed_down_and_ends_with_one_line_that_says_why(
-    stack: ExitStack, tmp_path: Path, broken: Path
-) -> None:
-    server = stack.enter_context(Server("--workers", "1", "--data-dir", tmp_path / "data"))
+def test_a_crash_loop_is_slowed_down_and_ends_with_one_line_that_says_why(stack: ExitStack, tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    server = stack.enter_context(Server("--workers", "1", "--data-dir", data_dir))
     assert increment(server.url) == 1
-    broken.touch()
+    (data_dir / "manager.key").write_bytes(os.urandom(32))  # which the manager does not accept
     os.kill(server.children("worker")[0], signal.SIGKILL)
     eventually(lambda: not server.running, "the end of the server", seconds=60)
     assert server.wait() == 1

@@ -28,24 +28,20 @@ def children(supervisor: int, kind: str) -> list[int]:
 
 
 def _opened(pid: int) -> set[str]:
-    """What a process has open; nothing, if it has gone."""
+    """What a process has open, but for its standard streams; nothing, if it has gone."""
     opened = set()
     with suppress(FileNotFoundError):
         for link in (PROC / str(pid) / "fd").iterdir():
             with suppress(FileNotFoundError):  # closed since it was listed; the process lives on
-                opened.add(os.readlink(link))
+                if int(link.name) > 2:
+                    opened.add(os.readlink(link))
     return opened
 
 
 def _kind(pid: int, supervisors: set[str]) -> str:
-    """A manager holds the lock, a worker the supervisor's listening socket; one that begins or ends, neither."""
-    try:
-        command = (PROC / str(pid) / "cmdline").read_bytes()
-    except OSError:
-        return "gone"
-    if b"--multiprocessing-fork" not in command:
-        return "helper"  # multiprocessing's resource tracker, or a copy of the supervisor that is yet to become itself
+    """A manager holds the lock; a worker shares one socket with the supervisor, on which both listen."""
     opened = _opened(pid)
     if any(name.endswith("manager.lock") for name in opened):
         return "manager"
-    return "worker" if any(name.startswith("socket:") for name in opened & supervisors) else "beginning"
+    shared = [name for name in opened & supervisors if name.startswith("socket:")]
+    return "worker" if len(shared) == 1 else "other"  # with more of them it is a fork that has yet to become itself

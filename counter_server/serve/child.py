@@ -1,4 +1,8 @@
-"""One place among the supervisor's children, and the processes that fill it one after the other."""
+"""One place among the supervisor's children, and the processes that fill it one after the other.
+
+They are forked, so that they start with everything imported: that is most of what a start takes. A successor, which a
+rolling replacement starts, is a new interpreter: it runs the code that is installed by then.
+"""
 
 import multiprocessing
 import signal
@@ -8,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
 
 from ..errors import CounterServerError
 
@@ -19,7 +23,21 @@ STABLE_SECONDS = 1.0  # one that lived this long after it was ready was not in a
 _FIRST_PAUSE = 0.1  # seconds before the second restart in a crash loop; doubles
 _LONGEST_PAUSE = 3.0
 
-_spawn = multiprocessing.get_context("spawn")
+_fork, _spawn = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
+
+
+class Closable(Protocol):
+    """What has a descriptor."""
+
+    def close(self) -> None: ...
+
+
+_held: set[Closable] = set()  # by the supervisor, for itself
+
+
+def hold(*held: Closable) -> None:
+    """Have no forked child keep its copies of these, but for what it is given as an argument."""
+    _held.update(held)
 
 
 @dataclass(eq=False)
@@ -30,7 +48,8 @@ class Child:
     target: Callable[..., None]
     arguments: tuple[Any, ...]
     beats: bool = False  # gives a sign of life every second
-    process: SpawnProcess | None = None
+    anew: bool = False  # in a new interpreter
+    process: BaseProcess | None = None
     lifeline: Connection | None = None  # on which it says that it is ready; closing it ends a manager
     ready_since: float | None = None
     heard_at: float = 0.0  # the last sign of life
@@ -38,12 +57,15 @@ class Child:
     restart_at: float = 0.0
 
     def start(self) -> None:
-        self.lifeline, theirs = _spawn.Pipe()
+        context = _spawn if self.anew else _fork
+        self.lifeline, theirs = context.Pipe()
+        hold(self.lifeline)
         self.ready_since = None
-        self.process = _spawn.Process(target=_main, args=(self.target, *self.arguments, theirs), name=self.name)
+        self.process = context.Process(target=_main, args=(self.target, *self.arguments, theirs), name=self.name)
+        if self.anew:
+            resource_tracker.ensure_running()  # else it is started below, and unblocks the signals
         # A signal to the whole process group, as a terminal or a service manager sends it, is for the supervisor to
         # act on: the children inherit that these are blocked.
-        resource_tracker.ensure_running()  # the first start would do it, and unblock them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self.process.start()
@@ -86,11 +108,12 @@ class Child:
 
     def successor(self) -> "Child":
         """Another one for its place."""
-        return Child(self.name, self.target, self.arguments, self.beats)
+        return Child(self.name, self.target, self.arguments, self.beats, anew=True)
 
     def let_go(self) -> None:
         """Close the lifeline."""
         if self.lifeline is not None:
+            _held.discard(self.lifeline)
             self.lifeline.close()
             self.lifeline = None
 
@@ -113,6 +136,12 @@ class Child:
 
 def _main(target: Callable[..., None], *arguments: Any) -> None:
     """What a child process runs: `target`, its errors told in one line."""
+    signal.set_wakeup_fd(-1)  # the supervisor's, where this is a fork of it, and so are the handlers
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    for held in _held:
+        if held not in arguments:
+            held.close()
     try:
         target(*arguments)
     except CounterServerError as error:

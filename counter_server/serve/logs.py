@@ -28,7 +28,7 @@ def configure(process: str, form: LogFormat) -> None:
     else:
         pid = "" if process == "supervisor" else f" {os.getpid()}"
         handler.setFormatter(logging.Formatter(f"%(asctime)s {process}{pid} %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)  # in place of what a fork has inherited
 
 
 _RESERVED = [*vars(logging.makeLogRecord({})), "asctime", "message", "taskName"]

@@ -23,7 +23,7 @@ from ..settings import ServerSettings, default_data_dir
 from ..stores import open_store
 from ..web import create_app
 from ..web.signing import signing_key
-from .child import BOOT_SECONDS, SIGNALS, Child
+from .child import BOOT_SECONDS, SIGNALS, Child, hold
 from .logs import configure
 from .managing import manage
 from .processes import Processes
@@ -50,13 +50,14 @@ class Supervisor:
         :raises StartupError: if the port, the data directory or the application cannot be had.
         """
         configure("supervisor", self.settings.log_format)
-        self._wakeup, wake = os.pipe()
-        for descriptor in (self._wakeup, wake):
-            os.set_blocking(descriptor, False)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        self._wakeup, wake = socket.socketpair()
+        for end in (self._wakeup, wake):
+            end.settimeout(0)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self._note)
         sock = inherited_socket() or self._bind()
+        hold(self._wakeup, wake, sock)
         manager, workers = self._children(sock)
         replacement = Replacement(workers)
         try:
@@ -192,7 +193,7 @@ class Supervisor:
             if isinstance(source, Connection):
                 lifelines[source].hear()
         with suppress(BlockingIOError):
-            os.read(self._wakeup, 4096)
+            self._wakeup.recv(4096)
 
     def _stop(self, manager: list[Child], workers: list[Child]) -> int:
         """Workers first, so that their last requests are still counted; then the manager."""
