@@ -38,10 +38,11 @@ def holder(data_dir: Path) -> int | None:
         inode = (data_dir / "manager.lock").stat().st_ino
     except FileNotFoundError:
         return None
-    for line in Path("/proc/locks").read_text().splitlines():
-        _, kind, _, _, pid, place, *_ = line.replace("-> ", "").split()
-        if kind == "FLOCK" and place.rpartition(":")[2] == str(inode):
-            return int(pid)
+    for _ in range(3):  # the kernel tells its locks page by page: who asks while others let go may miss one
+        for line in Path("/proc/locks").read_text().splitlines():
+            _, kind, _, _, pid, place, *_ = line.replace("-> ", "").split()
+            if kind == "FLOCK" and place.rpartition(":")[2] == str(inode):
+                return int(pid)
     return None
 
 
