@@ -35,7 +35,7 @@ ROOMS = [
     ("serve.supervisor",),
     ("serve.replacement",),
     ("serve.child", "serve.managing", "serve.worker"),
-    ("serve.channel", "serve.logs", "serve.processes", "serve.service_manager"),
+    ("serve.application", "serve.channel", "serve.logs", "serve.processes", "serve.service_manager"),
     ("serve.refusal",),
     ("serve",),
     ("web",),

@@ -1,8 +1,9 @@
-"""A manager process under a supervisor. It serves no requests, so nothing of the web is imported here."""
+"""A manager process under a supervisor."""
 
 from multiprocessing.connection import Connection
 
 from ..manager.directory import DataDirectory
+from ..manager.server import serve
 from ..objects import Declaration
 from ..settings import ServerSettings
 from .logs import configure
@@ -15,8 +16,6 @@ def manage(
 
     :param lifeline: is told when clients can connect; its end ends the manager.
     """
-    from ..manager.server import serve  # not where the supervisor imports this
-
     configure("manager", settings.log_format)
     serve(
         directory,

@@ -21,8 +21,8 @@ from ..extension import SharedState
 from ..manager.directory import DataDirectory
 from ..settings import ServerSettings, default_data_dir
 from ..stores import open_store
-from ..web import create_app
 from ..web.signing import signing_key
+from .application import Application
 from .child import BOOT_SECONDS, SIGNALS, Child, hold
 from .logs import configure
 from .managing import manage
@@ -108,27 +108,30 @@ class Supervisor:
         settings = self.settings
         store = settings.store
         open_store(store).close()  # a URL that names none is told here, in one line
-        config: dict[str, Any] = {**settings.web, "COUNTER_SERVER_HOST": sock.getsockname()[0]}
-        config["COUNTER_SERVER_REQUEST_LOG"] = settings.log_format == "json"
-        with_manager = store.startswith("manager:")
+        directory = DataDirectory.from_url(store, default_data_dir()) if store.startswith("manager:") else None
         names = [f"worker-{n}" for n in range(1, settings.workers + 1)]
-        self._processes = Processes(["manager", *names] if with_manager else names)
+        self._processes = Processes([*(["manager"] if directory else []), *names])
+        config: dict[str, Any] = {
+            **settings.web,
+            "COUNTER_SERVER_HOST": sock.getsockname()[0],
+            "COUNTER_SERVER_REQUEST_LOG": settings.log_format == "json",
+            "COUNTER_SERVER_STORE": directory.url if directory else store,
+            "COUNTER_SERVER_START": False,  # that is this process's to do
+            "COUNTER_SERVER_PROCESSES": self._processes,
+            "SECRET_KEY": "not yet",  # the application comes first: what it refuses leaves no data directory behind
+        }
+        application = Application(config)
+        app = application.app
         managers = []
-        app = create_app({**config, "COUNTER_SERVER_STORE": "memory://"})  # to know what it declares
-        with app.app_context():
-            declarations = list(SharedState().state.declarations.values())
-        if with_manager:
-            directory = DataDirectory.from_url(store, default_data_dir())
+        if directory:
             directory.make()
-            store = directory.url
+            with app.app_context():
+                declarations = list(SharedState().state.declarations.values())
             managers.append(Child("manager", manage, (directory, settings, declarations)))
         if store == "memory://" and settings.workers > 1:
             log.warning("memory:// is not shared: each of the %d workers counts on its own", settings.workers)
-        config["SECRET_KEY"] = signing_key(store, default_data_dir())
-        config["COUNTER_SERVER_STORE"] = store
-        config["COUNTER_SERVER_START"] = False  # that is this process's to do
-        config["COUNTER_SERVER_PROCESSES"] = self._processes
-        workers = [Child(name, work, (sock, settings, config), beats=True) for name in names]
+        app.secret_key = config["SECRET_KEY"] = signing_key(config["COUNTER_SERVER_STORE"], default_data_dir())
+        workers = [Child(name, work, (sock, settings, application), beats=True) for name in names]
         return managers, workers
 
     def _boot(self, group: list[Child]) -> None:

@@ -20,7 +20,7 @@ from waitress.server import create_server
 
 from ..extension import SharedState
 from ..settings import ServerSettings
-from ..web import create_app
+from .application import Application
 from .channel import Channel, channels
 from .logs import configure
 from .refusal import LARGEST_HEAD, LARGEST_REQUEST
@@ -138,7 +138,7 @@ def _connection_limit() -> int:
     return max(min(soft - _SPARE_DESCRIPTORS, _MOST_CONNECTIONS), _SPARE_DESCRIPTORS)
 
 
-def work(sock: socket.socket, settings: ServerSettings, config: dict[str, Any], lifeline: Connection) -> None:
+def work(sock: socket.socket, settings: ServerSettings, application: Application, lifeline: Connection) -> None:
     """The life of a worker process.
 
     :param lifeline: is told when the first request would be answered, and from then on every second; its end means that
@@ -146,7 +146,7 @@ def work(sock: socket.socket, settings: ServerSettings, config: dict[str, Any], 
     """
     configure("worker", settings.log_format)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue under load is what the threads are for
-    worker = Worker(sock, settings, create_app(config))
+    worker = Worker(sock, settings, application.app)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         worker.stop()

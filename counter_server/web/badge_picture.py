@@ -1,7 +1,7 @@
 """How a badge is drawn: a label and a number side by side, as SVG."""
 
 import unicodedata
-from xml.sax.saxutils import escape, quoteattr
+from html import escape
 
 # The names and colours that badges elsewhere have.
 PALETTE = {
@@ -82,7 +82,7 @@ def draw(label: str, message: str, colour: str) -> str:
     whole = f"{label}: {message}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{_HEIGHT}" role="img"'
-        f" aria-label={quoteattr(whole)}>"
+        f' aria-label="{escape(whole)}">'
         f"<title>{escape(whole)}</title>"
         f'<path fill="#{_LABEL_COLOUR}" d="M3 0H{split}V{_HEIGHT}H3a3 3 0 0 1-3-3V3a3 3 0 0 1 3-3z"/>'
         f'<path fill="#{colour}" d="M{split} 0H{width - 3}a3 3 0 0 1 3 3v14a3 3 0 0 1-3 3H{split}z"/>'
