@@ -9,8 +9,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from flask import Flask
+from flask.testing import FlaskClient
 from playwright.sync_api import Browser as Chromium
 
+from counter_server import State
 from counter_server.manager.directory import DataDirectory
 from tests.browser import Browser, chromium
 from tests.cutter import Cutter
@@ -65,6 +68,21 @@ def start_manager(stack: ExitStack, data_dir: Path) -> Callable[..., Manager]:
 def start_server(stack: ExitStack, data_dir: Path) -> Callable[..., Server]:
     """Start a server on `data_dir`, with options."""
     return lambda *options: stack.enter_context(Server("--data-dir", data_dir, *options))
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    """Of the `app` that a file makes."""
+    return app.test_client()
+
+
+@pytest.fixture
+def state(app: Flask) -> Iterator[State]:
+    """Of the `app` that a file makes."""
+    found = app.extensions["counter_server"]
+    assert isinstance(found, State)
+    yield found
+    found.close()
 
 
 @pytest.fixture

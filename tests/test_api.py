@@ -216,19 +216,11 @@ def app() -> Flask:
 
 
 @pytest.fixture
-def client(app: Flask) -> FlaskClient:
-    return app.test_client()
-
-
-@pytest.fixture
-def state(app: Flask) -> Iterator[State]:
-    """The state of `app`, with the counters of `BEFORE` in it."""
-    found = app.extensions["counter_server"]
-    assert isinstance(found, State)
+def state(state: State) -> State:
+    """With the counters of `BEFORE` in it."""
     for name, value in BEFORE.items():
-        found.counter(name).set(value)
-    yield found
-    found.close()
+        state.counter(name).set(value)
+    return state
 
 
 def all_counters(state: State) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Badges: pictures that read a counter, and count where the operator has allowed it; drawn as safe, readable SVG."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import quote
@@ -27,19 +27,6 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.fixture
 def app() -> Flask:
     return create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_BADGES": ["visits", "a/b"]})
-
-
-@pytest.fixture
-def client(app: Flask) -> FlaskClient:
-    return app.test_client()
-
-
-@pytest.fixture
-def state(app: Flask) -> Iterator[State]:
-    found = app.extensions["counter_server"]
-    assert isinstance(found, State)
-    yield found
-    found.close()
 
 
 def parse(picture: str) -> ElementTree.Element:

@@ -93,11 +93,6 @@ def app() -> Flask:
     return create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_LAB": True})
 
 
-@pytest.fixture
-def client(app: Flask) -> FlaskClient:
-    return app.test_client()
-
-
 @pytest.mark.parametrize("strategy", RACY)
 @pytest.mark.parametrize("workers", ["one", "two"])
 def test_threads_that_read_before_another_has_written_are_told_the_same(

@@ -1,6 +1,5 @@
 """The page that people see: each visit is counted once, and what is no visit is not counted."""
 
-from collections.abc import Iterator
 from html.parser import HTMLParser
 
 import pytest
@@ -49,19 +48,6 @@ class Page(HTMLParser):
 @pytest.fixture
 def app() -> Flask:
     return create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_HOST": "127.0.0.1"})
-
-
-@pytest.fixture
-def client(app: Flask) -> FlaskClient:
-    return app.test_client()
-
-
-@pytest.fixture
-def state(app: Flask) -> Iterator[State]:
-    found = app.extensions["counter_server"]
-    assert isinstance(found, State)
-    yield found
-    found.close()
 
 
 def all_counters(state: State) -> dict[str, int]:
