@@ -26,7 +26,7 @@ from tests.history import assert_exactly_once
 from tests.journals import written
 from tests.load import HttpLoad, open_client
 from tests.processes import PATIENCE, Manager, Program, Server, eventually
-from tests.strace import failing, killed_at
+from tests.strace import failing, faulty, killed_at
 from tests.test_manager import authenticated, raw
 from tests.test_server import ask
 
@@ -107,6 +107,32 @@ def test_a_writer_killed_at_any_step_of_a_commit_loses_nothing_answered_and_appl
     assert not reached[-1]
     assert reached == sorted(reached, reverse=True)
     assert sum(reached) >= {"fdatasync": 8, "pwrite64": 20, "ftruncate": 2}[call]
+
+
+def makes_a_journal(path: Path, fault: str) -> bool:
+    """Whether one can be made in spite of the fault; if not, nothing has to be left of it."""
+    path.mkdir()
+    with faulty("pwrite64", fault, "-c", _MAKER, path / "journal") as maker:
+        if maker.wait() == 0:
+            return True
+    assert str(path) in maker.errors[-1]
+    assert list(path.iterdir()) == []
+    return False
+
+
+_MAKER = "import pathlib, sys; from counter_server.journal import Journal; Journal(pathlib.Path(sys.argv[1])).close()"
+
+
+def test_a_journal_that_there_is_no_room_to_make_leaves_nothing_behind(tmp_path: Path) -> None:
+    made: list[bool] = []
+    with ThreadPoolExecutor(4) as several:
+        while not any(made):
+            moments = range(len(made) + 1, len(made) + 9)
+            made += several.map(
+                lambda when: makes_a_journal(tmp_path / f"{when}", f"error=ENOSPC:when={when}+"), moments
+            )
+    assert made == sorted(made)
+    assert made.count(False) >= 20
 
 
 # A disk that fails
