@@ -35,7 +35,7 @@ def killed_at(call: str, when: int, *arguments: str | Path) -> Program:
 
 @contextmanager
 def failing(pid: int, call: str, error: str) -> Iterator[None]:
-    """While the block runs, every system call of that name in the process fails so, in all its threads."""
+    """While the block runs, every system call of that name, or those, in the process fails so, in all its threads."""
     options = ["-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:error={error}"]
     tracer = subprocess.Popen([needed(), *options, "-p", str(pid)], stderr=subprocess.DEVNULL)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from counter_server import State
-from counter_server.errors import StartupError, StorageFull
+from counter_server.errors import StartupError
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.manager.directory import DataDirectory
@@ -138,9 +138,8 @@ def test_a_journal_that_there_is_no_room_to_make_leaves_nothing_behind(tmp_path:
 # A disk that fails
 
 
-@pytest.mark.parametrize(
-    ("call", "error"), [("fdatasync", "EIO"), ("pwrite64", "EIO"), ("pwrite64", "EDQUOT"), ("pwrite64", "EROFS")]
-)
+# (What fails with openat is the journal's finding out why: after a failed sync it does not matter why.)
+@pytest.mark.parametrize(("call", "error"), [("fdatasync", "EIO"), ("fdatasync,openat", "EROFS"), ("pwrite64", "EIO")])
 def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
     manager: Manager, state: State, start_manager: StartManager, stack: ExitStack, call: str, error: str
 ) -> None:
@@ -155,16 +154,6 @@ def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
         start_manager()
         assert answer.result() == 2  # whether it was written before or not
     assert state.counter("c").increment() == 3
-
-
-def test_a_disk_that_is_full_for_a_while_is_a_refusal_and_reads_go_on(manager: Manager, state: State) -> None:
-    with failing(manager.pid, "pwrite64", "ENOSPC"):
-        for _ in range(2):
-            with pytest.raises(StorageFull) as refused:
-                state.counter("c").increment()
-            assert refused.value.outcome == "not_applied"
-        assert state.counter("c").value == 1
-    assert state.counter("c").increment() == 2
 
 
 def test_a_file_system_that_is_read_only_is_named_and_when_it_is_not_any_more_all_is_there(
