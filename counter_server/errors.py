@@ -76,7 +76,7 @@ class StateLost(CounterServerError):
 
 
 class StorageFull(CounterServerError):
-    """There is no room to write. Nothing was changed, reads go on, and it heals by itself."""
+    """The store takes no writes: no room, or read-only. Nothing was changed, reads go on, and it heals by itself."""
 
 
 class AccessDenied(CounterServerError):

@@ -1,11 +1,13 @@
 """Durable commits: the ledger's changes in SQLite, each commit one transaction.
 
-A commit that returns is durable to the level asked for. One that raises `StorageFull` changed nothing.
+A commit that returns is durable to the level asked for. One that raises `StorageFull` (no room, a quota, or a file
+system that became read-only) changed nothing.
 After any other failure nobody knows what the disk holds (a failed fsync may have written or lost the
 pages: Rebello et al., "Can Applications Recover from fsync Failures?", 2020), so it is `JournalFailed`
 and the process must end: the disk is read again by the next one.
 """
 
+import errno
 import os
 import secrets
 import sqlite3
@@ -25,6 +27,7 @@ from .journal_file import (
     sealed,
     sealed_client,
     sync,
+    try_to_write,
     unusable,
     upgrade,
     verify,
@@ -37,6 +40,9 @@ from .settings import Caps
 _SYNCHRONOUS = {"commit": "FULL", "process": "NORMAL"}
 
 _SMALLEST = 512  # bytes, of a page
+_NOT_WRITTEN = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE}  # the log has the commit's end in no case
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # of a file system that is as it was, and takes no more for now
+_TRIED_BYTES = 65536  # more than the largest single write of SQLite's, so what it had no room for has none here
 _BACKUP_PAGES = 2000  # copied at once, between commits
 _BACKUP_PAUSE = 0.002  # seconds, in which those that wait can commit
 
@@ -118,7 +124,7 @@ class Journal:
             # is written again before it is believed.
             execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:  # then it stays in the log, and is read from there
+            if self._refusal(error) is None:  # else it stays in the log, and is read from there
                 raise
         upgrade(self._connection)
 
@@ -128,7 +134,7 @@ class Journal:
         return str(self._connection.execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()[0])
 
     def count_start(self) -> None:
-        """Note that a manager begins. Where there is no room to write that down, it is counted in memory alone.
+        """Note that a manager begins. Where that cannot be written down for now, it is counted in memory alone.
 
         :raises StartupError: if the disk fails.
         """
@@ -138,7 +144,7 @@ class Journal:
             self.starts = (int(found[0]) if found else 0) + 1
             execute("REPLACE INTO meta VALUES ('starts', ?)", (str(self.starts),))
         except (sqlite3.Error, ValueError) as error:
-            if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+            if self._refusal(error) is None:
                 raise unusable(self.path, error) from error
 
     @property
@@ -213,7 +219,7 @@ class Journal:
     def commit(self, changes: Changes) -> None:
         """Make `changes` durable in one transaction.
 
-        :raises StorageFull: there was no room; nothing was changed.
+        :raises StorageFull: the file system refused to be written to; nothing was changed.
         :raises JournalFailed: nobody knows.
         """
         with self._committing:
@@ -243,16 +249,36 @@ class Journal:
                 execute("REPLACE INTO objects VALUES (?, ?, ?)", sealed(name, state))
             execute("COMMIT")
         except BaseException as error:
-            if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
-                raise JournalFailed(f"the journal {self.path} failed: {error}") from error
+            raise self._undone(error) from error
+
+    def _undone(self, error: BaseException) -> StorageFull | JournalFailed:
+        """What to raise for a commit that failed of `error`: it was undone, where that can be known."""
+        reason = None
+        if getattr(error, "sqlite_errorcode", None) in _NOT_WRITTEN:
             self._roll_back()
-            raise StorageFull(
-                f"no room to write to {self.path}: its disk is full, or it has the bytes that --max-journal-bytes"
-                " allows; nothing was counted, and reads go on"
-            ) from error
+            reason = self._refusal(error)
+        if reason is None:
+            return JournalFailed(f"the journal {self.path} failed: {error}")
+        return StorageFull(f"{self.path} cannot be written to: {reason}; nothing was counted, and reads go on")
+
+    def _refusal(self, error: BaseException) -> str | None:
+        """Why the file system takes no writes for now, if `error` is of that; None where the disk may have failed.
+
+        Not every failed write is of a failed disk. SQLite keeps to itself what its own failed of, so another is tried.
+        """
+        code = getattr(error, "sqlite_errorcode", None)
+        if code == sqlite3.SQLITE_FULL:
+            return "its disk is full, or it has the bytes that --max-journal-bytes allows"
+        if code != sqlite3.SQLITE_IOERR_WRITE:
+            return None
+        try:
+            try_to_write(self.path.with_name(f".{self.path.name}.tried"), _TRIED_BYTES)
+        except OSError as refusal:
+            return os.strerror(refusal.errno) if refusal.errno in _REFUSALS else None
+        return None
 
     def _roll_back(self) -> None:
-        # After a full disk SQLite has mostly rolled back by itself.
+        # After a write that failed SQLite has mostly rolled back by itself.
         if self._connection.in_transaction:
             try:
                 self._connection.execute("ROLLBACK")

@@ -120,6 +120,8 @@ def create(path: Path) -> None:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
             connection.execute("COMMIT")
+            # To close it would fold the log in, too, but not say when that fails; and the log is removed below.
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         sync(part)
         part.replace(path)
         sync(path.parent)
@@ -135,6 +137,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def try_to_write(path: Path, size: int) -> None:
+    """Write so many bytes to a file of that name, and leave nothing of it.
+
+    :raises OSError: if the file system does not take them all; with its reason.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        written = 0
+        while written < size:  # of what is written in part only, the next write tells why
+            written += os.pwrite(descriptor, bytes(size - written), written)
+    finally:
+        os.close(descriptor)
+        path.unlink()
 
 
 def upgrade(connection: sqlite3.Connection) -> None:

@@ -241,7 +241,7 @@ class Ledger:
     def apply(self, batches: Sequence[Batch]) -> list[list[Result] | BatchRefused]:
         """Apply batches of writes, in order, in one commit; a result list for each, or its refusal.
 
-        Where there is no room to write, each write is answered with a refusal, and reads go on.
+        Where the disk takes no writes, each is answered with a refusal, and reads go on.
         """
         with self._writing:
             changes = Changes(self.now())

@@ -33,7 +33,7 @@ ONCE = {
     *("test_access", "test_access_of_servers", "test_architecture", "test_bad_requests", "test_badge"),
     *("test_benchmarks", "test_cli", "test_dashboard", "test_demo", "test_doctor", "test_documentation", "test_faults"),
     *("test_lab", "test_leaks", "test_memcached", "test_openapi", "test_prove", "test_rate_limit", "test_redis"),
-    *("test_sql", "test_two_machines", "test_upkeep"),
+    *("test_refused_writes", "test_sql", "test_two_machines", "test_upkeep"),
 }
 
 

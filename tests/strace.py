@@ -22,16 +22,20 @@ def needed() -> str:
     return found
 
 
+def faulty(call: str, fault: str, *arguments: str | Path) -> Program:
+    """A program of Python's with a fault of strace's words in its system calls of that name: `error=EIO:when=3`."""
+    options = ("-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}")
+    return Program(*options, "-e", f"inject={call}:{fault}", sys.executable, *arguments, program=needed())
+
+
 def killed_at(call: str, when: int, *arguments: str | Path) -> Program:
     """A program of Python's that is killed as it begins the system call of that name for the `when`th time."""
-    options = ("-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}")
-    inject = f"inject={call}:signal=SIGKILL:when={when}"
-    return Program(*options, "-e", inject, sys.executable, *arguments, program=needed())
+    return faulty(call, f"signal=SIGKILL:when={when}", *arguments)
 
 
 @contextmanager
 def failing(pid: int, call: str, error: str) -> Iterator[None]:
-    """While the block runs, every system call of that name in the process fails so, in all its threads."""
+    """While the block runs, every system call of that name, or those, in the process fails so, in all its threads."""
     options = ["-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:error={error}"]
     tracer = subprocess.Popen([needed(), *options, "-p", str(pid)], stderr=subprocess.DEVNULL)
 

@@ -123,7 +123,7 @@ def test_with_the_disk_full_a_server_is_alive_not_ready_tells_its_figures_and_he
     filler = small_disk / "filler"
     fill(filler)
     eventually(lambda: not is_ready(server.url), "a write that is refused")
-    assert_not_ready(ask(server.url, "GET", "/readyz"), "no room to write")
+    assert_not_ready(ask(server.url, "GET", "/readyz"), "cannot write for now")
     assert ask(server.url, "HEAD", "/readyz")[0] == 503
     assert ask(server.url, "GET", "/livez")[0] == 200
     assert ask(server.url, "GET", "/api/v1/counters/x")[0] == 200  # reads go on
@@ -328,7 +328,7 @@ def test_a_redis_that_is_full_or_gone_is_not_ready_and_why_is_said(tmp_path: Pat
         assert client.get("/readyz").status_code == 200
         redis.command("CONFIG", "SET", "maxmemory", "1")
         response = client.get("/readyz")
-        assert_not_ready((response.status_code, dict(response.headers), response.text), "no room to write")
+        assert_not_ready((response.status_code, dict(response.headers), response.text), "cannot write for now")
         assert parsed(client.get("/metrics").text) == {"up": 1}  # it answers
         redis.kill()
         response = client.get("/readyz")

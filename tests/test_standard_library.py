@@ -1,28 +1,35 @@
-"""Why not simply `multiprocessing.managers`, or waitress alone: each weakness shown there, on a small server of theirs.
+"""Why not simply `multiprocessing.managers`, Flask or waitress alone: each weakness shown on a small server of theirs.
 
-That ours does not have it is shown beside it, or by the test that is named. Should one of these tests fail on a new
+That ours does not have it is shown beside it, or by the test that is named. (That an interrupted call of a plain proxy
+shifts every later reply is shown beside ours in `tests/test_manager.py`.) Should one of these tests fail on a new
 version of Python, that is good news: a reason of ours has gone.
 """
 
+import errno
 import os
 import resource
 import signal
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from pathlib import Path
+from select import select
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import pytest
 
 from tests.load import open_client
-from tests.processes import Manager, Program, eventually
+from tests.processes import PATIENCE, Manager, Program, Server, eventually, frozen
 from tests.standard_server import KEY, StandardManager
+from tests.strace import faulty
 from tests.test_faults import cpu_seconds, threads_of
 from tests.test_manager import raw, received_until_closed
+from tests.test_server import ask
 
 StartManager = Callable[..., Manager]
 
@@ -197,6 +204,57 @@ def connected_at_once(stack: ExitStack, address: str, count: int) -> int:
     return placed
 
 
+_ON_TCP = """
+from tests.standard_server import KEY, StandardManager
+
+server = StandardManager(("127.0.0.1", 0), KEY).get_server()
+print("ready", server.address[1], flush=True)
+server.serve_forever()
+"""
+
+
+def test_a_crowd_of_fresh_clients_on_tcp_is_connected_and_some_of_it_never_served(
+    stack: ExitStack, start_server: Callable[..., Server]
+) -> None:
+    """The kernel forgets those for whom there was no place in the queue, and they wait for a server that waits, too."""
+    standard = stack.enter_context(ready("-c", _ON_TCP))
+    port = int(cast(Any, standard).told)
+    with ExitStack() as peers:
+        with frozen(standard.pid):
+            crowd = crowded(peers, port)
+        forgotten = forgotten_by(port, crowd)
+        assert forgotten
+        others = [peer for peer in crowd if peer not in forgotten]
+        eventually(lambda: len(select(others, [], [], 0)[0]) == len(others), "the challenge of all others")
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as late:
+            assert late.recv(1)  # it is not too busy
+        assert not select(forgotten, [], [], 0)[0]
+    server = start_server("--workers", "1")
+    (worker,) = server.children("worker")
+    port = urlsplit(server.url).port or 0
+    with frozen(worker):
+        assert not forgotten_by(port, crowded(stack, port))
+
+
+def crowded(stack: ExitStack, port: int) -> list[socket.socket]:
+    """400 clients that connect at once."""
+    crowd = [stack.enter_context(socket.socket()) for _ in range(400)]
+    for peer in crowd:
+        peer.settimeout(0)
+        assert peer.connect_ex(("127.0.0.1", port)) == errno.EINPROGRESS
+    return crowd
+
+
+def forgotten_by(port: int, crowd: list[socket.socket]) -> list[socket.socket]:
+    """Those that the server's side knows nothing of, when each was told that it is connected."""
+    eventually(lambda: len(select([], crowd, [], 0)[1]) == len(crowd), "the connections of all")
+    connections = [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    known = {
+        int(there.partition(":")[2], 16) for here, there, _ in connections if int(here.partition(":")[2], 16) == port
+    }
+    return [peer for peer in crowd if peer.getsockname()[1] not in known]
+
+
 def test_the_standard_handshake_alone_keeps_no_time(standard: Program, address: str) -> None:
     """A server that has gone silent holds its clients for ever, too: `connect` and every call wait without a limit."""
     os.kill(standard.pid, signal.SIGSTOP)
@@ -215,6 +273,29 @@ def _handshake(address: str) -> None:
     with Client(address) as connection:
         answer_challenge(connection, KEY)
         deliver_challenge(connection, KEY)
+
+
+_FLASK = """
+import flask, waitress
+
+app = flask.Flask("app")
+app.post("/")(lambda: flask.request.get_json())
+server = waitress.create_server(app, host="127.0.0.1", port=0)
+print("ready", server.effective_port, flush=True)
+server.run()
+"""
+
+
+def test_json_that_is_deeply_nested_is_an_internal_error_in_plain_flask(
+    stack: ExitStack, start_server: Callable[..., Server]
+) -> None:
+    deep = b"[" * 100_000
+    headers = {"Content-Type": "application/json"}
+    theirs = stack.enter_context(ready("-c", _FLASK))
+    assert ask(f"http://127.0.0.1:{cast(Any, theirs).told}", "POST", "/", deep, headers)[0] == 500
+    ours = start_server("--workers", "1")
+    for size, status in ((100_000, 413), (10_000, 400)):
+        assert ask(ours.url, "POST", "/api/v1/counters/c/increment", deep[:size], headers)[0] == status
 
 
 _WAITRESS = """
@@ -241,3 +322,28 @@ def test_waitress_alone_dies_on_sigterm_with_requests_open(stack: ExitStack) -> 
         server.send_signal(signal.SIGTERM)
         assert server.wait() == -signal.SIGTERM
         assert received_until_closed(client) == b""
+
+
+_SQLITE = """
+import os, signal, sqlite3, sys
+
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA journal_mode = WAL")
+connection.execute("PRAGMA synchronous = FULL")
+connection.execute("PRAGMA wal_autocheckpoint = 0")
+connection.execute("CREATE TABLE counter AS SELECT 0 AS value")
+while True:
+    try:
+        connection.execute("UPDATE counter SET value = value + 1")
+    except sqlite3.OperationalError:
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(*connection.execute("SELECT value FROM counter").fetchone(), flush=True)
+"""
+
+
+def test_a_commit_of_sqlite_that_failed_may_be_there_afterwards(stack: ExitStack, tmp_path: Path) -> None:
+    """So ours stops: test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on."""
+    counting = stack.enter_context(faulty("fdatasync", "error=EIO:when=20", "-c", _SQLITE, tmp_path / "file"))
+    assert counting.wait() == -signal.SIGKILL
+    with closing(sqlite3.connect(tmp_path / "file")) as connection:
+        assert connection.execute("SELECT value FROM counter").fetchone() == (int(counting.output[-1]) + 1,)

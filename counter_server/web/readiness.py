@@ -24,7 +24,7 @@ SECONDS = 1.0  # that a probe may take: who probes asks again soon
 _WRITE = Increment("ready?", maximum=SMALLEST)
 
 _REASONS: dict[type[CounterServerError], str] = {
-    StorageFull: "the store has no room to write; reads go on, and writes are refused until there is room",
+    StorageFull: "the store cannot write for now; reads go on, and writes are refused until it can",
     DeadlineExceeded: f"the store has not answered within {SECONDS:g} s; nothing of what it holds is lost by that",
     AccessDenied: "the store does not let this server in; its log says more",
 }

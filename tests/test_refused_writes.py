@@ -1,0 +1,204 @@
+"""A file system that takes no writes: it is full, its user's quota is, or it has become read-only.
+
+Writes are refused, reads go on, it heals by itself, and what was refused is never found committed.
+"""
+
+import errno
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from counter_server import open_state
+from counter_server.errors import StorageFull
+from counter_server.journal import Journal
+from counter_server.ledger import Ledger
+from counter_server.manager.directory import DataDirectory
+from tests.history import assert_exactly_once
+from tests.hosted_classes import SomeObj
+from tests.load import HttpLoad, open_client
+from tests.processes import PATIENCE, Manager, Server, end_manager, eventually, holder
+from tests.strace import failing, faulty
+from tests.test_server import ask
+
+StartManager = Callable[..., Manager]
+REFUSING = ["ENOSPC", "EDQUOT", "EROFS"]
+
+
+@pytest.mark.parametrize("durability", ["commit", "process"])
+@pytest.mark.parametrize("error", REFUSING)
+def test_writes_that_the_file_system_refuses_for_a_while_are_refused_and_reads_go_on(
+    start_manager: StartManager, stack: ExitStack, data_dir: Path, error: str, durability: str
+) -> None:
+    manager = start_manager("--durability", durability)
+    state = stack.enter_context(open_client(manager.url, deadline=PATIENCE))
+    assert state.counter("c").increment() == 1
+    with failing(manager.pid, "pwrite64", error):
+        reason = "its disk is full" if error == "ENOSPC" else os.strerror(getattr(errno, error))
+        for _ in range(2):
+            with pytest.raises(StorageFull, match=f"{reason}.*; nothing was counted, and reads go on") as refused:
+                state.counter("c").increment()
+            assert refused.value.outcome == "not_applied"
+        assert state.counter("c").value == 1
+    assert state.counter("c").increment() == 2
+    with failing(manager.pid, "pwrite64", error):
+        with pytest.raises(StorageFull):
+            state.counter("c").increment()
+        manager.kill()
+    start_manager()
+    assert state.counter("c").increment() == 3
+    assert not list(data_dir.glob(".*"))  # nothing is left of what was tried
+
+
+@pytest.mark.parametrize("error", REFUSING)
+def test_calls_of_a_durable_object_are_refused_with_the_writes_and_leave_it_as_it_was(
+    on_demand: str, data_dir: Path, error: str
+) -> None:
+    with open_state(on_demand, deadline=PATIENCE) as state:
+        obj = state.object("obj", SomeObj, 0, durable=True)
+        assert obj.query() == 1
+        manager = holder(data_dir)
+        assert manager is not None
+        with failing(manager, "pwrite64", error):
+            for _ in range(2):
+                with pytest.raises(StorageFull) as refused:
+                    obj.query()
+                assert refused.value.outcome == "not_applied"
+        assert obj.query() == 2
+        with failing(manager, "pwrite64", error):
+            with pytest.raises(StorageFull):
+                obj.query()
+            end_manager(data_dir / "manager.lock")
+        assert obj.query() == 3
+
+
+_REFUSED_WRITER = """
+import os, pathlib, signal, sys
+from counter_server.journal import Journal
+from counter_server.ledger import Ledger
+from counter_server.operations import Batch, Increment
+
+journal = Journal(pathlib.Path(sys.argv[1]))
+journal.count_start()
+ledger = Ledger(journal.load(), journal.commit)
+print("began", flush=True)
+for sequence in range(1, 4):
+    counters = [Increment(f"{number:0200}", key=f"{sequence}-{number}") for number in range(30)]  # on several pages
+    (results,) = ledger.apply([Batch(b"w" * 16, sequence, counters)])
+    print("answered" if isinstance(results[0], int) else "refused", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def stays_refused(path: Path, fault: str) -> list[str]:
+    """What a writer with that fault was told, which has to be what it leaves when it is killed."""
+    with faulty("pwrite64", fault, "-c", _REFUSED_WRITER, path) as writer:
+        status = writer.wait()
+    told = list(writer.output)
+    assert status == (-signal.SIGKILL if "began" in told else 1), writer.errors
+    with closing(Journal(path)) as journal:
+        contents = journal.load()
+        assert set(contents.counters.values()) == {told.count("answered")} - {0}
+        assert len(contents.keys) == 30 * told.count("answered")
+        ledger = Ledger(contents, journal.commit)
+        ledger.show(journal.check)
+    return told
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_what_is_refused_at_any_write_of_a_commit_is_never_found_committed(tmp_path: Path, *, lasting: bool) -> None:
+    """From the making of the file on: at each write, and all after it, or the one alone that finds out why."""
+    told: list[list[str]] = []
+    with ThreadPoolExecutor(4) as several:
+        while not told or "refused" in told[-1] or "began" not in told[-1]:
+            moments = range(len(told) + 1, len(told) + 17)
+            faults = [f"error=EDQUOT:when={when}{'+' if lasting else f'..{when + 1}'}" for when in moments]
+            told += several.map(lambda fault: stays_refused(tmp_path / fault, fault), faults)
+    refused = [words.count("refused") for words in told]
+    assert set(refused) == ({0, 1, 2, 3} if lasting else {0, 1})
+    assert refused.count(1) >= 8  # the writes of one commit
+
+
+def test_a_server_whose_file_system_takes_no_writes_for_a_while_miscounts_nothing(
+    start_server: Callable[..., Server], tmp_path: Path, data_dir: Path
+) -> None:
+    server = start_server("--workers", "2")
+    load = HttpLoad(server.url, "hot", 4)
+    load.progress(100)
+    for error in ("EROFS", "EDQUOT", "EROFS"):
+        (manager,) = server.children("manager")
+        with failing(manager, "pwrite64", error):
+            status, _, text = ask(server.url, "POST", "/api/v1/counters/cold/increment")
+            assert (status, "StorageFull" in text, "not_applied" in text) == (503, True, True), text
+            assert ask(server.url, "GET", "/readyz")[0] == 503
+            assert ask(server.url, "GET", "/livez")[0] == 200
+            assert ask(server.url, "GET", "/api/v1/counters/hot")[0] == 200
+            if error == "EDQUOT":
+                os.kill(manager, signal.SIGKILL)
+        eventually(lambda: ask(server.url, "GET", "/readyz")[0] == 200, "readiness")
+        load.progress(100)
+    history = load.finish()
+    with open_client(DataDirectory(data_dir).url) as state:
+        assert_exactly_once(history, state.counter("hot").value, tmp_path / "history.json")
+        assert state.counter("cold").value == 0
+
+
+class Ext4:
+    """A file system of 16 MB, on a disk that is a file. Only root can have it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "mounted"
+        self.path.mkdir()
+        self._image = directory / "image"
+        with self._image.open("wb") as image:
+            image.truncate(16 << 20)
+        subprocess.run(["mkfs.ext4", "-q", self._image], check=True)
+        self._mount()
+
+    def _mount(self) -> None:
+        subprocess.run(["mount", "-o", "loop,errors=remount-ro", self._image, self.path], check=True)
+
+    def make_itself_read_only(self) -> None:
+        """Have it find an error."""
+        device = self.path.stat().st_dev
+        name = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
+        Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("for a test")
+
+    def mount_anew(self) -> None:
+        self.unmount()
+        self._mount()
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", self.path], check=True)
+
+
+@pytest.fixture
+def ext4(tmp_path: Path) -> Iterator[Ext4]:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system")
+    made = Ext4(tmp_path)
+    yield made
+    made.unmount()
+
+
+def test_a_file_system_that_makes_itself_read_only_is_a_refusal_until_it_is_mounted_anew(
+    ext4: Ext4, stack: ExitStack
+) -> None:
+    """A real one: what `errors=remount-ro`, the usual setting of ext4, does when it finds a fault of its own."""
+    with Manager(ext4.path / "data") as manager, open_client(manager.url) as state:
+        for number in range(1, 10):
+            assert state.counter("c").increment() == number
+        ext4.make_itself_read_only()
+        for _ in range(2):
+            with pytest.raises(StorageFull, match="Read-only file system"):
+                state.counter("c").increment()
+        assert state.counter("c").value == 9
+        manager.kill()
+    ext4.mount_anew()
+    state = stack.enter_context(open_client(stack.enter_context(Manager(ext4.path / "data")).url))
+    assert state.counter("c").increment() == 10
