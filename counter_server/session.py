@@ -66,6 +66,7 @@ class Session:
 
     def _exchange_until(self, exchange: _Exchange, deadline: float) -> list[Result]:
         pause = _FIRST_PAUSE
+        reason: Disconnected | None = None
         while True:
             before = exchange.sent
             exchange.sent = True  # unless shown otherwise: an interrupt may come at any moment
@@ -74,8 +75,10 @@ class Session:
             except Disconnected as error:
                 exchange.sent = before or error.sent
                 remaining = deadline - time.monotonic()
+                if remaining > 0 or reason is None:  # else the deadline cut it short, and the one before says more
+                    reason = error
                 if remaining <= 0:
-                    raise self._too_late(exchange, error) from error
+                    raise self._too_late(exchange, reason) from error
             except BatchRefused as error:
                 if before:
                     self.renew()

@@ -164,6 +164,21 @@ def test_a_deadline_is_kept_while_the_batch_is_sent_again_and_again() -> None:
     assert 2 < len(store.batches) < 100, "it should pause between, and longer each time"
 
 
+def test_what_is_told_is_not_that_the_last_try_was_cut_short_by_the_deadline() -> None:
+    deadline = time.monotonic() + 0.01
+
+    def cut_short(_batch: Batch) -> list[Result]:
+        time.sleep(max(deadline - time.monotonic(), 0))
+        raise Disconnected("the manager did not answer", sent=False)
+
+    session = Session(FakeStore(fails(Disconnected("no room for another", sent=False)), cut_short))
+    with pytest.raises(DeadlineExceeded, match="no room for another"):
+        session.apply(write(), deadline)
+    session = Session(FakeStore(cut_short))
+    with pytest.raises(DeadlineExceeded, match="the manager did not answer"):
+        session.apply(write(), deadline)
+
+
 def test_after_a_batch_that_was_never_sent_its_number_is_used_by_the_next() -> None:
     store = FakeStore(answers(1), NOT_SENT, answers(2))
     session = Session(store)

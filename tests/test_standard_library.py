@@ -90,10 +90,8 @@ def test_without_descriptors_the_accept_loop_spins(standard: Program, address: s
     used = len(list(Path(f"/proc/{standard.pid}/fd").iterdir()))
     resource.prlimit(standard.pid, resource.RLIMIT_NOFILE, (used, used))
     with closing(silent(address)):
-        before, began = cpu_seconds(standard.pid), time.thread_time()
-        time.sleep(1)  # the time over which it is measured
-        spun = cpu_seconds(standard.pid) - before
-        assert spun > 0.25, f"{spun} s of CPU in one second, beside {time.thread_time() - began}"
+        before = cpu_seconds(standard.pid)
+        eventually(lambda: cpu_seconds(standard.pid) - before > 0.5, "half a second of processor time, for nothing", 10)
 
 
 def test_an_unauthenticated_peer_is_sent_a_traceback_with_paths(
