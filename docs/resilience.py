@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- the figures of docs/resilience.py -->", "<!-- until here -->"
 
+COUNTERS = ["1", "1000", "10000", "100000", "1000000"]  # that a manager has when it is killed
 # The tests that try bad inputs, each input a case of its own.
 BAD_INPUTS = {
     "HTTP requests, to a whole server: refused by the application": [
@@ -99,7 +100,7 @@ def versions() -> str:
 def block(minutes: str) -> str:
     """All of it."""
     report = soaked(minutes)
-    recoveries = json.loads(python("-m", "tests.benchmarks.recovery", "--json"))
+    recoveries = json.loads(python("-m", "tests.benchmarks.recovery", "--json", "--counters", *COUNTERS))
     paragraphs = [
         f"In {report['seconds'] / 60:.1f} minutes {report['clients']} clients made {report['answered']:,} increments,"
         f" while {len(report['injuries'])} faults were injected, in an order of chance (seed {report['seed']}). Each"

@@ -503,6 +503,20 @@ def test_a_damaged_journal_is_refused_by_name(open_journal: Callable[..., Journa
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("number", [0, 199, 200, 523, 999])
+def test_a_row_that_is_not_what_was_written_is_named_wherever_it_stands(
+    open_journal: Callable[..., Journal], path: Path, number: int
+) -> None:
+    first = open_journal()
+    first.commit(Changes(1.0, {f"row {each:03}": each for each in range(1000)}))
+    first.close()
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE counters SET value = value + 1 WHERE name = ?", (f"row {number:03}",))
+        other.commit()
+    with pytest.raises(StartupError, match=f"a row of its counters is not what was written: 'row {number:03}'"):
+        open_journal().load()
+
+
 def test_a_journal_whose_pages_were_overwritten_is_refused_by_name(
     open_journal: Callable[..., Journal], path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """The manager process: it holds the ledger, and answers the proxies of the workers."""
 
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -10,8 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from multiprocessing.managers import BaseManager, Server
@@ -231,11 +232,12 @@ def serve(
         threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
     with directory.hold() as is_held:
-        journal = _open_journal(directory, durability, caps)
-        contents = journal.load() if journal else Contents()
-        if journal:
-            journal.count_start()  # not before it was found whole: a damaged one is left as it is
-        ledger = Ledger(contents, journal.commit, caps=caps) if journal else Ledger(contents, caps=caps)
+        with _nothing_collected():
+            journal = _open_journal(directory, durability, caps)
+            contents = journal.load() if journal else Contents()
+            if journal:
+                journal.count_start()  # not before it was found whole: a damaged one is left as it is
+            ledger = Ledger(contents, journal.commit, caps=caps) if journal else Ledger(contents, caps=caps)
         epoch = journal.epoch if journal else secrets.token_hex(16)
         directory.remove_stale_socket()
         server = StateManager(str(directory.socket), directory.key("manager")).get_server()
@@ -322,6 +324,17 @@ def _room_for(connections: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return max(wanted - _MOST_GREETED - _OTHER_DESCRIPTORS, 1)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """What is made in the block stays: it is not looked through for garbage, neither as it grows nor later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _open_journal(directory: DataDirectory, durability: Durability, caps: Caps) -> Journal | None:
