@@ -117,6 +117,6 @@ def test_each_reason_is_that_of_a_bar() -> None:
 
 def test_rounds_are_interleaved_in_both_directions_and_bars_have_more_of_them() -> None:
     assert (in_turn("abc", 0), in_turn("abc", 1)) == ("abc", "cba")
-    assert (Plan().rounds(bar=False), Plan().rounds(bar=True), Plan(rounds_asked=1).rounds(bar=True)) == (3, 5, 1)
+    assert (Plan().rounds(bar=False), Plan().rounds(bar=True), Plan(rounds_asked=1).rounds(bar=True)) == (3, 9, 1)
     with pytest.raises(ValueError, match="at least one"):
         Shape.parse("0x4")

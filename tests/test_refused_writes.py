@@ -181,7 +181,10 @@ class Ext4:
 def ext4(tmp_path: Path) -> Iterator[Ext4]:
     if os.geteuid() != 0:
         pytest.skip("only root can mount a file system")
-    made = Ext4(tmp_path)
+    try:
+        made = Ext4(tmp_path)
+    except subprocess.CalledProcessError as error:  # and nothing that could be installed would change that
+        pytest.xfail(f"this kernel makes no disk of a file: {error}")
     yield made
     made.unmount()
 

@@ -23,7 +23,7 @@ def main() -> int:
         "python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=LEVELS, action="append", help="a level; again for several")
-    parser.add_argument("--rounds", type=int, help="of each measurement; default 3, and 5 where a bar is judged by it")
+    parser.add_argument("--rounds", type=int, help="of each measurement; default 3, and 9 where a bar is judged by it")
     parser.add_argument(
         "--seconds", type=float, default=Plan.seconds, help="of each measurement (default: %(default)s)"
     )

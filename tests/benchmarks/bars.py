@@ -8,7 +8,7 @@ from tests.benchmarks.growth import place as grown
 from tests.benchmarks.over_http import BAR, CEILING, PLAIN_REDIS
 from tests.benchmarks.over_http import case_of as requests
 from tests.benchmarks.peers import CONTESTANTS, LIMIT_COMMIT
-from tests.benchmarks.plan import ROUNDS_OF_BARS
+from tests.benchmarks.plan import FEWEST_OF_BARS
 from tests.benchmarks.results import Place, Results
 from tests.benchmarks.startup import BARE, CASE, OURS
 
@@ -44,7 +44,7 @@ class Verdict:
     def words(self) -> str:
         if self.figure is None:
             return "not measured"
-        few = "" if self.rounds >= ROUNDS_OF_BARS else f", by {self.rounds} rounds only"
+        few = "" if self.rounds >= FEWEST_OF_BARS else f", by {self.rounds} rounds only"
         return ("reached" if self.reached else "short") + few
 
 

@@ -9,7 +9,8 @@ from tests.benchmarks.load import Shape
 One = TypeVar("One")
 
 ROUNDS = 3
-ROUNDS_OF_BARS = 5  # the fewest that a bar is judged by
+FEWEST_OF_BARS = 5  # rounds that a bar can be judged by
+ROUNDS_OF_BARS = 9  # a machine that is not ours alone has moments of all kinds
 
 
 @dataclass(frozen=True, kw_only=True)
