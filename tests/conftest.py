@@ -36,6 +36,13 @@ ONCE = {
     *("test_refused_writes", "test_sql", "test_two_machines", "test_upkeep"),
 }
 
+# The files that take longest, which begin first: so that nobody waits for one of them in the end.
+LONGEST = [
+    *("test_sql", "test_faults", "test_demo", "test_browser_dashboard", "test_stores", "test_supervision"),
+    *("test_seed_programs", "test_browser_lab", "test_cli", "test_objects", "test_health", "test_exactly_once"),
+    *("test_prove", "test_refused_writes", "test_server", "test_browser_home", "test_on_demand", "test_limiting"),
+]
+
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
@@ -134,7 +141,11 @@ def browser(browser_process: Chromium, stack: ExitStack) -> Iterator[Browser]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what one Python is enough for. To trace opcodes by `sys.settrace` crashes CPython 3.12: leave that out."""
+    """Begin with what takes longest; mark what one Python is enough for.
+
+    To trace opcodes by `sys.settrace` crashes CPython 3.12: leave that out.
+    """
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()) or item.path.stem in ONCE:
             item.add_marker(pytest.mark.once)
