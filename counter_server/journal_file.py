@@ -158,12 +158,15 @@ def try_to_write(path: Path, size: int) -> None:
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        written = 0
-        while written < size:  # of what is written in part only, the next write tells why
-            written += os.pwrite(descriptor, bytes(size - written), written)
+        end = os.fstat(descriptor).st_size  # of one that was left by somebody who was killed: it has room already
+        size += end
+        while end < size:  # of what is written in part only, the next write tells why
+            end += os.pwrite(descriptor, bytes(size - end), end)
     finally:
-        os.close(descriptor)
-        path.unlink()
+        try:
+            os.close(descriptor)
+        finally:
+            path.unlink()
 
 
 def upgrade(connection: sqlite3.Connection) -> None:

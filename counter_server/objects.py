@@ -13,7 +13,6 @@ import reprlib
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from functools import cache
 from hashlib import blake2b
 from math import inf
 from typing import Any
@@ -68,7 +67,6 @@ def declare(
     return Declaration(name, cls.__module__, cls.__qualname__, packed, durable, _digest(cls))
 
 
-@cache  # to find it, its whole module is parsed
 def _digest(cls: type) -> bytes:
     try:
         return blake2b(inspect.getsource(cls).encode(errors="surrogatepass"), digest_size=16).digest()

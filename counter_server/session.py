@@ -66,17 +66,18 @@ class Session:
 
     def _exchange_until(self, exchange: _Exchange, deadline: float) -> list[Result]:
         pause = _FIRST_PAUSE
-        reason: Disconnected | None = None
+        reason = ""
         while True:
-            before = exchange.sent
+            before, began = exchange.sent, time.monotonic()
             exchange.sent = True  # unless shown otherwise: an interrupt may come at any moment
             try:
                 return self._store.apply(exchange.batch, deadline)
             except Disconnected as error:
                 exchange.sent = before or error.sent
-                remaining = deadline - time.monotonic()
-                if remaining > 0 or reason is None:  # else the deadline cut it short, and the one before says more
-                    reason = error
+                now = time.monotonic()
+                remaining = deadline - now
+                if remaining > 0 or now - began > _LONGEST_PAUSE or not reason:
+                    reason = str(error)  # else the deadline cut this try short, and the one before says more
                 if remaining <= 0:
                     raise self._too_late(exchange, reason) from error
             except BatchRefused as error:
@@ -98,11 +99,11 @@ class Session:
             time.sleep(min(pause * random.uniform(0.5, 1.0), remaining))
             pause = min(pause * 2, _LONGEST_PAUSE)
 
-    def _too_late(self, exchange: _Exchange, error: Disconnected) -> DeadlineExceeded:
+    def _too_late(self, exchange: _Exchange, reason: str) -> DeadlineExceeded:
         if exchange.sent and exchange.batch.sequence:
             return DeadlineExceeded(
-                f"no answer from {self._store} in time ({error}); it may have been counted, at most once", "unknown"
+                f"no answer from {self._store} in time ({reason}); it may have been counted, at most once", "unknown"
             )
         return DeadlineExceeded(
-            f"{self._store} could not be reached in time ({error}); nothing was counted", "not_applied"
+            f"{self._store} could not be reached in time ({reason}); nothing was counted", "not_applied"
         )

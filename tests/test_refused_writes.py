@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ import pytest
 from counter_server import open_state
 from counter_server.errors import StorageFull
 from counter_server.journal import Journal
+from counter_server.journal_file import try_to_write
 from counter_server.ledger import Ledger
 from counter_server.manager.directory import DataDirectory
 from tests.history import assert_exactly_once
@@ -79,6 +80,7 @@ def test_calls_of_a_durable_object_are_refused_with_the_writes_and_leave_it_as_i
 
 _REFUSED_WRITER = """
 import os, pathlib, signal, sys
+from counter_server.journal_file import try_to_write
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.operations import Batch, Increment
@@ -146,6 +148,19 @@ def test_a_server_whose_file_system_takes_no_writes_for_a_while_miscounts_nothin
     with open_client(DataDirectory(data_dir).url) as state:
         assert_exactly_once(history, state.counter("hot").value, tmp_path / "history.json")
         assert state.counter("cold").value == 0
+
+
+def test_room_that_a_leftover_of_an_earlier_trial_takes_is_not_taken_for_free(small_disk: Path) -> None:
+    tried = small_disk / "tried"
+    tried.write_bytes(bytes(65536))  # by one who was killed before he could remove it
+    with (small_disk / "filling").open("wb", buffering=0) as filling, suppress(OSError):
+        while filling.write(bytes(4096)):
+            pass
+    with pytest.raises(OSError, match="No space left on device"):
+        try_to_write(tried, 65536)
+    assert not tried.exists()
+    try_to_write(tried, 65536)  # into the room that it has left
+    assert not tried.exists()
 
 
 class Ext4:

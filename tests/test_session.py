@@ -179,6 +179,19 @@ def test_what_is_told_is_not_that_the_last_try_was_cut_short_by_the_deadline() -
         session.apply(write(), deadline)
 
 
+def test_what_is_told_is_how_the_last_try_ended_where_that_had_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "_LONGEST_PAUSE", 0.001)
+    deadline = time.monotonic() + 0.05
+
+    def wait_until_the_deadline(_batch: Batch) -> list[Result]:
+        time.sleep(max(deadline - time.monotonic(), 0))
+        raise Disconnected("the manager did not answer", sent=True)
+
+    session = Session(FakeStore(fails(Disconnected("the connection broke", sent=True)), wait_until_the_deadline))
+    with pytest.raises(DeadlineExceeded, match="the manager did not answer"):
+        session.apply(write(), deadline)
+
+
 def test_after_a_batch_that_was_never_sent_its_number_is_used_by_the_next() -> None:
     store = FakeStore(answers(1), NOT_SENT, answers(2))
     session = Session(store)

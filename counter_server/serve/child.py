@@ -4,18 +4,22 @@ They are forked, so that they start with everything imported: that is most of wh
 rolling replacement starts, is a new interpreter: it runs the code that is installed by then.
 """
 
+import logging
 import multiprocessing
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import CounterServerError
+
+log = logging.getLogger(__name__)
 
 BOOT_SECONDS = 30.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that the supervisor acts on, and its children do not
@@ -24,20 +28,6 @@ _FIRST_PAUSE = 0.1  # seconds before the second restart in a crash loop; doubles
 _LONGEST_PAUSE = 3.0
 
 _fork, _spawn = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
-
-
-class Closable(Protocol):
-    """What has a descriptor."""
-
-    def close(self) -> None: ...
-
-
-_held: set[Closable] = set()  # by the supervisor, for itself
-
-
-def hold(*held: Closable) -> None:
-    """Have no forked child keep its copies of these, but for what it is given as an argument."""
-    _held.update(held)
 
 
 @dataclass(eq=False)
@@ -56,22 +46,41 @@ class Child:
     failures: int = 0  # deaths in a row before it was stable
     restart_at: float = 0.0
 
-    def start(self) -> None:
+    def start(self) -> bool:
+        """Have a process fill it. Whether one does: where there is no room for any, that is tried again later."""
+        before: set[int] | None = None
+        try:
+            before = _descriptors()
+            self._start(before)
+        except OSError as error:
+            log.error("%s cannot be started for now: %s", self.name, error)
+            self.let_go()
+            self.process = None
+            self.restart_at = time.monotonic() + _LONGEST_PAUSE
+            for left_open in _descriptors() - before if before is not None else ():
+                os.close(left_open)
+            return False
+        return True
+
+    def _start(self, open_here: set[int]) -> None:
         context = _spawn if self.anew else _fork
         self.lifeline, theirs = context.Pipe()
-        hold(self.lifeline)
-        self.ready_since = None
-        self.process = context.Process(target=_main, args=(self.target, *self.arguments, theirs), name=self.name)
-        if self.anew:
-            resource_tracker.ensure_running()  # else it is started below, and unblocks the signals
-        # A signal to the whole process group, as a terminal or a service manager sends it, is for the supervisor to
-        # act on: the children inherit that these are blocked.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
+        with theirs:
+            given = (*self.arguments, theirs)
+            kept = {0, 1, 2, *(each.fileno() for each in given if hasattr(each, "fileno"))}
+            not_its_own = () if self.anew else {self.lifeline.fileno(), *open_here} - kept
+            self.ready_since = None
+            process = context.Process(target=_main, args=(not_its_own, self.target, *given), name=self.name)
+            if self.anew:
+                resource_tracker.ensure_running()  # else it is started below, and unblocks the signals
+            # A signal to the whole process group, as a terminal or a service manager sends it, is for the supervisor to
+            # act on: the children inherit that these are blocked.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.process = process
 
     def hear(self) -> None:
         """Take note that it is ready, or lives. An end of file is followed by its death, which is seen elsewhere."""
@@ -100,11 +109,11 @@ class Child:
         """Of its process, if there is one."""
         return self.process.pid if self.process is not None else None
 
-    def end(self) -> int:
-        """Kill its process, if it still runs, and bury it; return the exit code."""
-        assert self.process is not None
-        self.process.kill()
-        return self.bury()
+    def end(self) -> None:
+        """Kill its process, if there is one, and bury it."""
+        if self.process is not None:
+            self.process.kill()
+            self.bury()
 
     def successor(self) -> "Child":
         """Another one for its place."""
@@ -113,7 +122,6 @@ class Child:
     def let_go(self) -> None:
         """Close the lifeline."""
         if self.lifeline is not None:
-            _held.discard(self.lifeline)
             self.lifeline.close()
             self.lifeline = None
 
@@ -134,15 +142,32 @@ class Child:
         return code or 0
 
 
-def _main(target: Callable[..., None], *arguments: Any) -> None:
-    """What a child process runs: `target`, its errors told in one line."""
+def _main(not_its_own: Iterable[int], target: Callable[..., None], *arguments: Any) -> None:
+    """What a child process runs: `target`, its errors told in one line.
+
+    :param not_its_own: the supervisor's descriptors, of which a fork has copies. The objects that they belong to do not
+        close them again: they live on in the frames below, to which a fork never returns.
+    """
     signal.set_wakeup_fd(-1)  # the supervisor's, where this is a fork of it, and so are the handlers
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    for held in _held:
-        if held not in arguments:
-            held.close()
+    for descriptor in not_its_own:
+        os.close(descriptor)
+    multiprocessing.set_start_method("spawn", force=True)  # it has threads: what it starts, if anything, is no fork
     try:
         target(*arguments)
     except CounterServerError as error:
         sys.exit(f"Error: {error}")
+
+
+def _descriptors() -> set[int]:
+    """What this process has open."""
+    return {number for number in map(int, os.listdir("/proc/self/fd")) if _is_open(number)}
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:  # that of the list itself, which is closed by now
+        return False
+    return True

@@ -47,7 +47,7 @@ class Replacement:
             return False
         if new.ready_since is not None:
             self._install(new, self._to_do.pop(0), now)
-        elif new.ended or now > self._deadline:
+        elif new.process is None or new.ended or now > self._deadline:
             log.error("a new %s does not start; the old ones go on", new.name)
             new.end()
             self._to_do = []

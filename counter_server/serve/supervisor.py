@@ -23,7 +23,7 @@ from ..settings import ServerSettings, default_data_dir
 from ..stores import open_store
 from ..web.signing import signing_key
 from .application import Application
-from .child import BOOT_SECONDS, SIGNALS, Child, hold
+from .child import BOOT_SECONDS, SIGNALS, Child
 from .logs import configure
 from .managing import manage
 from .processes import Processes
@@ -57,7 +57,6 @@ class Supervisor:
         for number in SIGNALS:
             signal.signal(number, self._note)
         sock = inherited_socket() or self._bind()
-        hold(self._wakeup, wake, sock)
         manager, workers = self._children(sock)
         replacement = Replacement(workers)
         try:
@@ -138,7 +137,8 @@ class Supervisor:
         """Start the group and wait until all of it is ready. One that cannot boot stops the server."""
         deadline = time.monotonic() + BOOT_SECONDS
         for child in group:
-            child.start()
+            if not child.start():
+                raise StartupError(f"the {child.name} process could not be started; why not stands above")
         while not self._signals and any(child.ready_since is None for child in group):
             self._wait(group, deadline)
             for child in group:
@@ -157,6 +157,8 @@ class Supervisor:
                 replacement.begin()
             if replacement.go_on():
                 notify("READY=1")
+                for child in manager:  # if it has to be started again, it is to match the workers
+                    child.anew = all(worker.anew for worker in workers)
             for child in [*manager, *workers]:
                 self._keep_running(child)
             self._note_processes([*manager, *workers])

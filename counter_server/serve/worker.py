@@ -160,8 +160,11 @@ def work(sock: socket.socket, settings: ServerSettings, application: Application
     worker.check()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
 
+    poller = select.poll()
+    poller.register(lifeline, select.POLLOUT)
+
     def beat() -> None:
-        if select.select([], [lifeline], [], 0)[1]:  # a supervisor that is stopped does not read
+        if poller.poll(0):  # a supervisor that is stopped does not read
             lifeline.send(None)
 
     lifeline.send(None)

@@ -1,0 +1,114 @@
+"""The supervisor's children: what they hold of it, what becomes of them without room, and whose code they run."""
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.processes import Program, Server, eventually
+from tests.test_supervision import increment
+
+StartServer = Callable[..., Server]
+
+
+def open_in(pid: int) -> set[str]:
+    """The pipes and sockets that a process has open, beside its standard streams."""
+    found = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if int(link.name) > 2}
+    return {name for name in found if name.startswith(("pipe:", "socket:"))}
+
+
+def all_are_back(server: Server, workers: int) -> bool:
+    return len(server.children("worker")) == workers and len(server.children("manager")) == 1
+
+
+@contextmanager
+def with_descriptors(pid: int, most: int) -> Iterator[None]:
+    """A process may number its open files up to `most` while the block runs."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+def test_a_child_has_of_its_supervisor_and_siblings_the_listening_socket_and_nothing_else(
+    start_server: StartServer,
+) -> None:
+    server = start_server("--workers", "3")
+    for kind in ("manager", "worker"):  # so that some are started when all the others are there
+        (victim, *_) = server.children(kind)
+        os.kill(victim, signal.SIGKILL)
+        eventually(lambda victim=victim: all_are_back(server, 3) and not Path(f"/proc/{victim}").exists(), "another")  # type: ignore[misc]
+    eventually(lambda: increment(server.url) >= 1, "an answer")
+    (manager,), workers = server.children("manager"), server.children("worker")
+    supervisors = {name for name in open_in(server.pid) if name.startswith("socket:")}
+    (listening,) = set.intersection(supervisors, *map(open_in, workers))
+    children = [manager, *workers]
+    for pid in children:
+        of_others = set.union(supervisors, *(open_in(other) for other in children if other != pid))
+        assert open_in(pid) & of_others == (set() if pid == manager else {listening})
+
+
+def test_without_room_for_another_process_it_is_tried_again_and_those_that_are_there_serve(
+    start_server: StartServer,
+) -> None:
+    server = start_server("--workers", "2")
+    assert increment(server.url) == 1
+    used = open_in(server.pid)
+    numbers = {int(link.name) for link in Path(f"/proc/{server.pid}/fd").iterdir()}
+    _first, second, *_ = (number for number in range(1000) if number not in numbers)
+    victim, other = server.children("worker")
+    with with_descriptors(
+        server.pid, second
+    ):  # with what the dead one leaves enough for some of what the next one needs
+        os.kill(victim, signal.SIGKILL)
+        eventually(
+            lambda: sum("cannot be started for now: [Errno 24]" in line for line in server.errors) >= 2, "two trials"
+        )
+        assert server.children("worker") == [other]
+        assert [increment(server.url) for _ in range(5)] == [2, 3, 4, 5, 6]
+        assert open_in(server.pid) < used  # nothing is left of the trials
+    eventually(lambda: all_are_back(server, 2), "another worker")
+    assert increment(server.url) == 7
+    assert not any("Traceback" in line for line in server.errors)
+    assert server.stop() == 0
+
+
+# Opens so many files that the next one has a number for which `select` has no place; then becomes the server.
+_MANY = """
+import os, resource, sys
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+for _ in range(1100):
+    os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
+os.execv(sys.executable, [sys.executable, "run.py", "--port", "0", *sys.argv[1:]])
+"""
+
+
+def test_descriptors_with_large_numbers_are_as_good_as_others(stack: ExitStack, data_dir: Path) -> None:
+    server = stack.enter_context(Program("-c", _MANY, "--workers", "1", "--data-dir", data_dir))
+    url = server.expect("Serving on ")
+    assert [increment(url) for _ in range(5)] == [1, 2, 3, 4, 5]
+    assert server.stop() == 0
+    assert server.errors == []
+
+
+def test_after_workers_of_new_code_a_manager_of_new_code_is_started(start_server: StartServer) -> None:
+    server = start_server("--workers", "1")
+    (manager,), (worker,) = server.children("manager"), server.children("worker")
+
+    def is_new(pid: int) -> bool:
+        return b"--multiprocessing-fork" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+    assert not is_new(manager)
+    server.send_signal(signal.SIGHUP)
+    eventually(lambda: worker not in server.children("worker") and all_are_back(server, 1), "another worker")
+    assert is_new(server.children("worker")[0])
+    eventually(lambda: not Path(f"/proc/{worker}").exists(), "the end of the old one")
+    os.kill(manager, signal.SIGKILL)
+    eventually(lambda: manager not in server.children("manager") and all_are_back(server, 1), "another manager")
+    assert is_new(server.children("manager")[0])
+    assert increment(server.url) == 1
