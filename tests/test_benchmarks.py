@@ -35,7 +35,7 @@ def test_one_shape_is_measured_from_end_to_end(tmp_path: Path) -> None:
         OURS,
         PLAIN,
         "1x1 volatile: median, of the plain proxy's",
-        "by 1 rounds only",
+        "by 1 round only",
     ):
         assert words in outcome.stdout
     told = json.loads((tmp_path / "results.json").read_bytes())
@@ -93,7 +93,7 @@ def test_a_bar_that_is_missed_is_told_with_its_figure_and_its_reason_in_the_docu
     page.write_text(f"before\n{document.BEGIN}\nold\n{document.END}\nafter\n")
     (picture := tmp_path / "store.png").write_bytes(b"a picture")
     for _ in range(2):  # the second time, it replaces what it wrote itself
-        document.write(page, results, bars.judge(results), [picture], "the command")
+        document.write(page, results, bars.judge(results), [picture])
     text = page.read_text()
     assert text.startswith(f"before\n{document.BEGIN}\n")
     assert text.endswith(f"{document.END}\nafter\n")
@@ -107,7 +107,7 @@ def test_a_document_without_a_place_for_results_is_left_as_it_is(tmp_path: Path)
     page = tmp_path / "page.md"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="no place"):
-        document.write(page, Results(), [], [], "the command")
+        document.write(page, Results(), [], [])
     assert page.read_text() == "nothing"
 
 

@@ -58,8 +58,7 @@ def _report(results: Results, output: Path, *, document: bool) -> int:
     (output / "results.json").write_bytes(report.as_json(results, verdicts))
     print(f"JSON and pictures: {output}")
     if document:
-        how = f"python -m {' '.join(['tests.benchmarks', *sys.argv[1:]])}"
-        write(ROOT / "docs" / "performance.md", results, verdicts, drawn, how)
+        write(ROOT / "docs" / "performance.md", results, verdicts, drawn)
     return 1 if any(place.who.startswith("ours") for place in results.wrong()) else 0
 
 

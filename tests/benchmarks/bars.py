@@ -44,7 +44,7 @@ class Verdict:
     def words(self) -> str:
         if self.figure is None:
             return "not measured"
-        few = "" if self.rounds >= FEWEST_OF_BARS else f", by {self.rounds} rounds only"
+        few = "" if self.rounds >= FEWEST_OF_BARS else f", by {self.rounds} round{'' if self.rounds == 1 else 's'} only"
         return ("reached" if self.reached else "short") + few
 
 

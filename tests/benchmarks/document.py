@@ -1,6 +1,7 @@
 """What a run measured, as a part of docs/performance.md between two markers."""
 
 import shutil
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ END = "<!-- measured: end -->"
 _LEVELS = {"store": "Store", "http": "HTTP", "growth": "Growth", "startup": "Start-up"}
 
 
-def write(document: Path, results: Results, verdicts: list[Verdict], pictures: Iterable[Path], how: str) -> None:
+def write(document: Path, results: Results, verdicts: list[Verdict], pictures: Iterable[Path]) -> None:
     """Put the results into `document`, and the pictures into `pictures` beside it.
 
     :raises ValueError: if it has no such place.
@@ -27,12 +28,12 @@ def write(document: Path, results: Results, verdicts: list[Verdict], pictures: I
     beside = document.parent / "pictures"
     beside.mkdir(exist_ok=True)
     names = [Path(shutil.copy(picture, beside)).name for picture in pictures]
-    block = "\n".join(_lines(results, verdicts, names, how))
+    block = "\n".join(_lines(results, verdicts, names))
     document.write_text(f"{head}{BEGIN}\n\n{block}\n{END}{tail}")
 
 
-def _lines(results: Results, verdicts: list[Verdict], pictures: list[str], how: str) -> Iterator[str]:
-    yield f"Measured by `{how}` on {measured_on(results.load)}.\n"
+def _lines(results: Results, verdicts: list[Verdict], pictures: list[str]) -> Iterator[str]:
+    yield _wrapped(f"Measured on {measured_on(results.load)}.") + "\n"
     yield "| bar | is to be | is | |"
     yield "| --- | ---: | ---: | --- |"
     for verdict in verdicts:
@@ -41,7 +42,7 @@ def _lines(results: Results, verdicts: list[Verdict], pictures: list[str], how: 
     yield ""
     short = [verdict for verdict in verdicts if verdict.figure is not None and not verdict.reached]
     for verdict in short:
-        yield f"- **{verdict.bar.title}**: {WHY.get(verdict.bar.title, 'not looked into yet')}."
+        yield _wrapped(f"- **{verdict.bar.title}**: {WHY.get(verdict.bar.title, 'not looked into yet')}.", "  ")
     if short:
         yield ""
     shown = ""
@@ -58,3 +59,7 @@ def _lines(results: Results, verdicts: list[Verdict], pictures: list[str], how: 
         yield ""
     for name, reason in results.missing.items():
         yield f"Missing: {name}: {reason}.\n"
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 138, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
