@@ -50,6 +50,8 @@ class Child:
         """Have a process fill it. Whether one does: where there is no room for any, that is tried again later."""
         before: set[int] | None = None
         try:
+            if self.anew:
+                resource_tracker.ensure_running()  # else it is started where signals are blocked, and unblocks them
             before = _descriptors()
             self._start(before)
         except OSError as error:
@@ -71,8 +73,6 @@ class Child:
             not_its_own = () if self.anew else {self.lifeline.fileno(), *open_here} - kept
             self.ready_since = None
             process = context.Process(target=_main, args=(not_its_own, self.target, *given), name=self.name)
-            if self.anew:
-                resource_tracker.ensure_running()  # else it is started below, and unblocks the signals
             # A signal to the whole process group, as a terminal or a service manager sends it, is for the supervisor to
             # act on: the children inherit that these are blocked.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
