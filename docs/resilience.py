@@ -41,7 +41,9 @@ BAD_INPUTS = {
 
 def python(*arguments: str) -> str:
     """What a program of the checkout prints."""
-    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"{done.stdout}\n{' '.join(arguments)} failed")
     return done.stdout
 
 
