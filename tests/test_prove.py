@@ -49,7 +49,7 @@ def processes_in(place: Path) -> dict[int, str]:
     for entry in Path("/proc").iterdir():
         try:
             cwd = os.readlink(entry / "cwd") if entry.name.isdigit() else ""
-            command = (entry / "cmdline").read_text().replace("\0", " ") if cwd else ""
+            command = os.fsdecode((entry / "cmdline").read_bytes()).replace("\0", " ") if cwd else ""
         except OSError:
             continue
         # What ended since has no command line; what runs in a directory that was removed still names it.
