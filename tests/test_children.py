@@ -112,3 +112,17 @@ def test_after_workers_of_new_code_a_manager_of_new_code_is_started(start_server
     eventually(lambda: manager not in server.children("manager") and all_are_back(server, 1), "another manager")
     assert is_new(server.children("manager")[0])
     assert increment(server.url) == 1
+
+
+def test_a_supervisor_has_no_more_open_after_a_second_replacement_than_after_the_first(
+    start_server: StartServer,
+) -> None:
+    server = start_server("--workers", "2")
+    after_the_first = 0
+    for _ in range(3):
+        before = server.children("worker")
+        server.send_signal(signal.SIGHUP)
+        eventually(lambda before=before: not any(Path(f"/proc/{pid}").exists() for pid in before), "their end")  # type: ignore[misc]
+        eventually(lambda: all_are_back(server, 2), "two others")
+        after_the_first = after_the_first or len(open_in(server.pid))
+        eventually(lambda: len(open_in(server.pid)) <= after_the_first, "as few open descriptors as before", 5)
