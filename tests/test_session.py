@@ -73,6 +73,16 @@ def fails(error: BaseException) -> Step:
     return fail
 
 
+def lasts_until(deadline: float, error: BaseException) -> Step:
+    """Fails when the deadline is there, and not at once: what a store does that waits for its server until then."""
+
+    def wait(_batch: Batch) -> list[Result]:
+        time.sleep(max(deadline - time.monotonic(), 0.002))
+        raise error
+
+    return wait
+
+
 SENT = fails(Disconnected("broke after sending", sent=True))
 NOT_SENT = fails(Disconnected("nobody there", sent=False))
 REFUSED = fails(BatchRefused("batch 1 does not follow"))
@@ -164,13 +174,10 @@ def test_a_deadline_is_kept_while_the_batch_is_sent_again_and_again() -> None:
     assert 2 < len(store.batches) < 100, "it should pause between, and longer each time"
 
 
-def test_what_is_told_is_not_that_the_last_try_was_cut_short_by_the_deadline() -> None:
+def test_what_is_told_is_not_that_the_last_try_was_cut_short_by_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "_LONGEST_PAUSE", PATIENCE)  # so no try has its time, however busy the machine
     deadline = time.monotonic() + 0.01
-
-    def cut_short(_batch: Batch) -> list[Result]:
-        time.sleep(max(deadline - time.monotonic(), 0))
-        raise Disconnected("the manager did not answer", sent=False)
-
+    cut_short = lasts_until(deadline, Disconnected("the manager did not answer", sent=False))
     session = Session(FakeStore(fails(Disconnected("no room for another", sent=False)), cut_short))
     with pytest.raises(DeadlineExceeded, match="no room for another"):
         session.apply(write(), deadline)
@@ -182,12 +189,8 @@ def test_what_is_told_is_not_that_the_last_try_was_cut_short_by_the_deadline() -
 def test_what_is_told_is_how_the_last_try_ended_where_that_had_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "_LONGEST_PAUSE", 0.001)
     deadline = time.monotonic() + 0.05
-
-    def wait_until_the_deadline(_batch: Batch) -> list[Result]:
-        time.sleep(max(deadline - time.monotonic(), 0))
-        raise Disconnected("the manager did not answer", sent=True)
-
-    session = Session(FakeStore(fails(Disconnected("the connection broke", sent=True)), wait_until_the_deadline))
+    waited = lasts_until(deadline, Disconnected("the manager did not answer", sent=True))
+    session = Session(FakeStore(fails(Disconnected("the connection broke", sent=True)), waited))
     with pytest.raises(DeadlineExceeded, match="the manager did not answer"):
         session.apply(write(), deadline)
 
