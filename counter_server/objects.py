@@ -28,6 +28,7 @@ LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still u
 LARGEST_STATE = 2**20  # bytes, of a durable object's pickle
 _TELL = reprlib.Repr()  # of an object's arguments in a message: not all of a long one
 _LONGEST_TEXT = 10_000  # bytes of an error's message, and of its traceback
+_PARSING = threading.Lock()
 
 
 class Declaration(Struct, frozen=True, array_like=True):
@@ -69,9 +70,19 @@ def declare(
 
 def _digest(cls: type) -> bytes:
     try:
-        return blake2b(inspect.getsource(cls).encode(errors="surrogatepass"), digest_size=16).digest()
+        return blake2b(_source(cls).encode(errors="surrogatepass"), digest_size=16).digest()
     except (OSError, TypeError):  # there is no source
         return b""
+
+
+def _source(cls: type) -> str:
+    """The source of a class, which `inspect` finds by parsing its module: in Python 3.11 (to 3.11.7) that fails when
+    a collection of garbage lets another thread parse meanwhile (CPython's issue gh-106905)."""
+    with _PARSING:
+        try:
+            return inspect.getsource(cls)
+        except SystemError:  # a thread of the app's was parsing
+            return inspect.getsource(cls)
 
 
 def _find(module: str, qualname: str) -> Any:

@@ -1,10 +1,13 @@
 """Shared objects: a plain class, one for all workers, each call made exactly once."""
 
+import gc
 import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -179,6 +182,31 @@ def test_a_class_that_cannot_be_imported_is_refused_when_it_is_declared(state: S
     for wrong in (Local, lambda: None, not_a_class, SomeObj(0)):
         with pytest.raises(InvalidRequest):
             state.object("wrong", wrong)  # type: ignore[arg-type]
+
+
+def test_threads_that_declare_at_once_do_not_disturb_each_other() -> None:
+    """Python 3.11 finds a class's source by parsing, which failed where a collection of garbage let two threads."""
+    start = threading.Barrier(8)
+
+    def declare_often(_: int) -> set[bytes]:
+        start.wait(PATIENCE)
+        return {declare("toolbox", Toolbox, (), {}, durable=False).source for _ in range(20)}
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(let_another_thread_run)
+    gc.set_threshold(500)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            sources = set().union(*threads.map(declare_often, range(8)))
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(let_another_thread_run)
+    assert len(sources) == 1
+    assert sources != {b""}
+
+
+def let_another_thread_run(_phase: str, _found: dict[str, int]) -> None:
+    time.sleep(0.0005)
 
 
 def test_two_objects_of_one_name_are_refused_and_the_same_twice_is_one(state: State) -> None:
