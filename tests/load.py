@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 from counter_server import Counter, CounterServerError, State, StoreOptions, open_state
 from counter_server.prove.history import Operation
@@ -25,6 +26,11 @@ spawn = multiprocessing.get_context("spawn")
 def open_client(url: str, *, deadline: float = DEFAULT_DEADLINE) -> State:
     """A state on a manager that the test starts, and starts again, by itself."""
     return open_state(url, deadline=deadline, options=StoreOptions(start=False))
+
+
+def impatient(state: State, seconds: float = 0.5) -> AbstractContextManager[object]:
+    """While the block runs the state's calls may take only so long; those before it had all the time they needed."""
+    return patch.object(state, "_deadline", seconds)
 
 
 def at_once(count: int, work: Callable[[], Answer]) -> list[Answer]:

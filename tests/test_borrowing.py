@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from flask import Flask, Response, current_app, g
@@ -172,7 +173,7 @@ def outcomes(calls: list[Callable[[], object]]) -> list[str]:
 def test_calls_of_shared_objects_have_the_same_deadline_together_with_the_others(
     app_of: Callable[..., tuple[Flask, SharedState]], data_dir: Path
 ) -> None:
-    app, shared = app_of(COUNTER_SERVER_REQUEST_DEADLINE=0.3)
+    app, shared = app_of()
     obj = shared.object("obj", SomeObj, 0)
 
     @app.post("/")
@@ -185,7 +186,7 @@ def test_calls_of_shared_objects_have_the_same_deadline_together_with_the_others
     assert client.post("/").get_json() == ["done"] * 3
     manager = holder(data_dir)
     assert manager is not None
-    with frozen(manager):
+    with frozen(manager), patch.dict(app.config, COUNTER_SERVER_REQUEST_DEADLINE=0.5):
         assert client.post("/").get_json() == ["unknown", "refused, not_applied", "refused, not_applied"]
     with app.app_context():
         assert shared.counter("c").value == 2
@@ -196,7 +197,7 @@ def test_all_calls_of_a_request_have_one_deadline_together(
     app_of: Callable[..., tuple[Flask, SharedState]], data_dir: Path
 ) -> None:
     """Each call alone could wait for half a minute; the first has all that the request may, the others nothing."""
-    app, shared = app_of(COUNTER_SERVER_REQUEST_DEADLINE=0.3)
+    app, shared = app_of()
     counter = shared.counter("c")
 
     @app.post("/")
@@ -210,7 +211,7 @@ def test_all_calls_of_a_request_have_one_deadline_together(
     assert client.post("/").get_json() == ["done"] * 3
     manager = holder(data_dir)
     assert manager is not None
-    with frozen(manager):
+    with frozen(manager), patch.dict(app.config, COUNTER_SERVER_REQUEST_DEADLINE=0.5):
         assert client.post("/").get_json() == ["unknown", "refused, not_applied", "refused, not_applied"]
     assert client.post("/").get_json() == ["done"] * 3  # the last one's waiting takes nothing from it
     with app.app_context():
@@ -221,7 +222,7 @@ def test_all_calls_of_a_request_have_one_deadline_together(
 def test_a_request_may_wait_for_several_calls_but_not_for_all(
     app_of: Callable[..., tuple[Flask, SharedState]], data_dir: Path
 ) -> None:
-    app, shared = app_of(COUNTER_SERVER_DEADLINE=0.1, COUNTER_SERVER_REQUEST_DEADLINE=0.25)
+    app, shared = app_of(COUNTER_SERVER_DEADLINE=0.2, COUNTER_SERVER_REQUEST_DEADLINE=0.5)
     counter = shared.counter("c")
 
     @app.post("/")
@@ -233,7 +234,7 @@ def test_a_request_may_wait_for_several_calls_but_not_for_all(
     with frozen(manager):
         found = app.test_client().post("/").get_json()
         waited = [outcome for outcome in found if not outcome.startswith("refused")]
-        assert 1 <= len(waited) <= 3  # 0.1, 0.1 and 0.05 s; fewer where the machine made one wait longer
+        assert 1 <= len(waited) <= 3  # 0.2, 0.2 and 0.1 s; fewer where the machine made one wait longer
         assert found == waited + ["refused, not_applied"] * (6 - len(waited))
         assert found[0] == "unknown"
     patient, _ = app_of()
@@ -310,7 +311,7 @@ def test_outside_of_a_request_each_call_has_its_own_deadline_and_there_is_no_oth
 def test_an_app_whose_requests_may_not_wait_longer_leaves_another_one_alone(
     app_of: Callable[..., tuple[Flask, SharedState]], data_dir: Path
 ) -> None:
-    one, shared = app_of(COUNTER_SERVER_REQUEST_DEADLINE=0.2)
+    one, shared = app_of(COUNTER_SERVER_REQUEST_DEADLINE=0.5)
     two = make_app(shared)  # in memory
     counter = shared.counter("c")
 
@@ -395,7 +396,7 @@ def test_what_the_app_itself_says_of_its_times_stays() -> None:
 def test_the_answer_to_an_error_tells_the_time_too_and_calls_that_were_refused_are_none(
     app_of: Callable[..., tuple[Flask, SharedState]], data_dir: Path
 ) -> None:
-    app, shared = app_of(COUNTER_SERVER_TIMING=True, COUNTER_SERVER_REQUEST_DEADLINE=0.2, TESTING=False)
+    app, shared = app_of(COUNTER_SERVER_TIMING=True, COUNTER_SERVER_REQUEST_DEADLINE=0.5, TESTING=False)
 
     found: list[str] = []
 
@@ -412,7 +413,7 @@ def test_the_answer_to_an_error_tells_the_time_too_and_calls_that_were_refused_a
     match = TIMING.fullmatch(response.headers["Server-Timing"])
     assert match
     assert match[2] == "1"
-    assert float(match[1]) >= 200  # milliseconds: the deadline has passed
+    assert float(match[1]) >= 500  # milliseconds: the deadline has passed
 
 
 # Configuration

@@ -32,7 +32,7 @@ from counter_server.manager.services import LedgerService
 from counter_server.manager.wire import LARGEST_FRAME, Connection, connect
 from counter_server.operations import Batch, Increment
 from counter_server.status import Status
-from tests.load import at_once, open_client
+from tests.load import at_once, impatient, open_client
 from tests.processes import PATIENCE, Manager, Program, eventually, frozen
 from tests.standard_server import KEY, StandardManager
 from tests.test_combiner import InterruptedAt
@@ -141,23 +141,23 @@ def test_an_interrupted_call_shifts_every_later_reply_of_a_plain_proxy(tmp_path:
 
 
 def test_a_deadline_while_the_manager_is_frozen_shifts_no_later_reply(manager: Manager) -> None:
-    with open_client(manager.url, deadline=0.3) as impatient, open_client(manager.url) as patient:
-        assert impatient.counter("c").increment() == 1
-        with frozen(manager.pid):
+    with open_client(manager.url) as late_one, open_client(manager.url) as patient:
+        assert late_one.counter("c").increment() == 1
+        with frozen(manager.pid), impatient(late_one, 0.3):
             before = time.monotonic()
             with pytest.raises(DeadlineExceeded) as late:
-                impatient.counter("c").increment()
+                late_one.counter("c").increment()
             assert time.monotonic() - before >= 0.3
         assert late.value.outcome == "unknown"
         # The late one reached the manager, and is counted once, whenever it is read.
         eventually(lambda: patient.counter("c").value == 2, "the late increment")
-        assert [impatient.counter("c").increment() for _ in range(3)] == [3, 4, 5]
+        assert [late_one.counter("c").increment() for _ in range(3)] == [3, 4, 5]
         assert patient.counter("c").value == 5
 
 
 def test_every_thread_keeps_its_deadline_while_the_manager_is_frozen(manager: Manager) -> None:
     outcomes = []
-    with open_client(manager.url, deadline=0.3) as state:
+    with open_client(manager.url) as state:
         state.counter("c").increment()
 
         def work() -> None:
@@ -166,7 +166,7 @@ def test_every_thread_keeps_its_deadline_while_the_manager_is_frozen(manager: Ma
             outcomes.append(late.value.outcome)
 
         threads = [threading.Thread(target=work) for _ in range(16)]
-        with frozen(manager.pid):
+        with frozen(manager.pid), impatient(state):
             for thread in threads:
                 thread.start()
             for thread in threads:

@@ -21,7 +21,7 @@ from counter_server.stores.redis import RedisStore
 from tests.cutter import Cutter
 from tests.engines import DURABLE, RedisServer
 from tests.history import assert_exactly_once
-from tests.load import StoreLoad, open_client
+from tests.load import StoreLoad, impatient, open_client
 from tests.processes import PATIENCE, eventually, frozen
 
 
@@ -153,10 +153,10 @@ def test_a_frozen_redis_holds_nobody_beyond_the_deadline_and_its_late_answer_is_
     start_redis: Callable[..., RedisServer], stack: ExitStack
 ) -> None:
     server = start_redis(*DURABLE)
-    state = stack.enter_context(open_client(server.url, deadline=0.3))
+    state = stack.enter_context(open_client(server.url))
     counter = state.counter("c")
     assert counter.increment() == 1
-    with frozen(server.pid), pytest.raises(DeadlineExceeded) as late:
+    with frozen(server.pid), impatient(state), pytest.raises(DeadlineExceeded) as late:
         counter.increment()
     assert late.value.outcome == "unknown"
     found = stack.enter_context(open_client(server.url)).counter("c").value

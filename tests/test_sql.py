@@ -28,7 +28,7 @@ from counter_server.stores.sql import SqlStore
 from tests.cutter import Cutter
 from tests.engines import PostgresServer
 from tests.history import assert_exactly_once
-from tests.load import LoggedLoad, StoreLoad, open_client
+from tests.load import LoggedLoad, StoreLoad, impatient, open_client
 from tests.processes import PATIENCE, eventually, frozen
 
 _databases = count(1)
@@ -167,7 +167,8 @@ def test_a_frozen_postgres_holds_nobody_beyond_the_deadline(
     postgres: PostgresServer, database: str, stack: ExitStack
 ) -> None:
     url = postgres.url_of(database)
-    counter = stack.enter_context(open_client(url, deadline=0.3)).counter("c")
+    state = stack.enter_context(open_client(url))
+    counter = state.counter("c")
     assert [counter.increment() for _ in range(3)] == [1, 2, 3]
     backends = postgres.query("SELECT pid FROM pg_stat_activity WHERE datname = current_database()", database)
     with ExitStack() as ice:
@@ -175,7 +176,7 @@ def test_a_frozen_postgres_holds_nobody_beyond_the_deadline(
             with suppress(ProcessLookupError):  # that of the query itself
                 ice.enter_context(frozen(pid))
         ice.enter_context(frozen(postgres.pid))
-        with pytest.raises(DeadlineExceeded) as late:
+        with impatient(state), pytest.raises(DeadlineExceeded) as late:
             counter.increment()
         with pytest.raises(DeadlineExceeded) as unreachable:
             stack.enter_context(open_client(url, deadline=0.3)).counter("c").increment()
@@ -189,9 +190,9 @@ def test_a_lock_of_a_stranger_is_waited_for_until_the_deadline_and_nothing_is_co
     postgres: PostgresServer, database: str, stack: ExitStack
 ) -> None:
     url = postgres.url_of(database)
-    state = stack.enter_context(open_client(url, deadline=0.3))
+    state = stack.enter_context(open_client(url))
     assert state.counter("c").increment() == 1
-    with psycopg.connect(url) as stranger:
+    with psycopg.connect(url) as stranger, impatient(state):
         stranger.execute("UPDATE counter_server_counters SET value = value + 10")
         for maximum in (None, 100):
             with pytest.raises(DeadlineExceeded):
