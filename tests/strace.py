@@ -24,7 +24,9 @@ def needed() -> str:
 
 def faulty(call: str, fault: str, *arguments: str | Path) -> Program:
     """A program of Python's with a fault of strace's words in its system calls of that name: `error=EIO:when=3`."""
-    options = ("-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}")
+    options = ["-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}"]
+    if fault.startswith("error="):  # not where it is a signal: strace 6.1 then sends none
+        options.append("--seccomp-bpf")  # stops at those calls only: a start is four times faster
     return Program(*options, "-e", f"inject={call}:{fault}", sys.executable, *arguments, program=needed())
 
 
