@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -35,10 +35,19 @@ def killed_at(call: str, when: int, *arguments: str | Path) -> Program:
     return faulty(call, f"signal=SIGKILL:when={when}", *arguments)
 
 
-@contextmanager
-def failing(pid: int, call: str, error: str) -> Iterator[None]:
+def failing(pid: int, call: str, error: str) -> AbstractContextManager[None]:
     """While the block runs, every system call of that name, or those, in the process fails so, in all its threads."""
-    options = ["-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:error={error}"]
+    return _injected(pid, call, f"error={error}")
+
+
+def late(pid: int, call: str, seconds: float) -> AbstractContextManager[None]:
+    """While the block runs, every system call of that name, or those, in the process returns so much later."""
+    return _injected(pid, call, f"delay_exit={round(seconds * 1e6)}")
+
+
+@contextmanager
+def _injected(pid: int, call: str, fault: str) -> Iterator[None]:
+    options = ["-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{fault}"]
     tracer = subprocess.Popen([needed(), *options, "-p", str(pid)], stderr=subprocess.DEVNULL)
 
     def traced() -> bool:

@@ -70,7 +70,7 @@ ROOMS = [
     ("stores.pipeline", "stores.postgresql_findings", "stores.tables"),
     ("stores.base",),
     ("manager.server", "manager.client"),
-    ("manager.services",),
+    ("manager.ending", "manager.services"),
     ("manager.wire", "manager.starter"),
     ("manager.directory",),
     ("manager",),

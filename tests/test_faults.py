@@ -26,7 +26,7 @@ from tests.history import assert_exactly_once
 from tests.journals import written
 from tests.load import HttpLoad, open_client
 from tests.processes import PATIENCE, Manager, Program, Server, eventually
-from tests.strace import failing, faulty, killed_at
+from tests.strace import failing, faulty, killed_at, late
 from tests.test_manager import authenticated, raw
 from tests.test_server import ask
 
@@ -243,6 +243,15 @@ def test_a_socket_that_was_removed_is_there_again_and_nobody_who_is_in_is_distur
         assert new_client_counts(manager.url) == 6
     assert manager.stop() == 0
     assert not path.exists()
+
+
+def test_a_manager_that_ends_does_not_take_its_own_socket_for_one_that_was_removed(
+    manager: Manager, state: State, data_dir: Path
+) -> None:
+    with late(manager.pid, "?unlink,unlinkat", 0.8):  # longer than between two looks
+        assert manager.stop() == 0
+    assert manager.errors == []
+    assert not DataDirectory(data_dir).socket.exists()
 
 
 def test_what_takes_the_place_of_the_socket_is_left_alone_and_named(

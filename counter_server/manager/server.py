@@ -3,12 +3,10 @@
 import gc
 import logging
 import multiprocessing
-import multiprocessing.connection
 import os
 import resource
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,18 +25,14 @@ from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from .directory import DataDirectory
+from .ending import Lifeline, end_main_thread, end_when_idle, end_with, fail, keep_found, stop
 from .services import LedgerService, StatusService, UpkeepService
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
 
 log = logging.getLogger(__name__)
 
-_EXIT_JOURNAL_FAILED = 74  # EX_IOERR of sysexits.h
-_SECONDS_TO_STOP = 2.0
-_LOOK_SECONDS = 0.5
 _MOST_GREETED = 100  # connections over the cap that are told so; those beyond are closed without a word, or a thread
 _OTHER_DESCRIPTORS = 64  # that a manager has open beside its connections, and what its shared objects may open
-
-Lifeline = multiprocessing.connection.Connection  # to the supervisor: its end is closed when that stops, or ends
 
 _decode_call = msgpack.Decoder(Call).decode
 _decode_greeting = msgpack.Decoder(tuple[str, Declaration | None]).decode
@@ -163,7 +157,7 @@ class StateServer(Server):
             makes_way = self.gives_way and not self._users
         conn.send(("#AWAY" if makes_way else "#ERROR", self._what_is_hosted()))
         if makes_way:
-            _end_main_thread()
+            end_main_thread()
 
     def _what_is_hosted(self) -> str:
         names = [str(hosted.declaration) for hosted in self.hosted.values() if hosted.declaration]
@@ -224,12 +218,12 @@ def serve(
     """
     os.umask(0o077)
     # An exception in the main thread is the server's own way to end; see Server.serve_forever.
-    signal.signal(signal.SIGUSR1, _stop)  # our own threads' way to end the main one
+    signal.signal(signal.SIGUSR1, stop)  # our own threads' way to end the main one
     if lifeline is None:
-        signal.signal(signal.SIGTERM, _stop)
-        signal.signal(signal.SIGINT, _stop)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
     else:
-        threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
+        threading.Thread(target=end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
     with directory.hold() as is_held:
         with _nothing_collected():
@@ -242,7 +236,7 @@ def serve(
         directory.remove_stale_socket()
         server = StateManager(str(directory.socket), directory.key("manager")).get_server()
         server.most_connections = _room_for(caps.connections)
-        service = LedgerService(ledger, _fail, in_memory=journal is None)
+        service = LedgerService(ledger, fail, in_memory=journal is None)
         told = StatusService(
             ledger=ledger,
             service=service,
@@ -265,13 +259,20 @@ def serve(
             server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, caps)
         if idle_timeout is not None and journal is not None:
             server.gives_way = True
-            threading.Thread(target=_end_when_idle, args=(server, idle_timeout), name="idle", daemon=True).start()
-        keeping = threading.Thread(target=_keep_found, args=(directory, server.listener, is_held), daemon=True)
+            threading.Thread(
+                target=end_when_idle, args=(server.idle_for, idle_timeout), name="idle", daemon=True
+            ).start()
+        is_ending = threading.Event()
+        keeping = threading.Thread(
+            target=keep_found, args=(directory, server.listener, is_held, is_ending), daemon=True
+        )
         keeping.start()
         try:
             ready()
             server.serve_forever()
         finally:
+            is_ending.set()
+            keeping.join()  # it would have what is taken away here found again
             if server.listener.is_found:
                 with suppress(FileNotFoundError):
                     directory.socket.unlink()
@@ -310,7 +311,7 @@ def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, con
         try:
             return results_of(hosted.apply(batch))
         except (JournalFailed, StartupError) as error:  # or it could not be put back to what it was
-            _fail(error)
+            fail(error)
 
     return Hosted({"apply": Method(apply, decode)}, epoch, declaration)
 
@@ -345,55 +346,3 @@ def _open_journal(directory: DataDirectory, durability: Durability, caps: Caps) 
             f"{directory} holds durable counters: durability 'none' would start again at 1; name another data directory"
         )
     return None
-
-
-def _stop(_number: int, _frame: object) -> NoReturn:
-    raise SystemExit(0)
-
-
-def _fail(error: Exception) -> NoReturn:
-    """Stop at once, with nothing answered: what the disk says at the next start is what happened."""
-    print(
-        f"manager: {error}; what was being written is unknown; stopping to start again from the disk", file=sys.stderr
-    )
-    sys.stderr.flush()
-    os._exit(_EXIT_JOURNAL_FAILED)
-
-
-def _keep_found(directory: DataDirectory, listener: Listener, is_held: Callable[[], bool]) -> None:
-    """Look now and then whether clients still find this process, and have them find it again."""
-    told = ""
-    while True:
-        time.sleep(_LOOK_SECONDS)
-        if not is_held():  # then its files are nobody's, and whoever comes next begins with others
-            _fail(StartupError(f"the data directory {directory} was removed, or replaced by another"))
-        if listener.is_found:
-            continue
-        try:
-            directory.remove_stale_socket()
-            listener.rebind()
-            log.warning("the socket %s was removed; it is there again", directory.socket)
-        except (StartupError, OSError) as error:
-            if str(error) != told:
-                log.error("no new client can connect: %s", error)
-            told = str(error)
-
-
-def _end_with(lifeline: Lifeline) -> None:
-    """Have the main thread end in order when the lifeline does; if it hangs on the disk, end without."""
-    with suppress(EOFError, OSError):
-        lifeline.recv()
-    _end_main_thread()
-    time.sleep(_SECONDS_TO_STOP)
-    os._exit(1)  # a commit that hangs on the disk; it is there or it is not, and nobody waits
-
-
-def _end_when_idle(server: StateServer, seconds: float) -> None:
-    """Have the main thread end when there was no client for so long. Who comes just then starts another manager."""
-    while (idle := server.idle_for()) < seconds:
-        time.sleep(seconds - idle)
-    _end_main_thread()
-
-
-def _end_main_thread() -> None:
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
