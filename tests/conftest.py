@@ -1,6 +1,7 @@
 """Fixtures: managers and servers that are really started, and really gone afterwards."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -22,6 +23,9 @@ from tests.processes import Manager, Server, end_manager
 
 # The programs that tests start keep what they compile; else each of hundreds would compile all of it anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and so would the programs that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says what else the machine has to do.
 hypothesis.settings.register_profile("counter_server", deadline=None)

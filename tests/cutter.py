@@ -20,7 +20,7 @@ class Cutter:
         self._thread.start()
 
     def _accept(self) -> None:
-        lengths = (n for _ in iter(int, 1) for n in (5000, 777, 20_011, 90, 3001))
+        lengths = (n for _ in iter(int, 1) for n in (5000, 777, 8009, 90, 3001))
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
