@@ -70,7 +70,8 @@ def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv("TMPDIR", directory)
         yield Path(directory)
         for pid in processes_of(Path(directory)):  # of a test that failed
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
