@@ -61,8 +61,12 @@ def frozen(pid: int) -> Iterator[None]:
     """The process is stopped, every thread of it, while the block runs."""
 
     def stopped() -> bool:
-        threads = Path(f"/proc/{pid}/task").iterdir()
-        return all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+        try:
+            threads = list(Path(f"/proc/{pid}/task").iterdir())
+            return all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+        except (FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile, or the process
+            os.kill(pid, 0)
+            return False
 
     os.kill(pid, signal.SIGSTOP)
     try:

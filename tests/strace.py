@@ -52,7 +52,10 @@ def _injected(pid: int, call: str, fault: str) -> Iterator[None]:
 
     def traced() -> bool:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        tracers = [re.search(r"TracerPid:\t(\d+)", (task / "status").read_text()) for task in tasks]
+        try:
+            tracers = [re.search(r"TracerPid:\t(\d+)", (task / "status").read_text()) for task in tasks]
+        except (FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            return False
         return all(found is not None and int(found[1]) == tracer.pid for found in tracers)
 
     try:

@@ -75,6 +75,12 @@ def started(program: Program) -> str:
     return line.split()[5]
 
 
+def answered(program: Program) -> int:
+    """How many increments were answered, as a proof said last."""
+    told = [line.split()[2] for line in program.errors if line.endswith(" increments answered")]
+    return int(told[-1].replace(",", "")) if told else 0
+
+
 @pytest.fixture
 def wrong(stack: ExitStack, tmp_path: Path) -> Callable[..., tuple[Program, str]]:
     """Start a server that counts wrongly; the program, and its URL."""
@@ -184,11 +190,14 @@ def test_a_server_that_answers_before_it_keeps_is_told_when_it_was_restarted(
 ) -> None:
     server, url = wrong("hasty")
     monkeypatch.setenv("COUNTER_SERVER_TOKEN", "right")
-    program = prove("--url", url, "--clients", 8, "--seconds", 3, "--json")
+    program = prove("--url", url, "--clients", 8, "--seconds", 60, "--json")
     started(program)
-    eventually(lambda: any("increments answered" in line for line in program.errors), "some load")
+    eventually(lambda: answered(program) > 200, "more answers than are kept")
     server.kill()
     wrong("hasty", urlsplit(url).port or 0)
+    before = answered(program)
+    eventually(lambda: answered(program) > before, "answers of the next one")
+    program.send_signal(signal.SIGINT)
     assert program.wait() == 1, (program.output, program.errors)
     verdict = json.loads("\n".join(program.output))
     assert not verdict["right"]
@@ -343,11 +352,24 @@ def test_the_second_ctrl_c_waits_for_no_answer(prove: Callable[..., Program], pl
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_whatever_ends_it_while_its_server_starts_leaves_nothing(
-    prove: Callable[..., Program], place: Path, number: signal.Signals
+    prove: Callable[..., Program],
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
 ) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "sitecustomize.py").write_text(
+        "import pathlib, sys, time\n"
+        f"while 'run' in sys.orig_argv and not pathlib.Path({str(code / 'go on')!r}).exists():\n"
+        "    time.sleep(0.01)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{code}:{ROOT}")
     program = prove()
     eventually(lambda: any("counter_server run" in command for command in processes_in(place).values()), "its server")
     program.send_signal(number)
+    (code / "go on").touch()
     assert program.wait() != 0
     assert program.output == []
     assert_nothing_left(place)

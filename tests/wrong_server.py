@@ -2,7 +2,7 @@
 
 duplicates   two threads can read the same value before either writes it
 keyless      every increment is right, but the same key counts again
-hasty        it answers at once, and keeps what it answered only with every hundredth increment
+hasty        it answers at once, and keeps what it answered only once, at 100
 """
 
 import json
@@ -32,8 +32,10 @@ def wrong_app(fault: str, file: Path) -> Flask:
                 value = values.get(name, 0) + 1
                 time.sleep(0.0001)
                 values[name] = keys[key] = value
-                if fault == "hasty" and value % 100 == 0:
-                    file.write_text(json.dumps({"values": values, "keys": keys}))
+                if fault == "hasty" and value == 100:
+                    whole = file.with_suffix(".part")
+                    whole.write_text(json.dumps({"values": values, "keys": keys}))
+                    whole.rename(file)
             return {"value": keys[key]}
 
     @app.get("/api/v1/counters/<name>")
