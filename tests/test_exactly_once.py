@@ -74,8 +74,7 @@ def test_http_through_5_kills_of_the_manager_and_5_of_a_worker(
     chance.shuffle(victims)
     for kind in victims:
         load.progress(chance.randrange(100, 300))
-        eventually(lambda: server.children(kind), f"a {kind} to kill")
-        os.kill(chance.choice(server.children(kind)), signal.SIGKILL)
+        os.kill(chance.choice(eventually(lambda: server.children(kind), f"a {kind} to kill")), signal.SIGKILL)
     load.progress(200)
     history = load.finish()
     assert server.running
