@@ -224,7 +224,7 @@ def _cut(content: bytearray, offset: int) -> None:
 
 
 def new_client_counts(url: str) -> int:
-    with open_client(url) as fresh:
+    with open_client(url, deadline=PATIENCE) as fresh:
         return fresh.counter("c").increment()
 
 

@@ -186,7 +186,7 @@ def test_a_proxy_finds_a_restarted_manager_within_the_deadline(
     start_manager: Callable[..., Manager], stack: ExitStack
 ) -> None:
     manager = start_manager()
-    state = stack.enter_context(open_client(manager.url))
+    state = stack.enter_context(open_client(manager.url, deadline=PATIENCE))
     assert state.counter("c").increment() == 1
     manager.kill()
     answers: list[int] = []
