@@ -237,9 +237,10 @@ def test_a_socket_that_was_removed_is_there_again_and_nobody_who_is_in_is_distur
         assert state.counter("c").increment() == number
         assert new_client_counts(manager.url) == number + 1
         assert path.is_socket()
-    path.unlink()
+    place = data_dir.with_name("foreign")
     with socket.socket(socket.AF_UNIX) as foreign:
-        foreign.bind(str(path))  # one that nobody listens on
+        foreign.bind(str(place))  # one that nobody listens on
+        place.rename(path)  # in one step: where nothing stands the manager may come first
         assert new_client_counts(manager.url) == 6
     assert manager.stop() == 0
     assert not path.exists()
@@ -258,14 +259,15 @@ def test_what_takes_the_place_of_the_socket_is_left_alone_and_named(
     manager: Manager, state: State, data_dir: Path
 ) -> None:
     path = DataDirectory(data_dir).socket
-    path.unlink()
-    path.write_text("notes")
+    notes = data_dir.with_name("notes")
+    notes.write_text("notes")
+    notes.rename(path)  # in one step: where nothing stands the manager may come first
     eventually(lambda: any(str(path) in line and "not a socket" in line for line in manager.errors), "its name")
     assert state.counter("c").increment() == 2
     path.unlink()
     assert new_client_counts(manager.url) == 3
-    path.unlink()
-    path.write_text("notes")
+    notes.write_text("notes")
+    notes.rename(path)
     assert manager.stop() == 0
     assert path.read_text() == "notes"
 
