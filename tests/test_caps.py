@@ -19,13 +19,14 @@ from counter_server.errors import BatchRefused, DeadlineExceeded, StorageFull
 from counter_server.ledger import CLIENT_LIFETIME, KEY_LIFETIME, Changes, Door, Ledger
 from counter_server.manager.client import StateProxy
 from counter_server.manager.directory import DataDirectory
-from counter_server.manager.wire import Connection, connect
+from counter_server.manager.wire import connect
 from counter_server.objects import HostedObject, declare
 from counter_server.operations import Batch, Delete, Increment, Invoke, Operation, Refusal, Replayed, Result, Set
 from counter_server.settings import Caps
 from tests.hosted_classes import Toolbox
 from tests.load import open_client
 from tests.processes import PATIENCE, Manager, Program, Server, eventually
+from tests.test_manager import greeted
 from tests.test_server import ask
 
 StartManager = Callable[..., Manager]
@@ -191,14 +192,6 @@ def test_a_shared_object_lets_in_no_more_clients_either() -> None:
 # A manager with all of them
 
 
-def connected(directory: DataDirectory) -> tuple[Connection, str]:
-    """A connection that is greeted, and the kind of greeting."""
-    connection = connect(str(directory.socket), directory.existing_key("manager"))
-    connection.send((None, "accept_connection", ("ledger", None), {}))
-    kind, _ = connection.recv()
-    return connection, kind
-
-
 def test_a_manager_holds_to_its_caps_and_counts_on(start_manager: StartManager, stack: ExitStack) -> None:
     manager = start_manager("--max-counters", "3", "--max-keys", "2", "--max-clients", "2")
     state = stack.enter_context(open_client(manager.url))
@@ -251,11 +244,10 @@ def test_connections_over_the_cap_are_told_so_and_get_in_when_another_goes(
     start_manager: StartManager, stack: ExitStack, data_dir: Path
 ) -> None:
     manager = start_manager("--max-connections", "3")
-    directory = DataDirectory(data_dir)
     others = [stack.enter_context(open_client(manager.url)) for _ in range(2)]
     for state in others:
         state.counter("c").increment()
-    last, kind = connected(directory)
+    last, kind, _ = greeted(data_dir)
     assert kind == "#RETURN"
     with open_client(manager.url, deadline=2) as late, pytest.raises(DeadlineExceeded) as told:
         late.counter("c").increment()
@@ -318,12 +310,12 @@ def test_a_manager_asks_for_the_descriptors_that_it_may_need_and_takes_no_more_t
     assert resource.prlimit(program.pid, resource.RLIMIT_NOFILE) == (264, 264)
     state = stack.enter_context(open_client(url))
     assert state.counter("c").increment() == 1
-    greeted = []
+    kinds = []
     for _ in range(101):
-        connection, kind = connected(DataDirectory(data_dir))
+        connection, kind, _ = greeted(data_dir)
         stack.callback(connection.close)
-        greeted.append(kind)
-    assert greeted == ["#RETURN"] * 99 + ["#FULL"] * 2
+        kinds.append(kind)
+    assert kinds == ["#RETURN"] * 99 + ["#FULL"] * 2
 
 
 # Where they are said

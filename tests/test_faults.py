@@ -27,7 +27,7 @@ from tests.journals import written
 from tests.load import HttpLoad, open_client
 from tests.processes import PATIENCE, Manager, Program, Server, eventually
 from tests.strace import failing, faulty, killed_at, late
-from tests.test_manager import authenticated, raw
+from tests.test_manager import greeted, raw
 from tests.test_server import ask
 
 StartManager = Callable[..., Manager]
@@ -343,10 +343,9 @@ def test_peers_that_never_read_are_cut_off_and_hold_up_nobody(manager: Manager, 
     before = threads_of(manager.pid)
     with ExitStack() as deaf:
         for _ in range(20):
-            peer = authenticated(data_dir)
+            peer, kind, _ = greeted(data_dir)
             deaf.callback(peer.close)
-            peer.send((None, "accept_connection", ("ledger", None), {}))
-            assert peer.recv()[0] == "#RETURN"
+            assert kind == "#RETURN"
             for _ in range(5):  # each answer is as large as a socket's buffer
                 peer.send(("ledger", "apply", ((os.urandom(16), 0, [("scan", "", 1000)]),), {}))
         assert threads_of(manager.pid) >= before + 20
@@ -374,11 +373,11 @@ def test_a_peer_with_the_key_cannot_get_further_with_bad_words(
         b"\x00\x00\x00\x03\xc1\xc1\xc1",
         *(b"\x00\x00\x10\x00" + b"\x91" * 4096, b"\x00\x00\x00\x05\xdd\xff\xff\xff\xff"),  # deep, and long, arrays
     ]:
-        peer = authenticated(data_dir)
+        peer, kind, _ = greeted(data_dir)
         try:
-            peer.send((None, "accept_connection", ("ledger", None), {}))
-            assert peer.recv()[0] == "#RETURN"
+            assert kind == "#RETURN"
             with socket.socket(fileno=os.dup(peer.fileno())) as sock:
+                sock.settimeout(PATIENCE)  # the kernel's is the handshake's
                 sock.sendall(words)
                 with suppress(ConnectionResetError):
                     assert sock.recv(1) == b""
@@ -389,10 +388,9 @@ def test_a_peer_with_the_key_cannot_get_further_with_bad_words(
         *(("ledger", method) for method in ("incref", "decref", "_durable", "journal")),
         *(("ledger", method, "x") for method in ("check", "status", "back_up")),
     ]:
-        peer = authenticated(data_dir)
+        peer, kind, _ = greeted(data_dir)
         try:
-            peer.send((None, "accept_connection", ("ledger", None), {}))
-            assert peer.recv()[0] == "#RETURN"
+            assert kind == "#RETURN"
             ident, method, *arguments = call
             peer.send((ident, method, tuple(arguments), {}))
             with pytest.raises((EOFError, ConnectionResetError)):
