@@ -27,7 +27,7 @@ from tests.load import open_client
 from tests.processes import PATIENCE, Manager, Program, Server, eventually, frozen
 from tests.standard_server import KEY, StandardManager
 from tests.strace import faulty
-from tests.test_faults import cpu_seconds, threads_of
+from tests.test_faults import cpu_seconds, crowd, threads_of
 from tests.test_manager import raw, received_until_closed
 from tests.test_server import ask
 
@@ -78,8 +78,7 @@ def test_a_peer_that_says_nothing_holds_a_thread_for_ever(
         theirs_before, ours_before = threads_of(standard.pid), threads_of(ours.pid)
         for _ in range(5):
             peers.enter_context(silent(address))
-            peers.enter_context(raw(data_dir))
-        eventually(lambda: threads_of(ours.pid) == ours_before + 5, "our threads")
+        peers.enter_context(crowd(ours.pid, 5, lambda: raw(data_dir), threads=ours_before + 5))
         eventually(lambda: threads_of(standard.pid) >= theirs_before + 5, "their threads")
         eventually(lambda: threads_of(ours.pid) == ours_before, "the end of ours")
         assert threads_of(standard.pid) >= theirs_before + 5
