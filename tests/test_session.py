@@ -24,6 +24,28 @@ from tests.test_combiner import InterruptedAt
 Step = Callable[[Batch], list[Result]]
 
 
+class Clock:
+    """Stands in for `time` in the session: it moves only while that pauses, and by no stall of the machine."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(session_module, "time", clock)
+    return clock
+
+
 class FakeStore:
     """Answers each call with the next of its steps, and keeps what it was sent."""
 
@@ -73,11 +95,11 @@ def fails(error: BaseException) -> Step:
     return fail
 
 
-def lasts_until(deadline: float, error: BaseException) -> Step:
+def lasts_until(deadline: float, error: BaseException, clock: Clock) -> Step:
     """Fails when the deadline is there, and not at once: what a store does that waits for its server until then."""
 
     def wait(_batch: Batch) -> list[Result]:
-        time.sleep(max(deadline - time.monotonic(), 0.002))
+        clock.now = deadline
         raise error
 
     return wait
@@ -157,39 +179,42 @@ def test_an_exceeded_deadline_says_what_happened(steps: list[Step], operations: 
     assert "fake://" in str(caught.value)
 
 
-def test_a_batch_sent_once_and_then_not_again_until_its_deadline_is_unknown() -> None:
+def test_a_batch_sent_once_and_then_not_again_until_its_deadline_is_unknown(clock: Clock) -> None:
     store = FakeStore(SENT, *[NOT_SENT] * 1000)
     with pytest.raises(DeadlineExceeded) as caught:
-        Session(store).apply(write(), time.monotonic() + 0.05)
+        Session(store).apply(write(), 0.05)
     assert caught.value.outcome == "unknown"
     assert len(store.batches) > 1
 
 
-def test_a_deadline_is_kept_while_the_batch_is_sent_again_and_again() -> None:
+def test_a_deadline_is_kept_while_the_batch_is_sent_again_and_again(clock: Clock) -> None:
     store = FakeStore(*[NOT_SENT] * 1000)
-    begun = time.monotonic()
     with pytest.raises(DeadlineExceeded):
-        Session(store).apply(write(), begun + 0.1)
-    assert time.monotonic() - begun >= 0.1
-    assert 2 < len(store.batches) < 100, "it should pause between, and longer each time"
+        Session(store).apply(write(), 1.0)
+    assert clock.now == 1.0, "it should neither give up early nor pause beyond the deadline"
+    assert len(store.batches) == len(clock.pauses) + 1
+    growing = clock.pauses[:6]
+    assert 0 < growing[0] <= 0.005
+    assert growing == sorted(growing)
+    assert growing[-1] > 10 * growing[0]
+    assert max(clock.pauses) <= 0.2, "a server that is back should be found soon"
 
 
-def test_what_is_told_is_not_that_the_last_try_was_cut_short_by_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "_LONGEST_PAUSE", PATIENCE)  # so no try has its time, however busy the machine
-    deadline = time.monotonic() + 0.01
-    cut_short = lasts_until(deadline, Disconnected("the manager did not answer", sent=False))
+def test_what_is_told_is_not_that_the_last_try_was_cut_short_by_the_deadline(clock: Clock) -> None:
+    deadline = 0.01
+    cut_short = lasts_until(deadline, Disconnected("the manager did not answer", sent=False), clock)
     session = Session(FakeStore(fails(Disconnected("no room for another", sent=False)), cut_short))
     with pytest.raises(DeadlineExceeded, match="no room for another"):
         session.apply(write(), deadline)
+    clock.now = 0.0
     session = Session(FakeStore(cut_short))
     with pytest.raises(DeadlineExceeded, match="the manager did not answer"):
         session.apply(write(), deadline)
 
 
-def test_what_is_told_is_how_the_last_try_ended_where_that_had_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "_LONGEST_PAUSE", 0.001)
-    deadline = time.monotonic() + 0.05
-    waited = lasts_until(deadline, Disconnected("the manager did not answer", sent=True))
+def test_what_is_told_is_how_the_last_try_ended_where_that_had_its_time(clock: Clock) -> None:
+    deadline = 1.0
+    waited = lasts_until(deadline, Disconnected("the manager did not answer", sent=True), clock)
     session = Session(FakeStore(fails(Disconnected("the connection broke", sent=True)), waited))
     with pytest.raises(DeadlineExceeded, match="the manager did not answer"):
         session.apply(write(), deadline)
