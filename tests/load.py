@@ -128,14 +128,16 @@ class StoreLoad:
         return history
 
 
-def logging_client(url: str, counter: str, threads: int, each: int, start: Any, log: str) -> None:
+def logging_client(url: str, counter: str, threads: int, start: Any, stop: Any, log: str) -> None:
     """One process that may be killed at any moment: what it knows is in its log by then, in single writes."""
     state = open_client(url, deadline=PATIENCE)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def work(number: int) -> None:
-        for count in range(each):
-            key = f"{os.getpid()}-{number}-{count}"
+        turn = 0
+        while not stop.value:
+            turn += 1
+            key = f"{os.getpid()}-{number}-{turn}"
             os.write(file, json.dumps([key, time.monotonic()]).encode() + b"\n")
             value = state.counter(counter).increment()
             os.write(file, json.dumps([key, time.monotonic(), value]).encode() + b"\n")
@@ -148,13 +150,14 @@ def logging_client(url: str, counter: str, threads: int, each: int, start: Any, 
 
 
 class LoggedLoad:
-    """Like a `StoreLoad`, of processes that may be killed: without keys, so each call is made once."""
+    """Like a `StoreLoad`, of processes that may be killed, until it is finished: without keys, each call made once."""
 
-    def __init__(self, url: str, counter: str, processes: int, threads: int, each: int, directory: Path) -> None:
+    def __init__(self, url: str, counter: str, processes: int, threads: int, directory: Path) -> None:
         self._start = spawn.Barrier(processes)
+        self._stop = spawn.RawValue("b", 0)  # not an event: who is killed as he looks at one leaves it locked
         self._logs = [directory / f"client-{number}.log" for number in range(processes)]
         self._processes = [
-            spawn.Process(target=logging_client, args=(url, counter, threads, each, self._start, str(log)))
+            spawn.Process(target=logging_client, args=(url, counter, threads, self._start, self._stop, str(log)))
             for log in self._logs
         ]
         for process in self._processes:
@@ -174,6 +177,7 @@ class LoggedLoad:
 
     def finish(self) -> list[Operation]:
         """The whole history, with those that were never answered."""
+        self._stop.value = 1
         for process in self._processes:
             process.join()
         assert any(process.exitcode == 0 for process in self._processes)
