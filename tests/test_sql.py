@@ -65,7 +65,7 @@ def sql(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Callable[.
 
 def test_postgres_killed_under_load_one_backend_or_all_and_started_again(stack: ExitStack, tmp_path: Path) -> None:
     server = stack.enter_context(PostgresServer())
-    state = stack.enter_context(open_client(server.url))
+    state = stack.enter_context(open_client(server.url, deadline=PATIENCE))
     load = StoreLoad(server.url, "hot", 4, 8, 400)
     for kill in range(6):
         goal = (kill + 1) * 1500
@@ -85,7 +85,7 @@ def test_postgres_that_ends_sessions_under_load(
     postgres: PostgresServer, database: str, stack: ExitStack, tmp_path: Path
 ) -> None:
     url = postgres.url_of(database)
-    state = stack.enter_context(open_client(url))
+    state = stack.enter_context(open_client(url, deadline=PATIENCE))
     load = StoreLoad(url, "hot", 4, 8, 300)
     for kill in range(20):
         goal = (kill + 1) * 400
@@ -114,7 +114,7 @@ def test_postgres_whose_connections_are_cut_in_the_middle_of_a_reply(
 
 def test_processes_that_count_in_one_sqlite_file_are_killed(stack: ExitStack, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/counters.db"
-    state = stack.enter_context(open_client(url))
+    state = stack.enter_context(open_client(url, deadline=PATIENCE))
     load = LoggedLoad(url, "hot", 4, 8, tmp_path)
     stack.callback(load.kill)
     for goal in (500, 1000, 1500):
