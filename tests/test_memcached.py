@@ -1,7 +1,6 @@
 """memcached: counted at most once, with nothing silently wrong, and everything that it cannot do refused by name."""
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from flask import Flask
@@ -51,6 +50,7 @@ from tests.cutter import Cutter
 from tests.engines import MemcachedServer
 from tests.load import at_once, impatient, open_client, spawn
 from tests.processes import PATIENCE, ROOT, Server, frozen
+from tests.test_manager import Interrupted, interrupted_when_sent
 from tests.test_stores import NAMES
 
 _names = count(1)
@@ -418,23 +418,14 @@ def test_an_interrupted_call_leaves_no_late_answer_and_is_not_made_again(own_ser
         links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
         return sum(os.readlink(link).startswith("socket:") for link in links if os.path.islink(link))
 
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
     store = open_store(own_server.url)
     before = open_sockets()
     assert apply(store, Increment("c")) == [1]
     assert open_sockets() == before + 1
     batch = Batch(os.urandom(16), 1, [Increment("c")])
-    handler = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with frozen(own_server.pid):
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
-            with pytest.raises(KeyboardInterrupt):
-                store.apply(batch, time.monotonic() + PATIENCE)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+    descriptor = cast(Any, store)._client.sock.fileno()
+    with frozen(own_server.pid), pytest.raises(Interrupted), interrupted_when_sent(descriptor):
+        store.apply(batch, time.monotonic() + PATIENCE)
     assert open_sockets() == before
     with pytest.raises(OutcomeUnknown):
         store.apply(batch, time.monotonic() + PATIENCE)
