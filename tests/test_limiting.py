@@ -742,6 +742,8 @@ def test_of_100_simultaneous_clients_of_4_workers_so_many_are_admitted_as_there_
             environment={
                 "PYTHONPATH": str(ROOT),
                 "APP_RATELIMIT_STORAGE_URI": on_demand,
+                "APP_RATELIMIT_STORAGE_OPTIONS": json.dumps({"deadline": PATIENCE}),
+                "APP_COUNTER_SERVER_DEADLINE": json.dumps(PATIENCE),
                 "APP_RATELIMIT_STRATEGY": strategy,
             },
         )

@@ -487,6 +487,7 @@ class SomeObj:
         return self.param
 
 app = Flask(__name__)
+app.config["COUNTER_SERVER_DEADLINE"] = 30
 shared = SharedState(app)
 global_obj = shared.object("global_obj", SomeObj, 0)
 
