@@ -36,15 +36,6 @@ if __name__ == "__main__":
     waitress.serve(app, listen="127.0.0.1:0", threads=8, _quiet=False)
 """
 
-# The command line has no option for its deadline, which is short for the start of a manager on a busy machine.
-PATIENT_COMMAND = f"""
-from counter_server import open_state
-from counter_server.cli import main
-
-open_state.__kwdefaults__["deadline"] = {PATIENCE}
-main()
-"""
-
 
 def patient(url: str, **options: object) -> State:
     return open_state(url, deadline=PATIENCE, options=StoreOptions(**options))  # type: ignore[arg-type]
@@ -66,7 +57,7 @@ def test_racing_starters_get_one_manager(on_demand: str, data_dir: Path, stack: 
 
     commands = [
         subprocess.Popen(
-            [sys.executable, "-c", PATIENT_COMMAND, "increment", "c", "--store", on_demand],
+            [sys.executable, "-m", "counter_server", "increment", "c", "--store", on_demand],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
@@ -95,7 +86,7 @@ def managers_of(data_dir: Path) -> list[int]:
 
 
 def test_it_outlives_the_one_who_started_it_and_belongs_to_nobody(on_demand: str, data_dir: Path) -> None:
-    command = [sys.executable, "-c", PATIENT_COMMAND, "increment", "c", "--store", on_demand]
+    command = [sys.executable, "-m", "counter_server", "increment", "c", "--store", on_demand]
     for expected in ("1\n", "2\n"):
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, start_new_session=True)
         assert (result.stdout, result.stderr) == (expected, "")
