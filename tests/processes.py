@@ -56,6 +56,15 @@ def end_manager(lock: Path) -> None:
         eventually(lambda pid=pid: holder(lock.parent) != pid, "the end of a manager")  # type: ignore[misc]
 
 
+def open_in(pid: int) -> set[str]:
+    """The pipes and sockets that a process has open, beside its standard streams."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            found.add(os.readlink(link) if int(link.name) > 2 else "")
+    return {name for name in found if name.startswith(("pipe:", "socket:"))}
+
+
 @contextmanager
 def frozen(pid: int) -> Iterator[None]:
     """The process is stopped, every thread of it, while the block runs."""

@@ -8,7 +8,7 @@ import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from email.parser import BytesParser
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +23,7 @@ from counter_server.operations import Batch, Delete, Increment
 from counter_server.serve.channel import Channel
 from counter_server.serve.refusal import LARGEST_HEAD, LARGEST_REQUEST
 from tests.load import open_client
-from tests.processes import PATIENCE, Server, eventually
+from tests.processes import PATIENCE, Server, eventually, open_in
 from tests.test_api import BAD, BEFORE, COUNTERS, INCREMENT, JSON, Bad
 from tests.test_manager import received_until_closed
 from tests.test_server import address, ask
@@ -253,11 +253,7 @@ def large_page(server: Server, data_dir_of_server: Path) -> Iterator[bytes]:
 
 def sockets_of(pid: int) -> set[str]:
     """The kernel's names for those that a process has open."""
-    names = set()
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed since
-            names.add(os.readlink(descriptor))
-    return {name for name in names if name.startswith("socket:")}
+    return {name for name in open_in(pid) if name.startswith("socket:")}
 
 
 def test_clients_that_never_read_hold_no_thread_and_are_cut_off(server: Server, large_page: bytes) -> None:

@@ -7,16 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.processes import Program, Server, eventually
+from tests.processes import Program, Server, eventually, open_in
 from tests.test_supervision import increment
 
 StartServer = Callable[..., Server]
-
-
-def open_in(pid: int) -> set[str]:
-    """The pipes and sockets that a process has open, beside its standard streams."""
-    found = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if int(link.name) > 2}
-    return {name for name in found if name.startswith(("pipe:", "socket:"))}
 
 
 def all_are_back(server: Server, workers: int) -> bool:
