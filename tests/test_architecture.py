@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports point downwards only, and a file holds one thought."""
+"""The house keeps its shape: imports point downwards only."""
 
 import ast
 from pathlib import Path
@@ -126,11 +126,6 @@ def test_imports_point_downwards_only() -> None:
         if RANK[target] <= RANK[module] and (module, target) not in ALLOWED_UPWARDS
     ]
     assert upwards == []
-
-
-def test_a_file_is_one_thought() -> None:
-    long = {path.name: lines for path in modules().values() if (lines := len(path.read_text().splitlines())) > 400}
-    assert long == {}
 
 
 def test_nothing_is_called_by_a_name_that_says_nothing() -> None:
