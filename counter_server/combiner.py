@@ -21,20 +21,19 @@ from .errors import DeadlineExceeded
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
-_LONGEST_WAIT = threading.TIMEOUT_MAX
+_LOOK_SECONDS = 0.5  # between looks of a waiting thread at whether its leader has left
 
 
 class _Ticket(Generic[Item, Answer]):
     """One waiting thread. All of it is written under the combiner's lock, or by the leader alone."""
 
-    __slots__ = ("answer", "done", "error", "heir", "item", "leads", "left", "successor", "turn")
+    __slots__ = ("answer", "done", "error", "heir", "item", "left", "successor", "turn")
 
     answer: Answer
 
     def __init__(self, item: Item) -> None:
         self.item = item
         self.turn: threading.Lock | None = None  # held until this thread is done or is to lead
-        self.leads = False
         self.done = False
         self.left = False  # its thread has gone: nobody waits for the answer
         self.heir: _Ticket[Item, Answer] | None = None  # leads after it; its thread is to wake it
@@ -79,7 +78,7 @@ class Combiner(Generic[Item, Answer]):
     def reset(self) -> None:
         """Forget every thread and call: for the child of a fork, where none of them exists."""
         self._lock = threading.Lock()  # guards all below, and the tickets
-        self._led = False  # some thread leads, or has been told to
+        self._leader: _Ticket[Item, Answer] | None = None  # makes the calls, or is about to
         self._waiting: deque[_Ticket[Item, Answer]] = deque()
         self._unfinished: _Call[Item, Answer] | None = None
 
@@ -92,26 +91,26 @@ class Combiner(Generic[Item, Answer]):
         ticket: _Ticket[Item, Answer] = _Ticket(item)
         try:
             with self._lock:
-                if self._led:
+                self._replace_leader_that_left()
+                if self._leader is None:  # then nobody waits either
+                    call = _Call([ticket])
+                    self._leader = ticket
+                    self._unfinished = call
+                else:
                     ticket.turn = threading.Lock()
                     ticket.turn.acquire()
                     self._waiting.append(ticket)
-                else:  # then nobody waits either
-                    ticket.leads = True  # before _led: interrupted in between, _leave mends it
-                    self._led = True
-                    self._unfinished = _Call([ticket])
             if ticket.turn is not None:
                 self._wait(ticket, ticket.turn, deadline)
-            if ticket.leads and not ticket.done:
+            if self._leader is ticket and not ticket.done:
                 self._lead(ticket, deadline)
-            if ticket.leads:
+            if self._leader is ticket:
                 self._step_down(ticket)
         except BaseException:
-            try:
-                self._leave(ticket)
-            except BaseException:
-                self._leave(ticket)  # interrupted, while it was already leaving: what was done is not done again
-                raise
+            # First, and without a call, so that no interrupt comes before it. If one ends the rest, the threads that
+            # wait and the next one that comes see this mark and go on without this thread.
+            ticket.left = True
+            self._leave(ticket)
             raise
         finally:
             # No call before a release: an interrupt comes after a call, and then the other one is still made.
@@ -126,19 +125,29 @@ class Combiner(Generic[Item, Answer]):
         return ticket.answer
 
     def _wait(self, ticket: _Ticket[Item, Answer], turn: threading.Lock, deadline: float) -> None:
-        """Return when the ticket is done or leads."""
-        seconds = min(deadline - time.monotonic(), _LONGEST_WAIT)
-        if seconds > 0 and turn.acquire(timeout=seconds):
-            return
-        with self._lock:
-            if ticket.done:
+        """Return when the ticket is done or leads.
+
+        Its turn is released when that happens, unless interrupts have ended the thread that was to do it: so it looks
+        by itself now and then.
+        """
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining > 0 and turn.acquire(timeout=min(remaining, _LOOK_SECONDS)):
                 return
-            if ticket not in self._waiting:
-                raise DeadlineExceeded(
-                    "no answer before the deadline; it may have been applied, at most once", "unknown"
-                )
-            self._waiting.remove(ticket)  # here, under the same lock: a moment later a leader would take it along
-            raise DeadlineExceeded("not sent before the deadline: earlier calls were still waiting", "not_applied")
+            with self._lock:
+                if ticket.done:
+                    return
+                if remaining > _LOOK_SECONDS:
+                    self._replace_leader_that_left()
+                    if self._leader is ticket:
+                        return
+                    continue
+                if ticket not in self._waiting:
+                    raise DeadlineExceeded(
+                        "no answer before the deadline; it may have been applied, at most once", "unknown"
+                    )
+                self._waiting.remove(ticket)  # under the same lock: a moment later a leader would take it along
+                raise DeadlineExceeded("not sent before the deadline: earlier calls were still waiting", "not_applied")
 
     def _lead(self, ticket: _Ticket[Item, Answer], deadline: float) -> None:
         """Make the unfinished call, or one of all that wait now, and give its threads their answers."""
@@ -187,43 +196,48 @@ class Combiner(Generic[Item, Answer]):
             # without an interrupt.
             self._unfinished = None
             if self._together:
-                leader.leads = False
-                last.leads = True
+                self._leader = last
 
     def _step_down(self, ticket: _Ticket[Item, Answer]) -> None:
-        """Who waits by now goes next."""
+        """Hand over to the thread that has waited longest."""
         with self._lock:
             self._pass_on(ticket)
 
     def _disband(self, call: _Call[Item, Answer], leader: _Ticket[Item, Answer]) -> None:
         """The call never left: put its other threads back at the head of the queue."""
         with self._lock:
-            waiting = deque(member for member in call.tickets if member is not leader and not member.left)
+            waiting = deque([member for member in call.tickets if member is not leader and not member.left])
             waiting.extend(self._waiting)
             self._unfinished, self._waiting = None, waiting
 
     def _leave(self, ticket: _Ticket[Item, Answer]) -> None:
-        """This thread goes without an answer: withdraw what can be, and let nobody wait for it."""
+        """Withdraw what can be withdrawn of a thread that goes without an answer, and let nobody wait for it."""
         with self._lock:
-            ticket.left = True
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
-            if ticket.leads:
+            if self._leader is ticket:
                 self._pass_on(ticket)
+
+    def _replace_leader_that_left(self) -> None:
+        """Name another leader where the last one was interrupted before it could. Called with the lock held."""
+        if self._leader is not None and self._leader.left:
+            self._pass_on(self._leader)
 
     def _pass_on(self, leader: _Ticket[Item, Answer]) -> None:
         """Name the next leader, if anybody waits; the last one is to wake it. Called with the lock held."""
         heir: _Ticket[Item, Answer] | None = None
         if self._unfinished is not None:
-            heir = next((t for t in self._unfinished.tickets if not t.left and not t.done), None)
-            if heir is None:
+            for member in self._unfinished.tickets:  # no generator: an interrupt could strike inside it
+                if not member.left and not member.done:
+                    heir = member
+                    break
+            else:
                 self._unfinished = None
-        if heir is None and self._waiting:
-            heir = self._waiting[0]
-        # From here on without a call, and so without an interrupt: there is always one who leads, or none.
-        leader.leads = False
-        leader.heir = heir
         if heir is None:
-            self._led = False
-        else:
-            heir.leads = True
+            for member in self._waiting:
+                if not member.left:
+                    heir = member
+                    break
+        # From here on without a call, and so without an interrupt: there is always one leader, or none.
+        leader.heir = heir
+        self._leader = heir

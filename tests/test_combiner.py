@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import inf
 from queue import SimpleQueue
 from types import CodeType, FrameType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -489,12 +489,13 @@ def _moments(code: CodeType) -> frozenset[int]:
 class InterruptedAt:
     """While it is entered, one KeyboardInterrupt comes to this thread: at the nth moment when a signal could.
 
-    Only moments in `module` are counted. `place` says where it came, or is None if there were not as many moments.
+    Only moments in `module` are counted. `then` is called just before. `place` says where it came, or is None if there were not as many moments.
     """
 
-    def __init__(self, module: ModuleType, moment: int) -> None:
+    def __init__(self, module: ModuleType, moment: int, then: Callable[[], object]) -> None:
         self._file = module.__file__
         self._left = moment
+        self._then = then
         self.place: str | None = None
 
     def __enter__(self) -> "InterruptedAt":
@@ -513,8 +514,26 @@ class InterruptedAt:
             self._left -= 1
             if self._left == 0:
                 self.place = f"{frame.f_code.co_name}, line {frame.f_lineno}"
+                self._then()
                 raise KeyboardInterrupt
         return self._trace
+
+
+class InterruptedLock:
+    """A combiner's lock, which interrupts one thread the next few times that it asks for it."""
+
+    def __init__(self, combiner: Combiner[int, str], times: int) -> None:
+        self._lock, self._left, self._thread = combiner._lock, times, threading.get_ident()
+        cast(Any, combiner)._lock = self
+
+    def __enter__(self) -> None:
+        if self._left and threading.get_ident() == self._thread:
+            self._left -= 1
+            raise KeyboardInterrupt
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class Script:
@@ -579,15 +598,21 @@ class Script:
 )
 @pytest.mark.parametrize("place", [0, 1, 3], ids=["leader", "follower", "last"])
 @pytest.mark.parametrize("together", [False, True], ids=["halves", "together"])
-def test_an_interrupt_at_any_moment_leaves_nobody_waiting_and_executes_nothing_twice(
-    gives_up: str, place: int, *, together: bool
+@pytest.mark.parametrize("more", [0, 3], ids=["once", "four-times"])
+def test_interrupts_at_any_moment_leave_nobody_waiting_and_execute_nothing_twice(
+    gives_up: str, place: int, more: int, *, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For each moment at which the interpreter could run a signal's handler in this thread, interrupt it there."""
+    """For each moment at which the interpreter could run a signal's handler in this thread, interrupt it there.
+
+    :param more: interrupts that come while it leaves.
+    """
+    if more:
+        monkeypatch.setattr(combiner_module, "_LOOK_SECONDS", 0.01)
     troubles: list[str] = []
     for moment in range(1, 1000):
         script = Script(place=place, gives_up=gives_up, together=together)
         script.begin()
-        interrupt = InterruptedAt(combiner_module, moment)
+        interrupt = InterruptedAt(combiner_module, moment, partial(InterruptedLock, script.combiner, more))
         answer = ""
         with ExitStack() as stack:
             stack.callback(script.ended.set)
