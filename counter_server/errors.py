@@ -117,6 +117,10 @@ class DirectoryHeld(StartupError):
     """The data directory has a manager, which is another process."""
 
 
+class Stopped(SystemExit):
+    """This process was told to end: not an error of the code that it interrupts."""
+
+
 class BatchRefused(Exception):
     """The store's definite answer that a batch's sequence does not follow: nothing was executed."""
 

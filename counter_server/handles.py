@@ -141,7 +141,7 @@ def _answer(result: Result) -> Any:
         raise RemoteError(raised.name, raised.text, raised.traceback)
     try:
         error = kind(*plain.decode(raised.arguments))
-    except TypeError:  # one that wants other arguments than it has itself
+    except Exception:  # noqa: BLE001 - of a type that wants other arguments than it has itself
         raise RemoteError(raised.name, raised.text, raised.traceback) from None
     error.add_note(f"Raised in the manager process:\n{raised.traceback}")
     raise error

@@ -32,9 +32,10 @@ from .operations import (
     Scan,
     Set,
 )
-from .settings import Caps
+from .settings import LONGEST_DEADLINE, Caps
 
 CLIENT_LIFETIME = 3600.0  # seconds past its last use that a client is remembered; deadlines are 60 at most
+CLIENT_MINIMUM = 2 * LONGEST_DEADLINE  # seconds that a client is remembered even where there is no room for another
 KEY_LIFETIME = 86400.0  # seconds that an idempotency key is remembered
 _FORGET_EVERY = 1.0  # seconds
 _FORGET_AT_ONCE = 1000  # expired records removed in one commit, so that no commit is long
@@ -107,38 +108,80 @@ def no_room(what: str, most: int, option: str) -> Refusal:
     )
 
 
-class Door:
-    """Lets in so many clients and no more. Who was turned away stays so.
+class Clients:
+    """Remembers the last batch of each client, in the order of their last use.
 
-    A batch that was answered with a refusal may still come a second time, over a connection that its client has given
-    up; to apply it then would make the answer wrong. So the last ones that were turned away are known again.
+    :param records: what was remembered before, in that order.
+    :param most: the most clients. The client that was idle longest makes room for another, if no batch of it can
+        arrive any more.
+    :param owner: the shared object whose clients they are; empty for the counters.
     """
 
-    def __init__(self, most: float) -> None:
+    def __init__(self, records: dict[bytes, ClientRecord], most: float = inf, owner: str = "") -> None:
+        self._records = records
         self._most = most
-        self._away: dict[bytes, None] = {}
+        self._owner = owner
+        # A refused batch may arrive a second time, over a connection that its client gave up. Applying it then would
+        # make the refusal wrong, so the last clients that were turned away stay turned away.
+        self._turned_away: dict[bytes, None] = {}
 
-    def refusal(self, client: bytes, there: int) -> Refusal | None:
-        """Why a client that is not known cannot come in, if it cannot.
+    def __len__(self) -> int:
+        return len(self._records)
 
-        :param there: how many are remembered.
-        """
-        if there < self._most and client not in self._away:
+    @property
+    def records(self) -> dict[bytes, ClientRecord]:
+        """The records as they are, for a reader that keeps writers out."""
+        return self._records
+
+    def answer(self, batch: Batch, changes: Changes) -> list[Result] | BatchRefused | None:
+        """Apply the rule of sequences: return the answer to this batch, or None if it is to be executed."""
+        record = self._find(batch.client, changes)
+        last = 0 if record is None else record.sequence
+        if record is not None and batch.sequence == last:
+            return record.results
+        if batch.sequence != last + 1:
+            return BatchRefused(f"batch {batch.sequence} does not follow batch {last}")
+        return None
+
+    def admit(self, client: bytes, changes: Changes) -> Refusal | None:
+        """Make room for a client; return why there is none, if there is none."""
+        if self._find(client, changes) is not None:
             return None
-        self._away[client] = None
-        if len(self._away) > _TURNED_AWAY:
-            del self._away[next(iter(self._away))]
+        if client not in self._turned_away:
+            if len(self._records) + changes.more_clients < self._most:
+                return None
+            for idle, record in self._records.items():
+                if record.used > changes.now - CLIENT_MINIMUM:
+                    break
+                if idle not in changes.clients:
+                    changes.clients[idle] = None
+                    changes.more_clients -= 1
+                    return None
+        self._turned_away[client] = None
+        if len(self._turned_away) > _TURNED_AWAY:
+            del self._turned_away[next(iter(self._turned_away))]
         return no_room("client", int(self._most), "clients")
 
+    def remember(self, batch: Batch, results: list[Result], changes: Changes) -> None:
+        """Note the answer, for when the batch is sent again."""
+        changes.more_clients += self._find(batch.client, changes) is None
+        changes.clients[batch.client] = ClientRecord(batch.sequence, results, changes.now, self._owner)
 
-def judge(record: ClientRecord | None, sequence: int) -> list[Result] | BatchRefused | None:
-    """The rule of sequences: the answer to a client's batch of that number, or None where it is to be executed."""
-    last = 0 if record is None else record.sequence
-    if record is not None and sequence == last:
-        return record.results
-    if sequence != last + 1:
-        return BatchRefused(f"batch {sequence} does not follow batch {last}")
-    return None
+    def forget(self, changes: Changes) -> bool:
+        """Forget clients that expired; return whether there may be more."""
+        expired = _expired(self._records, changes.now - CLIENT_LIFETIME)
+        changes.clients.update(dict.fromkeys(expired))
+        return len(expired) == _FORGET_AT_ONCE
+
+    def merge(self, changes: Changes) -> None:
+        """Make the changes that were committed."""
+        for client, record in changes.clients.items():
+            self._records.pop(client, None)  # to the end: the order is that of the last use
+            if record is not None:
+                self._records[client] = record
+
+    def _find(self, client: bytes, changes: Changes) -> ClientRecord | None:
+        return changes.clients.get(client) or self._records.get(client)
 
 
 def results_of(answer: list[Result] | BatchRefused) -> list[Result]:
@@ -178,10 +221,12 @@ class Ledger:
         contents = contents or Contents()
         self._most_counters = caps.counters if caps else inf
         self._most_keys = caps.keys if caps else inf
-        self._door = Door(caps.clients if caps else inf)
         self._commit = commit
         self._counters: Any = SortedDict(contents.counters)
-        self._clients = {client: record for client, record in contents.clients.items() if not record.object}
+        self._clients = Clients(
+            {client: record for client, record in contents.clients.items() if not record.object},
+            caps.clients if caps else inf,
+        )
         self._keys = contents.keys
         last_used = [record.used for record in contents.clients.values()] + [
             known.used for known in self._keys.values()
@@ -228,7 +273,7 @@ class Ledger:
     def show(self, to: Callable[[Contents], None]) -> Contents:
         """Have `to` look at all that is remembered while nobody writes; return it."""
         with self._writing:
-            contents = Contents(self._counters, self._clients, self._keys)
+            contents = Contents(self._counters, self._clients.records, self._keys)
             to(contents)
             return contents
 
@@ -261,24 +306,20 @@ class Ledger:
 
     def _apply(self, batch: Batch, changes: Changes, refusal: Refusal | None = None) -> list[Result] | BatchRefused:
         """One batch, by the rule of sequences, its writes answered with `refusal` if there is one."""
-        client, sequence = batch.client, batch.sequence
-        record = changes.clients.get(client) or self._clients.get(client)
-        answered = judge(record, sequence)
+        answered = self._clients.answer(batch, changes)
         if answered is not None:
             return answered
-        turned_away = None
-        if record is None:
-            turned_away = self._door.refusal(client, len(self._clients) + changes.more_clients)
-            refusal = refusal or turned_away
+        turned_away = self._clients.admit(batch.client, changes)
+        refusal = refusal or turned_away
         execute = self._execute
         results = [
-            execute[type(operation)](operation, changes) if refusal is None or isinstance(operation, READS) else refusal
+            execute[type(operation)](operation, changes)
+            if refusal is None or isinstance(operation, READS)
+            else self._known_result(operation, changes) or refusal
             for operation in batch.operations
         ]
-        if turned_away is not None:
-            return results
-        changes.more_clients += record is None
-        changes.clients[client] = ClientRecord(sequence, results, changes.now)
+        if turned_away is None:
+            self._clients.remember(batch, results, changes)
         return results
 
     def _get(self, operation: Get, changes: Changes) -> int | None:
@@ -305,15 +346,19 @@ class Ledger:
         value: int | None = self._counters.get(name)
         return value
 
+    def _known_result(self, operation: Operation, changes: Changes) -> Replayed | Refusal | None:
+        """What the operation's idempotency key says of it, if the key was used: also where nothing can be written."""
+        if not isinstance(operation, Increment) or operation.key is None:
+            return None
+        known = changes.keys.get(operation.key) or self._keys.get(operation.key)
+        if known is None or known.used <= changes.now - KEY_LIFETIME:
+            return None
+        return Replayed(known.value) if known.fingerprint == operation.fingerprint() else KEY_REUSED
+
     def _increment(self, operation: Increment, changes: Changes) -> Result:
         name, key = operation.name, operation.key
-        known = None
-        if key is not None:
-            known = changes.keys.get(key) or self._keys.get(key)
-            if known is not None and known.used > changes.now - KEY_LIFETIME:
-                if known.fingerprint == operation.fingerprint():
-                    return Replayed(known.value)
-                return KEY_REUSED
+        if key is not None and (known := self._known_result(operation, changes)) is not None:
+            return known
         there = self._value(name, changes)
         current = there or 0
         value = current + operation.by
@@ -322,7 +367,7 @@ class Ledger:
             return refusal
         if there is None and len(self._counters) + changes.more_counters >= self._most_counters:
             return no_room("counter", int(self._most_counters), "counters")
-        if key is not None and known is None:
+        if key is not None and key not in changes.keys and key not in self._keys:
             if len(self._keys) + changes.more_keys >= self._most_keys:
                 return no_room("idempotency key", int(self._most_keys), "keys")
             changes.more_keys += 1
@@ -358,11 +403,10 @@ class Ledger:
     def _forget(self, changes: Changes) -> None:
         """Add the removal of what has expired: the records stand in the order of their last use."""
         self._next_forgetting = changes.now + _FORGET_EVERY
-        clients = _expired(self._clients, changes.now - CLIENT_LIFETIME)
+        more = self._clients.forget(changes)
         keys = _expired(self._keys, changes.now - KEY_LIFETIME)
-        changes.clients.update(dict.fromkeys(clients))
         changes.keys.update(dict.fromkeys(keys))
-        if _FORGET_AT_ONCE in (len(clients), len(keys)):
+        if more or len(keys) == _FORGET_AT_ONCE:
             self._next_forgetting = changes.now  # there are more: the next commit goes on
 
     def _merge(self, changes: Changes) -> None:
@@ -371,10 +415,7 @@ class Ledger:
                 self._counters.pop(name, None)
             else:
                 self._counters[name] = value
-        for client, record in changes.clients.items():
-            self._clients.pop(client, None)  # to the end: the order is that of the last use
-            if record is not None:
-                self._clients[client] = record
+        self._clients.merge(changes)
         for key, known in changes.keys.items():
             self._keys.pop(key, None)
             if known is not None:

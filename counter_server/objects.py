@@ -20,8 +20,8 @@ from typing import Any
 from msgspec import Struct
 
 from . import plain
-from .errors import BatchRefused, InvalidRequest, StartupError, StorageFull
-from .ledger import CLIENT_LIFETIME, Changes, ClientRecord, Commit, Door, judge
+from .errors import BatchRefused, InvalidRequest, StartupError, Stopped, StorageFull
+from .ledger import Changes, ClientRecord, Clients, Commit
 from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
 
 LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still under the frame limit
@@ -29,6 +29,12 @@ LARGEST_STATE = 2**20  # bytes, of a durable object's pickle
 _TELL = reprlib.Repr()  # of an object's arguments in a message: not all of a long one
 _LONGEST_TEXT = 10_000  # bytes of an error's message, and of its traceback
 _PARSING = threading.Lock()
+# By identity: a class that is not built in may have any name, and a metaclass that raises when it is compared.
+_BUILT_IN = {
+    id(kind): name
+    for name, kind in vars(builtins).items()
+    if isinstance(kind, type) and issubclass(kind, BaseException)
+}
 
 
 class Declaration(Struct, frozen=True, array_like=True):
@@ -130,8 +136,7 @@ class HostedObject:
         self.declaration = declaration
         self._clock = clock
         self._commit = commit if declaration.durable else None
-        self._clients = dict(clients or {})
-        self._door = Door(most_clients)
+        self._clients = Clients(dict(clients or {}), most_clients, declaration.name)
         self._state = b""
         try:
             if state is not None and self._commit is not None:
@@ -142,10 +147,10 @@ class HostedObject:
             if self._commit is not None:
                 self._state = state or self._pickled()
                 self._unpickled(self._state)
-        except Exception as error:
-            raise StartupError(
-                f"the shared object {declaration} cannot be made: {type(error).__name__}: {error}"
-            ) from error
+        except Stopped:
+            raise
+        except BaseException as error:
+            raise StartupError(f"the shared object {declaration} cannot be made: {_described(error)}") from error
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -155,29 +160,26 @@ class HostedObject:
     def apply(self, batch: Batch) -> list[Result] | BatchRefused:
         """Make a batch's calls, in order, unless it was made before."""
         with self._lock:
-            record = self._clients.get(batch.client)
-            answered = judge(record, batch.sequence)
+            changes = Changes(self._clock())
+            answered = self._clients.answer(batch, changes)
             if answered is not None:
                 return answered
-            turned_away = self._door.refusal(batch.client, len(self._clients)) if record is None else None
+            turned_away = self._clients.admit(batch.client, changes)
             if turned_away is not None:
                 return list[Result](turned_away for _ in batch.operations)
-            changes = Changes(self._clock())
+            self._clients.forget(changes)
             results = self._call_all(batch, changes)
-            self._remember(batch, results, changes)
+            self._clients.remember(batch, results, changes)
             try:
                 if self._commit is not None:
                     self._commit(changes)
             except StorageFull as error:
                 self._object = self._unpickled(self._state)
                 results = list[Result](Refusal("storage_full", str(error)) for _ in batch.operations)
-                self._remember(batch, results, changes)
+                self._clients.remember(batch, results, changes)
             else:
                 self._state = changes.objects.get(self.declaration.name, self._state)
-            for client, known_or_none in changes.clients.items():
-                self._clients.pop(client, None)
-                if known_or_none is not None:
-                    self._clients[client] = known_or_none
+            self._clients.merge(changes)
             return results
 
     def _call_all(self, batch: Batch, changes: Changes) -> list[Result]:
@@ -189,21 +191,16 @@ class HostedObject:
         for operation in batch.operations:
             result = self._call(operation)
             try:
-                state = self._pickled()
-            except InvalidRequest as error:
+                new = self._pickled()
+                if new != state:
+                    self._unpickled(new)  # what cannot be loaded again is not kept
+                    state = new
+            except (InvalidRequest, StartupError) as error:
                 self._object = self._unpickled(state)
-                result = Refusal("invalid", str(error))
+                result = Refusal("invalid", f"{error}; the call was undone")
             results.append(result)
         changes.objects[self.declaration.name] = state
         return results
-
-    def _remember(self, batch: Batch, results: list[Result], changes: Changes) -> None:
-        """Note the answer for when the batch is sent again, and forget those that never will be."""
-        changes.clients[batch.client] = ClientRecord(batch.sequence, results, changes.now, self.declaration.name)
-        for client, known in self._clients.items():
-            if known.used > changes.now - CLIENT_LIFETIME:
-                break
-            changes.clients.setdefault(client, None)
 
     def _unpickled(self, state: bytes) -> Any:
         """What was pickled here, or by an earlier manager into a file of this user alone.
@@ -212,14 +209,18 @@ class HostedObject:
         """
         try:
             return _Unpickler(state, self.declaration).load()
-        except Exception as error:
-            raise StartupError(f"{self.declaration} cannot be made of what was kept of it: {error!r}") from error
+        except BaseException as error:
+            raise StartupError(
+                f"{self.declaration} cannot be made of what was kept of it: {_described(error)}"
+            ) from error
 
     def _pickled(self) -> bytes:
         try:
             state = pickle.dumps(self._object, pickle.HIGHEST_PROTOCOL)
-        except Exception as error:
-            raise InvalidRequest(f"{self.declaration} cannot be pickled, and so not be durable: {error}") from error
+        except BaseException as error:
+            raise InvalidRequest(
+                f"{self.declaration} cannot be pickled, and so not be durable: {_described(error)}"
+            ) from error
         if len(state) > LARGEST_STATE:
             raise InvalidRequest(f"{self.declaration} has a state of {len(state)} bytes; at most {LARGEST_STATE}")
         return state
@@ -227,35 +228,45 @@ class HostedObject:
     def _call(self, operation: object) -> Result:
         if not isinstance(operation, Invoke):
             return Refusal("unsupported", f"{self.declaration.name} is a shared object, not a counter")
-        if not callable(getattr(type(self._object), operation.method, None)):
-            return Refusal("unsupported", f"{self.declaration} has no public method {operation.method!r}")
         try:
+            if not callable(getattr(type(self._object), operation.method, None)):
+                return Refusal("unsupported", f"{self.declaration} has no public method {operation.method!r}")
             arguments, keywords = plain.decode(operation.arguments)
             value = getattr(self._object, operation.method)(*arguments, **keywords)
-            return Returned(plain.encode(value, f"the result of {self.declaration.qualname}.{operation.method}"))
+            try:
+                return Returned(plain.encode(value, f"the result of {self.declaration.qualname}.{operation.method}"))
+            except InvalidRequest as error:
+                raise InvalidRequest(f"{error}; the call was made, and its result is lost") from None
         except BaseException as error:  # noqa: BLE001 - it is for the method's caller, whatever it is
             return _raised(error)
 
 
 def _raised(error: BaseException) -> Raised:
-    """What is told of a method's error. Nothing may fail here: the call was made, and has to be remembered."""
-    name, arguments = type(error).__qualname__, None
-    try:
-        text = str(error)
-    except Exception as untold:  # noqa: BLE001 - its class is somebody else's
-        text = f"({type(untold).__name__} in telling it)"
-    text = _told(text, slice(_LONGEST_TEXT))
-    if isinstance(error, Exception) and getattr(builtins, name, None) is type(error):
+    """Describe a method's error. Nothing may fail here: the call was made, and has to be remembered."""
+    kind = type(error)
+    built_in = _BUILT_IN.get(id(kind))
+    name = built_in or _text(lambda: f"{kind.__module__}.{kind.__qualname__}")
+    text = _text(lambda: str(error))
+    trace = _text(lambda: "".join(traceback.format_exception(error)), slice(-_LONGEST_TEXT, None))
+    arguments = None
+    if built_in and isinstance(error, Exception):
         try:
             arguments = plain.encode(error.args, "an error")
         except InvalidRequest:
             arguments = plain.encode((text,), "an error")
-    elif type(error).__module__ != "builtins":
-        name = f"{type(error).__module__}.{name}"
-    trace = _told("".join(traceback.format_exception(error)), slice(-_LONGEST_TEXT, None))
-    return Raised(_told(name, slice(_LONGEST_TEXT)), text, trace, arguments)
+    return Raised(name, text, trace, arguments)
 
 
-def _told(text: str, part: slice) -> str:
-    """Text that can be sent, as not all that Python has in a `str` can be."""
-    return text.encode(errors="backslashreplace")[part].decode(errors="ignore")
+def _described(error: BaseException) -> str:
+    return f"{_text(lambda: type(error).__name__)}: {_text(lambda: str(error))}"
+
+
+def _text(describe: Callable[[], str], part: slice = slice(_LONGEST_TEXT)) -> str:
+    """Return what `describe` says, as text that can be sent: not all that Python has in a `str` can be.
+
+    An error is of somebody else's class, each method of which may raise anything or return something strange.
+    """
+    try:
+        return str.encode(describe(), errors="backslashreplace")[part].decode(errors="ignore")
+    except BaseException:  # noqa: BLE001 - the class's own code
+        return "(it cannot be described)"

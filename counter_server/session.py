@@ -5,11 +5,13 @@ import random
 import time
 from dataclasses import dataclass
 
-from .errors import BatchRefused, CounterServerError, DeadlineExceeded, Disconnected, OutcomeUnknown
-from .operations import READS, Batch, Operation, Result
+from .errors import BatchRefused, CounterServerError, DeadlineExceeded, Disconnected, OutcomeUnknown, StateLost
+from .ledger import CLIENT_LIFETIME
+from .operations import READS, Batch, Operation, Refusal, Result
 from .stores.base import Store
 
 _FIRST_PAUSE = 0.005  # seconds before a batch is sent again; doubles
+_KNOWN_SECONDS = CLIENT_LIFETIME / 2  # that a store surely remembers a client, whose clock may not be this one
 _LONGEST_PAUSE = 0.2  # seconds; a manager that comes back is found within this
 
 
@@ -38,6 +40,7 @@ class Session:
         """Become a new client, of whom the store knows nothing: after a fork, a refusal, an unknown outcome."""
         self._client = os.urandom(16)
         self._sequence = 0  # of the last batch of writes that was answered
+        self._known_until = 0.0  # in `time.monotonic` seconds: until then the store has to know that batch
         self._exchange: _Exchange | None = None
 
     def apply(self, operations: list[Operation], deadline: float) -> list[Result]:
@@ -55,7 +58,9 @@ class Session:
             exchange = self._exchange = self._begin(operations)
         if exchange.results is None:
             results = self._exchange_until(exchange, deadline)
-            self._sequence = exchange.batch.sequence or self._sequence  # first: without results it is sent again
+            if exchange.batch.sequence:
+                self._sequence = exchange.batch.sequence  # first: without results it is sent again
+                self._known_until = time.monotonic() + _KNOWN_SECONDS if _is_remembered(results) else 0.0
             exchange.results = results
         return exchange.results
 
@@ -86,7 +91,14 @@ class Session:
                     raise OutcomeUnknown(
                         f"{self._store} has lost its memory of this call; it may have been counted before, at most once"
                     ) from error
+                must_be_known = time.monotonic() < self._known_until
                 self.renew()
+                if must_be_known:
+                    raise StateLost(
+                        f"{self._store} has lost its memory of what this process counted: it was put back, truncated or"
+                        " emptied, or has more clients than it can remember; nothing was counted now, and the next call"
+                        " goes on from what it holds"
+                    ) from error
                 self._exchange = exchange
                 exchange.batch = self._begin(exchange.operations).batch
                 exchange.sent = False
@@ -107,3 +119,8 @@ class Session:
         return DeadlineExceeded(
             f"{self._store} could not be reached in time ({reason}); nothing was counted", "not_applied"
         )
+
+
+def _is_remembered(results: list[Result]) -> bool:
+    """Whether the store could write down that it gave these results, and not only keep them in its memory."""
+    return not any(isinstance(result, Refusal) and result.code == "storage_full" for result in results)

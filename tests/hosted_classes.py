@@ -1,6 +1,8 @@
 """Classes that tests share between processes; the manager imports them from here."""
 
 import threading
+from collections.abc import Iterator
+from typing import Any, cast
 
 
 class SomeObj:
@@ -60,9 +62,17 @@ class Awkward:
 
     def fail(self, how: str) -> None:
         self.calls += 1
+        misplaced, noted = SyntaxError("misplaced"), OwnError("noted")
+        misplaced.lineno, misplaced.text = cast(Any, ("not", "a", "line")), cast(Any, 5)
+        vars(noted)["__notes__"] = Untellable()
         raise {
+            "a place that is none": misplaced,
+            "notes that end the program": noted,
+            "a message that ends the program": UntellableError(SystemExit),
+            "a strange message": StrangeError(),
+            "a class that raises": HostileError(),
             "a number too long for str()": KeyError(10**5000),
-            "a message that cannot be made": UntellableError(),
+            "a message that cannot be made": UntellableError(RuntimeError),
             "a message that cannot be encoded": ValueError("\ud800"),
             "a message longer than a frame": OwnError("x" * 2**25),
             "arguments longer than a frame": ValueError("y" * 2**25),
@@ -78,7 +88,70 @@ class Awkward:
 
 class UntellableError(Exception):
     def __str__(self) -> str:
-        raise RuntimeError("never")
+        raise self.args[0]("never")
+
+
+class Untellable:
+    def __iter__(self) -> Iterator[str]:
+        raise SystemExit(4)
+
+    __repr__ = __iter__  # type: ignore[assignment]
+
+
+class StrangeText(str):
+    __slots__ = ()
+
+    def encode(self, *_: object, **__: object) -> bytes:
+        raise SystemExit(5)
+
+    __getitem__ = __len__ = __str__ = encode  # type: ignore[assignment]
+
+
+class StrangeError(Exception):
+    def __str__(self) -> str:
+        return StrangeText("strange")
+
+
+class Hostile(type):
+    """A class whose every question ends the program."""
+
+    def _raise(cls, *_: object) -> Any:
+        raise SystemExit(6)
+
+    __eq__ = __hash__ = _raise
+    __module__ = property(_raise)
+    __name__ = property(_raise)
+
+
+class HostileError(Exception, metaclass=Hostile):
+    pass
+
+
+class Spoiled:
+    """A durable object whose state a call can make impossible to keep; each call leaves a line in a file."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.spoiled: object = None
+
+    def spoil(self, how: str, file: str) -> None:
+        with open(file, "a") as lines:
+            lines.write("called\n")
+        self.calls += 1
+        self.spoiled = {
+            "not pickled": threading.Lock(),
+            "the end of the program": Unpicklable(),
+            "not loaded again": TwoArgumentsError(1, 2),
+        }[how]
+
+    def count(self) -> int:
+        self.calls += 1
+        return self.calls
+
+
+class Unpicklable:
+    def __getstate__(self) -> object:
+        raise SystemExit(7)
 
 
 class TwoArgumentsError(Exception):

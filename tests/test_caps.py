@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from counter_server import StoreOptions, open_state
 from counter_server.errors import BatchRefused, DeadlineExceeded, StorageFull
-from counter_server.ledger import CLIENT_LIFETIME, KEY_LIFETIME, Changes, Door, Ledger
+from counter_server.ledger import CLIENT_LIFETIME, CLIENT_MINIMUM, KEY_LIFETIME, Changes, Clients, Ledger
 from counter_server.manager.client import StateProxy
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.wire import connect
@@ -173,10 +173,32 @@ def test_a_client_too_many_may_read_but_not_write_and_is_not_remembered(monkeypa
 
 def test_a_batch_that_was_turned_away_is_not_applied_when_it_comes_late_and_there_is_room() -> None:
     """A copy of it may be on its way over a connection that its client has given up, having been told."""
-    door = Door(1)
-    assert door.refusal(b"a" * 16, there=1) is not None
-    assert door.refusal(b"a" * 16, there=0) is not None
-    assert door.refusal(b"b" * 16, there=0) is None
+    clients = Clients({}, 0)
+    assert clients.admit(b"a" * 16, Changes(0.0)) is not None
+    clients._most = 1
+    assert clients.admit(b"a" * 16, Changes(0.0)) is not None
+    assert clients.admit(b"b" * 16, Changes(0.0)) is None
+
+
+def test_the_client_that_is_idle_longest_makes_room_for_another() -> None:
+    now = [0.0]
+    ledger = Ledger(clock=lambda: now[0], caps=Caps(clients=2))
+    early, late, new, newer = (os.urandom(16) for _ in range(4))
+    assert apply(ledger, Increment("a"), client=early) == [1]
+    now[0] = 10.0
+    assert apply(ledger, Increment("a"), client=late) == [2]
+    now[0] = CLIENT_MINIMUM - 1
+    assert "--max-clients" in words(apply(ledger, Increment("a"))[0])
+    now[0] = CLIENT_MINIMUM
+    # Two in one commit: there is room for the first of them only.
+    answers = ledger.apply([Batch(new, 1, [Increment("a")]), Batch(newer, 1, [Increment("a")])])
+    assert answers[0] == [3]
+    assert isinstance(answers[1], list)
+    assert "--max-clients" in words(answers[1][0])
+    assert ledger.clients == 2
+    assert apply(ledger, Increment("a"), client=late, sequence=2) == [4]
+    assert apply(ledger, Increment("a"), client=new, sequence=2) == [5]
+    assert isinstance(ledger.apply([Batch(early, 2, [Increment("a")])])[0], BatchRefused)
 
 
 def test_a_shared_object_lets_in_no_more_clients_either() -> None:

@@ -489,10 +489,11 @@ def _moments(code: CodeType) -> frozenset[int]:
 class InterruptedAt:
     """While it is entered, one KeyboardInterrupt comes to this thread: at the nth moment when a signal could.
 
-    Only moments in `module` are counted. `then` is called just before. `place` says where it came, or is None if there were not as many moments.
+    Only moments in `module` are counted. `then` is called just before. `place` says where it came, or is None if there
+    were not as many moments.
     """
 
-    def __init__(self, module: ModuleType, moment: int, then: Callable[[], object]) -> None:
+    def __init__(self, module: ModuleType, moment: int, then: Callable[[], object] = lambda: None) -> None:
         self._file = module.__file__
         self._left = moment
         self._then = then

@@ -583,6 +583,14 @@ def test_a_batch_that_was_applied_is_answered_as_before_when_it_comes_again_to_a
     assert call.resend(Increment("a")) == [1]
 
 
+def test_a_full_disk_answers_a_known_key_with_its_number(call: Caller, disk: Disk) -> None:
+    assert call(Increment("a", key="k")) == [1]
+    disk.error = StorageFull("no room")
+    known, reused, fresh = call(Increment("a", key="k"), Increment("b", key="k"), Increment("a", key="l"))
+    assert known == Replayed(1)
+    assert [code_of(reused), code_of(fresh)] == ["key_reused", "storage_full"]
+
+
 def test_a_full_disk_does_not_forget_anybody(clock: Clock, call: Caller, disk: Disk) -> None:
     call(Increment("a", key="k"))
     clock.now += CLIENT_LIFETIME + 1
@@ -657,11 +665,16 @@ class Model:
         if batch.sequence != sequence + 1:
             return None
         results = [
-            Refusal("storage_full", "") if full and not isinstance(operation, Get | Scan) else self.execute(operation)
+            Refusal("storage_full", "")
+            if full and not self.is_answered_from_memory(operation)
+            else self.execute(operation)
             for operation in batch.operations
         ]
         self.last[batch.client] = (batch.sequence, results)
         return results
+
+    def is_answered_from_memory(self, operation: Operation) -> bool:
+        return isinstance(operation, Get | Scan) or (isinstance(operation, Increment) and operation.key in self.keys)
 
     def execute(self, operation: Operation) -> Result:
         match operation:

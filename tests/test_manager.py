@@ -23,7 +23,6 @@ from msgspec import msgpack
 
 from counter_server import State
 from counter_server.errors import AccessDenied, DeadlineExceeded
-from counter_server.journal import JournalFailed
 from counter_server.ledger import Changes, Ledger
 from counter_server.manager import client as client_module
 from counter_server.manager.client import StateProxy
@@ -259,7 +258,7 @@ def test_batches_of_workers_that_wait_at_the_same_time_share_a_commit() -> None:
         begun.set()
         assert go_on.wait(PATIENCE)
 
-    def fail(error: JournalFailed) -> NoReturn:
+    def fail(error: BaseException) -> NoReturn:
         raise error
 
     service = LedgerService(Ledger(commit=commit), fail)
@@ -282,7 +281,7 @@ def test_batches_of_workers_that_wait_at_the_same_time_share_a_commit() -> None:
 
 
 def test_in_memory_each_batch_has_a_commit_of_its_own_and_none_is_lost() -> None:
-    def fail(error: JournalFailed) -> NoReturn:
+    def fail(error: BaseException) -> NoReturn:
         raise error
 
     service = LedgerService(Ledger(), fail, in_memory=True)

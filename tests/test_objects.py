@@ -22,7 +22,7 @@ from counter_server.ledger import Changes
 from counter_server.objects import LARGEST_STATE, HostedObject, declare
 from counter_server.operations import Batch, Invoke, Refusal, Returned
 from counter_server.plain import LARGEST_VALUE
-from tests.hosted_classes import Awkward, OneWay, OwnError, Refusing, Slow, SomeObj, Toolbox, not_a_class
+from tests.hosted_classes import Awkward, OneWay, OwnError, Refusing, Slow, SomeObj, Spoiled, Toolbox, not_a_class
 from tests.launchers import LAUNCHERS, launch
 from tests.load import at_once, spawn, visit
 from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, holder
@@ -330,15 +330,35 @@ def test_a_running_manager_hosts_what_it_was_started_with(on_demand: str) -> Non
         ("arguments longer than a frame", ValueError),
         ("arguments that do not make it again", RemoteError),
         ("a group", RemoteError),
+        ("a place that is none", (SyntaxError, RemoteError)),
+        ("notes that end the program", RemoteError),
+        ("a message that ends the program", RemoteError),
+        ("a strange message", RemoteError),
+        ("a class that raises", RemoteError),
         ("the end of the program", RemoteError),
         ("Ctrl-C", RemoteError),
     ],
 )
-def test_a_method_whose_error_is_hard_to_tell_was_called_once(state: State, how: str, kind: type) -> None:
+def test_a_method_whose_error_is_hard_to_tell_was_called_once(state: State, how: str, kind: Any) -> None:
     awkward = state.object("awkward", Awkward)
     with pytest.raises(kind):
         awkward.fail(how)
     assert awkward.count() == 1
+
+
+@pytest.mark.parametrize("how", ["not pickled", "the end of the program", "not loaded again"])
+def test_a_call_whose_state_cannot_be_kept_is_made_once_and_undone(
+    how: str, on_demand: str, data_dir: Path, tmp_path: Path
+) -> None:
+    with patient(on_demand) as state:
+        spoiled = state.object("spoiled", Spoiled, durable=True)
+        assert spoiled.count() == 1
+        with pytest.raises(InvalidRequest, match="the call was undone"):
+            spoiled.spoil(how, str(tmp_path / "calls"))
+        assert (tmp_path / "calls").read_text() == "called\n"
+        assert spoiled.count() == 2
+        end_manager(data_dir / "manager.lock")
+        assert spoiled.count() == 3
 
 
 # What goes wrong between a program and its manager

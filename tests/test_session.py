@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from math import inf
 
 import pytest
 
@@ -15,8 +16,8 @@ from counter_server.errors import (
     OutcomeUnknown,
     StateLost,
 )
-from counter_server.ledger import Ledger
-from counter_server.operations import Batch, Get, Increment, Operation, Result, Scan
+from counter_server.ledger import CLIENT_LIFETIME, Ledger
+from counter_server.operations import Batch, Get, Increment, Operation, Refusal, Result, Scan
 from counter_server.session import Session
 from tests.processes import PATIENCE
 from tests.test_combiner import InterruptedAt
@@ -293,23 +294,33 @@ def test_a_list_that_is_finished_is_answered_again_without_the_store() -> None:
     assert store.numbers == [1, 2]
 
 
-def test_a_refusal_of_what_was_never_sent_before_is_answered_by_a_new_client_and_applied() -> None:
-    store = FakeStore(answers(1), REFUSED, answers(2), answers(3))
+@pytest.mark.parametrize("before", [[], [NOT_SENT]], ids=["at-once", "after-an-attempt-that-never-left"])
+def test_a_refusal_after_an_answer_is_proof_of_a_rollback(before: list[Step]) -> None:
+    store = FakeStore(answers(1), *before, REFUSED, answers(1))
     session = Session(store)
     session.apply(write(), in_time())
-    assert session.apply(write("b"), in_time()) == [2]
-    assert session.apply(write(), in_time()) == [3]
+    with pytest.raises(StateLost) as caught:
+        session.apply(write(), in_time())
+    assert caught.value.outcome == "not_applied"
+    assert session.apply(write(), in_time()) == [1]
+    assert store.clients == [0] * (len(before) + 2) + [1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "idle"),
+    [(answers(1), CLIENT_LIFETIME), (answers(Refusal("storage_full", "")), 0.0)],
+    ids=["was-idle-for-long", "had-no-room"],
+)
+def test_a_client_that_the_store_may_have_forgotten_becomes_a_new_one(answer: Step, idle: float, clock: Clock) -> None:
+    store = FakeStore(answer, REFUSED, answers(2), answers(3))
+    session = Session(store)
+    session.apply(write(), in_time())
+    clock.now += idle
+    assert session.apply(write("b"), inf) == [2]
+    assert session.apply(write(), inf) == [3]
     assert store.numbers == [1, 2, 1, 2]
     assert store.clients == [0, 0, 1, 1]
     assert store.batches[2].operations == store.batches[1].operations
-
-
-def test_a_refusal_after_an_attempt_that_never_left_is_a_refusal_of_what_was_never_sent() -> None:
-    store = FakeStore(answers(1), NOT_SENT, REFUSED, answers(2))
-    session = Session(store)
-    session.apply(write(), in_time())
-    assert session.apply(write(), in_time()) == [2]
-    assert store.clients == [0, 0, 0, 1]
 
 
 def test_a_refused_batch_counts_as_never_sent_when_it_has_another_number() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from ..errors import StartupError
+from ..errors import StartupError, Stopped
 from .directory import DataDirectory
 from .wire import Listener
 
@@ -25,16 +25,19 @@ Lifeline = multiprocessing.connection.Connection  # to the supervisor: its end i
 
 
 def stop(_number: int, _frame: object) -> NoReturn:
-    raise SystemExit(0)
+    raise Stopped(0)
 
 
-def fail(error: Exception) -> NoReturn:
+def fail(error: BaseException) -> NoReturn:
     """Stop at once, with nothing answered: what the disk says at the next start is what happened."""
-    print(
-        f"manager: {error}; what was being written is unknown; stopping to start again from the disk", file=sys.stderr
-    )
-    sys.stderr.flush()
-    os._exit(_EXIT_JOURNAL_FAILED)
+    try:
+        reason = str(error) or type(error).__name__
+        sys.stderr.write(
+            f"manager: {reason}; what was being written is unknown; stopping to start again from the disk\n"
+        )
+        sys.stderr.flush()
+    finally:  # also where there is no memory left for a message
+        os._exit(_EXIT_JOURNAL_FAILED)
 
 
 def keep_found(

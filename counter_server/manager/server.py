@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 from msgspec import MsgspecError, msgpack
 
 from ..errors import BatchRefused, StartupError
-from ..journal import Journal, JournalFailed
+from ..journal import Journal
 from ..ledger import Contents, Ledger, results_of
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
@@ -309,9 +309,10 @@ def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, con
 
     def apply(batch: Batch) -> list[Result]:
         try:
-            return results_of(hosted.apply(batch))
-        except (JournalFailed, StartupError) as error:  # or it could not be put back to what it was
+            answer = hosted.apply(batch)
+        except BaseException as error:  # noqa: BLE001 - the object returns what it refuses; after all else memory may differ
             fail(error)
+        return results_of(answer)
 
     return Hosted({"apply": Method(apply, decode)}, epoch, declaration)
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from ..combiner import Combiner
 from ..errors import BatchRefused, StartupError
-from ..journal import Journal, JournalFailed
+from ..journal import Journal
 from ..ledger import Ledger, results_of
 from ..operations import Batch, Result
 from ..settings import Durability
@@ -27,7 +27,7 @@ class LedgerService:
         round trip is a fifth shorter for it.)
     """
 
-    def __init__(self, ledger: Ledger, fail: Callable[[JournalFailed], NoReturn], *, in_memory: bool = False) -> None:
+    def __init__(self, ledger: Ledger, fail: Callable[[BaseException], NoReturn], *, in_memory: bool = False) -> None:
         self._ledger = ledger
         self._fail = fail
         self._alone = threading.Lock() if in_memory else None  # held through a commit that is not shared
@@ -52,7 +52,7 @@ class LedgerService:
         began = time.monotonic()
         try:
             answers = self._ledger.apply(batches)
-        except JournalFailed as error:
+        except BaseException as error:  # noqa: BLE001 - the ledger returns what it refuses; after all else memory may differ
             self._fail(error)
         self.commit_seconds += time.monotonic() - began
         self.commits += 1

@@ -7,7 +7,7 @@ Whatever comes, the connection is served or closed, only valid batches change an
 
 import socket
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from tests.fuzz.fuzzing import fuzz, instrumented
 
@@ -24,7 +24,7 @@ from counter_server.operations import LARGEST, SMALLEST, Batch, check_name  # no
 _decode_batch = msgpack.Decoder(tuple[Batch]).decode
 
 
-def _fail(error: Exception) -> Any:
+def _fail(error: BaseException) -> NoReturn:
     raise error
 
 

@@ -1,0 +1,137 @@
+"""An error that nobody thought of, at every line between a change and its remembered answer: nothing counts twice.
+
+The disk is the truth: where an error comes after the first change, the process ends, and the next one reads it.
+"""
+
+import linecache
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, cast
+
+import pytest
+
+from counter_server import combiner, journal, ledger, objects, plain
+from counter_server.errors import BatchRefused
+from counter_server.journal import Journal
+from counter_server.ledger import Ledger
+from counter_server.manager import server, services
+from counter_server.manager.services import LedgerService
+from counter_server.objects import declare
+from counter_server.operations import Batch, Increment, Invoke, Raised, Refusal, Result, Returned
+from counter_server.settings import Caps
+from tests.hosted_classes import SomeObj
+
+FILES = {module.__file__ for module in (combiner, journal, ledger, objects, server, services)}
+CLIENT = b"c" * 16
+
+Apply = Callable[[Batch], list[Result]]
+
+
+class Ended(BaseException):
+    """Stands for the end of the manager process."""
+
+
+def end(_error: BaseException) -> NoReturn:
+    raise Ended
+
+
+@contextmanager
+def error_at(line: int, error: type[BaseException]) -> Iterator[list[str]]:
+    """Raise an error at the nth line that is executed in the core; give the place where it came.
+
+    The end of a `with` block is passed over: an error between the block and the release of its lock is none that the
+    interpreter can raise.
+    """
+    places: list[str] = []
+    left = [line]
+    entered: set[tuple[FrameType, int]] = set()
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_code.co_filename not in FILES or places:
+            return None
+        is_with = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
+        if event == "line" and not (is_with and (frame, frame.f_lineno) in entered):
+            if is_with:
+                entered.add((frame, frame.f_lineno))
+            left[0] -= 1
+            if left[0] == 0:
+                places.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+                raise error
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield places
+    finally:
+        sys.settrace(before)
+
+
+def counters(kept: Journal) -> Apply:
+    return LedgerService(Ledger(kept.load(), kept.commit, caps=Caps()), end).apply
+
+
+def hosted_object(kept: Journal) -> Apply:
+    contents = kept.load()
+    declaration = declare("obj", SomeObj, (0,), {}, durable=True)
+    return server._host(declaration, Ledger(contents), kept, contents, Caps()).methods["apply"].function
+
+
+def numbers(results: list[Result]) -> list[int]:
+    """The numbers that were given: none for an object's call that raised the error, or was refused and undone."""
+    return [
+        plain.decode(result.value) if isinstance(result, Returned) else cast(int, result)
+        for result in results
+        if not isinstance(result, Raised | Refusal)
+    ]
+
+
+@pytest.mark.parametrize("error", [MemoryError, SystemExit])
+@pytest.mark.parametrize(
+    ("serve", "operation"),
+    [(counters, Increment("c")), (hosted_object, Invoke("query", plain.encode(((), {}), "nothing")))],
+    ids=["counters", "object"],
+)
+def test_an_error_at_any_line_counts_nothing_twice(
+    serve: Callable[[Journal], Apply],
+    operation: Any,
+    error: type[BaseException],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "fail", end)
+    monkeypatch.setattr(journal, "_SYNCHRONOUS", {"process": "OFF"})  # nothing is killed here
+    ended = 0
+    for line in range(1, 2000):
+        with ExitStack() as stack:
+
+            def start(path: Path = tmp_path / f"{line}.sqlite3", stack: ExitStack = stack) -> Apply:
+                stack.close()  # the process before has ended, and its locks with it
+                return serve(stack.enter_context(closing(Journal(path, "process"))))
+
+            apply = start()
+            assert numbers(apply(Batch(CLIENT, 1, [operation]))) == [1]
+            batch = Batch(CLIENT, 2, [operation, operation])
+            answer: list[int] | None = None
+            with error_at(line, error) as places:
+                try:
+                    answer = numbers(apply(batch))
+                except Ended:
+                    ended += 1
+                    apply = start()  # the next process reads what was committed
+                except (error, BatchRefused):
+                    pass  # the connection is closed, and the client sends the batch again
+            if not places:
+                break
+            again = numbers(apply(batch))
+            assert answer in (None, again), places
+            (following,) = numbers(apply(Batch(CLIENT, 3, [operation])))
+            assert sorted({1, *again, following}) == [1, *again, following], places
+            assert len(again) + 2 <= following <= 4, places
+            assert serve is hosted_object or again == [2, 3], places
+    else:
+        pytest.fail("there were more lines than any code should have")
+    assert ended > 10
