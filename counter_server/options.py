@@ -13,7 +13,8 @@ _SMALLEST_JOURNAL = 2**20  # bytes
 _CAPS = {
     "counters": "Beyond so many counters no other one is made; those that are there count on.",
     "keys": "Beyond so many idempotency keys no other one is taken, until some are 24 hours old.",
-    "clients": "Beyond so many clients (one for each process that wrote in the last hour) no other one may write.",
+    "clients": "Maximum number of remembered clients, one for each process that wrote in the last hour. Beyond it, the"
+    " one that is idle longest is forgotten.",
     "journal_bytes": "Beyond so many bytes the journal is full: writes are refused, and reads go on.",
     "connections": "Beyond so many connections the next ones wait.",
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .errors import BatchRefused, CounterServerError, DeadlineExceeded, Disconnected, OutcomeUnknown, StateLost
 from .ledger import CLIENT_LIFETIME
-from .operations import READS, Batch, Operation, Refusal, Result
+from .operations import READS, Batch, Operation, Refusal, Replayed, Result
 from .stores.base import Store
 
 _FIRST_PAUSE = 0.005  # seconds before a batch is sent again; doubles
@@ -122,5 +122,8 @@ class Session:
 
 
 def _is_remembered(results: list[Result]) -> bool:
-    """Whether the store could write down that it gave these results, and not only keep them in its memory."""
-    return not any(isinstance(result, Refusal) and result.code == "storage_full" for result in results)
+    """Whether the store has surely written down that it gave these results, also if its disk is full."""
+    return not any(
+        isinstance(result, Replayed) or (isinstance(result, Refusal) and result.code == "storage_full")
+        for result in results
+    )

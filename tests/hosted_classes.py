@@ -118,9 +118,10 @@ class Hostile(type):
     def _raise(cls, *_: object) -> Any:
         raise SystemExit(6)
 
-    __eq__ = __hash__ = _raise
-    __module__ = property(_raise)
-    __name__ = property(_raise)
+    __eq__ = _raise
+    __hash__ = _raise  # type: ignore[assignment]
+    __module__ = property(_raise)  # pyright: ignore[reportAssignmentType]
+    __name__ = property(_raise)  # pyright: ignore[reportAssignmentType]
 
 
 class HostileError(Exception, metaclass=Hostile):

@@ -17,7 +17,7 @@ from counter_server.errors import (
     StateLost,
 )
 from counter_server.ledger import CLIENT_LIFETIME, Ledger
-from counter_server.operations import Batch, Get, Increment, Operation, Refusal, Result, Scan
+from counter_server.operations import Batch, Get, Increment, Operation, Refusal, Replayed, Result, Scan
 from counter_server.session import Session
 from tests.processes import PATIENCE
 from tests.test_combiner import InterruptedAt
@@ -308,8 +308,8 @@ def test_a_refusal_after_an_answer_is_proof_of_a_rollback(before: list[Step]) ->
 
 @pytest.mark.parametrize(
     ("answer", "idle"),
-    [(answers(1), CLIENT_LIFETIME), (answers(Refusal("storage_full", "")), 0.0)],
-    ids=["was-idle-for-long", "had-no-room"],
+    [(answers(1), CLIENT_LIFETIME), (answers(Refusal("storage_full", "")), 0.0), (answers(Replayed(1)), 0.0)],
+    ids=["was-idle-for-long", "had-no-room", "was-given-a-known-number"],
 )
 def test_a_client_that_the_store_may_have_forgotten_becomes_a_new_one(answer: Step, idle: float, clock: Clock) -> None:
     store = FakeStore(answer, REFUSED, answers(2), answers(3))

@@ -1,5 +1,6 @@
 """The manager process: it holds the ledger, and answers the proxies of the workers."""
 
+import _thread
 import gc
 import logging
 import multiprocessing
@@ -102,7 +103,8 @@ class StateServer(Server):
                 continue
             self._count(+1)
             try:
-                threading.Thread(target=self.handle_request, args=(connection,), daemon=True).start()
+                # Not `threading.Thread`: its `start` waits for ever if the new thread dies without memory.
+                _thread.start_new_thread(self.handle_request, (connection,))
             except RuntimeError as error:
                 log.warning("a connection was closed: %s", error)
                 self._count(-1)
@@ -128,6 +130,8 @@ class StateServer(Server):
         except (OSError, AuthenticationError, AssertionError, MsgspecError, ValueError) as error:
             # AssertionError and ValueError: the standard handshake's words for a peer that talks nonsense.
             log.warning("a connection was closed: %s: %s", type(error).__name__, error)
+        except MemoryError as error:
+            fail(error)
         finally:
             self._count(-1)
             conn.close()
@@ -217,6 +221,7 @@ def serve(
     :raises StartupError: if the directory, its lock, journal or socket cannot be had.
     """
     os.umask(0o077)
+    threading.excepthook = _end_without_memory
     # An exception in the main thread is the server's own way to end; see Server.serve_forever.
     signal.signal(signal.SIGUSR1, stop)  # our own threads' way to end the main one
     if lifeline is None:
@@ -281,6 +286,13 @@ def serve(
             if journal:
                 journal.close()
     raise AssertionError("serve_forever returned")
+
+
+def _end_without_memory(uncaught: threading.ExceptHookArgs) -> None:
+    """Report what ended a thread; without memory, end the process: it would be there, and serve nobody."""
+    threading.__excepthook__(uncaught)
+    if issubclass(uncaught.exc_type, MemoryError):
+        fail(uncaught.exc_value or MemoryError())
 
 
 def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, contents: Contents, caps: Caps) -> Hosted:
