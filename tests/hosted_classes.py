@@ -119,7 +119,7 @@ class Hostile(type):
         raise SystemExit(6)
 
     __eq__ = _raise
-    __hash__ = _raise
+    __hash__ = _raise  # pyright: ignore[reportAssignmentType]
     __module__ = property(_raise)  # pyright: ignore[reportAssignmentType]
     __name__ = property(_raise)  # pyright: ignore[reportAssignmentType]
 
