@@ -63,7 +63,7 @@ ROOMS = [
     ("state",),
     ("handles",),
     ("session",),
-    ("dicts", "recent"),
+    ("dicts", "recent", "windows"),
     ("stores",),
     ("stores.manager", "stores.memcached", "stores.memory", "stores.redis", "stores.sql"),
     ("stores.memcached_protocol", "stores.postgresql", "stores.redis_findings", "stores.sqlite"),
