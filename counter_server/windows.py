@@ -53,10 +53,12 @@ class Windows:
         self.counts[key] = count = count._replace(number=count.number + amount)
         return count.number
 
-    def take(self, key: str, expiry: float, amount: int = 1) -> tuple[int, float]:
-        """Add to the count of a fixed window; return the count, and the seconds until the window ends."""
-        number = self.incr(key, expiry, amount)
-        return number, self.counts[key].expires - self._now()
+    def take(self, key: str, expiry: float) -> tuple[int, float]:
+        """Add 1 to the count of a fixed window; return the count, and the seconds until the window ends."""
+        return self.incr(key, expiry), self._left(key)
+
+    def _left(self, key: str) -> float:
+        return self.counts[key].expires - self._now()
 
     def get(self, key: str) -> int:
         """Return the count of a fixed window."""
@@ -142,3 +144,33 @@ class Windows:
                 events.pop()
             if not events:
                 del self.events[key]
+
+
+_WRONG_SECONDS = 60  # of the window in which wrong tokens are counted
+_MOST_WRONG = 10  # from one address, since the last right one
+_MOST_WRONG_IN_ALL = 100  # from addresses that never gave a right one
+_KNOWN_SECONDS = 24 * 3600  # that an address is known for its right token: guesses from elsewhere do not lock it out
+
+
+class Attempts(Windows):
+    """The wrong tokens that were given of late."""
+
+    def note(self, address: str, right: bool) -> float:  # noqa: FBT001 - a call of a shared object is short
+        """Count an attempt; return 0 if it may be answered, else the seconds after which the next one may be.
+
+        An attempt that may not be answered must not tell whether its token was right.
+        """
+        known = self.get(f"known {address}")
+        if not known and self.get("in all") >= _MOST_WRONG_IN_ALL:
+            return max(self._left("in all"), 1.0)
+        if self.get(f"from {address}") >= _MOST_WRONG:
+            return max(self._left(f"from {address}"), 1.0)
+        if right:
+            self.clear(f"from {address}")
+            self.clear(f"known {address}")
+            self.incr(f"known {address}", _KNOWN_SECONDS)
+        else:
+            self.incr(f"from {address}", _WRONG_SECONDS)
+            if not known:
+                self.incr("in all", _WRONG_SECONDS)
+        return 0.0

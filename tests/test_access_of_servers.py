@@ -4,6 +4,7 @@ import json
 import socket
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -156,6 +157,73 @@ def test_a_cookie_holds_after_a_restart_on_every_worker_and_under_every_launcher
     third = start_server("--workers", "1")
     assert put(third.url, 99, cookie) == 401
     assert value(third.url) == 1
+
+
+# Guessing
+
+FROM = "X-Forwarded-For"
+
+
+def try_token(url: str, token: str, way: str = "form", headers: dict[str, str] | None = None) -> int:
+    """The status of the answer to who gives this token; a refusal to answer says when to come back."""
+    if way == "form":
+        method, path, body, sent = "POST", "/sign-in", f"token={token.replace('=', '%3D').replace('+', '%2B')}", FORM
+    else:
+        method, path, body, sent = way, COUNTER, '{"value": 1}', {"Content-Type": "application/json", **bearer(token)}
+    status, told, text = ask(url, method, path, body.encode(), {**sent, **(headers or {})})
+    if status == 429:
+        assert 1 <= int(told["Retry-After"]) <= 60
+        assert json.loads(text)["outcome"] == "not_applied"
+    return status
+
+
+@pytest.mark.parametrize("options", [("--workers", "2"), ("--workers", "1", "--store", "sqlite:///{}/counters.db")])
+def test_tokens_can_be_guessed_ten_times_a_minute_from_one_address(
+    stack: ExitStack, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """By whichever way, at whichever worker; a store that hosts nothing has each worker count by itself."""
+    data = ("--data-dir", str(tmp_path / "data")) if "--store" not in options else ()
+    environment = {"COUNTER_SERVER_TOKEN": TOKEN, "COUNTER_SERVER_DATA_DIR": str(tmp_path / "data")}
+    server = stack.enter_context(
+        Server(*(option.format(tmp_path) for option in options), *data, "--trusted-proxy", "1", environment=environment)
+    )
+    ways = ["form", "PUT", "DELETE"]
+    with ThreadPoolExecutor(8) as several:
+        answers = list(several.map(lambda number: try_token(server.url, OTHER_TOKEN, ways[number % 3]), range(60)))
+    assert sorted(answers) == [401] * 10 + [429] * 50
+    for way in ways:
+        assert try_token(server.url, TOKEN, way) == 429  # else who guesses would see it
+        assert try_token(server.url, TOKEN, way, {FROM: "192.0.2.1"}) in (303, 200, 204)
+    for number in range(25):  # an operator who mistypes it now and then
+        assert try_token(server.url, OTHER_TOKEN, "form", {FROM: "192.0.2.1"}) == 401
+        assert try_token(server.url, TOKEN, ways[number % 2], {FROM: "192.0.2.1"}) in (303, 200)
+
+
+def test_many_addresses_together_guess_no_more_than_a_hundred_times_a_minute(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUNTER_SERVER_TOKEN", TOKEN)
+    server = start_server("--workers", "2", "--trusted-proxy", "1")
+    operator = {FROM: "192.0.2.1"}
+    assert try_token(server.url, TOKEN, "PUT", operator) == 200
+    with ThreadPoolExecutor(8) as several:
+        answers = list(
+            several.map(lambda n: try_token(server.url, OTHER_TOKEN, headers={FROM: f"198.51.100.{n}"}), range(150))
+        )
+    assert sorted(answers) == [401] * 100 + [429] * 50
+    assert try_token(server.url, TOKEN, headers={FROM: "203.0.113.1"}) == 429
+    assert try_token(server.url, TOKEN, "PUT", operator) == 200
+    assert put(server.url, 1) == 401  # who gives no token guesses nothing
+
+
+def test_a_page_tells_no_more_about_a_token_than_the_api(start_server: StartServer, stack: ExitStack) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COUNTER_SERVER_TOKEN", TOKEN)
+        server = start_server("--workers", "2")
+    answers = [ask(server.url, "GET", "/sign-in", headers=bearer(OTHER_TOKEN)) for _ in range(20)]
+    assert [status for status, _, _ in answers] == [200] * 10 + [429] * 10
+    assert ask(server.url, "GET", "/sign-in", headers=bearer(TOKEN))[0] == 429
+    assert ask(server.url, "GET", "/sign-in")[0] == 200
 
 
 @pytest.mark.parametrize(("config", "status"), [("", 403), ('{"COUNTER_SERVER_HOST": "127.0.0.1"}', 200)])

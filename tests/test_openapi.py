@@ -179,9 +179,11 @@ def test_the_document_tells_a_rate_limit_where_there_is_one() -> None:
         for method, operation in item.items():
             is_limited = path.startswith(("/api/", "/badge/"))
             assert ("429" in operation["responses"]) == is_limited
-            assert "429" not in DOCUMENT["paths"][path][method]["responses"]
+            # Without one, too many wrong tokens are still refused.
+            assert ("429" in DOCUMENT["paths"][path][method]["responses"]) == ("security" in operation)
     problem = limited["components"]["responses"]["Problem429"]
     assert set(problem["headers"]) == {"Retry-After", "RateLimit", "RateLimit-Policy"}
+    assert set(DOCUMENT["components"]["responses"]["Problem429"]["headers"]) == {"Retry-After"}
 
 
 def test_the_document_names_the_place_that_the_app_is_mounted_at() -> None:

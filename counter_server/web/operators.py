@@ -32,6 +32,11 @@ def init_app(app: Flask) -> None:
         )
 
 
+def configured(app: Flask) -> bool:
+    """Whether `app` has a token."""
+    return app.config[_CONFIGURED] is not None
+
+
 def has_token() -> bool:
     """Whether this server has a token, by which operators are told."""
     return _token() is not None
