@@ -1,8 +1,11 @@
 """Who may what on real servers: waitress, gunicorn and Flask's own, what they read from the outside, and their keys."""
 
 import json
+import os
+import signal
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -157,6 +160,54 @@ def test_a_cookie_holds_after_a_restart_on_every_worker_and_under_every_launcher
     third = start_server("--workers", "1")
     assert put(third.url, 99, cookie) == 401
     assert value(third.url) == 1
+
+
+@pytest.mark.parametrize("store", [None, "sqlite:///{}/counters.db"])
+def test_a_copied_cookie_is_ended_at_every_worker_and_after_every_restart(
+    stack: ExitStack, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str | None
+) -> None:
+    monkeypatch.setenv("COUNTER_SERVER_TOKEN", TOKEN)
+    monkeypatch.setenv("COUNTER_SERVER_DATA_DIR", str(data_dir))
+    options = ("--workers", "2", *(("--store", store.format(tmp_path)) if store else ()))
+    with Server(*options) as server:
+        copied, kept = with_cookie(sign_in(server.url)), with_cookie(sign_in(server.url))
+        assert {put(server.url, 1, cookie) for cookie in (copied, kept) for _ in range(8)} == {200}
+        for cookie in (copied, {"Cookie": f"{COOKIE}=nonsense.nonsense.nonsense"}, {}):
+            assert ask(server.url, "POST", "/sign-out", b"", {**FORM, **cookie})[0] == 303
+        for child in server.children("manager"):
+            os.kill(child, signal.SIGKILL)
+        assert {put(server.url, 2, copied) for _ in range(8)} == {401}
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    with Server(*options) as server:
+        assert {put(server.url, 3, copied) for _ in range(8)} == {401}
+        assert {put(server.url, 4, kept) for _ in range(8)} == {200}
+    (ended,) = (data_dir / "signed-out").iterdir()  # nobody without a cookie makes any
+    assert stat.S_IMODE(ended.parent.stat().st_mode) == 0o700
+    assert ended.name not in copied["Cookie"]
+    long_ago = time.time() - 4 * 24 * 3600
+    os.utime(ended, (long_ago, long_ago))
+    with Server(*options) as server:
+        assert ask(server.url, "POST", "/sign-out", b"", {**FORM, **kept})[0] == 303
+        assert put(server.url, 5, kept) == 401
+    assert not ended.exists()  # its cookie expired long ago
+
+
+def test_a_sign_in_whose_end_cannot_be_written_is_not_said_to_have_ended(
+    start_server: StartServer, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUNTER_SERVER_TOKEN", TOKEN)
+    server = start_server("--workers", "1")
+    cookie = with_cookie(sign_in(server.url))
+    in_the_way = data_dir / "signed-out"
+    in_the_way.touch()
+    status, headers, text = ask(server.url, "POST", "/sign-out", b"", {**FORM, **cookie})
+    assert (status, json.loads(text)["outcome"]) == (503, "not_applied")
+    assert "Set-Cookie" not in headers
+    assert put(server.url, 1, cookie) == 200
+    in_the_way.unlink()
+    assert ask(server.url, "POST", "/sign-out", b"", {**FORM, **cookie})[0] == 303
+    assert put(server.url, 1, cookie) == 401
 
 
 # Guessing
