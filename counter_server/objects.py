@@ -11,6 +11,7 @@ import io
 import pickle
 import reprlib
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
@@ -23,6 +24,7 @@ from . import plain
 from .errors import BatchRefused, InvalidRequest, StartupError, StorageFull
 from .ledger import CLIENT_LIFETIME, Changes, ClientRecord, Commit, Door, judge
 from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
+from .settings import LONGEST_DEADLINE
 
 LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still under the frame limit
 LARGEST_STATE = 2**20  # bytes, of a durable object's pickle
@@ -133,6 +135,7 @@ class HostedObject:
         self._clients = dict(clients or {})
         self._door = Door(most_clients)
         self._state = b""
+        self.running: tuple[str, float] | None = None  # the method that is being called, and since when
         try:
             if state is not None and self._commit is not None:
                 self._object = self._unpickled(state)
@@ -154,7 +157,9 @@ class HostedObject:
 
     def apply(self, batch: Batch) -> list[Result] | BatchRefused:
         """Make a batch's calls, in order, unless it was made before."""
-        with self._lock:
+        if not self._lock.acquire(timeout=LONGEST_DEADLINE):  # nobody waits longer for the answer
+            raise TimeoutError(f"{self.declaration.name} is still busy with another call; this one was not made")
+        try:
             record = self._clients.get(batch.client)
             answered = judge(record, batch.sequence)
             if answered is not None:
@@ -179,6 +184,9 @@ class HostedObject:
                 if known_or_none is not None:
                     self._clients[client] = known_or_none
             return results
+        finally:
+            self.running = None
+            self._lock.release()
 
     def _call_all(self, batch: Batch, changes: Changes) -> list[Result]:
         """Make the calls. One that leaves a durable object in a state that cannot be kept is undone, it alone."""
@@ -227,6 +235,7 @@ class HostedObject:
     def _call(self, operation: object) -> Result:
         if not isinstance(operation, Invoke):
             return Refusal("unsupported", f"{self.declaration.name} is a shared object, not a counter")
+        self.running = (operation.method, time.monotonic())
         if not callable(getattr(type(self._object), operation.method, None)):
             return Refusal("unsupported", f"{self.declaration} has no public method {operation.method!r}")
         try:

@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import resource
 import secrets
+import select
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
@@ -26,12 +28,13 @@ from ..operations import Batch, Refusal, Result
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from .directory import DataDirectory
 from .ending import Lifeline, end_main_thread, end_when_idle, end_with, fail, keep_found, stop
-from .services import LedgerService, StatusService, UpkeepService
+from .services import LedgerService, StatusService, UpkeepService, report_slow_calls
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
 
 log = logging.getLogger(__name__)
 
 _MOST_GREETED = 100  # connections over the cap that are told so; those beyond are closed without a word, or a thread
+_SWITCH_SECONDS = 0.0001  # that a method may compute before counters get their turn; Python's own is 50 times as long
 _OTHER_DESCRIPTORS = 64  # that a manager has open beside its connections, and what its shared objects may open
 
 _decode_call = msgpack.Decoder(Call).decode
@@ -68,26 +71,36 @@ class StateServer(Server):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._connections = 0
+        self._connections: set[Connection] = set()
         self._welcomed = 0  # among them, those that were let in
-        self._users = 0  # connections to shared objects, among these
+        self._users: set[Connection] = set()  # connections to shared objects, among these
         self.most_connections = Caps.connections
         self.gives_way = False
         self._idle_since = time.monotonic()
 
     def idle_for(self) -> float:
-        """The seconds since the last client has gone; 0 while there is one."""
+        """Return the seconds since there was a client, as far as is known.
+
+        A method that never returns keeps the connection of a client that has gone: that one is not counted.
+        """
         with self.mutex:
-            return 0.0 if self._connections else time.monotonic() - self._idle_since
+            if _is_any_there(self._connections):
+                self._idle_since = time.monotonic()
+            return time.monotonic() - self._idle_since
 
     @property
     def connections(self) -> int:
-        """How many clients there are, each with one."""
-        return self._connections
+        """How many connections there are."""
+        return len(self._connections)
 
-    def _count(self, change: int) -> None:
+    def _add(self, connection: Connection) -> None:
         with self.mutex:
-            self._connections += change
+            self._connections.add(connection)
+
+    def _remove(self, connection: Connection) -> None:
+        """Count a connection no longer, before it is closed: a closed one's descriptor may be another's."""
+        with self.mutex:
+            self._connections.discard(connection)
             self._idle_since = time.monotonic()
 
     def accepter(self) -> None:
@@ -97,15 +110,15 @@ class StateServer(Server):
                 connection = self.listener.accept()
             except OSError:
                 continue
-            if self._connections >= self.most_connections + _MOST_GREETED:
+            if len(self._connections) >= self.most_connections + _MOST_GREETED:
                 connection.close()
                 continue
-            self._count(+1)
+            self._add(connection)
             try:
                 threading.Thread(target=self.handle_request, args=(connection,), daemon=True).start()
             except RuntimeError as error:
                 log.warning("a connection was closed: %s", error)
-                self._count(-1)
+                self._remove(connection)
                 connection.close()
                 time.sleep(ACCEPT_PAUSE)
 
@@ -129,7 +142,7 @@ class StateServer(Server):
             # AssertionError and ValueError: the standard handshake's words for a peer that talks nonsense.
             log.warning("a connection was closed: %s: %s", type(error).__name__, error)
         finally:
-            self._count(-1)
+            self._remove(conn)
             conn.close()
 
     def _welcome(self, conn: Any, hosted: Hosted) -> None:
@@ -137,7 +150,8 @@ class StateServer(Server):
         with self.mutex:
             is_room = self._welcomed < self.most_connections
             self._welcomed += is_room
-            self._users += is_room and uses
+            if is_room and uses:
+                self._users.add(conn)
         if not is_room:
             conn.send(
                 ("#FULL", f"it has {self.most_connections:,} connections, the most that --max-connections allows")
@@ -149,12 +163,12 @@ class StateServer(Server):
         finally:
             with self.mutex:
                 self._welcomed -= 1
-                self._users -= uses
+                self._users.discard(conn)
 
     def _turn_away(self, conn: Any) -> None:
         """Say that it hosts something else; if nobody uses any of that, make way for a one that has this."""
         with self.mutex:
-            makes_way = self.gives_way and not self._users
+            makes_way = self.gives_way and not _is_any_there(self._users)
         conn.send(("#AWAY" if makes_way else "#ERROR", self._what_is_hosted()))
         if makes_way:
             end_main_thread()
@@ -180,6 +194,15 @@ class StateServer(Server):
                 reply = ("#ERROR", str(error))
             connection.set_deadline(time.monotonic() + FRAME_SECONDS)
             connection.send(reply)
+
+
+def _is_any_there(connections: Iterable[Connection]) -> bool:
+    """Whether the client of one of these open connections has not gone."""
+    there = select.poll()  # asked for no event, it tells of the ends of connections alone
+    count = 0
+    for count, connection in enumerate(connections, 1):  # noqa: B007 - how many there were
+        there.register(connection, 0)
+    return len(there.poll(0)) < count
 
 
 class StateManager(BaseManager):
@@ -217,6 +240,7 @@ def serve(
     :raises StartupError: if the directory, its lock, journal or socket cannot be had.
     """
     os.umask(0o077)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     # An exception in the main thread is the server's own way to end; see Server.serve_forever.
     signal.signal(signal.SIGUSR1, stop)  # our own threads' way to end the main one
     if lifeline is None:
@@ -237,6 +261,7 @@ def serve(
         server = StateManager(str(directory.socket), directory.key("manager")).get_server()
         server.most_connections = _room_for(caps.connections)
         service = LedgerService(ledger, fail, in_memory=journal is None)
+        shared: list[HostedObject] = []
         told = StatusService(
             ledger=ledger,
             service=service,
@@ -244,6 +269,7 @@ def serve(
             durability=durability,
             epoch=epoch,
             objects=len(declarations),
+            hosted=shared,
             connections=lambda: server.connections,
         )
         upkeep = UpkeepService(ledger, journal)
@@ -256,7 +282,7 @@ def serve(
         }
         server.hosted = {"ledger": Hosted(methods, epoch)}
         for declaration in declarations:
-            server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, caps)
+            server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, caps, shared)
         if idle_timeout is not None and journal is not None:
             server.gives_way = True
             threading.Thread(
@@ -267,6 +293,7 @@ def serve(
             target=keep_found, args=(directory, server.listener, is_held, is_ending), daemon=True
         )
         keeping.start()
+        threading.Thread(target=report_slow_calls, args=(shared, is_ending), name="slow calls", daemon=True).start()
         try:
             ready()
             server.serve_forever()
@@ -283,8 +310,15 @@ def serve(
     raise AssertionError("serve_forever returned")
 
 
-def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, contents: Contents, caps: Caps) -> Hosted:
-    """Make a shared object, from what the journal holds of it where it is durable."""
+def _host(
+    declaration: Declaration,
+    ledger: Ledger,
+    journal: Journal | None,
+    contents: Contents,
+    caps: Caps,
+    shared: list[HostedObject],
+) -> Hosted:
+    """Make a shared object, from what the journal holds of it where it is durable, and add it to `shared`."""
     epoch = journal.epoch if declaration.durable and journal else secrets.token_hex(16)
     decode = msgpack.Decoder(tuple[Batch]).decode
     try:
@@ -306,6 +340,8 @@ def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, con
         refusal = Refusal("not_made", str(error))
         refuse = Method(lambda batch: [refusal] * len(batch.operations), decode)
         return Hosted({"apply": refuse}, epoch, declaration)
+
+    shared.append(hosted)
 
     def apply(batch: Batch) -> list[Result]:
         try:
