@@ -37,7 +37,7 @@ class Windows:
         return time.monotonic() + self._calendar
 
     def _by_wall_clock(self, moment: float) -> float:
-        """When a moment is, or was, by the clock on the wall, which may have been set since."""
+        """Return when a moment is by the clock on the wall, which may have been set since."""
         return moment - self._now() + time.time()
 
     def check(self) -> bool:

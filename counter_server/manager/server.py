@@ -34,7 +34,9 @@ from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Lis
 log = logging.getLogger(__name__)
 
 _MOST_GREETED = 100  # connections over the cap that are told so; those beyond are closed without a word, or a thread
-_SWITCH_SECONDS = 0.0001  # that a method may compute before counters get their turn; Python's own is 50 times as long
+_SWITCH_SECONDS = (
+    0.0001  # that a method may compute before another thread has its turn; Python's own is 50 times as long
+)
 _OTHER_DESCRIPTORS = 64  # that a manager has open beside its connections, and what its shared objects may open
 
 _decode_call = msgpack.Decoder(Call).decode
@@ -90,7 +92,7 @@ class StateServer(Server):
 
     @property
     def connections(self) -> int:
-        """How many connections there are."""
+        """Return how many connections there are."""
         return len(self._connections)
 
     def _add(self, connection: Connection) -> None:
@@ -197,7 +199,7 @@ class StateServer(Server):
 
 
 def _is_any_there(connections: Iterable[Connection]) -> bool:
-    """Whether the client of one of these open connections has not gone."""
+    """Return whether the client of any of these open connections is still there."""
     there = select.poll()  # asked for no event, it tells of the ends of connections alone
     count = 0
     for count, connection in enumerate(connections, 1):  # noqa: B007 - how many there were

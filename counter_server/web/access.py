@@ -95,7 +95,7 @@ def may_operate() -> bool:
 
 
 def is_right_token(given: str) -> bool:
-    """Whether that is the server's token. Wrong ones are limited, for each address and over all.
+    """Return whether that is the server's token. Wrong ones are limited, for each address and over all.
 
     :raises TooManyRequests: if there were too many wrong ones, whether this one is right or not.
     """

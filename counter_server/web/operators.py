@@ -36,7 +36,7 @@ def init_app(app: Flask) -> None:
 
 
 def configured(app: Flask) -> bool:
-    """Whether `app` has a token."""
+    """Return whether `app` has a token."""
     return app.config[_CONFIGURED] is not None
 
 
@@ -58,17 +58,17 @@ def bearer() -> str | None:
 
 
 def is_signed_in() -> bool:
-    """Whether the request has a cookie that `sign_in` gave, with today's token, not too long ago, and not ended."""
+    """Return whether the request has a cookie of a sign-in with today's token that has not expired or been ended."""
     name = _signed_in(max_age=SIGNED_IN_SECONDS)
     return name is not None and name not in _ended()
 
 
 def _signed_in(max_age: int | None = None) -> str | None:
-    """The name of the sign-in that the request's cookie is of, if we gave it one with today's token."""
+    """Return the name of the sign-in of the request's cookie, if we signed it with today's token."""
     if not has_token():
         return None
     try:
-        # Of a sign-in only a digest is written, so that who reads the data directory has no cookie.
+        # Of a sign-in only a digest is written, so that the data directory holds no cookie.
         return sha256(_signer().unsign(request.cookies.get(COOKIE, ""), max_age=max_age)).hexdigest()
     except BadSignature:
         return None
