@@ -11,11 +11,12 @@ import io
 import pickle
 import reprlib
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from math import inf
-from typing import Any
+from typing import Any, NoReturn
 
 from msgspec import Struct
 
@@ -23,6 +24,7 @@ from . import plain
 from .errors import BatchRefused, InvalidRequest, StartupError, Stopped, StorageFull
 from .ledger import Changes, ClientRecord, Clients, Commit
 from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
+from .settings import LONGEST_DEADLINE
 
 LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still under the frame limit
 LARGEST_STATE = 2**20  # bytes, of a durable object's pickle
@@ -98,6 +100,14 @@ def _find(module: str, qualname: str) -> Any:
     return found
 
 
+class Busy(OSError):
+    """An object was busy with another call for longer than any caller waits. Nothing was called."""
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
 class _Unpickler(pickle.Unpickler):
     """Finds a class of the declared module also where its name was another one: `__main__`, or before it was moved."""
 
@@ -120,6 +130,8 @@ class HostedObject:
     :param clients: what is remembered of its clients, in the order of their last use.
     :param clock: the time that `clients` are remembered by.
     :param most_clients: that are remembered.
+    :param fail: ends the process, with an error after which memory may differ from what was committed. Called before
+        another call can begin.
     :raises StartupError: if it cannot be made; with the reason.
     """
 
@@ -132,12 +144,15 @@ class HostedObject:
         state: bytes | None = None,
         clients: Mapping[bytes, ClientRecord] | None = None,
         most_clients: float = inf,
+        fail: Callable[[BaseException], NoReturn] = _raise,
     ) -> None:
         self.declaration = declaration
         self._clock = clock
         self._commit = commit if declaration.durable else None
         self._clients = Clients(dict(clients or {}), most_clients, declaration.name)
+        self._fail = fail
         self._state = b""
+        self.running: tuple[str, float] | None = None  # the method that is being called, and since when
         try:
             if state is not None and self._commit is not None:
                 self._object = self._unpickled(state)
@@ -159,7 +174,9 @@ class HostedObject:
 
     def apply(self, batch: Batch) -> list[Result] | BatchRefused:
         """Make a batch's calls, in order, unless it was made before."""
-        with self._lock:
+        if not self._lock.acquire(timeout=LONGEST_DEADLINE):  # nobody waits longer for the answer
+            raise Busy(f"{self.declaration.name} is still busy with another call; this one was not made")
+        try:
             changes = Changes(self._clock())
             answered = self._clients.answer(batch, changes)
             if answered is not None:
@@ -180,7 +197,12 @@ class HostedObject:
             else:
                 self._state = changes.objects.get(self.declaration.name, self._state)
             self._clients.merge(changes)
+            self.running = None
             return results
+        except BaseException as error:  # noqa: BLE001 - what is refused is returned; after all else memory may differ
+            self._fail(error)
+        finally:
+            self._lock.release()
 
     def _call_all(self, batch: Batch, changes: Changes) -> list[Result]:
         """Make the calls. One that leaves a durable object in a state that cannot be kept is undone, it alone."""
@@ -228,6 +250,7 @@ class HostedObject:
     def _call(self, operation: object) -> Result:
         if not isinstance(operation, Invoke):
             return Refusal("unsupported", f"{self.declaration.name} is a shared object, not a counter")
+        self.running = (operation.method, time.monotonic())
         try:
             if not callable(getattr(type(self._object), operation.method, None)):
                 return Refusal("unsupported", f"{self.declaration} has no public method {operation.method!r}")

@@ -76,8 +76,8 @@ class Step(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """By how much, and within which bounds: the JSON body of an increment."""
 
     by: Annotated[Integer, Meta(description="Not 0", extra_json_schema={"not": {"const": 0}})] = 1
-    minimum: Integer | None = None
-    maximum: Integer | None = None
+    minimum: Annotated[Integer | None, Meta(description="The result is not less; not greater than `maximum`")] = None
+    maximum: Annotated[Integer | None, Meta(description="The result is not greater")] = None
 
     def __post_init__(self) -> None:
         check_step(self.by, self.minimum, self.maximum)

@@ -5,6 +5,14 @@ from msgspec import Struct
 from .settings import Durability
 
 
+class SlowCall(Struct, frozen=True):
+    """A call of a shared object that has run for longer than `manager.services.SLOW_SECONDS`, and goes on."""
+
+    object: str
+    method: str
+    seconds: float
+
+
 class Status(Struct, frozen=True, kw_only=True):
     """The figures of one manager: the same ones for whoever asks.
 
@@ -26,6 +34,7 @@ class Status(Struct, frozen=True, kw_only=True):
     commits: int  # that these batches took; so batches / commits is how many shared one
     commit_seconds: float  # that these commits took together
     journal_bytes: int  # the journal's file and its log; 0 with durability none
+    slow_calls: list[SlowCall] = []
 
 
 class Process(Struct, frozen=True, kw_only=True):

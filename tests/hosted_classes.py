@@ -185,6 +185,11 @@ class Slow:
             time.sleep(0.005)
         return "done"
 
+    def compute(self) -> None:
+        """Compute for ever."""
+        while True:
+            pass
+
 
 class Refusing:
     """Cannot be made."""

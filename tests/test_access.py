@@ -224,6 +224,17 @@ def test_who_signs_out_may_no_more(setting: Setting) -> None:
     assert client.get("/may").get_json()["may"] is False
 
 
+def test_a_copied_cookie_ends_with_its_sign_in_and_no_other_does(setting: Setting) -> None:
+    client = setting.app.test_client(use_cookies=False)
+    mine, other = (with_cookie(cookie_of(sign_in(client)).value) for _ in range(2))
+    assert client.post("/sign-out", headers=mine).status_code == 303
+    for _ in range(2):
+        assert_refused(send(client, "PUT", mine), 401)
+        assert client.get("/may", headers=mine).get_json()["may"] is False
+        assert send(client, "PUT", other).status_code == 200
+        client.post("/sign-out", headers=mine)  # a second time
+
+
 @pytest.mark.parametrize("token", ["", "short", OTHER_TOKEN, TOKEN + "=", "größer"])
 def test_a_wrong_token_signs_nobody_in(setting: Setting, token: str) -> None:
     client = setting.app.test_client()

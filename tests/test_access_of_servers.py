@@ -1,9 +1,13 @@
 """Who may what on real servers: waitress, gunicorn and Flask's own, what they read from the outside, and their keys."""
 
 import json
+import os
+import signal
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -156,6 +160,121 @@ def test_a_cookie_holds_after_a_restart_on_every_worker_and_under_every_launcher
     third = start_server("--workers", "1")
     assert put(third.url, 99, cookie) == 401
     assert value(third.url) == 1
+
+
+@pytest.mark.parametrize("store", [None, "sqlite:///{}/counters.db"])
+def test_a_copied_cookie_is_ended_at_every_worker_and_after_every_restart(
+    stack: ExitStack, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str | None
+) -> None:
+    monkeypatch.setenv("COUNTER_SERVER_TOKEN", TOKEN)
+    monkeypatch.setenv("COUNTER_SERVER_DATA_DIR", str(data_dir))
+    options = ("--workers", "2", *(("--store", store.format(tmp_path)) if store else ()))
+    with Server(*options) as server:
+        copied, kept = with_cookie(sign_in(server.url)), with_cookie(sign_in(server.url))
+        assert {put(server.url, 1, cookie) for cookie in (copied, kept) for _ in range(8)} == {200}
+        for cookie in (copied, {"Cookie": f"{COOKIE}=nonsense.nonsense.nonsense"}, {}):
+            assert ask(server.url, "POST", "/sign-out", b"", {**FORM, **cookie})[0] == 303
+        for child in server.children("manager"):
+            os.kill(child, signal.SIGKILL)
+        assert {put(server.url, 2, copied) for _ in range(8)} == {401}
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    with Server(*options) as server:
+        assert {put(server.url, 3, copied) for _ in range(8)} == {401}
+        assert {put(server.url, 4, kept) for _ in range(8)} == {200}
+    (ended,) = (data_dir / "signed-out").iterdir()  # nobody without a cookie makes any
+    assert stat.S_IMODE(ended.parent.stat().st_mode) == 0o700
+    assert ended.name not in copied["Cookie"]
+    long_ago = time.time() - 4 * 24 * 3600
+    os.utime(ended, (long_ago, long_ago))
+    with Server(*options) as server:
+        assert ask(server.url, "POST", "/sign-out", b"", {**FORM, **kept})[0] == 303
+        assert put(server.url, 5, kept) == 401
+    assert not ended.exists()  # its cookie expired long ago
+
+
+def test_a_sign_in_whose_end_cannot_be_written_is_not_said_to_have_ended(
+    start_server: StartServer, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUNTER_SERVER_TOKEN", TOKEN)
+    server = start_server("--workers", "1")
+    cookie = with_cookie(sign_in(server.url))
+    in_the_way = data_dir / "signed-out"
+    in_the_way.touch()
+    status, headers, text = ask(server.url, "POST", "/sign-out", b"", {**FORM, **cookie})
+    assert (status, json.loads(text)["outcome"]) == (503, "not_applied")
+    assert "Set-Cookie" not in headers
+    assert put(server.url, 1, cookie) == 200
+    in_the_way.unlink()
+    assert ask(server.url, "POST", "/sign-out", b"", {**FORM, **cookie})[0] == 303
+    assert put(server.url, 1, cookie) == 401
+
+
+# Guessing
+
+FROM = "X-Forwarded-For"
+
+
+def try_token(url: str, token: str, way: str = "form", headers: dict[str, str] | None = None) -> int:
+    """The status of the answer to who gives this token; a refusal to answer says when to come back."""
+    if way == "form":
+        method, path, body, sent = "POST", "/sign-in", f"token={token.replace('=', '%3D').replace('+', '%2B')}", FORM
+    else:
+        method, path, body, sent = way, COUNTER, '{"value": 1}', {"Content-Type": "application/json", **bearer(token)}
+    status, told, text = ask(url, method, path, body.encode(), {**sent, **(headers or {})})
+    if status == 429:
+        assert 1 <= int(told["Retry-After"]) <= 60
+        assert json.loads(text)["outcome"] == "not_applied"
+    return status
+
+
+@pytest.mark.parametrize("options", [("--workers", "2"), ("--workers", "1", "--store", "sqlite:///{}/counters.db")])
+def test_tokens_can_be_guessed_ten_times_a_minute_from_one_address(
+    stack: ExitStack, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """By whichever way, at whichever worker; a store that hosts nothing has each worker count by itself."""
+    data = ("--data-dir", str(tmp_path / "data")) if "--store" not in options else ()
+    environment = {"COUNTER_SERVER_TOKEN": TOKEN, "COUNTER_SERVER_DATA_DIR": str(tmp_path / "data")}
+    server = stack.enter_context(
+        Server(*(option.format(tmp_path) for option in options), *data, "--trusted-proxy", "1", environment=environment)
+    )
+    ways = ["form", "PUT", "DELETE"]
+    with ThreadPoolExecutor(8) as several:
+        answers = list(several.map(lambda number: try_token(server.url, OTHER_TOKEN, ways[number % 3]), range(60)))
+    assert sorted(answers) == [401] * 10 + [429] * 50
+    for way in ways:
+        assert try_token(server.url, TOKEN, way) == 429  # else who guesses would see it
+        assert try_token(server.url, TOKEN, way, {FROM: "192.0.2.1"}) in (303, 200, 204)
+    for number in range(25):  # an operator who mistypes it now and then
+        assert try_token(server.url, OTHER_TOKEN, "form", {FROM: "192.0.2.1"}) == 401
+        assert try_token(server.url, TOKEN, ways[number % 2], {FROM: "192.0.2.1"}) in (303, 200)
+
+
+def test_many_addresses_together_guess_no_more_than_a_hundred_times_a_minute(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUNTER_SERVER_TOKEN", TOKEN)
+    server = start_server("--workers", "2", "--trusted-proxy", "1")
+    operator = {FROM: "192.0.2.1"}
+    assert try_token(server.url, TOKEN, "PUT", operator) == 200
+    with ThreadPoolExecutor(8) as several:
+        answers = list(
+            several.map(lambda n: try_token(server.url, OTHER_TOKEN, headers={FROM: f"198.51.100.{n}"}), range(150))
+        )
+    assert sorted(answers) == [401] * 100 + [429] * 50
+    assert try_token(server.url, TOKEN, headers={FROM: "203.0.113.1"}) == 429
+    assert try_token(server.url, TOKEN, "PUT", operator) == 200
+    assert put(server.url, 1) == 401  # who gives no token guesses nothing
+
+
+def test_a_page_tells_no_more_about_a_token_than_the_api(start_server: StartServer, stack: ExitStack) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COUNTER_SERVER_TOKEN", TOKEN)
+        server = start_server("--workers", "2")
+    answers = [ask(server.url, "GET", "/sign-in", headers=bearer(OTHER_TOKEN)) for _ in range(20)]
+    assert [status for status, _, _ in answers] == [200] * 10 + [429] * 10
+    assert ask(server.url, "GET", "/sign-in", headers=bearer(TOKEN))[0] == 429
+    assert ask(server.url, "GET", "/sign-in")[0] == 200
 
 
 @pytest.mark.parametrize(("config", "status"), [("", 403), ('{"COUNTER_SERVER_HOST": "127.0.0.1"}', 200)])

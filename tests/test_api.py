@@ -128,9 +128,13 @@ BAD_NUMBERS = {
     "array": b"[1]",
     "object": b"{}",
     "fraction": b"1.5",
-    "1.0": b"1.0",
-    "exponent": b"1e2",
+    "nearly-1": b"1." + b"0" * 5000 + b"1",
+    "1e30": b"1e30",
     "huge-exponent": b"1e999",
+    "exponent-of-9-digits": b"1e999999999",
+    "exponent-of-30-digits": b"1e" + b"9" * 30,
+    "tiny": b"1e-" + b"9" * 30,
+    "2**63-as-float": b"9223372036854775808.0",
     "NaN": b"NaN",
     "Infinity": b"Infinity",
     "minus-Infinity": b"-Infinity",
@@ -150,6 +154,8 @@ BAD_STEPS = {
     **{f"by-{label}": b'{"by": ' + number + b"}" for label, number in BAD_NUMBERS.items()},
     "by-0": b'{"by": 0}',
     "by-minus-0": b'{"by": -0}',
+    "by-0.0": b'{"by": 0.0}',
+    "by-minus-0.0": b'{"by": -0.0e5}',
     **{
         f"{bound}-{label}": b'{"%s": %s}' % (bound.encode(), BAD_NUMBERS[label])
         for bound in ("minimum", "maximum")
@@ -282,6 +288,29 @@ def test_an_increment_adds_what_its_body_says(client: FlaskClient, content_type:
 def test_an_empty_object_and_bounds_of_null_are_an_increment_by_one(client: FlaskClient) -> None:
     assert_counter(client.post(f"{COUNTERS}/x/increment", json={}), "x", 1)
     assert_counter(client.post(f"{COUNTERS}/x/increment", json={"minimum": None, "maximum": None}), "x", 2)
+
+
+INTEGERS = {
+    "5.0": 5,
+    "50e-1": 5,
+    "1E+3": 1000,
+    "-7.00": -7,
+    "1." + "0" * 5000: 1,
+    "9007199254740993.0": 2**53 + 1,
+    "9.223372036854775807e18": LARGEST,
+    "-9223372036854775808.0": SMALLEST,
+}
+
+
+@pytest.mark.parametrize("text", INTEGERS, ids=lambda text: text[:20])
+def test_an_integer_may_be_spelled_as_json_schema_lets_it(client: FlaskClient, text: str) -> None:
+    """Exactly, also where a float would be another number."""
+    number = INTEGERS[text]
+    sent = {"content_type": JSON}
+    assert_counter(client.put(f"{COUNTERS}/x", data=f'{{"value": {text}}}', **sent), "x", number)
+    bounds = f'"minimum": {text}, "maximum": {text}'
+    assert_counter(client.post(f"{COUNTERS}/y/increment", data=f'{{"by": {text}, {bounds}}}', **sent), "y", number)
+    assert_counter(client.put(f"{COUNTERS}/x", data='{"value": -0.0}', **sent), "x", 0)
 
 
 def test_a_content_type_without_a_body_is_no_reason_to_refuse(client: FlaskClient) -> None:

@@ -12,15 +12,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from select import poll
 
 import pytest
+from limits import RateLimitItemPerSecond, RateLimitItemPerYear
+from limits.strategies import STRATEGIES
 
 from counter_server import State
 from counter_server.errors import StartupError
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
+from counter_server.limiting import ManagerStorage
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.wire import Connection
 from counter_server.operations import Batch, Increment
@@ -519,3 +523,39 @@ def test_clocks_that_jump_an_hour_either_way_revive_and_repeat_nothing(
     server = stack.enter_context(Server("--workers", "1", "--data-dir", data_dir))
     assert increment("first") == first
     assert f'"value":{len(texts) + 1}' in increment("last").replace(" ", "")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_clock_that_jumps_ends_no_limit_and_prolongs_none(
+    jump: Callable[[str], None], on_demand: str, strategy: str
+) -> None:
+    """The manager's clock is set, while that of this process stays."""
+    limiter = STRATEGIES[strategy](ManagerStorage(on_demand, deadline=PATIENCE))
+    second, year = RateLimitItemPerSecond(1), RateLimitItemPerYear(1)
+    assert limiter.hit(year, "anna")
+    for before, after in pairwise((0, -3600, 3600, 10**8, -(10**8), 0)):
+        eventually(lambda: limiter.hit(second, "anna"), "the end of a second", 5)
+        reset = limiter.get_window_stats(year, "anna").reset_time
+        jump(f"{after:+}")
+        eventually(lambda: limiter.hit(second, "anna"), "the end of a second", 5)
+        stats = limiter.get_window_stats(year, "anna")
+        assert not limiter.hit(year, "anna")
+        assert stats.remaining == 0
+        if strategy != "sliding-window-counter":  # this process computes its end, by its own clock
+            assert abs(stats.reset_time - reset - (after - before)) < PATIENCE
+
+
+def test_a_clock_that_is_set_back_locks_no_address_out(
+    jump: Callable[[str], None], stack: ExitStack, data_dir: Path
+) -> None:
+    server = stack.enter_context(Server("--workers", "2", "--data-dir", data_dir, "--rate-limit", "1/second"))
+
+    def answer() -> tuple[int, dict[str, str]]:
+        status, headers, _ = ask(server.url, "GET", "/api/v1/counters")
+        return status, headers
+
+    for seconds in ("-3600", "+3600", "-3600"):
+        eventually(lambda: answer()[0] == 429, "the limit")
+        jump(seconds)
+        assert all(headers["Retry-After"] == "1" for status, headers in (answer(), answer()) if status == 429)
+        eventually(lambda: answer()[0] == 200, "another second", 5)

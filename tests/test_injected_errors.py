@@ -25,6 +25,7 @@ from counter_server.settings import Caps
 from tests.hosted_classes import SomeObj
 
 FILES = {module.__file__ for module in (combiner, journal, ledger, objects, server, services)}
+LOCKING = {"try:", "finally:", "self._lock.release()"}
 CLIENT = b"c" * 16
 
 Apply = Callable[[Batch], list[Result]]
@@ -42,8 +43,7 @@ def end(_error: BaseException) -> NoReturn:
 def error_at(line: int, error: type[BaseException]) -> Iterator[list[str]]:
     """Raise an error at the nth line that is executed in the core; give the place where it came.
 
-    The end of a `with` block is passed over: an error between the block and the release of its lock is none that the
-    interpreter can raise.
+    Steps that take or release a lock are passed over, such as the end of a `with` block: they need no memory.
     """
     places: list[str] = []
     left = [line]
@@ -52,8 +52,10 @@ def error_at(line: int, error: type[BaseException]) -> Iterator[list[str]]:
     def trace(frame: FrameType, event: str, _argument: object) -> Any:
         if frame.f_code.co_filename not in FILES or places:
             return None
-        is_with = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
-        if event == "line" and not (is_with and (frame, frame.f_lineno) in entered):
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        is_with = text.startswith("with ")
+        is_lock = text in LOCKING or (is_with and (frame, frame.f_lineno) in entered)
+        if event == "line" and not is_lock:
             if is_with:
                 entered.add((frame, frame.f_lineno))
             left[0] -= 1
@@ -77,7 +79,7 @@ def counters(kept: Journal) -> Apply:
 def hosted_object(kept: Journal) -> Apply:
     contents = kept.load()
     declaration = declare("obj", SomeObj, (0,), {}, durable=True)
-    return server._host(declaration, Ledger(contents), kept, contents, Caps()).methods["apply"].function
+    return server._host(declaration, Ledger(contents), kept, contents, Caps(), []).methods["apply"].function
 
 
 def numbers(results: list[Result]) -> list[int]:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from flask import Flask
 from flask_limiter import Limiter
+from flask_limiter.commands import cli as flask_limiter_command
 from flask_limiter.util import get_remote_address
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -31,8 +32,9 @@ from limits.strategies import STRATEGIES, RateLimiter
 
 from counter_server import CounterServerError, SharedState, StoreOptions
 from counter_server.errors import DeadlineExceeded, InvalidRequest, NotHosted, StartupError, Unsupported
-from counter_server.limiting import ManagerStorage, Windows
+from counter_server.limiting import ManagerStorage
 from counter_server.manager.directory import DataDirectory
+from counter_server.windows import Windows
 from tests.hosted_classes import SomeObj
 from tests.launchers import listening_port
 from tests.load import at_once, spawn
@@ -210,8 +212,10 @@ class Clock:
     def time(self) -> float:
         return self.now
 
+    monotonic = time
+
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        for module in ("limits.storage.memory", "limits.strategies", "counter_server.limiting"):
+        for module in ("limits.storage.memory", "limits.strategies", "counter_server.windows"):
             patch.setattr(f"{module}.time", self)
 
 
@@ -238,14 +242,21 @@ def reference() -> MemoryStorage:
     return storage
 
 
+def over(windows: Windows) -> ManagerStorage:
+    """A storage whose windows are these, with no process between them."""
+    storage = ManagerStorage("memory://")
+    storage.storage = windows
+    return storage
+
+
 def held(windows: Windows) -> list[str]:
     """All keys that it knows anything of."""
-    return sorted({*windows.storage, *windows.expirations, *windows.events, *windows.locks})
+    return sorted({*windows.counts, *windows.events})
 
 
 def test_a_window_ends_when_its_time_is_over(clock: Clock, strategy: str) -> None:
     clock.now -= clock.now % 60  # where a sliding window begins
-    limiter = STRATEGIES[strategy](Windows())
+    limiter = STRATEGIES[strategy](over(Windows()))
     limit = RateLimitItemPerMinute(3)
     assert hits(limiter, 4, limit) == [True, True, True, False]
     clock.now += 59.75
@@ -256,7 +267,7 @@ def test_a_window_ends_when_its_time_is_over(clock: Clock, strategy: str) -> Non
 
 def test_what_is_over_is_let_go_of_all_of_it(clock: Clock, strategy: str) -> None:
     windows = Windows()
-    limiter = STRATEGIES[strategy](windows)
+    limiter = STRATEGIES[strategy](over(windows))
     for number in range(100):
         assert hits(limiter, 4, RateLimitItemPerMinute(3), f"visitor {number}") == [True, True, True, False]
         limiter.test(RateLimitItemPerMinute(3), f"other {number}")
@@ -274,7 +285,7 @@ def test_what_is_over_is_let_go_of_all_of_it(clock: Clock, strategy: str) -> Non
 def test_a_window_that_is_always_in_use_does_not_grow(clock: Clock, strategy: str) -> None:
     """One client that comes for ever, as often as it may and twice as often."""
     windows = Windows()
-    limiter = STRATEGIES[strategy](windows)
+    limiter = STRATEGIES[strategy](over(windows))
     admitted = 0
     for _ in range(5_000):
         clock.now += 3
@@ -289,24 +300,13 @@ def test_what_is_over_for_one_strategy_is_kept_for_another(clock: Clock) -> None
     limit = RateLimitItemPerMinute(3)
     for first, second in (("fixed-window", "moving-window"), ("moving-window", "fixed-window")):
         windows = Windows()
-        assert STRATEGIES[first](windows).hit(limit, "anna")
+        assert STRATEGIES[first](over(windows)).hit(limit, "anna")
         clock.now += 59
-        assert hits(STRATEGIES[second](windows), 3, limit) == [True, True, True]
+        assert hits(STRATEGIES[second](over(windows)), 3, limit) == [True, True, True]
         clock.now += 30
-        assert STRATEGIES[first](windows).hit(LONG, "ben")
-        assert remaining(STRATEGIES[first](windows), limit) == 3
-        assert hits(STRATEGIES[second](windows), 1, limit) == [False], f"{first} made {second} forget"
-
-
-def test_a_clock_that_was_set_back_does_not_keep_it_from_forgetting(clock: Clock, strategy: str) -> None:
-    windows = Windows()
-    limiter = STRATEGIES[strategy](windows)
-    assert limiter.hit(RateLimitItemPerSecond(1), "before")
-    clock.now -= 86_400
-    for number in range(200):
-        clock.now += 10
-        assert limiter.hit(RateLimitItemPerSecond(1), f"visitor {number}")
-        assert len(held(windows)) <= 2
+        assert STRATEGIES[first](over(windows)).hit(LONG, "ben")
+        assert remaining(STRATEGIES[first](over(windows)), limit) == 3
+        assert hits(STRATEGIES[second](over(windows)), 1, limit) == [False], f"{first} made {second} forget"
 
 
 @pytest.mark.parametrize(("visitors", "expected"), [(10, [1, 2, 3, 4, 5, 6]), (30_000, [3.125, 6.25])])
@@ -315,7 +315,7 @@ def test_it_looks_for_what_is_over_from_time_to_time_and_not_in_every_call(
 ) -> None:
     """To look at all windows takes longer, the more there are, and holds up everybody."""
     windows = Windows()
-    limiter = STRATEGIES["fixed-window"](windows)
+    limiter = STRATEGIES["fixed-window"](over(windows))
     looks = []
 
     class Watched(dict[str, Any]):
@@ -325,7 +325,7 @@ def test_it_looks_for_what_is_over_from_time_to_time_and_not_in_every_call(
 
     for number in range(visitors):
         limiter.hit(LONG, f"visitor {number}")
-    windows.expirations = Watched(windows.expirations)
+    windows.counts = Watched(windows.counts)
     for _ in range(6 * 8 + 2):
         clock.now += 0.125
         limiter.hit(LONG, "anna")
@@ -338,7 +338,7 @@ def test_it_starts_no_thread() -> None:
     assert threading.enumerate() == before
     for _ in range(20):
         for strategy in STRATEGIES.values():
-            limiter = strategy(windows)
+            limiter = strategy(over(windows))
             limiter.hit(LONG, "anna")
             limiter.test(LONG, "anna")
             limiter.get_window_stats(LONG, "anna")
@@ -375,11 +375,12 @@ def test_it_answers_as_the_original_at_the_same_times(
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
         clock.install(patch)
-        original, windows = reference(), Windows()
+        windows = Windows()
+        original, ours = reference(), over(windows)
         for number, (seconds, method, strategy, item, who, cost) in enumerate(steps):
             clock.now += seconds
             expected, answer = (
-                _answer(STRATEGIES[strategy](storage), method, item, who, cost) for storage in (original, windows)
+                _answer(STRATEGIES[strategy](storage), method, item, who, cost) for storage in (original, ours)
             )
             assert answer == expected, f"step {number}"
         clock.now += 3600
@@ -589,6 +590,13 @@ def test_the_scheme_is_known_to_limits_and_memory_is_still_its_own() -> None:
     assert type(storage_from_string("memory://")) is MemoryStorage
 
 
+def test_it_is_all_that_the_memory_storage_of_limits_is() -> None:
+    storage = ManagerStorage("memory://")
+    for kind in MemoryStorage.__mro__[1:]:
+        assert isinstance(storage, kind)
+    assert storage.storage is not None
+
+
 @pytest.mark.parametrize(
     "url", ["manager://host/data", "manager://localhost:1/data", "manager:/data", "manager:///data?x=1", "nonsense://"]
 )
@@ -690,6 +698,27 @@ def test_without_a_manager_the_fallback_holds_until_there_is_one(nowhere: str, d
     data_dir.chmod(0o700)
     eventually(lambda: statuses(app, 1) == [200], "the return to the manager")  # it looks again after a second
     assert statuses(app, 3) == [200, 200, 429]
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("config", "ManagerStorage"),
+        ("limits", "3 per 1 year"),
+        ("limits --key 127.0.0.1", "Fail (0 out of 3 remaining)"),
+        ("limits --endpoint home --key 127.0.0.1", "Fail (0 out of 3 remaining)"),
+        ("limits --path / --key 127.0.0.1", "Fail (0 out of 3 remaining)"),
+        ("clear --key 127.0.0.1 -y", "Cleared"),
+    ],
+)
+def test_every_command_of_flask_limiter_works(shared_manager: str, strategy: str, command: str, says: str) -> None:
+    app, limiter = limited(shared_manager, strategy=strategy)
+    limiter.reset()
+    assert statuses(app, 4) == [200, 200, 200, 429]
+    done = app.test_cli_runner().invoke(flask_limiter_command, command.split(), catch_exceptions=False)
+    assert done.exit_code == 0
+    assert says in done.output
+    assert statuses(app, 1) == [200 if "clear" in command else 429]
 
 
 APP = """

@@ -16,12 +16,24 @@ import pytest
 from flask import Flask
 
 from counter_server import CounterServerError, SharedState, State, StoreOptions, open_state, plain
-from counter_server.errors import InvalidRequest, NotHosted, RemoteError, StartupError, StateLost, Unsupported
+from counter_server.doctor import examine
+from counter_server.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotHosted,
+    RemoteError,
+    StartupError,
+    StateLost,
+    Unsupported,
+)
 from counter_server.handles import SharedObject
 from counter_server.ledger import Changes
+from counter_server.manager.services import SLOW_SECONDS
 from counter_server.objects import LARGEST_STATE, HostedObject, declare
 from counter_server.operations import Batch, Invoke, Refusal, Returned
 from counter_server.plain import LARGEST_VALUE
+from counter_server.status import SlowCall
+from counter_server.web import create_app
 from tests.hosted_classes import Awkward, OneWay, OwnError, Refusing, Slow, SomeObj, Spoiled, Toolbox, not_a_class
 from tests.launchers import LAUNCHERS, launch
 from tests.load import at_once, spawn, visit
@@ -232,6 +244,55 @@ def test_a_slow_method_holds_up_neither_counters_nor_other_objects(state: State,
     assert answers == ["done"]
 
 
+def test_a_method_that_computes_leaves_counters_their_turn(on_demand: str) -> None:
+    """By Python's own interval a thread that waits for the interpreter waits for 5 ms."""
+    with patient(on_demand, durability="none") as state, open_state(on_demand, deadline=1) as hasty:
+        assert state.object("slow", Slow).wait_for("/") == "done"
+        with pytest.raises(DeadlineExceeded):
+            hasty.object("slow", Slow).compute()
+        waited = []
+        for _ in range(100):
+            time.sleep(0.003)  # so that the interpreter is the method's again
+            began = time.monotonic()
+            state.counter("c").increment()
+            waited.append(time.monotonic() - began)
+        assert sorted(waited)[25] < 0.004  # the slower ones may have waited for a busy machine
+
+
+def test_a_call_that_runs_for_long_is_reported_by_name(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
+    """In the manager's log, once, while it runs, and wherever its figures are shown."""
+    gate = tmp_path / "gate"
+    app = create_app({"COUNTER_SERVER_STORE": on_demand, "COUNTER_SERVER_HOST": "127.0.0.1"})
+    with patient(on_demand) as state, ThreadPoolExecutor(1) as caller:
+        slow = state.object("slow", Slow)
+        slow.wait_for(str(tmp_path))
+        call = caller.submit(slow.wait_for, str(gate))
+        try:
+
+            def reported() -> list[SlowCall]:
+                status = state.status()
+                return [] if status is None else status.slow_calls
+
+            (found,) = eventually(reported, "the report")
+            assert (found.object, found.method) == ("slow", "wait_for")
+            assert found.seconds > SLOW_SECONDS
+            client = app.test_client()
+            labels = 'counter_server_slow_call_seconds{method="wait_for",object="slow"} '
+            assert labels in client.get("/metrics").text
+            assert client.get("/counters.json").get_json()["manager"]["now"]["Long calls"] == "slow.wait_for"
+            _, findings = examine(on_demand, PATIENCE)
+            assert any("slow.wait_for has run for" in finding.sentence for finding in findings)
+            log = data_dir / "manager.log"
+            eventually(lambda: "slow.wait_for has run for" in log.read_text(), "the line")
+            time.sleep(2.5)  # it looks again meanwhile
+            assert log.read_text().count("slow.wait_for") == 1
+        finally:
+            gate.touch()
+        assert call.result(PATIENCE) == "done"
+        assert reported() == []
+        app.extensions["counter_server"].close()
+
+
 def test_counters_and_objects_of_one_name_are_different(state: State) -> None:
     obj = state.object("same", SomeObj, 10)
     assert (obj.query(), state.counter("same").increment()) == (11, 1)
@@ -417,6 +478,16 @@ def test_a_manager_that_nobody_uses_makes_way_for_one_with_other_objects(on_dema
                 patient(on_demand).object("other", SomeObj, 0).query()
             assert holder(data_dir) == second
             assert state.object("obj", SomeObj, 0).query() == 2
+
+
+def test_a_call_that_never_returns_holds_up_no_other_program(on_demand: str, tmp_path: Path) -> None:
+    """Its client has gone, so nobody uses the manager."""
+    with open_state(on_demand, deadline=PATIENCE) as state:
+        assert state.object("slow", Slow).wait_for(str(tmp_path)) == "done"
+    with open_state(on_demand, deadline=1) as hasty, pytest.raises(DeadlineExceeded):
+        hasty.object("slow", Slow).wait_for(str(tmp_path / "never"))
+    with patient(on_demand) as other:
+        assert other.object("obj", SomeObj, 0).query() == 1
 
 
 def test_a_class_that_was_changed_is_another_one(on_demand: str, data_dir: Path, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from counter_server import State, StoreOptions, open_state
-from counter_server.errors import InvalidRequest, StartupError
+from counter_server.errors import DeadlineExceeded, InvalidRequest, StartupError
 from counter_server.extension import SharedState
 from counter_server.manager.directory import DataDirectory
 from counter_server.prove.load import Client
+from tests.hosted_classes import Slow
 from tests.launchers import LAUNCHERS, launch
 from tests.load import at_once, visit
 from tests.processes import PATIENCE, ROOT, Manager, Server, end_manager, eventually, holder
@@ -110,6 +111,25 @@ def test_it_ends_when_nobody_is_connected_and_comes_back_where_it_was(on_demand:
     with patient(on_demand) as state:
         assert state.counter("c").increment() == 2
         assert holder(data_dir) != first
+
+
+@pytest.mark.parametrize("method", ["compute", "wait_for"])
+def test_a_method_that_never_returns_keeps_no_manager(
+    on_demand: str, data_dir: Path, tmp_path: Path, method: str
+) -> None:
+    """Computing or waiting: when its client has gone, nobody is there."""
+    arguments = [str(tmp_path / "never")] if method == "wait_for" else []
+    with patient(on_demand, idle_timeout=1) as state:
+        state.object("slow", Slow).wait_for(str(tmp_path))  # which is there
+        with open_state(on_demand, deadline=1) as hasty:
+            for _ in range(3):
+                with pytest.raises(DeadlineExceeded) as error:
+                    getattr(hasty.object("slow", Slow), method)(*arguments)
+                assert error.value.outcome == "unknown"
+        assert [state.counter("c").increment() for _ in range(3)] == [1, 2, 3]  # somebody is there
+    eventually(lambda: not managers_of(data_dir), "the end of the idle manager")
+    with patient(on_demand) as state:
+        assert state.counter("c").increment() == 4
 
 
 def test_it_stays_while_somebody_is_connected(on_demand: str, data_dir: Path, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import resource
 import secrets
+import select
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
@@ -27,12 +29,15 @@ from ..operations import Batch, Refusal, Result
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from .directory import DataDirectory
 from .ending import Lifeline, end_main_thread, end_when_idle, end_with, fail, keep_found, stop
-from .services import LedgerService, StatusService, UpkeepService
+from .services import LedgerService, StatusService, UpkeepService, report_slow_calls
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
 
 log = logging.getLogger(__name__)
 
 _MOST_GREETED = 100  # connections over the cap that are told so; those beyond are closed without a word, or a thread
+_SWITCH_SECONDS = (
+    0.0001  # that a method may compute before another thread has its turn; Python's own is 50 times as long
+)
 _OTHER_DESCRIPTORS = 64  # that a manager has open beside its connections, and what its shared objects may open
 
 _decode_call = msgpack.Decoder(Call).decode
@@ -69,26 +74,36 @@ class StateServer(Server):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._connections = 0
+        self._connections: set[Connection] = set()
         self._welcomed = 0  # among them, those that were let in
-        self._users = 0  # connections to shared objects, among these
+        self._users: set[Connection] = set()  # connections to shared objects, among these
         self.most_connections = Caps.connections
         self.gives_way = False
         self._idle_since = time.monotonic()
 
     def idle_for(self) -> float:
-        """The seconds since the last client has gone; 0 while there is one."""
+        """Return the seconds since there was a client, as far as is known.
+
+        A method that never returns keeps the connection of a client that has gone: that one is not counted.
+        """
         with self.mutex:
-            return 0.0 if self._connections else time.monotonic() - self._idle_since
+            if _is_any_there(self._connections):
+                self._idle_since = time.monotonic()
+            return time.monotonic() - self._idle_since
 
     @property
     def connections(self) -> int:
-        """How many clients there are, each with one."""
-        return self._connections
+        """Return how many connections there are."""
+        return len(self._connections)
 
-    def _count(self, change: int) -> None:
+    def _add(self, connection: Connection) -> None:
         with self.mutex:
-            self._connections += change
+            self._connections.add(connection)
+
+    def _remove(self, connection: Connection) -> None:
+        """Count a connection no longer, before it is closed: a closed one's descriptor may be another's."""
+        with self.mutex:
+            self._connections.discard(connection)
             self._idle_since = time.monotonic()
 
     def accepter(self) -> None:
@@ -98,16 +113,16 @@ class StateServer(Server):
                 connection = self.listener.accept()
             except OSError:
                 continue
-            if self._connections >= self.most_connections + _MOST_GREETED:
+            if len(self._connections) >= self.most_connections + _MOST_GREETED:
                 connection.close()
                 continue
-            self._count(+1)
+            self._add(connection)
             try:
                 # Not `threading.Thread`: its `start` waits for ever if the new thread dies without memory.
                 _thread.start_new_thread(self.handle_request, (connection,))
             except RuntimeError as error:
                 log.warning("a connection was closed: %s", error)
-                self._count(-1)
+                self._remove(connection)
                 connection.close()
                 time.sleep(ACCEPT_PAUSE)
 
@@ -133,7 +148,7 @@ class StateServer(Server):
         except MemoryError as error:
             fail(error)
         finally:
-            self._count(-1)
+            self._remove(conn)
             conn.close()
 
     def _welcome(self, conn: Any, hosted: Hosted) -> None:
@@ -141,7 +156,8 @@ class StateServer(Server):
         with self.mutex:
             is_room = self._welcomed < self.most_connections
             self._welcomed += is_room
-            self._users += is_room and uses
+            if is_room and uses:
+                self._users.add(conn)
         if not is_room:
             conn.send(
                 ("#FULL", f"it has {self.most_connections:,} connections, the most that --max-connections allows")
@@ -153,12 +169,12 @@ class StateServer(Server):
         finally:
             with self.mutex:
                 self._welcomed -= 1
-                self._users -= uses
+                self._users.discard(conn)
 
     def _turn_away(self, conn: Any) -> None:
         """Say that it hosts something else; if nobody uses any of that, make way for a one that has this."""
         with self.mutex:
-            makes_way = self.gives_way and not self._users
+            makes_way = self.gives_way and not _is_any_there(self._users)
         conn.send(("#AWAY" if makes_way else "#ERROR", self._what_is_hosted()))
         if makes_way:
             end_main_thread()
@@ -184,6 +200,15 @@ class StateServer(Server):
                 reply = ("#ERROR", str(error))
             connection.set_deadline(time.monotonic() + FRAME_SECONDS)
             connection.send(reply)
+
+
+def _is_any_there(connections: Iterable[Connection]) -> bool:
+    """Return whether the client of any of these open connections is still there."""
+    there = select.poll()  # asked for no event, it tells of the ends of connections alone
+    count = 0
+    for count, connection in enumerate(connections, 1):  # noqa: B007 - how many there were
+        there.register(connection, 0)
+    return len(there.poll(0)) < count
 
 
 class StateManager(BaseManager):
@@ -222,6 +247,7 @@ def serve(
     """
     os.umask(0o077)
     threading.excepthook = _end_without_memory
+    sys.setswitchinterval(_SWITCH_SECONDS)
     # An exception in the main thread is the server's own way to end; see Server.serve_forever.
     signal.signal(signal.SIGUSR1, stop)  # our own threads' way to end the main one
     if lifeline is None:
@@ -242,6 +268,7 @@ def serve(
         server = StateManager(str(directory.socket), directory.key("manager")).get_server()
         server.most_connections = _room_for(caps.connections)
         service = LedgerService(ledger, fail, in_memory=journal is None)
+        shared: list[HostedObject] = []
         told = StatusService(
             ledger=ledger,
             service=service,
@@ -249,6 +276,7 @@ def serve(
             durability=durability,
             epoch=epoch,
             objects=len(declarations),
+            hosted=shared,
             connections=lambda: server.connections,
         )
         upkeep = UpkeepService(ledger, journal)
@@ -261,7 +289,7 @@ def serve(
         }
         server.hosted = {"ledger": Hosted(methods, epoch)}
         for declaration in declarations:
-            server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, caps)
+            server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, caps, shared)
         if idle_timeout is not None and journal is not None:
             server.gives_way = True
             threading.Thread(
@@ -272,6 +300,7 @@ def serve(
             target=keep_found, args=(directory, server.listener, is_held, is_ending), daemon=True
         )
         keeping.start()
+        threading.Thread(target=report_slow_calls, args=(shared, is_ending), name="slow calls", daemon=True).start()
         try:
             ready()
             server.serve_forever()
@@ -295,8 +324,15 @@ def _end_without_memory(uncaught: threading.ExceptHookArgs) -> None:
         fail(uncaught.exc_value or MemoryError())
 
 
-def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, contents: Contents, caps: Caps) -> Hosted:
-    """Make a shared object, from what the journal holds of it where it is durable."""
+def _host(
+    declaration: Declaration,
+    ledger: Ledger,
+    journal: Journal | None,
+    contents: Contents,
+    caps: Caps,
+    shared: list[HostedObject],
+) -> Hosted:
+    """Make a shared object, from what the journal holds of it where it is durable, and add it to `shared`."""
     epoch = journal.epoch if declaration.durable and journal else secrets.token_hex(16)
     decode = msgpack.Decoder(tuple[Batch]).decode
     try:
@@ -311,6 +347,7 @@ def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, con
                 client: record for client, record in contents.clients.items() if record.object == declaration.name
             },
             most_clients=caps.clients,
+            fail=fail,
         )
     except StartupError as error:
         # What cannot be made is refused by name; counters and other objects go on.
@@ -319,12 +356,10 @@ def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, con
         refuse = Method(lambda batch: [refusal] * len(batch.operations), decode)
         return Hosted({"apply": refuse}, epoch, declaration)
 
+    shared.append(hosted)
+
     def apply(batch: Batch) -> list[Result]:
-        try:
-            answer = hosted.apply(batch)
-        except BaseException as error:  # noqa: BLE001 - the object returns what it refuses; after all else memory may differ
-            fail(error)
-        return results_of(answer)
+        return results_of(hosted.apply(batch))
 
     return Hosted({"apply": Method(apply, decode)}, epoch, declaration)
 

@@ -1,9 +1,10 @@
 """What the manager offers of its ledger and of itself, whoever asks and however."""
 
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -13,10 +14,15 @@ from ..combiner import Combiner
 from ..errors import BatchRefused, StartupError
 from ..journal import Journal
 from ..ledger import Ledger, results_of
+from ..objects import HostedObject
 from ..operations import Batch, Result
 from ..settings import Durability
-from ..status import Status
+from ..status import SlowCall, Status
 
+log = logging.getLogger(__name__)
+
+SLOW_SECONDS = 10.0  # after which a call of a shared object is reported, while it still runs
+_LOOK_SECONDS = 1.0
 _LARGEST_COMMIT = 1000  # batches; in truth one for each connected worker at the most
 
 
@@ -89,6 +95,31 @@ class UpkeepService:
         return self.journal
 
 
+def slow_calls(objects: Sequence[HostedObject]) -> dict[tuple[str, float], SlowCall]:
+    """Return the calls that have run for long and still do, each by its object's name and its beginning."""
+    now = time.monotonic()
+    return {
+        (hosted.declaration.name, began): SlowCall(hosted.declaration.name, method, now - began)
+        for hosted in objects
+        for method, began in [hosted.running or ("", now)]
+        if now - began > SLOW_SECONDS
+    }
+
+
+def report_slow_calls(objects: Sequence[HostedObject], is_ending: threading.Event) -> None:
+    """Log each call that runs for long, once, until the manager is ending."""
+    reported: set[tuple[str, float]] = set()
+    while not is_ending.wait(_LOOK_SECONDS):
+        found = slow_calls(objects)
+        for key in found.keys() - reported:
+            call = found[key]
+            log.warning(
+                "%s.%s has run for %.0f seconds and still does; other calls of %s wait for it",
+                *(call.object, call.method, call.seconds, call.object),
+            )
+        reported = set(found)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StatusService:
     """What the manager tells of itself."""
@@ -99,6 +130,7 @@ class StatusService:
     durability: Durability
     epoch: str
     objects: int  # that are hosted
+    hosted: Sequence[HostedObject]
     connections: Callable[[], int]
     began: float = field(default_factory=time.monotonic)
 
@@ -119,4 +151,5 @@ class StatusService:
             commits=self.service.commits,
             commit_seconds=self.service.commit_seconds,
             journal_bytes=self.journal.size if self.journal else 0,
+            slow_calls=list(slow_calls(self.hosted).values()),
         )

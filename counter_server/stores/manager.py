@@ -37,7 +37,11 @@ class ManagerStore:
         """See `Examined`."""
         told = self.status(deadline)
         manager = f"the manager, pid {told.pid}, epoch {told.epoch}, has {told.counters} counters"
-        return [Finding("ok", f"{manager} in {self.directory}"), _KEPT[told.durability]]
+        slow = [
+            Finding("problem", f"{call.object}.{call.method} has run for {call.seconds:.0f} s: end it, or the manager")
+            for call in told.slow_calls
+        ]
+        return [Finding("ok", f"{manager} in {self.directory}"), _KEPT[told.durability], *slow]
 
     def status(self, deadline: float) -> Status:
         """See `TellsStatus`."""

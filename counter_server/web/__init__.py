@@ -57,7 +57,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     signing.init_app(app)
     hosts.init_app(app)
     origin.init_app(app)
-    access.init_app(app)
+    access.init_app(app, shared)
     headers.init_app(app)
     problems.init_app(app)
     navigation.init_app(app)

@@ -4,34 +4,80 @@ An operator is who has the server's token. A server without one that only this m
 that others reach sets and deletes nothing.
 """
 
+import logging
+import threading
 from collections.abc import Callable
 from functools import wraps
+from math import ceil
 from typing import ParamSpec, TypeVar
 from urllib.parse import quote
 
 from flask import Flask, current_app, redirect, request, url_for
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import Forbidden, Unauthorized
+from werkzeug.exceptions import Forbidden, TooManyRequests, Unauthorized
 from werkzeug.wrappers import Response
 
+from ..errors import NotHosted, Unsupported
+from ..extension import SharedState
+from ..handles import forgetful
+from ..windows import Attempts
 from . import operators
 from .hosts import is_loopback
 from .origin import own_origin
+from .rate_limit import client
 
-__all__ = ["init_app", "is_loopback", "may_operate", "operators_only", "wants_page", "why_not", "wrong_token"]
+__all__ = [
+    "init_app",
+    "is_loopback",
+    "is_right_token",
+    "may_operate",
+    "operators_only",
+    "wants_page",
+    "why_not",
+    "wrong_token",
+]
+
+log = logging.getLogger(__name__)
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
 
 _REALM: dict[str, str | None] = {"realm": "counter_server"}
+_ATTEMPTS = "counter_server.wrong_tokens"  # in an app's `extensions`
+_VERDICT = "counter_server.right_token"  # in a request's environment
 
 
-def init_app(app: Flask) -> None:
+class _Attempts:
+    """Counts wrong tokens: in the manager for all workers, else in each process."""
+
+    def __init__(self, shared: SharedState) -> None:
+        self._own = Attempts()
+        self._lock = threading.Lock()  # of the process's own
+        self._shared: Attempts | None = None
+        try:
+            self._shared = forgetful(shared.object("wrong tokens", Attempts))
+        except Unsupported as error:
+            log.info("wrong tokens are counted in each process: %s", error)
+
+    def note(self, address: str, *, right: bool) -> float:
+        """See `Attempts.note`."""
+        if self._shared is not None:
+            try:
+                return self._shared.note(address, right)
+            except NotHosted as error:
+                log.warning("wrong tokens are counted in each process: %s", error)
+        with self._lock:
+            return self._own.note(address, right)
+
+
+def init_app(app: Flask, shared: SharedState) -> None:
     """Take the token, and give the templates `has_token`, `may_operate` and `why_not`.
 
     :raises StartupError: if the token cannot be one.
     """
     operators.init_app(app)
+    if operators.configured(app):
+        app.extensions[_ATTEMPTS] = _Attempts(shared)
     app.context_processor(lambda: {"has_token": operators.has_token, "may_operate": may_operate, "why_not": why_not})
 
 
@@ -40,7 +86,24 @@ def may_operate() -> bool:
     if not operators.has_token():
         return is_loopback(current_app)
     given = operators.bearer()
-    return operators.is_signed_in() if given is None else operators.is_token(given)
+    if given is None:
+        return operators.is_signed_in()
+    if _VERDICT not in request.environ:  # a request is one attempt, however often it is asked about
+        request.environ[_VERDICT] = False  # also where the attempt is refused
+        request.environ[_VERDICT] = is_right_token(given)
+    return bool(request.environ[_VERDICT])
+
+
+def is_right_token(given: str) -> bool:
+    """Return whether that is the server's token. Wrong ones are limited, for each address and over all.
+
+    :raises TooManyRequests: if there were too many wrong ones, whether this one is right or not.
+    """
+    right = operators.is_token(given)
+    attempts: _Attempts = current_app.extensions[_ATTEMPTS]
+    if seconds := ceil(attempts.note(client(), right=right)):
+        raise TooManyRequests(f"too many wrong tokens: try again in {seconds} s", retry_after=seconds)
+    return right
 
 
 def why_not() -> str:

@@ -47,6 +47,7 @@ def figures(status: Status) -> Figures:
         "Clients remembered": f"{status.clients:,}",
         "Connections": f"{status.connections:,}",
         "Journal": size(status.journal_bytes),
+        "Long calls": ", ".join(f"{call.object}.{call.method}" for call in status.slow_calls) or "none",
     }
     totals = Totals(status.epoch, status.pid, status.batches, status.operations, status.commits, status.commit_seconds)
     return Figures(now, totals)

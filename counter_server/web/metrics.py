@@ -48,6 +48,14 @@ def _of_manager(status: Status) -> Iterator[Metric]:
     yield _count("operations", "Operations in these batches.", status.operations)
     yield _count("commits", "Commits that these batches took.", status.commits)
     yield _count("commit_seconds", "Seconds that these commits took.", status.commit_seconds)
+    slow = GaugeMetricFamily(
+        "counter_server_slow_call_seconds",
+        "Seconds that a long call of a shared object has run; it still does.",
+        labels=["object", "method"],
+    )
+    for call in status.slow_calls:
+        slow.add_metric([call.object, call.method], call.seconds)
+    yield slow
     yield _gauge("journal_bytes", "Bytes of the journal, its log included.", status.journal_bytes)
 
 

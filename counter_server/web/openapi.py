@@ -34,7 +34,8 @@ _REFUSALS = {
     415: "The body is not application/json.",
     421: "The server does not go by the name in the Host header.",
     422: "The Idempotency-Key belongs to another request. Nothing was changed.",
-    429: "Too many requests from this client's address. Nothing was counted; try again after `Retry-After` seconds.",
+    429: "Too many requests, or too many wrong tokens, from this client's address. Nothing was counted or changed; try"
+    " again after `Retry-After` seconds.",
     500: "The server failed; its log says how, and the outcome is unknown.",
     501: "The store in use cannot do this, and says so by name.",
     503: "The store cannot be reached or written. `outcome` says whether something may have been counted; try again"
@@ -52,6 +53,7 @@ def document(app: Flask) -> Document:
     schemas = _Schemas()
     paths: Document = {}
     used: set[int] = set()
+    any_limited = False
     for rule in app.url_map.iter_rules():
         description = description_of(app.view_functions[rule.endpoint])
         if description is None:
@@ -59,6 +61,7 @@ def document(app: Flask) -> Document:
         path = _VARIABLE.sub(r"{\2}", rule.rule)
         for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
             limited = is_limited(app, rule.endpoint)
+            any_limited |= limited
             statuses = _refusals(description, method, in_path=bool(rule.arguments), limited=limited)
             used.update(statuses)
             paths.setdefault(path, {})[method.lower()] = {
@@ -85,7 +88,9 @@ def document(app: Flask) -> Document:
         "info": {"title": "counter_server", "version": version("counter-server"), "description": _INTRODUCTION},
         "paths": paths,
         "components": {
-            "responses": {_component(status): _problem(status, schemas) for status in sorted(used)},
+            "responses": {
+                _component(status): _problem(status, schemas, limited=any_limited) for status in sorted(used)
+            },
             "schemas": schemas.components,
             "securitySchemes": {
                 "token": {
@@ -124,7 +129,7 @@ def _refusals(description: Description, method: str, *, in_path: bool, limited: 
     if method != "GET":
         found.add(403)  # from another site's page
     if description.operators:
-        found |= {401, 403}
+        found |= {401, 403, 429}
     if limited:
         found.add(429)
     if description.stored:
@@ -168,13 +173,13 @@ def _answer(answer: Answer, schemas: _Schemas, *, limited: bool) -> Document:
     return made
 
 
-def _problem(status: int, schemas: _Schemas) -> Document:
+def _problem(status: int, schemas: _Schemas, *, limited: bool) -> Document:
     made: Document = {
         "description": _REFUSALS[status],
         "content": {"application/problem+json": {"schema": schemas.of(Problem)}},
     }
     if status in _RETRIED:
-        limits = _LIMIT_HEADERS if status == 429 else {}
+        limits = _LIMIT_HEADERS if status == 429 and limited else {}
         made["headers"] = _headers({"Retry-After": "Seconds to wait before trying again", **limits})
     return made
 

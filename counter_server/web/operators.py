@@ -3,18 +3,20 @@
 import hmac
 import os
 import re
+import secrets
 from hashlib import sha256
 
 from flask import Flask, Response, current_app, request
 from itsdangerous import BadSignature, TimestampSigner
 
 from ..errors import StartupError
+from .signing import Ended
 
 SIGNED_IN_SECONDS = 12 * 3600  # after which an operator signs in again
 COOKIE = "counter_server_operator"
 _CONFIGURED = "COUNTER_SERVER_TOKEN"
 _SHORTEST = 16  # characters; so many random ones are not guessed over a network
-_OPERATOR = b"operator"
+_ENDED = "counter_server.ended_sign_ins"  # in an app's `extensions`
 
 
 def init_app(app: Flask) -> None:
@@ -30,6 +32,12 @@ def init_app(app: Flask) -> None:
             f"{_CONFIGURED} is set, but to no token: it has {_SHORTEST} characters or more, of ASCII and no spaces;"
             " `openssl rand -hex 32` makes one"
         )
+    app.extensions[_ENDED] = Ended(app, SIGNED_IN_SECONDS)
+
+
+def configured(app: Flask) -> bool:
+    """Return whether `app` has a token."""
+    return app.config[_CONFIGURED] is not None
 
 
 def has_token() -> bool:
@@ -50,13 +58,25 @@ def bearer() -> str | None:
 
 
 def is_signed_in() -> bool:
-    """Whether the request has a cookie that `sign_in` gave, with the token of today, and not too long ago."""
+    """Return whether the request has a cookie of a sign-in with today's token that has not expired or been ended."""
+    name = _signed_in(max_age=SIGNED_IN_SECONDS)
+    return name is not None and name not in _ended()
+
+
+def _signed_in(max_age: int | None = None) -> str | None:
+    """Return the name of the sign-in of the request's cookie, if we signed it with today's token."""
     if not has_token():
-        return False
+        return None
     try:
-        return _signer().unsign(request.cookies.get(COOKIE, ""), max_age=SIGNED_IN_SECONDS) == _OPERATOR
+        # Of a sign-in only a digest is written, so that the data directory holds no cookie.
+        return sha256(_signer().unsign(request.cookies.get(COOKIE, ""), max_age=max_age)).hexdigest()
     except BadSignature:
-        return False
+        return None
+
+
+def _ended() -> Ended:
+    ended: Ended = current_app.extensions[_ENDED]
+    return ended
 
 
 def sign_in(response: Response) -> None:
@@ -64,7 +84,7 @@ def sign_in(response: Response) -> None:
     sessions = current_app.session_interface
     response.set_cookie(
         COOKIE,
-        _signer().sign(_OPERATOR).decode("ascii"),
+        _signer().sign(secrets.token_urlsafe(16)).decode("ascii"),
         max_age=SIGNED_IN_SECONDS,
         path=sessions.get_cookie_path(current_app),
         secure=sessions.get_cookie_secure(current_app),
@@ -74,7 +94,13 @@ def sign_in(response: Response) -> None:
 
 
 def sign_out(response: Response) -> None:
-    """Take the cookie from the browser."""
+    """End the sign-in of the request's cookie, copies of it included, and take the cookie from the browser.
+
+    :raises StorageFull: if the end cannot be written; then nothing is ended.
+    """
+    name = _signed_in()
+    if name is not None:
+        _ended().add(name)
     sessions = current_app.session_interface
     response.delete_cookie(
         COOKIE,
@@ -94,5 +120,5 @@ def _signer() -> TimestampSigner:
     """Its key is made of the app's and the token: a new token signs everybody out."""
     key = current_app.secret_key
     assert key is not None  # see `signing`
-    salt = b"counter_server operator " + sha256((_token() or "").encode()).digest()
+    salt = b"counter_server sign-in " + sha256((_token() or "").encode()).digest()
     return TimestampSigner(key, salt=salt, key_derivation="hmac", digest_method=sha256)

@@ -44,7 +44,7 @@ class _Limit:
         """
         window = self.item.get_expiry()
         try:
-            taken, left = self.windows.take(self.item.key_for(_client()), window)
+            taken, left = self.windows.take(self.item.key_for(client()), window)
         except CounterServerError as error:
             if error.outcome == "unknown":  # that is of the budget; what was asked for has not begun
                 raise DeadlineExceeded(f"the rate limit could not be had: {error}", "not_applied") from error
@@ -106,8 +106,8 @@ def _parse(text: object) -> "RateLimitItem":
     return items[0]
 
 
-def _client() -> str:
-    """Who asks: an address, or the network that belongs to one customer of an access provider."""
+def client() -> str:
+    """Return who asks: an address, or the network that belongs to one customer of an access provider."""
     try:
         address = ip_address(request.remote_addr or "")
     except ValueError:  # a socket file has no addresses: all who ask there are one

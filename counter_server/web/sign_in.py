@@ -3,11 +3,11 @@
 import re
 
 from flask import Blueprint, make_response, redirect, render_template, request, url_for
-from werkzeug.exceptions import Forbidden
+from werkzeug.exceptions import Forbidden, HTTPException, TooManyRequests
 from werkzeug.wrappers import Response
 
 from . import operators
-from .access import wants_page, why_not, wrong_token
+from .access import is_right_token, wants_page, why_not, wrong_token
 
 # Of this site, whatever a browser makes of it: some take a backslash for a slash, and "//" begins another host's name.
 _LOCAL = re.compile(r"/(?![/\\])[!-\[\]-~]*")
@@ -25,15 +25,19 @@ def blueprint() -> Blueprint:
     def enter() -> Response:
         if not operators.has_token():
             raise Forbidden(why_not() or "this server has no token to sign in with: everybody may set and delete")
-        if operators.is_token(request.form.get("token", "")):
-            response = make_response(redirect(_next(), 303))
-            operators.sign_in(response)
-            return response
-        error = wrong_token()
+        error: HTTPException = wrong_token()
+        try:
+            if is_right_token(request.form.get("token", "")):
+                response = make_response(redirect(_next(), 303))
+                operators.sign_in(response)
+                return response
+        except TooManyRequests as too_many:
+            error = too_many
         if not wants_page():
             raise error
-        response = make_response(_page(wrong=True), 401)
-        response.headers["WWW-Authenticate"] = error.get_response().headers["WWW-Authenticate"]
+        response = make_response(_page(wrong=error.description or ""), error.code)
+        told = error.get_response().headers
+        response.headers.update({name: told[name] for name in ("Retry-After", "WWW-Authenticate") if name in told})
         return response
 
     @pages.post("/sign-out")
@@ -45,7 +49,7 @@ def blueprint() -> Blueprint:
     return pages
 
 
-def _page(*, wrong: bool = False) -> str:
+def _page(*, wrong: str = "") -> str:
     return render_template("sign_in.html", wrong=wrong, next=_next(), seconds=operators.SIGNED_IN_SECONDS)
 
 
