@@ -184,6 +184,7 @@ def run(data_dir: str | None, store: str | None, durability: str, **options: Any
         raise InvalidRequest(f"{option} is a manager's; another store keeps what its own server is set to keep")
     web = {name: options.pop(name) for name in list(options) if name.isupper()}  # named as the app's configuration is
     settings = ServerSettings(store=url, durability=cast(Durability, durability), web=web, **options)
+    os.environ["PYTHONSAFEPATH"] = "1"  # else a worker of new code would run the working directory's modules first
     sys.exit(Supervisor(settings).run())
 
 

@@ -248,3 +248,73 @@ def test_a_manager_by_hand_and_one_on_demand_are_the_same_to_a_client(start_mana
     with patient(manager.url) as state:
         assert state.counter("c").increment() == 1
     assert manager.running
+
+
+# What a manager imports
+
+
+def run_app(program: str, cwd: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *flags, "-c", program],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+COUNT = """
+from counter_server import StoreOptions, open_state
+print(open_state({url!r}, deadline=30, options=StoreOptions(idle_timeout=30)).counter("c").increment())
+"""
+CHANGED = (
+    "import os, sys; from counter_server import StoreOptions, open_state; os.chdir({place!r}); sys.path[:] = {path!r}\n"
+)
+
+
+@pytest.mark.parametrize("variable", [None, "", ":", "."], ids=["no PYTHONPATH", "empty", "two empty", "relative"])
+def test_a_manager_runs_nothing_from_the_working_directory(
+    on_demand: str, tmp_path: Path, variable: str | None
+) -> None:
+    """Another user can write to it; the app that starts the manager does not import from it."""
+    place = tmp_path / "place"
+    place.mkdir(mode=0o777)
+    for name in ("click", "pathlib", "json", "encodings", "sitecustomize", "usercustomize", "runpy", "multiprocessing"):
+        (place / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')")
+    path = [entry for entry in sys.path if entry and Path(entry) != place]
+    environment = {} if variable is None else {"PYTHONPATH": variable}
+    program = CHANGED.format(place=str(place), path=path) + COUNT.format(url=on_demand)
+    result = run_app(program, ROOT, **environment)
+    assert (result.stdout, result.stderr) == ("1\n", "")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_manager_imports_what_its_starter_could_in_the_same_order(
+    on_demand: str, data_dir: Path, tmp_path: Path
+) -> None:
+    """Packages in several directories, one of them with a backport of a standard module and a name that is not UTF-8;
+    a relative entry; the interpreter's flags; and a variable for what the objects' methods start."""
+    first, second = tmp_path / "first", Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n:"))
+    for number, place in enumerate((first, second)):
+        place.mkdir()
+        (place / f"part{number}.py").write_text("")
+    (second / "pathlib.py").write_text("raise ImportError('a backport')")
+    (second / "hosted.py").write_text(
+        "import os, sys, part0, part1\n"
+        "class Seen:\n"
+        "    def path(self): return [os.fsencode(entry) for entry in sys.path]\n"
+        "    def flags(self): return [sys.flags.optimize, sys.warnoptions, os.environ.get('PYTHONPATH')]\n"
+    )
+    program = (
+        f"import os, sys\nsys.path += ['first', {str(second)!r}, '__editable__.hook']\n"
+        "sys.path += [f'/there/is/no/{number:0200}' for number in range(1000)]\n"
+        "import hosted\nfrom counter_server import StoreOptions, open_state\n"
+        f"state = open_state({on_demand!r}, deadline=30, options=StoreOptions(idle_timeout=30))\n"
+        "seen = state.object('seen', hosted.Seen)\n"
+        "mine = [os.fsencode(os.path.abspath(e) if e in ('', 'first') else e) for e in sys.path]\n"
+        "print(seen.path() == mine, seen.flags())\n"
+    )
+    result = run_app(program, tmp_path, "-O", "-W", "ignore::ResourceWarning", PYTHONPATH=str(ROOT))
+    assert (result.stdout, result.stderr) == (f"True [1, ['ignore::ResourceWarning'], {str(ROOT)!r}]\n", "")
