@@ -17,7 +17,7 @@ from counter_server.manager.directory import DataDirectory
 from counter_server.prove.load import Client
 from tests.launchers import LAUNCHERS, launch
 from tests.load import at_once, visit
-from tests.processes import PATIENCE, ROOT, Manager, Server, end_manager, eventually, holder
+from tests.processes import PATIENCE, ROOT, Manager, Program, Server, end_manager, eventually, frozen, holder
 
 APP = """
 from flask import Flask
@@ -184,7 +184,9 @@ def test_a_manager_in_the_background_returns_when_clients_can_connect(on_demand:
         assert state.counter("c").increment() == 1
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode != 0
-    assert again.stderr == f"Error: another manager (pid {holder(data_dir)}) already serves {data_dir}\n"
+    assert again.stderr.startswith(
+        f"Error: the manager of {data_dir} (pid {holder(data_dir)}) goes on: it was started by"
+    )
 
 
 def test_a_directory_below_a_file_is_told_at_once(tmp_path: Path) -> None:
@@ -248,6 +250,107 @@ def test_a_manager_by_hand_and_one_on_demand_are_the_same_to_a_client(start_mana
     with patient(manager.url) as state:
         assert state.counter("c").increment() == 1
     assert manager.running
+
+
+# Whose place it is
+
+PROGRAM = """
+from counter_server import StoreOptions, open_state
+with open_state({url!r}, deadline=30, options=StoreOptions(idle_timeout=30)) as state:
+    while True:
+        print(state.counter("c").increment(), flush=True)
+"""
+
+
+def test_one_on_demand_makes_way_for_a_supervised_one(
+    on_demand: str, data_dir: Path, stack: ExitStack, start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """A program that starts managers on demand counts on, through restarts of the server and kills of its manager."""
+    (tmp_path / "program.py").write_text(PROGRAM.format(url=on_demand))
+    program = stack.enter_context(Program(tmp_path / "program.py"))
+    program.expect("1")
+
+    def serves(server: Server) -> bool:
+        return server.children("manager") == [holder(data_dir)]
+
+    for _ in range(5):
+        server = start_server("--workers", "1")
+        assert serves(server)
+        seen = len(program.output)
+        eventually(lambda: len(program.output) > seen, "a number of the server's manager")
+        server.stop()
+        eventually(lambda: holder(data_dir) or not program.running, "a manager on demand")
+    server = start_server("--workers", "1")
+    for _ in range(3):
+        (manager,) = server.children("manager")
+        os.kill(manager, signal.SIGKILL)
+        eventually(lambda: holder(data_dir) != manager and serves(server), "another manager of the server's")
+    assert program.running, program.errors
+    program.kill()
+    program.wait()
+    assert [int(line) for line in program.output] == list(range(1, len(program.output) + 1))
+
+
+def test_a_server_says_whose_manager_is_in_its_place(
+    data_dir: Path, stack: ExitStack, start_manager: Callable[..., Manager]
+) -> None:
+    manager = start_manager()
+    command = ("run.py", "--port", "0", "--workers", "1", "--data-dir", data_dir)
+    refused = stack.enter_context(Program(*command))
+    assert refused.wait() == 1
+    assert f"pid {manager.pid}" in refused.errors[0]
+    assert "started by hand: 'counter-server run --attach'" in refused.errors[0]
+    attached = stack.enter_context(Program(*command, "--attach"))
+    assert visit(attached.expect("Serving on "), "/readyz")
+    assert holder(data_dir) == manager.pid
+    attached.stop()
+    assert manager.running
+
+
+def stop(data_dir: Path, *before: str) -> subprocess.CompletedProcess[str]:
+    command = [*before, sys.executable, "-m", "counter_server", "stop", "--data-dir", str(data_dir)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("inside", ["nobody", "manager", "stop"])
+def test_stop_ends_the_manager_from_any_pid_namespace(
+    data_dir: Path, stack: ExitStack, start_manager: Callable[..., Manager], inside: str
+) -> None:
+    if inside != "nobody" and os.geteuid() != 0:
+        pytest.skip("only root can make a pid namespace")
+    namespace = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    if inside == "manager":
+        command = (*namespace[1:], sys.executable, "manager_process.py", "--data-dir", data_dir)
+        manager = stack.enter_context(Program(*command, program=namespace[0]))
+        manager.expect("Manager ready:")
+    else:
+        manager = start_manager()
+    shown = {"nobody": f"The manager (pid {manager.pid})", "manager": "The manager (pid ", "stop": "The manager"}[
+        inside
+    ]
+    told = stop(data_dir, *(namespace if inside == "stop" else ()))
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.startswith(shown)
+    assert told.stdout.endswith(" has ended.\n")
+    assert manager.wait() == 0
+
+
+def test_stop_names_what_it_cannot_end(
+    data_dir: Path, start_manager: Callable[..., Manager], start_server: Callable[..., Server]
+) -> None:
+    manager = start_manager()
+    with frozen(manager.pid):
+        told = stop(data_dir)
+        assert told.returncode == 1
+        assert f"(pid {manager.pid}) was asked to end and has not: the manager did not answer" in told.stderr
+    assert manager.running
+    assert manager.stop() == 0
+    server = start_server("--workers", "1")
+    told = stop(data_dir)
+    assert told.returncode == 1
+    assert f"it runs under a supervisor (pid {server.pid}" in told.stderr
+    server.stop()
+    assert stop(data_dir).stderr == f"Error: no manager is running in {data_dir}\n"
 
 
 # What a manager imports

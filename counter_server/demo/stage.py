@@ -113,7 +113,7 @@ class Stage:
 
     def manager(self) -> int | None:
         """The process that holds the number for all others, where the strategy has one."""
-        return DataDirectory(self._directory / DATA).holder() if self._strategy == OURS else self._companion
+        return DataDirectory(self._directory / DATA).manager_pid() if self._strategy == OURS else self._companion
 
     def _hear(self) -> dict[str, Any]:
         assert self._process.stdout is not None
