@@ -1,11 +1,14 @@
 """A manager on demand: two lines in any app are enough, whatever launches it."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -421,3 +424,113 @@ def test_a_manager_imports_what_its_starter_could_in_the_same_order(
     )
     result = run_app(program, tmp_path, "-O", "-W", "ignore::ResourceWarning", PYTHONPATH=str(ROOT))
     assert (result.stdout, result.stderr) == (f"True [1, ['ignore::ResourceWarning'], {str(ROOT)!r}]\n", "")
+
+
+# Children of a fork
+
+FORKS = """
+import os, subprocess, time
+class Forks:
+    calls = 0
+    def stray(self):
+        self.calls += 1
+        return [self.calls, os.fork()]
+    def fork(self):
+        if pid := os.fork():
+            return pid
+        try:
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    def run(self):
+        return subprocess.Popen(["sleep", "60"]).pid
+"""
+
+
+def opened_by(pid: int) -> set[str]:
+    """What a process has open beside its standard streams."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.add(os.readlink(link) if int(link.name) > 2 else os.devnull)
+    return found - {os.devnull}
+
+
+@pytest.mark.parametrize("method", ["fork", "run"])
+def test_a_child_of_a_method_holds_nothing_of_its_manager(
+    on_demand: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack: ExitStack, method: str
+) -> None:
+    (tmp_path / "forks.py").write_text(FORKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    stack.callback(sys.modules.pop, "forks")
+    cls = importlib.import_module("forks").Forks
+    with patient(on_demand) as state:
+        forks = state.object("forks", cls)
+        assert state.counter("c").increment() == 1
+        child = getattr(forks, method)()
+        stack.callback(os.kill, child, signal.SIGKILL)
+        eventually(lambda: not opened_by(child), "what it closes")
+        end_manager(data_dir / "manager.lock")
+        began = time.monotonic()
+        assert state.counter("c").increment() == 2
+        assert time.monotonic() - began < PATIENCE / 3
+    assert Path(f"/proc/{child}").exists()
+
+
+def test_a_child_that_returns_from_a_method_changes_nothing(
+    on_demand: str, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, stack: ExitStack
+) -> None:
+    """The copy of the manager's thread goes on: it has no journal to write to, and nobody to answer."""
+    (tmp_path / "forks.py").write_text(FORKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    stack.callback(sys.modules.pop, "forks")
+    with patient(on_demand) as state:
+        forks = state.object("forks", importlib.import_module("forks").Forks, durable=True)
+        for expected in (1, 2, 3):
+            calls, child = forks.stray()
+            assert (calls, bool(child)) == (expected, True)
+            eventually(lambda child=child: has_ended(child), "the end of the child")  # type: ignore[misc]
+            assert state.counter("c").increment() == expected
+        end_manager(data_dir / "manager.lock")
+        assert (forks.stray()[0], state.counter("c").increment()) == (4, 4)
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_fork_while_a_manager_is_started_holds_nothing_of_that(
+    on_demand: str, data_dir: Path, stack: ExitStack
+) -> None:
+    """Forks all through the start, of a process that lives on."""
+    is_over = threading.Event()
+    forked: list[int] = []
+
+    def fork() -> None:
+        while not is_over.is_set():
+            if (child := os.fork()) == 0:
+                signal.pause()
+            forked.append(child)
+            is_over.wait(0.005)
+
+    forking = threading.Thread(target=fork)
+    try:
+        with patient(on_demand) as state:
+            forking.start()
+            assert state.counter("c").increment() == 1
+            is_over.set()
+            forking.join()
+            for child in forked:
+                here = str(data_dir)
+                eventually(lambda c=child: not [n for n in opened_by(c) if n.startswith(here)], "what it closes")  # type: ignore[misc]
+            end_manager(data_dir / "manager.lock")
+            assert state.counter("c").increment() == 2
+    finally:
+        is_over.set()
+        forking.join()
+        for child in forked:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)

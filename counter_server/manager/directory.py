@@ -6,8 +6,9 @@ import secrets
 import socket
 import stat
 import struct
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -19,6 +20,37 @@ _KEY_BYTES = 32
 _CONNECT_SECONDS = 1.0  # there is no place in the queue of one that is stopped
 _LOOK_SECONDS = 0.01
 _LONGEST_ADDRESS = 107  # bytes that Linux takes for an AF_UNIX path
+
+_own: set[int] = set()  # descriptors that no child of a fork may keep: a copy would hold a lock, or keep a pipe open
+_finders: list[Callable[[], Iterable[int]]] = []  # of more of them
+forking = threading.RLock()  # held while a descriptor is opened that is not yet in `_own`
+
+
+def keep_from_children(*descriptors: int) -> None:
+    """Have these descriptors closed in every child that this process forks from now on."""
+    _own.update(descriptors)
+
+
+def release(*descriptors: int) -> None:
+    """Have children inherit these descriptors again, as they are closed or about to be."""
+    _own.difference_update(descriptors)
+
+
+def _after_fork_in_child() -> None:
+    # Their numbers stay taken, by what can be neither written to nor locked. SQLite in the copied memory knows them by
+    # number: else it would write into what takes their place, or believe that it is alone with the journal.
+    try:
+        nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        for descriptor in {*_own, *(found for find in _finders for found in find())}:
+            os.dup2(nothing, descriptor, inheritable=False)
+        os.close(nothing)
+        _own.clear()
+        _finders.clear()
+    finally:
+        forking.release()
+
+
+os.register_at_fork(before=forking.acquire, after_in_parent=forking.release, after_in_child=_after_fork_in_child)
 
 
 class DataDirectory:
@@ -82,14 +114,21 @@ class DataDirectory:
         :raises DirectoryHeld: naming the other one, if there is one.
         :raises StartupError: if the directory cannot be written to.
         """
-        file = self._open_lock("manager.lock")
+        with forking:
+            file = self._open_lock("manager.lock")
+            keep_from_children(file)
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise DirectoryHeld(f"another manager ({self.holder}) already serves {self}") from None
-            yield lambda: self._is_lock(file)
+            _finders.append(self._opened)
+            try:
+                yield lambda: self._is_lock(file)
+            finally:
+                _finders.remove(self._opened)
         finally:
+            release(file)
             os.close(file)
 
     def _open_lock(self, name: str) -> int:
@@ -103,6 +142,20 @@ class DataDirectory:
             return os.path.samestat(os.fstat(file), os.stat(self.path / "manager.lock"))
         except OSError:
             return False
+
+    def _opened(self) -> Iterator[int]:
+        """Find what the manager has open here: files, the listening socket, and connections that came through it."""
+        place = os.path.join(os.path.realpath(self.path), "")
+        for number in [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]:
+            with suppress(OSError):  # the list's own is closed by now
+                link = os.readlink(f"/proc/self/fd/{number}")
+                if link.startswith(place) or (link.startswith("socket:") and self._is_ours(number)):
+                    yield number
+
+    def _is_ours(self, descriptor: int) -> bool:
+        with socket.socket(fileno=os.dup(descriptor)) as sock:
+            name = sock.getsockname()
+            return sock.family == socket.AF_UNIX and str(name).endswith(f"/{self.socket.name}")
 
     def is_held(self) -> bool:
         """Whether a manager holds this directory.
@@ -146,10 +199,13 @@ class DataDirectory:
         :param seconds: to wait for another process that is starting one.
         :raises StartupError: if the directory cannot be written to.
         """
-        file = self._open_lock("starter.lock")
+        with forking:
+            file = self._open_lock("starter.lock")
+            keep_from_children(file)
         try:
             yield self._is_mine(file, time.monotonic() + seconds)
         finally:
+            release(file)
             os.close(file)
 
     @staticmethod

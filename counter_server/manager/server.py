@@ -25,7 +25,7 @@ from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from .client import end_manager
-from .directory import DataDirectory
+from .directory import DataDirectory, keep_from_children
 from .ending import Lifeline, end_main_thread, end_when_idle, end_with, fail, keep_found, stop
 from .services import LedgerService, StatusService, UpkeepService
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
@@ -239,6 +239,7 @@ def serve(
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
     else:
+        keep_from_children(lifeline.fileno())
         threading.Thread(target=end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
     starting = ExitStack()  # until this one is ready, nobody starts another on demand

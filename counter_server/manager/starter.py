@@ -19,7 +19,7 @@ from msgspec import Struct, convert, to_builtins
 from ..errors import Disconnected, StartupError
 from ..objects import Declaration
 from ..settings import Durability
-from .directory import DataDirectory
+from .directory import DataDirectory, forking, keep_from_children, release
 
 EXIT_HELD = 75  # EX_TEMPFAIL of sysexits.h: another manager holds the directory, perhaps not for long
 _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
@@ -61,24 +61,41 @@ class Starter:
                 *(["--host-objects"] if declarations else []),
             )
             try:
-                done = subprocess.run(
-                    command,
-                    input=hosting(declarations),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    env=python_environment(),
-                    timeout=max(deadline - time.monotonic(), 0.001),
-                    check=False,
-                )
+                status, said = _run(command, hosting(declarations), deadline)
             except subprocess.TimeoutExpired:
                 raise Disconnected("the manager was not ready in time; it is still starting", sent=False) from None
             except OSError as error:
                 raise StartupError(f"the manager of {directory} could not be started: {error}") from error
-        if done.returncode == EXIT_HELD:
+        if status == EXIT_HELD:
             raise Disconnected(f"another manager of {directory} is coming or going", sent=False)
-        if done.returncode != 0:
-            message = done.stderr.decode(errors="replace").strip().removeprefix("Error: ")
-            raise StartupError(f"the manager of {directory} could not be started: {message or done.returncode}")
+        if status != 0:
+            message = said.decode(errors="replace").strip().removeprefix("Error: ")
+            raise StartupError(f"the manager of {directory} could not be started: {message or status}")
+
+
+def _run(command: list[str], handed_over: bytes, deadline: float) -> tuple[int, bytes]:
+    """Run a command and return its status and what it wrote to standard error.
+
+    `subprocess.run` would leave the pipes to children that this process forks meanwhile, and wait for their end.
+
+    :raises subprocess.TimeoutExpired: at `deadline`.
+    """
+    environment = python_environment()
+    with forking:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+        )
+        assert process.stdin
+        assert process.stderr
+        pipes = (process.stdin.fileno(), process.stderr.fileno())
+        keep_from_children(*pipes)
+    try:
+        _, said = process.communicate(handed_over, max(deadline - time.monotonic(), 0.001))
+    finally:
+        release(*pipes)
+        process.kill()  # only where time ran out: the manager itself is another process by then
+        process.__exit__(None, None, None)
+    return process.returncode, said
 
 
 _hosts = False  # whether this process is to host what it imports, and so can start no other one
