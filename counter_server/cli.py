@@ -1,9 +1,7 @@
 """The command line: `counter-server run`, `manager`, and the counters without HTTP."""
 
 import os
-import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -172,7 +170,8 @@ main.add_command(prove)
 @durability_option
 @caps_options
 @store_option
-def run(data_dir: str | None, store: str | None, durability: str, **options: Any) -> None:
+@click.option("--attach", is_flag=True, help="Use the manager that runs already, and start none.")
+def run(data_dir: str | None, store: str | None, durability: str, *, attach: bool, **options: Any) -> None:
     """Serve the web application: one manager process, several workers, one port.
 
     COUNTER_SERVER_TOKEN in the environment is the operators' token: who has it may set and delete counters.
@@ -180,10 +179,11 @@ def run(data_dir: str | None, store: str | None, durability: str, **options: Any
     from .serve.supervisor import Supervisor
 
     url = _store_url(store, data_dir)
-    for option in of_the_manager() if not url.startswith("manager:") else []:
-        raise InvalidRequest(f"{option} is a manager's; another store keeps what its own server is set to keep")
+    for option in of_the_manager() if attach or not url.startswith("manager:") else []:
+        raise InvalidRequest(f"{option} is for a manager that this command starts; it starts none")
     web = {name: options.pop(name) for name in list(options) if name.isupper()}  # named as the app's configuration is
-    settings = ServerSettings(store=url, durability=cast(Durability, durability), web=web, **options)
+    settings = ServerSettings(store=url, durability=cast(Durability, durability), web=web, attach=attach, **options)
+    os.environ["PYTHONSAFEPATH"] = "1"  # else a worker of new code would run the working directory's modules first
     sys.exit(Supervisor(settings).run())
 
 
@@ -260,20 +260,16 @@ def _declared_by(module: str, directory: DataDirectory) -> list[Declaration]:
 @data_dir_option
 def stop(data_dir: str | None) -> None:
     """End the manager of a directory in order: what is durable stays, and the next use starts another."""
+    from .manager.client import end_manager
+
     directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
-    pid = directory.holder()
+    try:
+        pid = end_manager(directory, _SECONDS_TO_STOP)
+    except DirectoryHeld as error:
+        raise click.ClickException(str(error)) from error
     if pid is None:
         raise click.ClickException(f"no manager is running in {directory}")
-    try:
-        os.kill(pid, signal.SIGTERM)
-    except OSError as error:
-        raise click.ClickException(f"the manager (pid {pid}) cannot be told to end: {error.strerror}") from error
-    deadline = time.monotonic() + _SECONDS_TO_STOP
-    while directory.holder() == pid:
-        if time.monotonic() > deadline:
-            raise click.ClickException(f"the manager (pid {pid}) goes on; under a supervisor, end that")
-        time.sleep(0.02)
-    click.echo(f"The manager (pid {pid}) has ended.")
+    click.echo(f"The manager (pid {pid}) has ended." if pid else "The manager has ended.")
 
 
 @main.command()

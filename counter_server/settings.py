@@ -91,5 +91,6 @@ class ServerSettings:
     store: str = DEFAULT_STORE
     durability: Durability = DEFAULT_DURABILITY
     log_format: LogFormat = "text"
+    attach: bool = False  # to a manager that runs already
     caps: Caps = DEFAULT_CAPS  # of the manager
     web: Mapping[str, Any] = field(default_factory=dict)  # the web application's configuration

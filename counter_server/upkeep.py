@@ -22,7 +22,7 @@ def back_up(directory: DataDirectory, target: Path) -> str:
     :raises StartupError: if there is nothing to copy, or no way to write it.
     """
     target = Path(os.path.abspath(target))
-    if directory.holder() is not None:
+    if directory.is_held():
         size = _ask(directory, "back_up", os.fsencode(target))
     else:
         with _at_rest(directory), closing(Journal(directory.journal)) as journal:
@@ -35,7 +35,7 @@ def check(directory: DataDirectory) -> str:
 
     :raises StartupError: naming the file, if it is damaged.
     """
-    if directory.holder() is not None:
+    if directory.is_held():
         counters, clients, keys = _ask(directory, "check")
         return _told(directory.journal, counters, clients, keys) + "; the manager's memory is the same"
     with _at_rest(directory):

@@ -3,10 +3,12 @@
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from counter_server.prove.processes import children
 from tests.processes import Program, Server, eventually, open_in
 from tests.test_supervision import increment
 
@@ -40,9 +42,9 @@ def test_a_child_has_of_its_supervisor_and_siblings_the_listening_socket_and_not
     (manager,), workers = server.children("manager"), server.children("worker")
     supervisors = {name for name in open_in(server.pid) if name.startswith("socket:")}
     (listening,) = set.intersection(supervisors, *map(open_in, workers))
-    children = [manager, *workers]
-    for pid in children:
-        of_others = set.union(supervisors, *(open_in(other) for other in children if other != pid))
+    pids = [manager, *workers]
+    for pid in pids:
+        of_others = set.union(supervisors, *(open_in(other) for other in pids if other != pid))
         assert open_in(pid) & of_others == (set() if pid == manager else {listening})
 
 
@@ -120,3 +122,20 @@ def test_a_supervisor_has_no_more_open_after_a_second_replacement_than_after_the
         eventually(lambda: all_are_back(server, 2), "two others")
         after_the_first = after_the_first or len(open_in(server.pid))
         eventually(lambda: len(open_in(server.pid)) <= after_the_first, "as few open descriptors as before", 5)
+
+
+def test_a_new_interpreter_runs_nothing_from_the_working_directory(
+    stack: ExitStack, data_dir: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    for name in ("multiprocessing", "pathlib", "json", "pickle", "click"):
+        (place / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')")
+    command = Path(sys.executable).with_name("counter-server")
+    options = ("run", "--port", "0", "--workers", "1", "--data-dir", data_dir)
+    server = stack.enter_context(Program(*options, program=str(command), cwd=place))
+    server.expect("Serving on ")
+    (worker,) = children(server.pid, "worker")
+    server.send_signal(signal.SIGHUP)
+    eventually(lambda: {*children(server.pid, "worker")} - {worker} or (tmp_path / "ran").exists(), "another worker")
+    assert not (tmp_path / "ran").exists()

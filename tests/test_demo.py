@@ -161,7 +161,7 @@ def test_pairs_are_chosen_by_a_server_a_strategy_or_both() -> None:
 def test_a_server_that_does_not_start_is_left_out_with_its_last_words(
     monkeypatch: pytest.MonkeyPatch, files: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "waitress.py").write_text("raise SystemExit('no room for waitress')")
     (outcome,) = Demonstration(clients=2).run(chosen(["waitress/session"]), lambda _: None)
     assert outcome.verdict == "left out"

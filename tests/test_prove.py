@@ -207,8 +207,7 @@ def test_a_server_that_answers_before_it_keeps_is_told_when_it_was_restarted(
 
 
 def supervisor_in(place: Path) -> int:
-    command = f"{sys.executable} -m counter_server run"
-    found = [pid for pid, told in processes_in(place).items() if told.startswith(command)]
+    found = [pid for pid, told in processes_in(place).items() if " counter_server run" in told and ".guard" not in told]
     (pid,) = [pid for pid in found if os.getpgid(pid) == pid]  # its children are forks of it
     return pid
 

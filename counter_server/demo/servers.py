@@ -1,10 +1,10 @@
 """The servers: with which command each is started, on a listening socket that all its processes inherit."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..manager.starter import python_command
 from .strategies import STRATEGIES
 
 Command = Callable[[int, str, Path], list[str]]
@@ -30,7 +30,7 @@ class Server:
 
 def _python(name: str) -> Command:
     def command(descriptor: int, strategy: str, directory: Path) -> list[str]:
-        return [sys.executable, "-m", "counter_server.demo.serving", name, str(descriptor), strategy, str(directory)]
+        return python_command("counter_server.demo.serving", name, str(descriptor), strategy, str(directory))
 
     return command
 
@@ -39,7 +39,7 @@ def _gunicorn(*options: str) -> Command:
     def command(descriptor: int, strategy: str, directory: Path) -> list[str]:
         settings = ["-c", "python:counter_server.demo.gunicorn_conf", "-b", f"fd://{descriptor}"]
         app = f"counter_server.demo.app:create_app({strategy!r}, {str(directory)!r})"
-        return [sys.executable, "-m", "gunicorn", *settings, *options, *STRATEGIES[strategy].gunicorn, app]
+        return python_command("gunicorn", *settings, *options, *STRATEGIES[strategy].gunicorn, app)
 
     return command
 

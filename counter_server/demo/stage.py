@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from ..errors import StartupError
 from ..manager.directory import DataDirectory
+from ..manager.starter import python_command, python_environment
 from .servers import SERVERS
 from .strategies import DATA, OURS, STRATEGIES
 from .textbook import address_file
@@ -76,7 +77,8 @@ class Stage:
         descriptors = [sock.fileno() for sock in sockets]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "counter_server.demo.stage", server, strategy, *map(str, descriptors)],
+                python_command("counter_server.demo.stage", server, strategy, *map(str, descriptors)),
+                env=python_environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=descriptors,
@@ -111,7 +113,7 @@ class Stage:
 
     def manager(self) -> int | None:
         """The process that holds the number for all others, where the strategy has one."""
-        return DataDirectory(self._directory / DATA).holder() if self._strategy == OURS else self._companion
+        return DataDirectory(self._directory / DATA).manager_pid() if self._strategy == OURS else self._companion
 
     def _hear(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -135,7 +137,7 @@ class _Performance:
         self._directory = directory
         self._log = directory / "log"
         self._environment = {
-            **{name: value for name, value in os.environ.items() if name != "GUNICORN_CMD_ARGS"},
+            **{name: value for name, value in python_environment().items() if name != "GUNICORN_CMD_ARGS"},
             "TMPDIR": str(directory),  # what they leave there, goes with it
             "PYTHONUNBUFFERED": "1",
         }
@@ -169,6 +171,7 @@ class _Performance:
                 stderr=log,
                 pass_fds=descriptors,
                 env=self._environment,
+                cwd=self._directory,  # gunicorn puts it first on its path
             )
         self._processes.append(process)
         return process
@@ -177,7 +180,7 @@ class _Performance:
         module = STRATEGIES[strategy].companion
         if not module:
             return None
-        process = self._start([sys.executable, "-m", module, strategy, str(self._directory)])
+        process = self._start(python_command(module, strategy, str(self._directory)))
         deadline = time.monotonic() + _BOOT_SECONDS
         while not address_file(self._directory).exists():
             if process.poll() is not None or time.monotonic() > deadline or select.select([0], [], [], 0.01)[0]:

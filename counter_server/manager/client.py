@@ -1,20 +1,23 @@
 """The client's end: a proxy that finds its manager again, by name, within a deadline."""
 
 import threading
-from contextlib import suppress
+import time
+from contextlib import closing, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.managers import BaseProxy, Token
 from typing import Any
 
 from msgspec import Raw, Struct, ValidationError, msgpack
 
-from ..errors import AccessDenied, BatchRefused, Disconnected, NotHosted, StateLost, Unsupported
+from ..errors import AccessDenied, BatchRefused, DirectoryHeld, Disconnected, NotHosted, StateLost, Unsupported
 from ..objects import Declaration
 from ..operations import Batch, Result
 from ..status import Status
 from .directory import DataDirectory
 from .starter import Starter
 from .wire import SERIALIZER, Connection, connect, object_ident
+
+_LOOK_SECONDS = 0.01
 
 _decode_results = msgpack.Decoder(list[Result]).decode
 _decode_status = msgpack.Decoder(Status).decode
@@ -75,6 +78,17 @@ class StateProxy(BaseProxy):
         :raises BatchRefused: with the manager's reason, if it could not do it.
         """
         return _decode(self._callmethod(method, arguments, deadline=deadline))
+
+    def await_end(self, deadline: float) -> None:
+        """Wait until the manager closes the connection: it has nothing to say that was not asked.
+
+        :raises TimeoutError: if it does not by `deadline`.
+        """
+        with self._calling:
+            if self._connection is not None:
+                self._connection.set_deadline(deadline)
+                with suppress(EOFError, ConnectionResetError):
+                    self._connection.recv_bytes()
 
     def _callmethod(  # type: ignore[override]
         self, methodname: str, args: tuple[Any, ...] = (), kwds: dict[str, Any] | None = None, *, deadline: float
@@ -182,6 +196,37 @@ class StateProxy(BaseProxy):
     def close(self) -> None:
         with self._calling:
             self._drop()
+
+
+def end_manager(directory: DataDirectory, seconds: float, *, for_another: bool = False) -> int | None:
+    """Have the manager of a directory end in order; return its pid when it has ended, None if there was none.
+
+    It is asked through its socket, so no other process can be meant.
+
+    :param for_another: only if it was started on demand, for a manager that is to take its place.
+    :raises DirectoryHeld: if it goes on, saying why and what to do.
+    """
+    deadline = time.monotonic() + seconds
+    pid = directory.manager_pid()
+    while pid is None and directory.is_held() and time.monotonic() < deadline:  # it is just starting, or ending
+        time.sleep(_LOOK_SECONDS)
+        pid = directory.manager_pid()
+    if not directory.is_held():
+        return None
+    who = f"the manager of {directory} ({directory.holder})"
+    with closing(StateProxy(directory)) as proxy:
+        try:
+            proxy.ask("end", (for_another,), deadline)
+            proxy.await_end(deadline)
+        except BatchRefused as error:
+            raise DirectoryHeld(f"{who} goes on: {error}") from error
+        except (Disconnected, TimeoutError) as error:
+            if directory.is_held() and directory.manager_pid() in (pid, None):
+                raise DirectoryHeld(
+                    f"{who} was asked to end and has not: {error}; it may be stopped, busy or of another version:"
+                    " if it stays so, 'kill -9' ends it, and nothing that is on the disk is lost"
+                ) from error
+    return pid
 
 
 def _explain(error: BaseException, directory: DataDirectory) -> str:

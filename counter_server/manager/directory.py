@@ -5,8 +5,10 @@ import os
 import secrets
 import socket
 import stat
-import sys
-from collections.abc import Callable, Iterator
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -15,7 +17,40 @@ from urllib.parse import quote, unquote_to_bytes
 from ..errors import DirectoryHeld, InvalidRequest, StartupError
 
 _KEY_BYTES = 32
+_CONNECT_SECONDS = 1.0  # there is no place in the queue of one that is stopped
+_LOOK_SECONDS = 0.01
 _LONGEST_ADDRESS = 107  # bytes that Linux takes for an AF_UNIX path
+
+_own: set[int] = set()  # descriptors that no child of a fork may keep: a copy would hold a lock, or keep a pipe open
+_finders: list[Callable[[], Iterable[int]]] = []  # of more of them
+forking = threading.RLock()  # held while a descriptor is opened that is not yet in `_own`
+
+
+def keep_from_children(*descriptors: int) -> None:
+    """Have these descriptors closed in every child that this process forks from now on."""
+    _own.update(descriptors)
+
+
+def release(*descriptors: int) -> None:
+    """Have children inherit these descriptors again, as they are closed or about to be."""
+    _own.difference_update(descriptors)
+
+
+def _after_fork_in_child() -> None:
+    # Their numbers stay taken, by what can be neither written to nor locked. SQLite in the copied memory knows them by
+    # number: else it would write into what takes their place, or believe that it is alone with the journal.
+    try:
+        nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        for descriptor in {*_own, *(found for find in _finders for found in find())}:
+            os.dup2(nothing, descriptor, inheritable=False)
+        os.close(nothing)
+        _own.clear()
+        _finders.clear()
+    finally:
+        forking.release()
+
+
+os.register_at_fork(before=forking.acquire, after_in_parent=forking.release, after_in_child=_after_fork_in_child)
 
 
 class DataDirectory:
@@ -79,18 +114,21 @@ class DataDirectory:
         :raises DirectoryHeld: naming the other one, if there is one.
         :raises StartupError: if the directory cannot be written to.
         """
-        file = self._open_lock("manager.lock")
+        with forking:
+            file = self._open_lock("manager.lock")
+            keep_from_children(file)
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.read(file, 32).decode("ascii", "replace").strip() or "unknown"
-                raise DirectoryHeld(f"another manager (pid {holder}) already serves {self}") from None
-            with suppress(OSError):  # for people only: on a full disk it does without
-                os.ftruncate(file, 0)
-                os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-            yield lambda: self._is_lock(file)
+                raise DirectoryHeld(f"another manager ({self.holder}) already serves {self}") from None
+            _finders.append(self._opened)
+            try:
+                yield lambda: self._is_lock(file)
+            finally:
+                _finders.remove(self._opened)
         finally:
+            release(file)
             os.close(file)
 
     def _open_lock(self, name: str) -> int:
@@ -105,39 +143,82 @@ class DataDirectory:
         except OSError:
             return False
 
-    def holder(self) -> int | None:
-        """The pid of the manager that holds this directory, if there is one.
+    def _opened(self) -> Iterator[int]:
+        """Find what the manager has open here: files, the listening socket, and connections that came through it."""
+        place = os.path.join(os.path.realpath(self.path), "")
+        for number in [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]:
+            with suppress(OSError):  # the list's own is closed by now
+                link = os.readlink(f"/proc/self/fd/{number}")
+                if link.startswith(place) or (link.startswith("socket:") and self._is_ours(number)):
+                    yield number
+
+    def _is_ours(self, descriptor: int) -> bool:
+        with socket.socket(fileno=os.dup(descriptor)) as sock:
+            name = sock.getsockname()
+            return sock.family == socket.AF_UNIX and str(name).endswith(f"/{self.socket.name}")
+
+    def is_held(self) -> bool:
+        """Whether a manager holds this directory.
 
         :raises StartupError: if it may not be looked at.
         """
         try:
             with open(self.path / "manager.lock", "rb") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return int(file.read(32) or b"0") or None
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
         except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
+            return False
+        except OSError as error:
             raise StartupError(f"the lock of {self} cannot be read: {error}") from error
+        return False
+
+    def manager_pid(self) -> int | None:
+        """Return the pid of the process that listens here, as the kernel tells it; None where there is none.
+
+        A number in a file may be a stranger's. It is 0 for a process in a pid namespace that cannot be seen from here.
+        """
+        with socket.socket(socket.AF_UNIX) as sock, suppress(OSError), short_address(str(self.socket)) as short:
+            sock.settimeout(_CONNECT_SECONDS)
+            sock.connect(short)
+            return _peer(sock)[0]
         return None
 
+    @property
+    def holder(self) -> str:
+        """Name the manager of this directory, for a message."""
+        pid = self.manager_pid()
+        if pid is None:
+            return "coming or going"
+        return f"pid {pid}" if pid else "in another pid namespace"
+
     @contextmanager
-    def starting(self) -> Iterator[bool]:
+    def starting(self, seconds: float = 0.0) -> Iterator[bool]:
         """Whether this process is the one to start a manager now: one at a time, while the block runs.
 
+        :param seconds: to wait for another process that is starting one.
         :raises StartupError: if the directory cannot be written to.
         """
-        file = self._open_lock("starter.lock")
+        with forking:
+            file = self._open_lock("starter.lock")
+            keep_from_children(file)
         try:
+            yield self._is_mine(file, time.monotonic() + seconds)
+        finally:
+            release(file)
+            os.close(file)
+
+    @staticmethod
+    def _is_mine(file: int, deadline: float) -> bool:
+        while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                yield False
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_LOOK_SECONDS)
             else:
-                yield True
-        finally:
-            os.close(file)
+                return True
 
     def key(self, name: str) -> bytes:
         """The secret of that name, 256 random bits, made at the first call and the same ever after.
@@ -227,5 +308,10 @@ def short_address(path: str) -> Iterator[str]:
 
 def peer_uid(sock: socket.socket) -> int:
     """The user at the other end of an AF_UNIX connection."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int.from_bytes(credentials[4:8], sys.byteorder)
+    return _peer(sock)[1]
+
+
+def _peer(sock: socket.socket) -> tuple[int, int, int]:
+    """Return the pid, uid and gid of the other end, as the kernel tells them."""
+    pid, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid, gid

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from multiprocessing.managers import BaseManager, Server
@@ -27,7 +27,8 @@ from ..ledger import Contents, Ledger, results_of
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
 from ..settings import DEFAULT_CAPS, Caps, Durability
-from .directory import DataDirectory
+from .client import end_manager
+from .directory import DataDirectory, keep_from_children
 from .ending import Lifeline, end_main_thread, end_when_idle, end_with, fail, keep_found, stop
 from .services import LedgerService, StatusService, UpkeepService, report_slow_calls
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
@@ -35,9 +36,8 @@ from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Lis
 log = logging.getLogger(__name__)
 
 _MOST_GREETED = 100  # connections over the cap that are told so; those beyond are closed without a word, or a thread
-_SWITCH_SECONDS = (
-    0.0001  # that a method may compute before another thread has its turn; Python's own is 50 times as long
-)
+_SWITCH_SECONDS = 0.0001  # a method computes for this long before another thread has its turn; Python's own is 5 ms
+_SECONDS_TO_SUCCEED = 10.0  # that one on demand may take to start or to end
 _OTHER_DESCRIPTORS = 64  # that a manager has open beside its connections, and what its shared objects may open
 
 _decode_call = msgpack.Decoder(Call).decode
@@ -79,6 +79,8 @@ class StateServer(Server):
         self._users: set[Connection] = set()  # connections to shared objects, among these
         self.most_connections = Caps.connections
         self.gives_way = False
+        self.is_supervised = False
+        self.keeps_place = ""  # why it does not end for another manager
         self._idle_since = time.monotonic()
 
     def idle_for(self) -> float:
@@ -183,6 +185,18 @@ class StateServer(Server):
         names = [str(hosted.declaration) for hosted in self.hosted.values() if hosted.declaration]
         return f"the manager (pid {os.getpid()}) hosts {', '.join(names) or 'counters only'}"
 
+    def end(self, for_another: bool) -> bool:  # noqa: FBT001 - as it comes over the wire
+        """End in order, for whoever asks; for another manager, only where this one was started on demand.
+
+        :raises BatchRefused: with the reason, if it goes on.
+        """
+        if self.is_supervised:
+            raise BatchRefused(f"it runs under a supervisor (pid {os.getppid()} there): end that")
+        if for_another and self.keeps_place:
+            raise BatchRefused(self.keeps_place)
+        end_main_thread()
+        return True
+
     def serve_client(self, conn: Any) -> None:
         """Answer calls, one after the other, until the client goes or breaks the rules."""
         connection: Connection = conn
@@ -254,9 +268,14 @@ def serve(
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
     else:
+        keep_from_children(lifeline.fileno())
         threading.Thread(target=end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
-    with directory.hold() as is_held:
+    starting = ExitStack()  # until this one is ready, nobody starts another on demand
+    if idle_timeout is None:
+        starting.enter_context(directory.starting(_SECONDS_TO_SUCCEED))
+        end_manager(directory, _SECONDS_TO_SUCCEED, for_another=True)
+    with starting, directory.hold() as is_held:
         with _nothing_collected():
             journal = _open_journal(directory, durability, caps)
             contents = journal.load() if journal else Contents()
@@ -283,6 +302,7 @@ def serve(
         nothing = msgpack.Decoder(tuple[()]).decode
         methods = {
             "apply": Method(service.apply, msgpack.Decoder(tuple[Batch]).decode),
+            "end": Method(server.end, msgpack.Decoder(tuple[bool]).decode),
             "status": Method(told.status, nothing),
             "check": Method(upkeep.check, nothing),
             "back_up": Method(upkeep.back_up, msgpack.Decoder(tuple[bytes]).decode),
@@ -290,6 +310,8 @@ def serve(
         server.hosted = {"ledger": Hosted(methods, epoch)}
         for declaration in declarations:
             server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, caps, shared)
+        server.is_supervised = lifeline is not None
+        server.keeps_place = _why_it_keeps_its_place(idle_timeout, journal)
         if idle_timeout is not None and journal is not None:
             server.gives_way = True
             threading.Thread(
@@ -303,6 +325,7 @@ def serve(
         threading.Thread(target=report_slow_calls, args=(shared, is_ending), name="slow calls", daemon=True).start()
         try:
             ready()
+            starting.close()
             server.serve_forever()
         finally:
             is_ending.set()
@@ -322,6 +345,18 @@ def _end_without_memory(uncaught: threading.ExceptHookArgs) -> None:
     threading.__excepthook__(uncaught)
     if issubclass(uncaught.exc_type, MemoryError):
         fail(uncaught.exc_value or MemoryError())
+
+
+def _why_it_keeps_its_place(idle_timeout: float | None, journal: Journal | None) -> str:
+    """Return why it does not end for another manager; nothing where it does."""
+    if idle_timeout is None:
+        return (
+            "it was started by hand: 'counter-server run --attach' with the same --data-dir uses it,"
+            " 'counter-server stop' ends it"
+        )
+    if journal is None:
+        return "its counters are in memory alone: 'counter-server stop' ends it, and they are lost"
+    return ""
 
 
 def _host(

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -13,12 +14,12 @@ from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct, msgpack
+from msgspec import Struct, convert, to_builtins
 
 from ..errors import Disconnected, StartupError
 from ..objects import Declaration
 from ..settings import Durability
-from .directory import DataDirectory
+from .directory import DataDirectory, forking, keep_from_children, release
 
 EXIT_HELD = 75  # EX_TEMPFAIL of sysexits.h: another manager holds the directory, perhaps not for long
 _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
@@ -54,31 +55,47 @@ class Starter:
             if not mine:
                 return
             declarations = self.declared(directory.url)
-            command = [
-                *(_python(), "-m", "counter_server", "manager", "--background"),
-                *("--data-dir", str(directory), "--durability", self.durability),
-                *("--idle-timeout", str(self.idle_timeout)),
+            command = python_command(
+                *("counter_server", "manager", "--background", "--data-dir", str(directory)),
+                *("--durability", self.durability, "--idle-timeout", str(self.idle_timeout)),
                 *(["--host-objects"] if declarations else []),
-            ]
+            )
             try:
-                done = subprocess.run(
-                    command,
-                    input=hosting(declarations),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    env=package_environment(),
-                    timeout=max(deadline - time.monotonic(), 0.001),
-                    check=False,
-                )
+                status, said = _run(command, hosting(declarations), deadline)
             except subprocess.TimeoutExpired:
                 raise Disconnected("the manager was not ready in time; it is still starting", sent=False) from None
             except OSError as error:
                 raise StartupError(f"the manager of {directory} could not be started: {error}") from error
-        if done.returncode == EXIT_HELD:
+        if status == EXIT_HELD:
             raise Disconnected(f"another manager of {directory} is coming or going", sent=False)
-        if done.returncode != 0:
-            message = done.stderr.decode(errors="replace").strip().removeprefix("Error: ")
-            raise StartupError(f"the manager of {directory} could not be started: {message or done.returncode}")
+        if status != 0:
+            message = said.decode(errors="replace").strip().removeprefix("Error: ")
+            raise StartupError(f"the manager of {directory} could not be started: {message or status}")
+
+
+def _run(command: list[str], handed_over: bytes, deadline: float) -> tuple[int, bytes]:
+    """Run a command and return its status and what it wrote to standard error.
+
+    `subprocess.run` would leave the pipes to children that this process forks meanwhile, and wait for their end.
+
+    :raises subprocess.TimeoutExpired: at `deadline`.
+    """
+    environment = python_environment()
+    with forking:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+        )
+        assert process.stdin
+        assert process.stderr
+        pipes = (process.stdin.fileno(), process.stderr.fileno())
+        keep_from_children(*pipes)
+    try:
+        _, said = process.communicate(handed_over, max(deadline - time.monotonic(), 0.001))
+    finally:
+        release(*pipes)
+        process.kill()  # only where time ran out: the manager itself is another process by then
+        process.__exit__(None, None, None)
+    return process.returncode, said
 
 
 _hosts = False  # whether this process is to host what it imports, and so can start no other one
@@ -101,13 +118,14 @@ class _Hosting(Struct, array_like=True):
 def hosting(declarations: list[Declaration]) -> bytes:
     """The declarations as bytes, with what another process needs to import their classes as this one did."""
     data = spawn.get_preparation_data("manager")
-    data["sys_argv"] = [argument.encode(errors="backslashreplace").decode() for argument in data["sys_argv"]]
-    wanted = {"sys_path", "sys_argv"}
+    wanted = {"sys_argv"}
     if any(declaration.module == "__main__" for declaration in declarations):
         wanted |= {"init_main_from_name", "init_main_from_path"}
     modules = {declaration.module for declaration in declarations} - {"__main__"}
     files = {name: file for name in modules if (file := _file_of(name))}
-    return msgpack.encode(_Hosting(declarations, {name: data[name] for name in wanted & set(data)}, files))
+    handed_over = _Hosting(declarations, {name: data[name] for name in wanted & set(data)}, files)
+    # A Python literal, for paths and arguments may hold bytes that are not UTF-8.
+    return ascii(to_builtins(handed_over, builtin_types=(bytes,))).encode()
 
 
 def _file_of(name: str) -> str | None:
@@ -126,7 +144,7 @@ def prepare_to_host(handed_over: bytes) -> list[Declaration]:
     process: not under the name of `__main__`, so that it does not begin to serve.
     """
     begin_to_host()
-    received = msgpack.decode(handed_over, type=_Hosting)
+    received = convert(literal_eval(handed_over.decode()), _Hosting)
     try:
         spawn.prepare(received.preparation)
         for name, file in received.files.items():
@@ -144,17 +162,51 @@ def _load(name: str, file: str) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
+# Runs a module as `-m` does. Until the path is set, only what is built in is imported.
+_BOOT = """\
+import sys
+count = int(sys.argv[1])
+path, variable = sys.argv[3:count], sys.argv[2]
+del sys.argv[1:count]
+sys.path[:] = path
+import os, runpy
+if variable: os.environ["PYTHONPATH"] = variable
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs a module with exactly what this process could import, in the same order.
+
+    `python -m` would put the working directory first, and `PYTHONPATH` would put packages before the standard library.
+    Run it in `python_environment()`.
+    """
+    path = [_absolute(entry) for entry in sys.path if isinstance(entry, str) and "\0" not in entry]
+    if _PACKAGE_PARENT not in path:
+        path.append(_PACKAGE_PARENT)
+    handed_over = [os.environ.get("PYTHONPATH", ""), *path]
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
+    return [_python(), *flags, "-P", "-c", _BOOT, str(len(handed_over) + 2), *handed_over, module, *arguments]
+
+
+def _absolute(entry: str) -> str:
+    # An entry that is no file may be the mark of an import hook, which knows it by its name.
+    return os.path.abspath(entry) if not entry or os.path.exists(entry) else entry
+
+
 def _python() -> str:
     # An embedding server (uWSGI) names itself as the executable.
-    if os.path.basename(sys.executable).startswith("python"):
+    if os.path.basename(sys.executable or "").startswith("python"):
         return sys.executable
     return os.path.join(sys.prefix, "bin", "python3")
 
 
-def package_environment() -> dict[str, str]:
-    """This process's, by which the new one finds this very package."""
-    path = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path}
+def python_environment() -> dict[str, str]:
+    """Return this process's environment without `PYTHONPATH`, which `python_command` hands over.
+
+    The new interpreter would look there while it starts, and relative entries would mean another directory by now.
+    """
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def detach(directory: DataDirectory) -> Callable[[], None]:

@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 
 from ..errors import StartupError
-from ..manager.starter import package_environment
+from ..manager.starter import python_command, python_environment
 from ..serve.child import STABLE_SECONDS
 from .load import PATIENCE, Client
 from .processes import children, group_members
@@ -50,11 +49,11 @@ def own_server() -> Iterator[OwnServer]:
 
     :raises StartupError: if it does not start.
     """
-    command = [sys.executable, "-m", "counter_server", "run", "--port", "0", "--data-dir", "data"]
+    command = python_command("counter_server", "run", "--port", "0", "--data-dir", "data")
     # A server like every other, whatever this user has set for their own.
-    environment = {name: value for name, value in package_environment().items() if name[:15] != "COUNTER_SERVER_"}
+    environment = {name: value for name, value in python_environment().items() if name[:15] != "COUNTER_SERVER_"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "counter_server.prove.guard", *command],
+        python_command("counter_server.prove.guard", *command),
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -109,7 +109,8 @@ class Supervisor:
         open_store(store).close()  # a URL that names none is told here, in one line
         directory = DataDirectory.from_url(store, default_data_dir()) if store.startswith("manager:") else None
         names = [f"worker-{n}" for n in range(1, settings.workers + 1)]
-        self._processes = Processes([*(["manager"] if directory else []), *names])
+        starts_manager = directory is not None and not settings.attach
+        self._processes = Processes([*(["manager"] if starts_manager else []), *names])
         config: dict[str, Any] = {
             **settings.web,
             "COUNTER_SERVER_HOST": sock.getsockname()[0],
@@ -122,7 +123,7 @@ class Supervisor:
         application = Application(config)
         app = application.app
         managers = []
-        if directory:
+        if directory and starts_manager:
             directory.make()
             with app.app_context():
                 declarations = list(SharedState().state.declarations.values())
