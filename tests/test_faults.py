@@ -158,6 +158,18 @@ def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
     assert state.counter("c").increment() == 3
 
 
+def test_a_manager_that_cannot_write_why_it_stops_stops_all_the_same(
+    manager: Manager, state: State, start_manager: StartManager
+) -> None:
+    with ThreadPoolExecutor(1) as caller:
+        with failing(manager.pid, "fdatasync,write", "EIO"):  # and its log, on a disk that is full
+            answer = caller.submit(state.counter("c").increment)
+            assert manager.wait() == 74
+        assert manager.errors == []
+        start_manager()
+        assert answer.result() == 2
+
+
 def test_a_file_system_that_is_read_only_is_named_and_when_it_is_not_any_more_all_is_there(
     small_disk: Path, stack: ExitStack
 ) -> None:

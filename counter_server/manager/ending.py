@@ -30,11 +30,14 @@ def stop(_number: int, _frame: object) -> NoReturn:
 
 def fail(error: Exception) -> NoReturn:
     """Stop at once, with nothing answered: what the disk says at the next start is what happened."""
-    print(
-        f"manager: {error}; what was being written is unknown; stopping to start again from the disk", file=sys.stderr
-    )
-    sys.stderr.flush()
-    os._exit(_EXIT_JOURNAL_FAILED)
+    try:
+        print(
+            f"manager: {error}; what was being written is unknown; stopping to start again from the disk",
+            file=sys.stderr,
+            flush=True,
+        )
+    finally:  # even where the log is on a disk that is full
+        os._exit(_EXIT_JOURNAL_FAILED)
 
 
 def keep_found(
