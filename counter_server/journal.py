@@ -22,13 +22,13 @@ from .journal_file import (
     Header,
     compare,
     create,
+    raise_unusable,
     read,
     recognise,
+    refusal,
     sealed,
     sealed_client,
     sync,
-    try_to_write,
-    unusable,
     upgrade,
     verify,
 )
@@ -40,9 +40,6 @@ from .settings import Caps
 _SYNCHRONOUS = {"commit": "FULL", "process": "NORMAL"}
 
 _SMALLEST = 512  # bytes, of a page
-_NOT_WRITTEN = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE}  # the log has the commit's end in no case
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # of a file system that is as it was, and takes no more for now
-_TRIED_BYTES = 65536  # more than the largest single write of SQLite's, so what it had no room for has none here
 _BACKUP_PAGES = 2000  # copied at once, between commits
 _BACKUP_PAUSE = 0.002  # seconds, in which those that wait can commit
 
@@ -71,7 +68,7 @@ class Journal:
                 create(path)
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except (sqlite3.Error, OSError, ValueError) as error:
-            raise unusable(self.path, error) from error
+            raise_unusable(self.path, error)
         try:
             self._open(_SYNCHRONOUS[durability])
             page_size = self._connection.execute("PRAGMA page_size").fetchone()[0]
@@ -79,7 +76,7 @@ class Journal:
         except BaseException as error:
             self._connection.close()
             if isinstance(error, (sqlite3.Error, OSError, ValueError, Damaged)):
-                raise unusable(self.path, error) from error
+                raise_unusable(self.path, error)
             raise
 
     def _sync(self) -> None:
@@ -106,7 +103,11 @@ class Journal:
         if not there:
             return
         try:
-            with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            # Without locks, for whoever holds the directory; so without the file of shared memory beside the log, for
+            # which a full disk has no room.
+            uri = f"{self.path.absolute().as_uri()}?mode=ro&vfs=unix-none"
+            with closing(sqlite3.connect(uri, uri=True)) as connection:
+                connection.execute("PRAGMA locking_mode = EXCLUSIVE")
                 recognise(connection, self.path)
         except sqlite3.OperationalError as error:
             # Somebody was killed as he made a journal of a backup: to open it will undo that.
@@ -124,7 +125,7 @@ class Journal:
             # is written again before it is believed.
             execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.OperationalError as error:
-            if self._refusal(error) is None:  # else it stays in the log, and is read from there
+            if refusal(error, self.path, committing=True) is None:  # else it stays in the log, and is read from there
                 raise
         upgrade(self._connection)
 
@@ -144,8 +145,8 @@ class Journal:
             self.starts = (int(found[0]) if found else 0) + 1
             execute("REPLACE INTO meta VALUES ('starts', ?)", (str(self.starts),))
         except (sqlite3.Error, ValueError) as error:
-            if self._refusal(error) is None:
-                raise unusable(self.path, error) from error
+            if refusal(error, self.path, committing=True) is None:
+                raise_unusable(self.path, error)
 
     @property
     def size(self) -> int:
@@ -165,7 +166,7 @@ class Journal:
             verify(self._connection)
             return read(self._connection)
         except (sqlite3.Error, ValueError, Damaged) as error:
-            raise unusable(self.path, error) from error
+            raise_unusable(self.path, error)
 
     def check(self, contents: Contents) -> None:
         """Look at the whole file, and whether it holds `contents`. Nobody may commit meanwhile.
@@ -177,7 +178,7 @@ class Journal:
                 verify(self._connection, thoroughly=True)
                 compare(self._connection, contents)
         except (sqlite3.Error, Damaged) as error:
-            raise unusable(self.path, error) from error
+            raise_unusable(self.path, error)
 
     def back_up(self, target: Path) -> int:
         """Copy the journal as it is at one moment into a new file, durably, while commits go on; return its bytes.
@@ -253,29 +254,14 @@ class Journal:
 
     def _undone(self, error: BaseException) -> StorageFull | JournalFailed:
         """What to raise for a commit that failed of `error`: it was undone, where that can be known."""
-        reason = None
-        if getattr(error, "sqlite_errorcode", None) in _NOT_WRITTEN:
-            self._roll_back()
-            reason = self._refusal(error)
-        if reason is None:
+        refused = refusal(error, self.path, committing=True)
+        if refused is None:
             return JournalFailed(f"the journal {self.path} failed: {error}")
-        return StorageFull(f"{self.path} cannot be written to: {reason}; nothing was counted, and reads go on")
-
-    def _refusal(self, error: BaseException) -> str | None:
-        """Why the file system takes no writes for now, if `error` is of that; None where the disk may have failed.
-
-        Not every failed write is of a failed disk. SQLite keeps to itself what its own failed of, so another is tried.
-        """
-        code = getattr(error, "sqlite_errorcode", None)
-        if code == sqlite3.SQLITE_FULL:
-            return "its disk is full, or it has the bytes that --max-journal-bytes allows"
-        if code != sqlite3.SQLITE_IOERR_WRITE:
-            return None
-        try:
-            try_to_write(self.path.with_name(f".{self.path.name}.tried"), _TRIED_BYTES)
-        except OSError as refusal:
-            return os.strerror(refusal.errno) if refusal.errno in _REFUSALS else None
-        return None
+        self._roll_back()
+        cap = ", or it has the bytes that --max-journal-bytes allows" if refused.errno == errno.ENOSPC else ""
+        return StorageFull(
+            f"{self.path} cannot be written to: {refused.strerror}{cap}; nothing was counted, and reads go on"
+        )
 
     def _roll_back(self) -> None:
         # After a write that failed SQLite has mostly rolled back by itself.

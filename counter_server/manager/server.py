@@ -234,7 +234,10 @@ def serve(
             ledger = Ledger(contents, journal.commit, caps=caps) if journal else Ledger(contents, caps=caps)
         epoch = journal.epoch if journal else secrets.token_hex(16)
         directory.remove_stale_socket()
-        server = StateManager(str(directory.socket), directory.key("manager")).get_server()
+        try:
+            server = StateManager(str(directory.socket), directory.key("manager")).get_server()
+        except OSError as error:
+            raise StartupError(f"the socket {directory.socket} cannot be made: {error.strerror or error}") from error
         server.most_connections = _room_for(caps.connections)
         service = LedgerService(ledger, fail, in_memory=journal is None)
         told = StatusService(
