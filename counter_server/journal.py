@@ -8,6 +8,7 @@ and the process must end: the disk is read again by the next one.
 """
 
 import errno
+import logging
 import os
 import secrets
 import sqlite3
@@ -33,12 +34,16 @@ from .journal_file import (
     verify,
 )
 from .ledger import Changes, Contents
+from .operations import LARGEST
 from .settings import Caps
+
+log = logging.getLogger(__name__)
 
 # SQLite in WAL mode: FULL syncs at every commit; NORMAL writes at every commit, so that a killed process
 # loses nothing, and syncs at checkpoints, so that a power cut may lose the last commits.
 _SYNCHRONOUS = {"commit": "FULL", "process": "NORMAL"}
 
+_PUT_BACK = "put it back, or a backup: else numbers are lost, and given again"
 _SMALLEST = 512  # bytes, of a page
 _BACKUP_PAGES = 2000  # copied at once, between commits
 _BACKUP_PAUSE = 0.002  # seconds, in which those that wait can commit
@@ -59,18 +64,23 @@ class Journal:
     def __init__(self, path: Path, durability: str = "commit", *, most: int = Caps.journal_bytes) -> None:
         self.path = path
         self._log = path.with_name(path.name + "-wal")
+        self._mark = path.with_name(f"in-use.{path.name}")  # says how many bytes the log has at the least
+        self._marked = 0
+        self.epoch = ""  # the identity of this state: the same as long as nothing of it is lost
         self.starts = 0  # how often a manager began on this file: see `count_start`
         self._committing = threading.Lock()  # held through a transaction: the ledger's, or one object's
         try:
             self._sync()
             self._look()
+            begins_anew = self._is_rolled_back()
             if not path.exists():
                 create(path)
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except (sqlite3.Error, OSError, ValueError) as error:
             raise_unusable(self.path, error)
         try:
-            self._open(_SYNCHRONOUS[durability])
+            self._open(_SYNCHRONOUS[durability], begins_anew=begins_anew)
+            self._files = {str(file): file.stat() for file in (path, self._log)}  # as they were when last looked at
             page_size = self._connection.execute("PRAGMA page_size").fetchone()[0]
             self._connection.execute(f"PRAGMA max_page_count = {max(most // page_size, 1)}")
         except BaseException as error:
@@ -114,12 +124,30 @@ class Journal:
             if not header.is_ours or error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
                 raise
 
-    def _open(self, synchronous: str) -> None:
+    def _is_rolled_back(self) -> bool:
+        """Whether numbers that were given are lost: with files that are gone since a manager was killed."""
+        try:
+            least = max(int(self._mark.read_text() or 1), 1)
+        except (FileNotFoundError, ValueError):
+            return False
+        if self.path.exists():
+            is_backup = not Header.of(self.path).keeps_log  # which was put back
+            if is_backup or (self._log.exists() and self._log.stat().st_size >= least):
+                return False
+        log.error(
+            "%s or its log was removed, replaced or cut while a manager used it: numbers that were given are lost, and"
+            " some are given again; each process that used it is told so by StateLost",
+            self.path,
+        )
+        return True
+
+    def _open(self, synchronous: str, *, begins_anew: bool) -> None:
         execute = self._connection.execute
         execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner: no shared-memory file, no locks per commit
         recognise(self._connection, self.path)  # of a newer version, perhaps: when it could not be read before
         execute("PRAGMA journal_mode = WAL")
         execute(f"PRAGMA synchronous = {synchronous}")
+        self._mark.unlink(missing_ok=True)  # for the log is emptied
         try:
             # After a failed fsync the kernel may hold what the disk does not have, and say that it does: what was read
             # is written again before it is believed.
@@ -128,11 +156,15 @@ class Journal:
             if refusal(error, self.path, committing=True) is None:  # else it stays in the log, and is read from there
                 raise
         upgrade(self._connection)
-
-    @property
-    def epoch(self) -> str:
-        """The identity of this state: the same as long as the file lives."""
-        return str(self._connection.execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()[0])
+        if begins_anew:
+            self.epoch = secrets.token_hex(16)
+            try:
+                execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (self.epoch,))
+            except sqlite3.OperationalError as error:
+                if refusal(error, self.path, committing=True) is None:
+                    raise
+        else:
+            self.epoch = str(execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()[0])
 
     def count_start(self) -> None:
         """Note that a manager begins. Where that cannot be written down for now, it is counted in memory alone.
@@ -224,7 +256,62 @@ class Journal:
         :raises JournalFailed: nobody knows.
         """
         with self._committing:
+            self._look_after_files(str(self._log))  # before, as well: a log that was cut is long again after a commit
             self._commit(changes)
+            self._look_after_files()
+            self._note(self._files[str(self._log)].st_size)
+
+    def look_after_files(self) -> None:
+        """Look whether the files are those that were opened, unless a commit under way does.
+
+        :raises JournalFailed: if not.
+        """
+        if self._committing.acquire(blocking=False):
+            try:
+                self._look_after_files()
+            finally:
+                self._committing.release()
+
+    def _look_after_files(self, *paths: str) -> None:
+        """Notice a file that was removed, replaced or cut: what is written to it is lost. Called with the lock held."""
+        for path in paths or self._files:
+            before = self._files[path]
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                left = f"nothing is lost, all is in {self.path}" if self._is_folded_in() else _PUT_BACK
+                raise JournalFailed(f"{path} was removed while it was in use ({error.strerror}); {left}") from error
+            if not os.path.samestat(status, before):
+                fault = "replaced by another file"
+            elif status.st_size < before.st_size:
+                fault = f"cut from {before.st_size} to {status.st_size} bytes"
+            else:
+                self._files[path] = status
+                continue
+            self._note(LARGEST)
+            raise JournalFailed(
+                f"{path} was {fault} while it was in use; put back a backup, or numbers are given again"
+            )
+
+    def _note(self, size: int) -> None:
+        """Note how long the log is, for whoever finds it shorter when this process was killed."""
+        if size != self._marked:
+            with suppress(OSError):  # where there is no room for it, it is not noticed
+                mark = os.open(self._mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    os.write(mark, b"%020d" % size)
+                finally:
+                    os.close(mark)
+                self._marked = size
+
+    def _is_folded_in(self) -> bool:
+        """Fold the log into the journal, if only the log was removed: SQLite has it still open."""
+        with suppress(sqlite3.Error, OSError):
+            is_there = os.path.samestat(self.path.stat(), self._files[str(self.path)])
+            if is_there and self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0:
+                self._mark.unlink(missing_ok=True)
+                return True
+        return False
 
     def _commit(self, changes: Changes) -> None:
         execute = self._connection.execute
@@ -273,5 +360,9 @@ class Journal:
 
     def close(self) -> None:
         """Fold the log into the file where possible (everything committed is safe without), and let go."""
-        with suppress(sqlite3.Error), self._committing:
-            self._connection.close()
+        with suppress(sqlite3.Error, JournalFailed), self._committing:
+            try:
+                self._look_after_files()
+                self._mark.unlink(missing_ok=True)  # first: SQLite removes the log
+            finally:
+                self._connection.close()

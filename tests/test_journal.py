@@ -1,6 +1,7 @@
 """The journal: what was committed is there again, whatever happened to the process; what is not ours is left alone."""
 
 import gc
+import os
 import shutil
 import signal
 import sqlite3
@@ -589,3 +590,24 @@ def test_a_journal_can_be_closed_twice(journal: Journal) -> None:
     journal.commit(some_changes())
     journal.close()
     journal.close()
+
+
+@pytest.mark.parametrize("suffixes", [[""], ["-wal"], ["", "-wal"]])
+@pytest.mark.parametrize("how", ["removed", "replaced", "cut"])
+def test_nothing_is_committed_to_files_that_are_gone(
+    open_journal: Callable[..., Journal], path: Path, suffixes: list[str], how: str
+) -> None:
+    journal = open_journal()
+    journal.commit(some_changes())
+    journal.commit(some_changes())
+    for suffix in suffixes:
+        file = path.with_name(path.name + suffix)
+        if how == "cut":
+            os.truncate(file, file.stat().st_size - 1)
+            continue
+        file.rename(file.with_name(f"{file.name}.moved"))
+        if how == "replaced":
+            shutil.copy(file.with_name(f"{file.name}.moved"), file)
+    for _ in range(2):
+        with pytest.raises(JournalFailed, match=f"{path}.* was {how} .*while it was in use"):
+            journal.commit(Changes(now=21.0, counters={"a": 2}))

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from ..errors import StartupError
+from ..journal import Journal, JournalFailed
 from .directory import DataDirectory
 from .wire import Listener
 
@@ -41,13 +42,25 @@ def fail(error: Exception) -> NoReturn:
 
 
 def keep_found(
-    directory: DataDirectory, listener: Listener, is_held: Callable[[], bool], is_ending: threading.Event
+    directory: DataDirectory,
+    listener: Listener,
+    is_held: Callable[[], bool],
+    journal: Journal | None,
+    is_ending: threading.Event,
 ) -> None:
-    """Look now and then whether clients still find this process, and have them find it again, until it is ending."""
+    """Look now and then whether clients still find this process, and have them find it again, until it is ending.
+
+    What it cannot put back are its directory and its journal: without them it ends.
+    """
     told = ""
     while not is_ending.wait(_LOOK_SECONDS):
         if not is_held():  # then its files are nobody's, and whoever comes next begins with others
             fail(StartupError(f"the data directory {directory} was removed, or replaced by another"))
+        if journal:
+            try:
+                journal.look_after_files()
+            except JournalFailed as error:
+                fail(error)
         if listener.is_found:
             continue
         try:

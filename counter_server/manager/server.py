@@ -267,7 +267,7 @@ def serve(
             ).start()
         is_ending = threading.Event()
         keeping = threading.Thread(
-            target=keep_found, args=(directory, server.listener, is_held, is_ending), daemon=True
+            target=keep_found, args=(directory, server.listener, is_held, journal, is_ending), daemon=True
         )
         keeping.start()
         try:
