@@ -318,7 +318,7 @@ def log_of(journal: Path) -> Path:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("notices", ["at a commit", "by itself", "never"])
-def test_a_manager_whose_journal_is_gone_ends_and_no_number_is_repeated_silently(
+def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
     manager: Manager, state: State, start_manager: StartManager, data_dir: Path, damage: str, notices: str
 ) -> None:
     for number in range(2, 60):
