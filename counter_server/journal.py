@@ -8,6 +8,7 @@ and the process must end: the disk is read again by the next one.
 """
 
 import errno
+import logging
 import os
 import secrets
 import sqlite3
@@ -22,27 +23,28 @@ from .journal_file import (
     Header,
     compare,
     create,
+    raise_unusable,
     read,
     recognise,
+    refusal,
     sealed,
     sealed_client,
     sync,
-    try_to_write,
-    unusable,
     upgrade,
     verify,
 )
 from .ledger import Changes, Contents
+from .operations import LARGEST
 from .settings import Caps
+
+log = logging.getLogger(__name__)
 
 # SQLite in WAL mode: FULL syncs at every commit; NORMAL writes at every commit, so that a killed process
 # loses nothing, and syncs at checkpoints, so that a power cut may lose the last commits.
 _SYNCHRONOUS = {"commit": "FULL", "process": "NORMAL"}
 
+_PUT_BACK = "put it back, or a backup: else numbers are lost, and given again"
 _SMALLEST = 512  # bytes, of a page
-_NOT_WRITTEN = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE}  # the log has the commit's end in no case
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # of a file system that is as it was, and takes no more for now
-_TRIED_BYTES = 65536  # more than the largest single write of SQLite's, so what it had no room for has none here
 _BACKUP_PAGES = 2000  # copied at once, between commits
 _BACKUP_PAUSE = 0.002  # seconds, in which those that wait can commit
 
@@ -62,24 +64,29 @@ class Journal:
     def __init__(self, path: Path, durability: str = "commit", *, most: int = Caps.journal_bytes) -> None:
         self.path = path
         self._log = path.with_name(path.name + "-wal")
+        self._mark = path.with_name(f"in-use.{path.name}")  # says how many bytes the log has at the least
+        self._marked = 0
+        self.epoch = ""  # the identity of this state: the same as long as nothing of it is lost
         self.starts = 0  # how often a manager began on this file: see `count_start`
         self._committing = threading.Lock()  # held through a transaction: the ledger's, or one object's
         try:
             self._sync()
             self._look()
+            begins_anew = self._is_rolled_back()
             if not path.exists():
                 create(path)
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except (sqlite3.Error, OSError, ValueError) as error:
-            raise unusable(self.path, error) from error
+            raise_unusable(self.path, error)
         try:
-            self._open(_SYNCHRONOUS[durability])
+            self._open(_SYNCHRONOUS[durability], begins_anew=begins_anew)
+            self._files = {str(file): file.stat() for file in (path, self._log)}  # as they were when last looked at
             page_size = self._connection.execute("PRAGMA page_size").fetchone()[0]
             self._connection.execute(f"PRAGMA max_page_count = {max(most // page_size, 1)}")
         except BaseException as error:
             self._connection.close()
             if isinstance(error, (sqlite3.Error, OSError, ValueError, Damaged)):
-                raise unusable(self.path, error) from error
+                raise_unusable(self.path, error)
             raise
 
     def _sync(self) -> None:
@@ -106,32 +113,58 @@ class Journal:
         if not there:
             return
         try:
-            with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            # Without locks, for whoever holds the directory; so without the file of shared memory beside the log, for
+            # which a full disk has no room.
+            uri = f"{self.path.absolute().as_uri()}?mode=ro&vfs=unix-none"
+            with closing(sqlite3.connect(uri, uri=True)) as connection:
+                connection.execute("PRAGMA locking_mode = EXCLUSIVE")
                 recognise(connection, self.path)
         except sqlite3.OperationalError as error:
             # Somebody was killed as he made a journal of a backup: to open it will undo that.
             if not header.is_ours or error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
                 raise
 
-    def _open(self, synchronous: str) -> None:
+    def _is_rolled_back(self) -> bool:
+        """Whether numbers that were given are lost: with files that are gone since a manager was killed."""
+        try:
+            least = max(int(self._mark.read_text() or 1), 1)
+        except (FileNotFoundError, ValueError):
+            return False
+        if self.path.exists():
+            is_backup = not Header.of(self.path).keeps_log  # which was put back
+            if is_backup or (self._log.exists() and self._log.stat().st_size >= least):
+                return False
+        log.error(
+            "%s or its log was removed, replaced or cut while a manager used it: numbers that were given are lost, and"
+            " some are given again; each process that used it is told so by StateLost",
+            self.path,
+        )
+        return True
+
+    def _open(self, synchronous: str, *, begins_anew: bool) -> None:
         execute = self._connection.execute
         execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner: no shared-memory file, no locks per commit
         recognise(self._connection, self.path)  # of a newer version, perhaps: when it could not be read before
         execute("PRAGMA journal_mode = WAL")
         execute(f"PRAGMA synchronous = {synchronous}")
+        self._mark.unlink(missing_ok=True)  # for the log is emptied
         try:
             # After a failed fsync the kernel may hold what the disk does not have, and say that it does: what was read
             # is written again before it is believed.
             execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.OperationalError as error:
-            if self._refusal(error) is None:  # else it stays in the log, and is read from there
+            if refusal(error, self.path, committing=True) is None:  # else it stays in the log, and is read from there
                 raise
         upgrade(self._connection)
-
-    @property
-    def epoch(self) -> str:
-        """The identity of this state: the same as long as the file lives."""
-        return str(self._connection.execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()[0])
+        if begins_anew:
+            self.epoch = secrets.token_hex(16)
+            try:
+                execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (self.epoch,))
+            except sqlite3.OperationalError as error:
+                if refusal(error, self.path, committing=True) is None:
+                    raise
+        else:
+            self.epoch = str(execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()[0])
 
     def count_start(self) -> None:
         """Note that a manager begins. Where that cannot be written down for now, it is counted in memory alone.
@@ -144,8 +177,8 @@ class Journal:
             self.starts = (int(found[0]) if found else 0) + 1
             execute("REPLACE INTO meta VALUES ('starts', ?)", (str(self.starts),))
         except (sqlite3.Error, ValueError) as error:
-            if self._refusal(error) is None:
-                raise unusable(self.path, error) from error
+            if refusal(error, self.path, committing=True) is None:
+                raise_unusable(self.path, error)
 
     @property
     def size(self) -> int:
@@ -165,7 +198,7 @@ class Journal:
             verify(self._connection)
             return read(self._connection)
         except (sqlite3.Error, ValueError, Damaged) as error:
-            raise unusable(self.path, error) from error
+            raise_unusable(self.path, error)
 
     def check(self, contents: Contents) -> None:
         """Look at the whole file, and whether it holds `contents`. Nobody may commit meanwhile.
@@ -177,7 +210,7 @@ class Journal:
                 verify(self._connection, thoroughly=True)
                 compare(self._connection, contents)
         except (sqlite3.Error, Damaged) as error:
-            raise unusable(self.path, error) from error
+            raise_unusable(self.path, error)
 
     def back_up(self, target: Path) -> int:
         """Copy the journal as it is at one moment into a new file, durably, while commits go on; return its bytes.
@@ -223,7 +256,62 @@ class Journal:
         :raises JournalFailed: nobody knows.
         """
         with self._committing:
+            self._look_after_files(str(self._log))  # before, as well: a log that was cut is long again after a commit
             self._commit(changes)
+            self._look_after_files()
+            self._note(self._files[str(self._log)].st_size)
+
+    def look_after_files(self) -> None:
+        """Look whether the files are those that were opened, unless a commit under way does.
+
+        :raises JournalFailed: if not.
+        """
+        if self._committing.acquire(blocking=False):
+            try:
+                self._look_after_files()
+            finally:
+                self._committing.release()
+
+    def _look_after_files(self, *paths: str) -> None:
+        """Notice a file that was removed, replaced or cut: what is written to it is lost. Called with the lock held."""
+        for path in paths or self._files:
+            before = self._files[path]
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                left = f"nothing is lost, all is in {self.path}" if self._is_folded_in() else _PUT_BACK
+                raise JournalFailed(f"{path} was removed while it was in use ({error.strerror}); {left}") from error
+            if not os.path.samestat(status, before):
+                fault = "replaced by another file"
+            elif status.st_size < before.st_size:
+                fault = f"cut from {before.st_size} to {status.st_size} bytes"
+            else:
+                self._files[path] = status
+                continue
+            self._note(LARGEST)
+            raise JournalFailed(
+                f"{path} was {fault} while it was in use; put back a backup, or numbers are given again"
+            )
+
+    def _note(self, size: int) -> None:
+        """Note how long the log is, for whoever finds it shorter when this process was killed."""
+        if size != self._marked:
+            with suppress(OSError):  # where there is no room for it, it is not noticed
+                mark = os.open(self._mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    os.write(mark, b"%020d" % size)
+                finally:
+                    os.close(mark)
+                self._marked = size
+
+    def _is_folded_in(self) -> bool:
+        """Fold the log into the journal, if only the log was removed: SQLite has it still open."""
+        with suppress(sqlite3.Error, OSError):
+            is_there = os.path.samestat(self.path.stat(), self._files[str(self.path)])
+            if is_there and self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0:
+                self._mark.unlink(missing_ok=True)
+                return True
+        return False
 
     def _commit(self, changes: Changes) -> None:
         execute = self._connection.execute
@@ -253,29 +341,14 @@ class Journal:
 
     def _undone(self, error: BaseException) -> StorageFull | JournalFailed:
         """What to raise for a commit that failed of `error`: it was undone, where that can be known."""
-        reason = None
-        if getattr(error, "sqlite_errorcode", None) in _NOT_WRITTEN:
-            self._roll_back()
-            reason = self._refusal(error)
-        if reason is None:
+        refused = refusal(error, self.path, committing=True)
+        if refused is None:
             return JournalFailed(f"the journal {self.path} failed: {error}")
-        return StorageFull(f"{self.path} cannot be written to: {reason}; nothing was counted, and reads go on")
-
-    def _refusal(self, error: BaseException) -> str | None:
-        """Why the file system takes no writes for now, if `error` is of that; None where the disk may have failed.
-
-        Not every failed write is of a failed disk. SQLite keeps to itself what its own failed of, so another is tried.
-        """
-        code = getattr(error, "sqlite_errorcode", None)
-        if code == sqlite3.SQLITE_FULL:
-            return "its disk is full, or it has the bytes that --max-journal-bytes allows"
-        if code != sqlite3.SQLITE_IOERR_WRITE:
-            return None
-        try:
-            try_to_write(self.path.with_name(f".{self.path.name}.tried"), _TRIED_BYTES)
-        except OSError as refusal:
-            return os.strerror(refusal.errno) if refusal.errno in _REFUSALS else None
-        return None
+        self._roll_back()
+        cap = ", or it has the bytes that --max-journal-bytes allows" if refused.errno == errno.ENOSPC else ""
+        return StorageFull(
+            f"{self.path} cannot be written to: {refused.strerror}{cap}; nothing was counted, and reads go on"
+        )
 
     def _roll_back(self) -> None:
         # After a write that failed SQLite has mostly rolled back by itself.
@@ -287,5 +360,9 @@ class Journal:
 
     def close(self) -> None:
         """Fold the log into the file where possible (everything committed is safe without), and let go."""
-        with suppress(sqlite3.Error), self._committing:
-            self._connection.close()
+        with suppress(sqlite3.Error, JournalFailed), self._committing:
+            try:
+                self._look_after_files()
+                self._mark.unlink(missing_ok=True)  # first: SQLite removes the log
+            finally:
+                self._connection.close()

@@ -4,15 +4,17 @@ SQLite's own checks find what is wrong with the structure: a page that is cut of
 within a number is none of that, so each row carries the CRC-32 of what it holds.
 """
 
+import errno
 import os
 import re
 import secrets
 import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 from zlib import crc32
 
 from msgspec import msgpack
@@ -41,6 +43,11 @@ _COLUMNS = {
     "keys": "key, fingerprint, value, used",
 }
 
+# Of a file system that is as it was, and takes no more for now.
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+_NOT_OPENED = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR}
+_TRIED_BYTES = 65536  # more than the largest single write of SQLite's, so what it had no room for has none here
+
 _ROWS_AT_ONCE = 200  # so few that they stay in the processor's cache
 
 _encode = msgpack.Encoder().encode
@@ -51,11 +58,52 @@ class Damaged(Exception):
     """What stands in the file is not what was written to it."""
 
 
-def unusable(path: Path, error: Exception) -> StartupError:
-    """The error of whoever was to read the file and cannot."""
-    return StartupError(
+def refusal(error: BaseException, path: Path, *, committing: bool = False) -> OSError | None:
+    """Find out why the file system takes no writes for now; None if that is not the cause of `error`.
+
+    SQLite reports a full disk, and keeps every other reason to itself. So another write is tried: beside the file, and
+    at the same distance from the beginning, for there may be a limit of the size of files.
+
+    :param committing: a commit failed: accept only errors after which the log is without the end of that commit.
+    """
+    if isinstance(error, OSError):
+        return error if error.errno in REFUSALS else None
+    code = getattr(error, "sqlite_errorcode", None)
+    if code == sqlite3.SQLITE_FULL:
+        return OSError(errno.ENOSPC, "its disk is full")
+    if code is None or not (code == sqlite3.SQLITE_IOERR_WRITE or (not committing and code & 0xFF in _NOT_OPENED)):
+        return None
+    try:
+        log = path.with_name(path.name + "-wal")
+        sizes = [file.stat().st_size for file in (path, log) if file.exists()]
+        try_to_write(path.parent, max(sizes, default=0))
+    except OSError as failure:
+        return failure if failure.errno in REFUSALS else None
+    return None
+
+
+def try_to_write(directory: Path, offset: int) -> None:
+    """Write to a new file, from `offset` on, and leave nothing of it.
+
+    :raises OSError: with the reason, if the file system does not take it.
+    """
+    with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+        end = offset + _TRIED_BYTES
+        while offset < end:  # of what is written in part only, the next write gives the reason
+            offset += os.pwrite(file.fileno(), bytes(end - offset), offset)
+
+
+def raise_unusable(path: Path, error: Exception) -> NoReturn:
+    """Raise the error of a file that could not be read, or made: its cause is an `OSError` if it may work later."""
+    refused = refusal(error, path)
+    if refused is not None:
+        raise StartupError(
+            f"the journal {path} cannot be used for now: {refused.strerror}; nothing was changed: free some room, and"
+            " start again"
+        ) from refused
+    raise StartupError(
         f"the journal {path} cannot be used ({error}); it was left as it is: put back a copy, or mend its disk"
-    )
+    ) from error
 
 
 def sealed(*values: object) -> tuple[object, ...]:
@@ -149,24 +197,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def try_to_write(path: Path, size: int) -> None:
-    """Write so many bytes to a file of that name, and leave nothing of it.
-
-    :raises OSError: if the file system does not take them all; with its reason.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        end = os.fstat(descriptor).st_size  # of one that was left by somebody who was killed: it has room already
-        size += end
-        while end < size:  # of what is written in part only, the next write tells why
-            end += os.pwrite(descriptor, bytes(size - end), end)
-    finally:
-        try:
-            os.close(descriptor)
-        finally:
-            path.unlink()
 
 
 def upgrade(connection: sqlite3.Connection) -> None:
@@ -272,4 +302,4 @@ def examine(path: Path) -> Contents:
             verify(connection, thoroughly=True)
             return read(connection)
     except (sqlite3.Error, OSError, ValueError, Damaged) as error:
-        raise unusable(path, error) from error
+        raise_unusable(path, error)

@@ -19,7 +19,7 @@ def written(directory: Path) -> tuple[dict[str, bytes], list[Contents]]:
             journal.commit(_changes(number))
             states.append(journal.load())
             if number == 15:
-                journal._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                journal._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return {path.name: path.read_bytes() for path in directory.iterdir()}, states
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -21,7 +22,7 @@ from limits import RateLimitItemPerSecond, RateLimitItemPerYear
 from limits.strategies import STRATEGIES
 
 from counter_server import State
-from counter_server.errors import StartupError
+from counter_server.errors import DeadlineExceeded, StartupError, StateLost
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.limiting import ManagerStorage
@@ -30,7 +31,7 @@ from counter_server.manager.wire import Connection
 from counter_server.operations import Batch, Increment
 from tests.history import assert_exactly_once
 from tests.journals import written
-from tests.load import HttpLoad, open_client
+from tests.load import HttpLoad, impatient, open_client
 from tests.processes import PATIENCE, Manager, Program, Server, eventually
 from tests.strace import failing, faulty, killed_at, late
 from tests.test_manager import greeted, raw
@@ -162,6 +163,18 @@ def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
     assert state.counter("c").increment() == 3
 
 
+def test_a_manager_that_cannot_write_why_it_stops_stops_all_the_same(
+    manager: Manager, state: State, start_manager: StartManager
+) -> None:
+    with ThreadPoolExecutor(1) as caller:
+        with failing(manager.pid, "fdatasync,write", "EIO"):  # and its log, on a disk that is full
+            answer = caller.submit(state.counter("c").increment)
+            assert manager.wait() == 74
+        assert manager.errors == []
+        start_manager()
+        assert answer.result() == 2
+
+
 def test_a_file_system_that_is_read_only_is_named_and_when_it_is_not_any_more_all_is_there(
     small_disk: Path, stack: ExitStack
 ) -> None:
@@ -286,6 +299,70 @@ def test_a_manager_whose_directory_was_removed_ends_and_says_so(
     (line,) = manager.errors
     assert f"{data_dir} was removed, or replaced" in line
     data_dir.with_name("moved").rename(data_dir)
+    start_manager()
+    assert state.counter("c").increment() == 2
+
+
+def remove(*files: Path) -> None:
+    for file in files:
+        file.unlink()
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "both removed": lambda journal: remove(journal, log_of(journal)),
+    "log removed": lambda journal: remove(log_of(journal)),
+    "log emptied": lambda journal: os.truncate(log_of(journal), 0),
+    "log cut": lambda journal: os.truncate(log_of(journal), log_of(journal).stat().st_size - 10_000),
+}
+
+
+def log_of(journal: Path) -> Path:
+    return journal.with_name(journal.name + "-wal")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("notices", ["at a commit", "by itself", "never"])
+def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
+    manager: Manager, state: State, start_manager: StartManager, data_dir: Path, damage: str, notices: str
+) -> None:
+    for number in range(2, 60):
+        assert state.counter("c").increment() == number
+    if notices == "never":
+        manager.kill()
+    DAMAGES[damage](DataDirectory(data_dir).journal)
+    if notices == "at a commit":
+        with impatient(state), pytest.raises(DeadlineExceeded):
+            state.counter("c").increment()
+    if notices != "never":
+        assert manager.wait() == 74
+        (line,) = manager.errors
+        assert re.search("journal.sqlite3.* while it was in use.*; stopping to start again", line)
+        is_saved = damage == "log removed"
+        assert ("nothing is lost, all is in" in line) == is_saved
+    else:
+        is_saved = False
+    successor = start_manager()
+    if is_saved:
+        assert state.counter("c").increment() in (60, 61)
+        assert successor.errors == []
+        return
+    with pytest.raises(StateLost) as lost:
+        state.counter("c").increment()
+    assert lost.value.outcome == "not_applied"
+    assert state.counter("c").increment() == (58 if damage == "log cut" else 1)
+    (line,) = successor.errors
+    assert f"{DataDirectory(data_dir).journal} or its log was removed, replaced or cut" in line
+
+
+def test_a_journal_that_was_removed_from_beside_its_log_is_missed(
+    manager: Manager, state: State, start_manager: StartManager, data_dir: Path
+) -> None:
+    journal = DataDirectory(data_dir).journal
+    journal.rename(data_dir / "moved")
+    assert manager.wait() == 74
+    with pytest.raises(AssertionError, match="put back the journal that it was written for"):
+        start_manager()
+    (data_dir / "moved").rename(journal)
     start_manager()
     assert state.counter("c").increment() == 2
 

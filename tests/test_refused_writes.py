@@ -5,27 +5,31 @@ Writes are refused, reads go on, it heals by itself, and what was refused is nev
 
 import errno
 import os
+import re
+import resource
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from counter_server import open_state
-from counter_server.errors import StorageFull
+from counter_server import Counter, State, open_state
+from counter_server.errors import StartupError, StorageFull
 from counter_server.journal import Journal
-from counter_server.journal_file import try_to_write
 from counter_server.ledger import Ledger
 from counter_server.manager.directory import DataDirectory
+from counter_server.settings import StoreOptions
 from tests.history import assert_exactly_once
 from tests.hosted_classes import SomeObj
 from tests.load import HttpLoad, open_client
-from tests.processes import PATIENCE, Manager, Server, end_manager, eventually, holder
+from tests.processes import PATIENCE, Manager, Program, Server, end_manager, eventually, fill, holder
 from tests.strace import failing, faulty
-from tests.test_server import ask
+from tests.test_server import ask, increment
 
 StartManager = Callable[..., Manager]
 REFUSING = ["ENOSPC", "EDQUOT", "EROFS"]
@@ -80,7 +84,6 @@ def test_calls_of_a_durable_object_are_refused_with_the_writes_and_leave_it_as_i
 
 _REFUSED_WRITER = """
 import os, pathlib, signal, sys
-from counter_server.journal_file import try_to_write
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.operations import Batch, Increment
@@ -150,17 +153,168 @@ def test_a_server_whose_file_system_takes_no_writes_for_a_while_miscounts_nothin
         assert state.counter("cold").value == 0
 
 
-def test_room_that_a_leftover_of_an_earlier_trial_takes_is_not_taken_for_free(small_disk: Path) -> None:
-    tried = small_disk / "tried"
-    tried.write_bytes(bytes(65536))  # by one who was killed before he could remove it
-    with (small_disk / "filling").open("wb", buffering=0) as filling, suppress(OSError):
-        while filling.write(bytes(4096)):
-            pass
-    with pytest.raises(OSError, match="No space left on device"):
-        try_to_write(tried, 65536)
-    assert not tried.exists()
-    try_to_write(tried, 65536)  # into the room that it has left
-    assert not tried.exists()
+# A start where there is no room
+
+
+@contextmanager
+def no_room(disk: Path, of: str) -> Iterator[None]:
+    """While the block runs, the file system takes no more bytes, or no more files."""
+    if of == "bytes":
+        fill(disk / "filler")
+        yield
+        (disk / "filler").unlink()
+        return
+    status = os.statvfs(disk)
+    subprocess.run(["mount", "-o", f"remount,nr_inodes={status.f_files - status.f_ffree}", disk], check=True)
+    yield
+    subprocess.run(["mount", "-o", "remount,nr_inodes=0", disk], check=True)  # without a limit
+
+
+@contextmanager
+def read_only(disk: Path) -> Iterator[None]:
+    """While the block runs, the file system is mounted so."""
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    yield
+    subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+
+
+def count_until_refused(state: State, reason: str = "its disk is full") -> int:
+    """Take the room that is left in the blocks of the log; how many were counted."""
+    refused = None
+    given = 0
+    while refused is None:
+        try:
+            state.counter("c").increment()
+            given += 1
+        except StorageFull as error:
+            refused = error
+    assert refused.outcome == "not_applied"
+    assert re.search(f"{reason}.*; nothing was counted, and reads go on", str(refused))
+    return given
+
+
+@pytest.mark.parametrize("of", ["bytes", "files"])
+@pytest.mark.parametrize("supervised", [True, False])
+def test_killed_on_a_full_disk_it_starts_reads_refuses_and_heals(
+    stack: ExitStack, small_disk: Path, of: str, *, supervised: bool
+) -> None:
+    data_dir = small_disk / "data"
+    stack.callback(end_manager, data_dir / "manager.lock")
+    server = stack.enter_context(Server("--workers", "1", "--data-dir", data_dir)) if supervised else None
+    options = StoreOptions(start=not supervised)
+    state = stack.enter_context(open_state(DataDirectory(data_dir).url, deadline=PATIENCE, options=options))
+    assert state.counter("c").increment() == 1
+    given = 1
+    with no_room(small_disk, of):
+        for _ in range(2):
+            if of == "bytes":
+                given += count_until_refused(state)
+            end_manager(data_dir / "manager.lock")
+            assert state.counter("c").value == given
+    assert state.counter("c").increment() == given + 1
+    assert server is None or server.running
+
+
+@pytest.mark.parametrize("of", ["bytes", "files"])
+def test_stopped_in_order_it_starts_on_a_full_disk_or_says_why_not(stack: ExitStack, small_disk: Path, of: str) -> None:
+    """Its socket and its log are made at each start: where there can be no file there can be no start."""
+    with Manager(small_disk / "data") as manager, open_client(manager.url) as state:
+        assert state.counter("c").increment() == 1
+        assert manager.stop() == 0
+    with no_room(small_disk, of):
+        if of == "bytes":
+            with Manager(small_disk / "data") as manager, open_client(manager.url, deadline=PATIENCE) as state:
+                assert state.counter("c").value == 1
+                count_until_refused(state)
+        else:
+            for program in (["manager_process.py"], ["run.py", "--port", "0"]):
+                with Program(*program, "--data-dir", small_disk / "data") as refused:
+                    assert refused.wait() == 1
+                (line, *_) = refused.errors
+                assert re.match(f"Error: .*{small_disk}/data.*No space left on device", line)
+            with pytest.raises(StartupError, match="No space left on device"):
+                stack.enter_context(open_state(manager.url)).counter("c").increment()
+    with Manager(small_disk / "data") as manager, open_client(manager.url, deadline=PATIENCE) as state:
+        assert state.counter("c").increment() == state.counter("c").value
+
+
+@pytest.mark.parametrize("of", ["bytes", "files"])
+@pytest.mark.parametrize("program", ["manager_process.py", "run.py"])
+def test_a_first_start_on_a_full_disk_says_so_and_leaves_nothing(small_disk: Path, of: str, program: str) -> None:
+    with no_room(small_disk, of), Program(program, "--data-dir", small_disk / "data") as refused:
+        assert refused.wait() == 1
+        (line, *_) = refused.errors
+        assert re.match(f"Error: .*{small_disk}/data.*(its disk is full|No space left on device)", line)
+        assert not list(small_disk.rglob("*.sqlite3*"))
+        assert not list(small_disk.rglob("*.key"))
+    if program == "manager_process.py":
+        Manager(small_disk / "data").__exit__(None, None, None)
+
+
+def test_a_manager_without_room_to_start_is_tried_again_until_there_is(stack: ExitStack, small_disk: Path) -> None:
+    """Longer than a supervisor bears a manager that fails for another reason."""
+    data_dir, moved = small_disk / "data", small_disk / "moved"
+    server = stack.enter_context(Server("--workers", "1", "--data-dir", data_dir))
+    state = stack.enter_context(open_client(DataDirectory(data_dir).url, deadline=PATIENCE))
+    assert state.counter("c").increment() == 1
+    with no_room(small_disk, "files"):
+        data_dir.rename(moved)  # which ends the manager, and the next one has to make another
+        refused = f"Error: the data directory {data_dir} cannot be made: No space left on device"
+        eventually(lambda: server.errors.count(refused) > 2, "the tries to start")
+        moved.rename(data_dir)
+    assert state.counter("c").increment() == 2
+    ends = [line for line in server.errors if "ended with status 73; starting another" in line]
+    moments = [datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f") for line in ends]
+    assert len(moments) > 2
+    assert all((later - earlier).total_seconds() > 2.5 for earlier, later in pairwise(moments))
+
+
+def test_a_limit_of_the_size_of_files_is_a_full_disk(stack: ExitStack, data_dir: Path) -> None:
+    server = stack.enter_context(Server("--workers", "1", "--data-dir", data_dir))
+    state = stack.enter_context(open_client(DataDirectory(data_dir).url, deadline=PATIENCE))
+    assert state.counter("c").increment() == 1
+    given = 1
+    hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)[1]
+    for limit in (40_000, 50_001):
+        for pid in (server.pid, *server.children("manager")):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, hard))
+        given += count_until_refused(state, os.strerror(errno.EFBIG))
+        end_manager(data_dir / "manager.lock")
+        given += count_until_refused(state, os.strerror(errno.EFBIG))
+        assert state.counter("c").value == given
+    for pid in (server.pid, *server.children("manager")):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+    assert state.counter("c").increment() == given + 1
+
+
+@pytest.mark.parametrize("error", [*REFUSING, "EFBIG"])
+def test_writes_to_a_sqlite_file_that_are_refused_are_not_applied(stack: ExitStack, tmp_path: Path, error: str) -> None:
+    server = stack.enter_context(Server("--workers", "1", "--store", f"sqlite:///{tmp_path}/counters.db"))
+    assert increment(server.url) == 1
+    (worker,) = server.children("worker")
+    for expected in (2, 3):
+        with failing(worker, "pwrite64", error):
+            for _ in range(2):
+                status, _, text = ask(server.url, "POST", "/api/v1/counters/x/increment")
+                assert (status, "StorageFull" in text, "not_applied" in text) == (503, True, True), text
+            assert '"value":' in ask(server.url, "GET", "/api/v1/counters/x")[2]
+        assert increment(server.url) == expected
+
+
+@pytest.mark.parametrize("reason", ["bytes", "files", "read-only"])
+def test_a_sqlite_file_that_is_opened_where_no_write_is_taken(stack: ExitStack, small_disk: Path, reason: str) -> None:
+    """To read it, too, SQLite makes files beside it, unless another process has them."""
+    url = f"sqlite:///{small_disk}/counters.db"
+    with open_state(url) as state:
+        assert state.counter("c").increment() == 1
+    with read_only(small_disk) if reason == "read-only" else no_room(small_disk, reason):
+        calls: list[Callable[[Counter], int]] = [Counter.increment, lambda counter: counter.value]
+        for call in calls:
+            state = stack.enter_context(open_state(url))
+            with pytest.raises(StorageFull, match=r"cannot be written to: .*; nothing was counted") as refused:
+                call(state.counter("c"))
+            assert refused.value.outcome == "not_applied"
+    assert state.counter("c").increment() == 2
 
 
 class Ext4:

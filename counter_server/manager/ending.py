@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from ..errors import StartupError, Stopped
+from ..journal import Journal, JournalFailed
 from .directory import DataDirectory
 from .wire import Listener
 
@@ -36,18 +37,30 @@ def fail(error: BaseException) -> NoReturn:
             f"manager: {reason}; what was being written is unknown; stopping to start again from the disk\n"
         )
         sys.stderr.flush()
-    finally:  # also where there is no memory left for a message
+    finally:  # even where there is no memory for a message, or its log is on a full disk
         os._exit(_EXIT_JOURNAL_FAILED)
 
 
 def keep_found(
-    directory: DataDirectory, listener: Listener, is_held: Callable[[], bool], is_ending: threading.Event
+    directory: DataDirectory,
+    listener: Listener,
+    is_held: Callable[[], bool],
+    journal: Journal | None,
+    is_ending: threading.Event,
 ) -> None:
-    """Look now and then whether clients still find this process, and have them find it again, until it is ending."""
+    """Look now and then whether clients still find this process, and have them find it again, until it is ending.
+
+    What it cannot put back are its directory and its journal: without them it ends.
+    """
     told = ""
     while not is_ending.wait(_LOOK_SECONDS):
         if not is_held():  # then its files are nobody's, and whoever comes next begins with others
             fail(StartupError(f"the data directory {directory} was removed, or replaced by another"))
+        if journal:
+            try:
+                journal.look_after_files()
+            except JournalFailed as error:
+                fail(error)
         if listener.is_found:
             continue
         try:

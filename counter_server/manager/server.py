@@ -284,7 +284,10 @@ def serve(
             ledger = Ledger(contents, journal.commit, caps=caps) if journal else Ledger(contents, caps=caps)
         epoch = journal.epoch if journal else secrets.token_hex(16)
         directory.remove_stale_socket()
-        server = StateManager(str(directory.socket), directory.key("manager")).get_server()
+        try:
+            server = StateManager(str(directory.socket), directory.key("manager")).get_server()
+        except OSError as error:
+            raise StartupError(f"the socket {directory.socket} cannot be made: {error.strerror or error}") from error
         server.most_connections = _room_for(caps.connections)
         service = LedgerService(ledger, fail, in_memory=journal is None)
         shared: list[HostedObject] = []
@@ -319,7 +322,7 @@ def serve(
             ).start()
         is_ending = threading.Event()
         keeping = threading.Thread(
-            target=keep_found, args=(directory, server.listener, is_held, is_ending), daemon=True
+            target=keep_found, args=(directory, server.listener, is_held, journal, is_ending), daemon=True
         )
         keeping.start()
         threading.Thread(target=report_slow_calls, args=(shared, is_ending), name="slow calls", daemon=True).start()

@@ -226,8 +226,11 @@ def detach(directory: DataDirectory) -> Callable[[], None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the one who started it may have blocked some
 
     def ready() -> None:
-        log = os.open(directory.path / "manager.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            log = os.open(directory.path / "manager.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError:  # no room for another file: it counts without a log
+            log = os.dup(nothing)
         os.dup2(nothing, 0)
         os.dup2(log, 1)
         os.dup2(log, 2)

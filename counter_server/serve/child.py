@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ..errors import CounterServerError
+from ..journal_file import REFUSALS
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that the supervisor 
 STABLE_SECONDS = 1.0  # one that lived this long after it was ready was not in a crash loop
 _FIRST_PAUSE = 0.1  # seconds before the second restart in a crash loop; doubles
 _LONGEST_PAUSE = 3.0
+_EXIT_NO_ROOM = 73  # EX_CANTCREAT of sysexits.h: the file system takes no writes for now
 
 _fork, _spawn = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
 
@@ -134,6 +136,9 @@ class Child:
         self.process.close()
         self.process = None
         now = time.monotonic()
+        if code == _EXIT_NO_ROOM:  # which passes, and is no failure of its own
+            self.restart_at = now + _LONGEST_PAUSE
+            return code
         stable = self.ready_since is not None and now - self.ready_since > STABLE_SECONDS
         self.failures = 1 if stable else self.failures + 1
         self.restart_at = now + (
@@ -157,7 +162,9 @@ def _main(not_its_own: Iterable[int], target: Callable[..., None], *arguments: A
     try:
         target(*arguments)
     except CounterServerError as error:
-        sys.exit(f"Error: {error}")
+        print(f"Error: {error}", file=sys.stderr)
+        is_refusal = isinstance(error.__cause__, OSError) and error.__cause__.errno in REFUSALS
+        sys.exit(_EXIT_NO_ROOM if is_refusal else 1)
 
 
 def _descriptors() -> set[int]:

@@ -282,6 +282,9 @@ class PostgresqlConnection(Pipeline):
     def end(self) -> None:
         self.exchange(("ROLLBACK", ()))
 
+    def undo(self) -> bool:
+        return False
+
     def increment(self, batch: Batch, epoch: str) -> list[Result] | None:
         names = [operation.name for operation in batch.operations if isinstance(operation, Increment)]
         totals = Counter(names)

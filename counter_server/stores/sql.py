@@ -7,9 +7,9 @@ those of the other stores. URLs are SQLAlchemy's. What differs between databases
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn, Protocol
+from typing import Protocol
 
-from ..errors import StateLost
+from ..errors import StateLost, StorageFull
 from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, Changes, Ledger, results_of
 from ..operations import Batch, Increment, Operation, Result
 from .base import Finding
@@ -46,6 +46,10 @@ class Connection(Protocol):
 
     def end(self) -> None:
         """Release the locks. Nothing is written."""
+
+    def undo(self) -> bool:
+        """Undo what was begun of a write that was refused; return whether the connection can be used again."""
+        ...
 
     def increment(self, batch: Batch, epoch: str) -> list[Result] | None:
         """Apply a batch of plain increments in one step, where there is one; None if not, and nothing was done."""
@@ -156,21 +160,25 @@ class SqlStore:
             connection.deadline = deadline
             connection.sent = False
             yield connection
-        except BaseException as error:  # noqa: BLE001 - it is raised again
+        except Exception as error:  # noqa: BLE001 - it is raised again, as ours
+            ours = self._engine.translated(error, sent=connection is not None and connection.sent)
             if connection is not None:
-                connection.close()  # a late answer is nobody else's
-            self._raise(error, sent=connection is not None and connection.sent)
+                if isinstance(ours, StorageFull) and connection.undo():
+                    self._keep(connection)
+                else:
+                    connection.close()  # a late answer is nobody else's
+            raise ours from None if ours is error else error
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            raise
+        self._keep(connection)
+
+    def _keep(self, connection: Connection) -> None:
         if len(self._idle) < _MOST_IDLE:
             self._idle.append(connection)
         else:
             connection.close()
-
-    def _raise(self, error: BaseException, *, sent: bool) -> NoReturn:
-        """Raise our own error for it, where there is one."""
-        if not isinstance(error, Exception):
-            raise error
-        translated = self._engine.translated(error, sent=sent)
-        raise translated from None if translated is error else error
 
     def _kept(self) -> Connection | None:
         while self._idle:
@@ -188,7 +196,8 @@ class SqlStore:
         try:
             return self._engine.findings(deadline)
         except Exception as error:  # noqa: BLE001 - it is raised again, as ours
-            self._raise(error, sent=False)
+            ours = self._engine.translated(error, sent=False)
+            raise ours from None if ours is error else error
 
     def after_fork(self) -> None:
         self._inherited += self._idle

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from msgspec import json as packed
@@ -15,6 +16,7 @@ from sqlalchemy.dialects import sqlite as dialect
 from sqlalchemy.engine import URL
 
 from ..errors import AccessDenied, Disconnected, InvalidRequest, OutcomeUnknown, StartupError, StorageFull
+from ..journal_file import refusal
 from ..ledger import Changes, ClientRecord, Contents, KeyRecord
 from ..operations import Batch, Result
 from .base import Finding
@@ -27,7 +29,6 @@ _Given = TypeVar("_Given")
 _PAUSES = (0.0002, 0.001)
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 _DENIED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH)
-_UNUSABLE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT)
 
 _decode_results = packed.Decoder(list[Result]).decode
 
@@ -73,11 +74,12 @@ class SqliteEngine:
         code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF  # the rest of it tells details
         if code in _BUSY:
             return Disconnected(f"{self._name}: {error}", sent=False)
-        if code == sqlite3.SQLITE_FULL:
-            return StorageFull(f"{self._name} has no room: {error}; nothing was counted, and reads go on")
+        refused = refusal(error, Path(self._path), committing=sent)
+        if refused is not None:
+            return StorageFull(f"{self._name} cannot be written to: {refused.strerror}; nothing was counted")
         if code in _DENIED:
             return AccessDenied(f"{self._name} may not be written by this process: {error}; nothing was counted")
-        if code in _UNUSABLE and not sent:
+        if not sent:
             return StartupError(f"{self._name} cannot be used: {error}; it was left as it is")
         return OutcomeUnknown(f"{self._name} failed: {error}")
 
@@ -211,6 +213,14 @@ class SqliteConnection:
     def end(self) -> None:
         if self._connection.in_transaction:
             self._execute("ROLLBACK")
+
+    def undo(self) -> bool:
+        # With the last connection go files that reads need, and that a full disk has no room for.
+        try:
+            self.end()
+        except sqlite3.Error:
+            return False
+        return True
 
     def increment(self, batch: Batch, epoch: str) -> None:
         """There is no round trip to be saved."""
