@@ -142,6 +142,13 @@ def test_redis_tells_how_it_keeps_numbers(
         assert part in sentence
 
 
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_redis_that_evicts_is_a_problem_with_its_cure(start_redis: StartRedis, policy: str) -> None:
+    server = start_redis(*DURABLE, "--maxmemory", "100mb", "--maxmemory-policy", policy)
+    (problem,) = (finding.sentence for finding in findings(server.url) if finding.level == "problem")
+    assert "CONFIG SET maxmemory-policy noeviction" in problem
+
+
 def test_a_redis_that_refuses_config_is_told_from_one_that_is_well(start_redis: StartRedis) -> None:
     renamed = start_redis(*DURABLE, "--rename-command", "CONFIG", "''")
     (sentence,) = worries(renamed.url)

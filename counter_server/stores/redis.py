@@ -4,6 +4,7 @@ What is durable is what the server keeps: with `appendonly yes` and `appendfsync
 before it is answered.
 """
 
+import logging
 import os
 import time
 from contextlib import suppress
@@ -15,11 +16,20 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from msgspec import msgpack
 
-from ..errors import AccessDenied, BatchRefused, Disconnected, InvalidRequest, OutcomeUnknown, StateLost, StorageFull
+from ..errors import (
+    AccessDenied,
+    BatchRefused,
+    CounterServerError,
+    Disconnected,
+    InvalidRequest,
+    OutcomeUnknown,
+    StateLost,
+    StorageFull,
+)
 from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, KEY_REUSED, beyond_bounds
 from ..operations import Batch, Delete, Get, Increment, Operation, Page, Refusal, Replayed, Result, Scan, Set
 from .base import Finding
-from .redis_findings import SETTINGS, judge
+from .redis_findings import SETTINGS, eviction, judge
 
 try:
     from redis import exceptions
@@ -28,6 +38,8 @@ try:
     from redis.retry import Retry
 except ImportError as error:
     raise InvalidRequest("this store needs redis-py: pip install 'counter-server[redis]'") from error
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_PREFIX = "counter_server"
 _SCRIPT = files(__name__.rpartition(".")[0]).joinpath("redis_batch.lua").read_bytes()
@@ -92,11 +104,14 @@ class RedisStore:
         self._client_prefix, self._key_prefix = f"{prefix}client:", f"{prefix}key:"
         self._shared_keys = (f"{prefix}counters", f"{prefix}names", f"{prefix}epoch")
         self._epoch = ""  # as it was when it was last told
+        self._is_eviction_known = False
 
     def __str__(self) -> str:
         return self._name
 
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
+        if not self._is_eviction_known:
+            self._warn_of_eviction(deadline)
         keys = [*self._shared_keys, self._client_prefix + batch.client.hex()]
         operations = []
         for operation in batch.operations:
@@ -169,10 +184,24 @@ class RedisStore:
             return Disconnected(f"{self}: {text}", sent=sent)
         return OutcomeUnknown(f"{self} failed: {text}")
 
+    def _warn_of_eviction(self, deadline: float) -> None:
+        try:
+            found = eviction(self._info(deadline))
+        except Disconnected:  # the batch meets the same fault
+            return
+        except CounterServerError as error:
+            found = Finding("problem", f"whether it evicts keys cannot be known: {error}")
+        self._is_eviction_known = True
+        if found.level != "ok":
+            log.warning("%s may lose numbers: %s", self, found.sentence)
+
+    def _info(self, deadline: float) -> dict[str, str]:
+        told: bytes = self._exchange(deadline, "INFO")
+        return dict(line.split(":", 1) for line in told.decode(errors="replace").splitlines() if ":" in line)
+
     def findings(self, deadline: float) -> list[Finding]:
         """See `Examined`."""
-        told: bytes = self._exchange(deadline, "INFO")
-        info = dict(line.split(":", 1) for line in told.decode(errors="replace").splitlines() if ":" in line)
+        info = self._info(deadline)
         config: dict[str, str] = {}
         try:
             for name in SETTINGS:
