@@ -14,6 +14,7 @@ import psycopg
 import psycopg.sql
 import pytest
 
+from counter_server import State
 from counter_server.errors import (
     AccessDenied,
     CounterServerError,
@@ -227,6 +228,35 @@ def test_a_database_without_its_memory_says_so_before_any_number_begins_anew(
         assert lost.value.outcome == "not_applied"
 
 
+@pytest.mark.parametrize("table", ["counters", "keys", "clients"])
+@pytest.mark.parametrize("how", ["DELETE FROM", "DROP TABLE"])
+def test_a_database_that_lost_one_table_says_so_once_to_each_process(
+    sql: tuple[str, Callable[..., None]], stack: ExitStack, how: str, table: str
+) -> None:
+    """Also to a process that knew nothing before, where it is the first to come. A counter that was deleted is no loss."""
+    url, execute = sql
+    calls: list[Callable[[State], object]] = [
+        lambda state: state.counter("c").increment(key="k"),
+        lambda state: state.counter("c").value,
+        lambda state: state.counters(),
+    ]
+    if table == "counters":  # else a plain increment needs nothing of what is lost
+        calls.append(lambda state: state.counter("c").increment())
+    for call in calls:
+        knew = stack.enter_context(open_client(url))
+        assert knew.counter("c").increment(key="first") == 1
+        assert knew.counter("c").delete()
+        assert knew.counter("c").increment() == 1
+        execute(f"{how} counter_server_{table}")
+        for state in (stack.enter_context(open_client(url)), knew):
+            with pytest.raises(StateLost) as lost:
+                call(state)
+            assert lost.value.outcome == "not_applied"
+            assert state.counters().counters == ([] if table == "counters" else [("c", 1)])
+        for emptied in ("meta", "counters", "clients", "keys"):
+            execute("DELETE FROM counter_server_" + emptied)
+
+
 def test_a_file_that_was_removed_is_not_counted_in(stack: ExitStack, tmp_path: Path) -> None:
     state = stack.enter_context(open_client(f"sqlite:///{tmp_path}/counters.db"))
     assert state.counter("c").increment() == 1
@@ -267,7 +297,7 @@ def test_what_has_expired_is_forgotten(sql: tuple[str, Callable[..., None]], sta
     assert [third.counter("c").increment() for _ in range(2)] == [5, 6]
     execute("INSERT INTO counter_server_keys SELECT 'older', fingerprint, value, 0 FROM counter_server_keys LIMIT 1")
     execute("INSERT INTO counter_server_meta SELECT count(*) + 5, 'clients' FROM counter_server_clients")
-    execute("DELETE FROM counter_server_meta WHERE version = 7")  # two clients: `second` and `third`
+    execute("DELETE FROM counter_server_meta WHERE version = 8")  # `second`, `third` and our mark
     with pytest.raises(sqlite3.IntegrityError if url.startswith("sqlite") else psycopg.errors.UniqueViolation):
         execute("INSERT INTO counter_server_meta VALUES (1, 'a second one')")
 

@@ -25,7 +25,7 @@ from ..ledger import Changes, ClientRecord, Contents, KeyRecord
 from ..operations import Batch, Increment, Result
 from .base import Finding
 from .postgresql_findings import QUERY, judge
-from .tables import VERSION, Found, TablesMissing, Wanted, check_version, creation
+from .tables import VERSION, Found, Marks, TablesMissing, Wanted, check_version, creation
 
 try:
     import psycopg
@@ -50,10 +50,12 @@ _LOCK = """
 SELECT set_config('lock_timeout', $1, true), pg_advisory_xact_lock($2::integer, stripe)
 FROM unnest($3::integer[]) AS stripe
 """
-_META = """
+_MARKS = Marks("''::bytea")
+_META = f"""
 SELECT epoch, extract(epoch FROM clock_timestamp())::float8, sequence, results, used
 FROM counter_server_meta LEFT JOIN counter_server_clients ON client = $1::bytea WHERE version = $2::integer
-"""
+AND {_MARKS.are_there}
+"""  # noqa: S608 - our own names
 _COUNTERS = "SELECT name, value FROM counter_server_counters WHERE name = ANY($1::text[])"
 _LOCKED_COUNTERS = f"{_COUNTERS} ORDER BY name FOR UPDATE"  # whoever else writes to the table has to wait, too
 _KEYS = "SELECT key, fingerprint, value, used FROM counter_server_keys WHERE key = ANY($1::text[])"
@@ -79,6 +81,7 @@ _INCREMENT = """
 WITH added AS (
     INSERT INTO counter_server_counters AS counter SELECT * FROM unnest($5::text[], $6::bigint[])
     WHERE EXISTS (SELECT FROM counter_server_meta WHERE version = $3::integer AND epoch = $4::text)
+    AND EXISTS (SELECT FROM counter_server_counters WHERE name = '')
     AND $2::bigint = 1 + coalesce((SELECT sequence FROM counter_server_clients WHERE client = $1::bytea), 0)
     ON CONFLICT (name) DO UPDATE SET value = counter.value + excluded.value
     RETURNING name, value
@@ -189,26 +192,33 @@ class PostgresqlConnection(Pipeline):
             self.restart()
             raise TablesMissing from error
 
-    def create(self, place: str) -> None:
+    def create(self, place: str) -> bool:
         encoding = self.parameter(b"server_encoding")
         if encoding != b"UTF8":
             raise StartupError(f"{place} has the encoding {(encoding or b'').decode()}: counters need UTF8")
         # In one transaction: to lock, make, and look.
-        *_, versions = self.exchange(
+        *_, versions, marks = self.exchange(
             ("BEGIN", ()),
             self._lock([_CREATING]),
             *((statement, ()) for statement in creation(dialect.dialect())),  # type: ignore[no-untyped-call]
             ("SELECT version FROM counter_server_meta", ()),
+            (_MARKS.select, ()),
         )
         for (version,) in versions:
             check_version(int(version or 0), place)
-        if versions:
+        if versions and len(marks) == _MARKS.count:
             self.end()
-            return
+            return False
         row = (str(VERSION), secrets.token_hex(16))
         self.sent = True
-        self.exchange(("INSERT INTO counter_server_meta VALUES ($1::integer, $2::text)", row), ("COMMIT", ()))
+        self.exchange(
+            ("DELETE FROM counter_server_meta", ()),
+            ("INSERT INTO counter_server_meta VALUES ($1::integer, $2::text)", row),
+            *((statement, ()) for statement in _MARKS.inserts),
+            ("COMMIT", ()),
+        )
         self.sent = False
+        return len(marks) < _MARKS.count and bool(versions or marks)
 
     def _lock(self, stripes: list[int]) -> Statement:
         patience = max(1, math.ceil((self.deadline - time.monotonic()) * 1000))
