@@ -39,15 +39,14 @@ _STRIPES = 48
 _LOCK_CLASS = 0x43545352  # "CTSR": keeps our locks apart from those of other programs
 _CREATING = -1  # the lock of who makes the tables
 
-# Of each session: plans that are made once, by the keys of the tables however small these are; at each statement what
-# was committed before it; and a commit that is one.
-_SETTINGS = """
-SELECT set_config('plan_cache_mode', 'force_generic_plan', false), set_config('enable_seqscan', 'off', false),
-    set_config('default_transaction_isolation', 'read committed', false), set_config('jit', 'off', false),
-    set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), false)
-"""
+# At each statement, what was committed before it.
+_BEGIN = ("BEGIN ISOLATION LEVEL READ COMMITTED", ())
+# Nothing is set for longer than a transaction: behind a pooler the next one in this session may be anybody's. Tables
+# are read by their keys, however small they are; a commit is one.
 _LOCK = """
-SELECT set_config('lock_timeout', $1, true), pg_advisory_xact_lock($2::integer, stripe)
+SELECT set_config('enable_seqscan', 'off', true), set_config('jit', 'off', true),
+    set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), true),
+    set_config('lock_timeout', $1, true), pg_advisory_xact_lock($2::integer, stripe)
 FROM unnest($3::integer[]) AS stripe
 """
 _MARKS = Marks("''::bytea")
@@ -175,11 +174,6 @@ class PostgresqlConnection(Pipeline):
     def __init__(self, conninfo: bytes, deadline: float) -> None:
         super().__init__(conninfo, deadline)
         self.sent = False
-        try:
-            self.exchange((_SETTINGS, ()))
-        except BaseException:
-            self.close()
-            raise
 
     def exchange(self, *statements: Statement) -> list[list[Row]]:
         """As a pipeline does it.
@@ -198,7 +192,7 @@ class PostgresqlConnection(Pipeline):
             raise StartupError(f"{place} has the encoding {(encoding or b'').decode()}: counters need UTF8")
         # In one transaction: to lock, make, and look.
         *_, versions, marks = self.exchange(
-            ("BEGIN", ()),
+            _BEGIN,
             self._lock([_CREATING]),
             *((statement, ()) for statement in creation(dialect.dialect())),  # type: ignore[no-untyped-call]
             ("SELECT version FROM counter_server_meta", ()),
@@ -229,7 +223,7 @@ class PostgresqlConnection(Pipeline):
         return self._found(wanted, begin, counters=_COUNTERS, end=("COMMIT", ()))
 
     def begin(self, wanted: Wanted) -> Found:
-        return self._found(wanted, ("BEGIN", ()), self._lock(_stripes(wanted)), counters=_LOCKED_COUNTERS)
+        return self._found(wanted, _BEGIN, self._lock(_stripes(wanted)), counters=_LOCKED_COUNTERS)
 
     def _found(
         self,
@@ -307,9 +301,8 @@ class PostgresqlConnection(Pipeline):
         )
         self.sent = True
         try:
-            _, answer = self.exchange(
-                self._lock(_stripes(Wanted(batch.client, list(totals), [], []))), (_INCREMENT, values)
-            )
+            lock = self._lock(_stripes(Wanted(batch.client, list(totals), [], [])))
+            *_, answer, _ = self.exchange(_BEGIN, lock, (_INCREMENT, values), ("COMMIT", ()))
         except psycopg.errors.NumericValueOutOfRange:
             self.restart()
             answer = []
