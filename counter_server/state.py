@@ -115,7 +115,7 @@ class _Channel:
             raise result.error()
         return result
 
-    def after_fork(self) -> None:
+    def begin_again(self) -> None:
         self._combiner.reset()
         self._session.renew()
         self.store.after_fork()
@@ -139,6 +139,7 @@ class State:
         self.declarations = Declarations() if declarations is None else declarations
         self.declarations.use(store)
         self._process = os.getpid()
+        self._lock_type = threading.Lock
         self._opening = threading.Lock()  # guards the making of the channels below
         self._objects: dict[str, _Channel] = {}
         with _listing:
@@ -172,7 +173,7 @@ class State:
         :param within: seconds that it may take, where that is less than the state's deadline.
         :raises CounterServerError: any of its tree; its `outcome` says whether something may have been counted.
         """
-        self._notice_fork()
+        self._notice_change()
         channel = self._pages if isinstance(operation, Scan) else self._counters
         return channel.submit(operation, self._until(within))
 
@@ -185,7 +186,7 @@ class State:
         :raises DeadlineExceeded: if there is no answer, or no manager.
         :raises AccessDenied: if the store does not let this process in.
         """
-        self._notice_fork()
+        self._notice_change()
         if not isinstance(self.store, TellsStatus):
             return None
         try:
@@ -223,7 +224,7 @@ class State:
 
     def invoke(self, name: str, operation: Invoke, *, within: float = inf) -> Result:
         """Have a method of a declared object called, exactly once; see `object` and `submit`."""
-        self._notice_fork()
+        self._notice_change()
         deadline = self._until(within)
         with self._opening:
             channel = self._objects.get(name)
@@ -240,7 +241,7 @@ class State:
 
     def close(self) -> None:
         """Close the connections to the store. The next call opens them again."""
-        self._notice_fork()
+        self._notice_change()
         _close(self._counters, self._objects)
 
     def __enter__(self) -> Self:
@@ -249,24 +250,28 @@ class State:
     def __exit__(self, *_exception: Any) -> None:
         self.close()
 
-    def _notice_fork(self) -> None:
-        if self._process != os.getpid():
-            with _noticing:
-                if self._process != os.getpid():
-                    self._after_fork()
+    def _notice_change(self) -> None:
+        """Begin again after a fork, or after gevent or eventlet has patched locks and sockets.
 
-    def _after_fork(self) -> None:
+        A lock or a socket made before the patch stops all greenlets of its thread when one of them waits for it.
+        """
+        if self._process != os.getpid() or self._lock_type is not threading.Lock:
+            with _noticing:
+                if self._process != os.getpid() or self._lock_type is not threading.Lock:
+                    self._begin_again()
+
+    def _begin_again(self) -> None:
         self._opening = threading.Lock()
         for channel in (self._counters, self._pages, *self._objects.values()):
-            channel.after_fork()
-        self._process = os.getpid()  # last: until then other threads wait
+            channel.begin_again()
+        self._process, self._lock_type = os.getpid(), threading.Lock  # last: until then other threads wait
 
 
 def _after_fork_in_child() -> None:
     global _listing
     _listing = threading.Lock()
     for state in list(_states):
-        state._after_fork()
+        state._begin_again()
 
 
 # For `os.fork`, `multiprocessing` and gunicorn. A server that forks without telling the interpreter, as uWSGI does, is

@@ -152,19 +152,19 @@ class PostgresServer:
     def __init__(self, *options: str) -> None:
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
         self._programs = str(programs[-1]) if programs else os.path.dirname(find("postgres", "postgresql"))
-        self._as_user = []
+        self.as_user: list[str] = []  # what a command begins with that runs as that user
         self._options = options
         self.directory = Path(tempfile.mkdtemp(prefix="counter-server-"))  # a short name, for the socket
         if os.getuid() == 0:
             user = pwd.getpwnam("postgres")
             os.chown(self.directory, user.pw_uid, user.pw_gid)
-            self._as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+            self.as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
         self.url = self.url_of("postgres")
         self.socket = self.directory / ".s.PGSQL.5432"
         self._program: Program | None = None
         try:
             how = ("-U", "counter", "-A", "trust", "-E", "UTF8", "--locale", "C.UTF-8", "--no-sync")
-            command = [*self._as_user, f"{self._programs}/initdb", "-D", f"{self.directory}/data", *how]
+            command = [*self.as_user, f"{self._programs}/initdb", "-D", f"{self.directory}/data", *how]
             subprocess.run(command, check=True, capture_output=True, cwd="/")
             access = self.directory / "data" / "pg_hba.conf"
             access.write_text(f"local all stranger scram-sha-256\n{access.read_text()}")
@@ -175,7 +175,7 @@ class PostgresServer:
 
     def start(self) -> None:
         where = ("-D", f"{self.directory}/data", "-k", str(self.directory), "-c", "listen_addresses=", *self._options)
-        command = [*self._as_user, f"{self._programs}/postgres", *where]
+        command = [*self.as_user, f"{self._programs}/postgres", *where]
         self._program = Program(*command[1:], program=command[0], cwd=Path("/"))
         eventually(self._answers, "an answer of postgres")
 
@@ -232,3 +232,27 @@ class PostgresServer:
                 self._program.wait()
             self._program.__exit__(None, None, None)
         shutil.rmtree(self.directory)
+
+
+class PgBouncer:
+    """`pgbouncer` in transaction mode on a socket file, with two sessions of a server for all clients."""
+
+    def __init__(self, server: PostgresServer) -> None:
+        self.server = server
+        directory = server.directory  # which is the user's that both run as
+        settings = directory / "pgbouncer.ini"
+        settings.write_text(
+            f"[databases]\n* = host={directory} user=counter\n[pgbouncer]\npool_mode = transaction\n"
+            f"default_pool_size = 2\nauth_type = any\nlisten_port = 6432\nunix_socket_dir = {directory}\n"
+        )
+        settings.chmod(0o644)
+        command = [*server.as_user, find("pgbouncer", "pgbouncer"), str(settings)]
+        self._program = Program(*command[1:], program=command[0], cwd=Path("/"))
+        self.url = f"{server.url}&port=6432"
+        eventually((directory / ".s.PGSQL.6432").exists, "pgbouncer listens")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._program.__exit__(None, None, None)

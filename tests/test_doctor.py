@@ -14,6 +14,7 @@ from counter_server.doctor import examine
 from counter_server.errors import InvalidRequest
 from counter_server.stores import Finding
 from counter_server.stores.postgresql_findings import judge as judge_postgresql
+from counter_server.stores.tables import Wanted
 from tests.engines import DURABLE, MemcachedServer, PostgresServer, RedisServer
 from tests.load import open_client
 from tests.processes import PATIENCE, ROOT, Manager, eventually, frozen
@@ -142,6 +143,13 @@ def test_redis_tells_how_it_keeps_numbers(
         assert part in sentence
 
 
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_redis_that_evicts_is_a_problem_with_its_cure(start_redis: StartRedis, policy: str) -> None:
+    server = start_redis(*DURABLE, "--maxmemory", "100mb", "--maxmemory-policy", policy)
+    (problem,) = (finding.sentence for finding in findings(server.url) if finding.level == "problem")
+    assert "CONFIG SET maxmemory-policy noeviction" in problem
+
+
 def test_a_redis_that_refuses_config_is_told_from_one_that_is_well(start_redis: StartRedis) -> None:
     renamed = start_redis(*DURABLE, "--rename-command", "CONFIG", "''")
     (sentence,) = worries(renamed.url)
@@ -233,6 +241,7 @@ def test_a_server_wide_synchronous_commit_off_is_not_that_of_ours(stack: ExitSta
     with open_client(server.url) as state:
         assert state.counter("c").increment() == 1
         (session,) = state.store._idle  # type: ignore[attr-defined]
+        session.begin(Wanted(b"", ["c"], [], []))
         assert session.exchange(("SHOW synchronous_commit", ())) == [[("on",)]]
 
 
@@ -240,6 +249,7 @@ def test_a_server_wide_synchronous_commit_off_is_not_that_of_ours(stack: ExitSta
     ("told", "levels"),
     [
         ({"in_recovery": "true"}, ["ok", "problem"]),
+        ({"synchronous_standby_names": "s", "synchronous_commit": "off"}, ["ok", "ok", "ok"]),
         ({"standbys": "2"}, ["ok", "ok", "may lose"]),
         ({"synchronous_standby_names": "one"}, ["ok", "ok", "ok"]),
         ({"synchronous_standby_names": "one", "synchronous_commit": "remote_apply"}, ["ok", "ok", "ok"]),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from redis._parsers.base import BaseParser
 
+from counter_server import State
 from counter_server.errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -17,6 +18,7 @@ from counter_server.errors import (
     StateLost,
     StorageFull,
 )
+from counter_server.operations import Page
 from counter_server.stores.redis import RedisStore
 from tests.cutter import Cutter
 from tests.engines import DURABLE, RedisServer
@@ -58,6 +60,58 @@ def test_redis_without_its_memory_says_so_before_any_number_begins_anew(
         state.counter("c").increment()
     assert lost.value.outcome == "not_applied"
     assert state.counter("c").increment() == 1
+
+
+def test_a_redis_that_lost_its_counters_says_so_once_to_each_process(
+    start_redis: Callable[..., RedisServer], stack: ExitStack
+) -> None:
+    """Also to a process that knew nothing before, where it is the first to come."""
+    server = start_redis()
+    calls: list[Callable[[State], object]] = [
+        lambda state: state.counter("c").increment(),
+        lambda state: state.counter("c").increment(key="k"),
+        lambda state: state.counter("c").value,
+        lambda state: state.counters(),
+    ]
+    for call in calls:
+        knew = stack.enter_context(open_client(server.url))
+        assert knew.counter("c").increment() == 1
+        server.command("DEL", "{counter_server}:counters")
+        for state in (stack.enter_context(open_client(server.url)), knew):
+            with pytest.raises(StateLost) as lost:
+                call(state)
+            assert lost.value.outcome == "not_applied"
+            assert state.counter("c").value == 0
+            assert state.counters().counters == []
+        server.command("DEL", "{counter_server}:counters", "{counter_server}:epoch")
+
+
+@pytest.mark.parametrize("key", ["names", "epoch"])
+def test_a_redis_that_lost_what_it_can_make_again_goes_on(
+    start_redis: Callable[..., RedisServer], stack: ExitStack, key: str
+) -> None:
+    server = start_redis()
+    state = stack.enter_context(open_client(server.url))
+    for name in ("b", "a"):
+        assert state.counter(name).increment() == 1
+    server.command("DEL", f"{{counter_server}}:{key}")
+    assert state.counters().counters == [("a", 1), ("b", 1)]
+    server.command("DEL", f"{{counter_server}}:{key}")
+    assert state.counter("c").increment() == 1
+    assert state.counters().counters == [("a", 1), ("b", 1), ("c", 1)]
+    assert state.counter("a").delete()
+    assert state.counters(limit=1) == Page([("b", 1)], more=True)
+
+
+def test_a_redis_that_evicts_is_warned_of_once(
+    start_redis: Callable[..., RedisServer], stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_redis("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
+    state = stack.enter_context(open_client(server.url))
+    assert [state.counter("c").increment() for _ in range(2)] == [1, 2]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "CONFIG SET maxmemory-policy noeviction" in record.getMessage()
 
 
 def test_a_redis_that_forgot_the_script_is_sent_it_again(

@@ -14,19 +14,22 @@ import psycopg
 import psycopg.sql
 import pytest
 
+from counter_server import State
 from counter_server.errors import (
     AccessDenied,
     CounterServerError,
     DeadlineExceeded,
     Disconnected,
+    LimitReached,
     OutcomeUnknown,
     StartupError,
     StateLost,
     StorageFull,
 )
+from counter_server.operations import LARGEST
 from counter_server.stores.sql import SqlStore
 from tests.cutter import Cutter
-from tests.engines import PostgresServer
+from tests.engines import PgBouncer, PostgresServer
 from tests.history import assert_exactly_once
 from tests.load import LoggedLoad, StoreLoad, impatient, open_client
 from tests.processes import PATIENCE, eventually, frozen
@@ -97,6 +100,41 @@ def test_postgres_that_ends_sessions_under_load(
     history = load.finish()
     assert len(history) == 4 * 8 * 300
     assert_exactly_once(history, state.counter("hot").value, tmp_path / "history.json")
+
+
+@pytest.fixture
+def pooler(stack: ExitStack) -> PgBouncer:
+    """PgBouncer in transaction mode, in front of a PostgreSQL whose defaults are not ours."""
+    options = ("-c", "default_transaction_isolation=serializable", "-c", "synchronous_commit=off")
+    return stack.enter_context(PgBouncer(stack.enter_context(PostgresServer(*options))))
+
+
+def test_behind_pgbouncer_each_number_is_given_once(pooler: PgBouncer, stack: ExitStack, tmp_path: Path) -> None:
+    """32 threads of 4 processes share the two sessions that the pooler has."""
+    history = StoreLoad(pooler.url, "hot", 4, 8, 100).finish()
+    state = stack.enter_context(open_client(pooler.url, deadline=PATIENCE))
+    assert_exactly_once(history, state.counter("hot").value, tmp_path / "history.json")
+    assert_exactly_once(StoreLoad(pooler.url, "hot2", 2, 4, 50).finish(), 2 * 4 * 50, tmp_path / "history.json")
+
+
+def test_behind_pgbouncer_nothing_of_ours_is_left_in_a_session(pooler: PgBouncer, stack: ExitStack) -> None:
+    state = stack.enter_context(open_client(pooler.url, deadline=PATIENCE))
+    counter = state.counter("c")
+    calls: list[Callable[[], object]] = [
+        *(counter.increment, lambda: counter.increment(key="k"), lambda: counter.value, state.counters),
+        *(lambda: counter.set(LARGEST), counter.increment, counter.delete),
+        *(lambda: pooler.server.query("DROP TABLE counter_server_clients"), counter.increment),
+    ]
+    for call in calls:
+        with suppress(LimitReached, StateLost):
+            call()
+        with psycopg.connect(pooler.url, autocommit=True, prepare_threshold=None) as stranger:
+            settings = stranger.execute(
+                "SELECT name FROM pg_settings WHERE source = 'session' AND name <> 'client_encoding'"
+            ).fetchall()
+            assert settings == []
+            assert stranger.execute("SELECT * FROM pg_prepared_statements").fetchall() == []
+            assert stranger.execute("SELECT * FROM pg_locks WHERE locktype = 'advisory'").fetchall() == []
 
 
 def test_postgres_whose_connections_are_cut_in_the_middle_of_a_reply(
@@ -227,6 +265,36 @@ def test_a_database_without_its_memory_says_so_before_any_number_begins_anew(
         assert lost.value.outcome == "not_applied"
 
 
+@pytest.mark.parametrize("table", ["counters", "keys", "clients"])
+@pytest.mark.parametrize("how", ["DELETE FROM", "DROP TABLE"])
+def test_a_database_that_lost_one_table_says_so_once_to_each_process(
+    sql: tuple[str, Callable[..., None]], stack: ExitStack, how: str, table: str
+) -> None:
+    """Also to a process that knew nothing before, where it is the first to come. To delete a counter is no loss."""
+    url, execute = sql
+    delete = "DELETE FROM"
+    calls: list[Callable[[State], object]] = [
+        lambda state: state.counter("c").increment(key="k"),
+        lambda state: state.counter("c").value,
+        lambda state: state.counters(),
+    ]
+    if table == "counters":  # else a plain increment needs nothing of what is lost
+        calls.append(lambda state: state.counter("c").increment())
+    for call in calls:
+        knew = stack.enter_context(open_client(url))
+        assert knew.counter("c").increment(key="first") == 1
+        assert knew.counter("c").delete()
+        assert knew.counter("c").increment() == 1
+        execute(f"{how} counter_server_{table}")
+        for state in (stack.enter_context(open_client(url)), knew):
+            with pytest.raises(StateLost) as lost:
+                call(state)
+            assert lost.value.outcome == "not_applied"
+            assert state.counters().counters == ([] if table == "counters" else [("c", 1)])
+        for emptied in ("meta", "counters", "clients", "keys"):
+            execute(f"{delete} counter_server_{emptied}")
+
+
 def test_a_file_that_was_removed_is_not_counted_in(stack: ExitStack, tmp_path: Path) -> None:
     state = stack.enter_context(open_client(f"sqlite:///{tmp_path}/counters.db"))
     assert state.counter("c").increment() == 1
@@ -267,7 +335,7 @@ def test_what_has_expired_is_forgotten(sql: tuple[str, Callable[..., None]], sta
     assert [third.counter("c").increment() for _ in range(2)] == [5, 6]
     execute("INSERT INTO counter_server_keys SELECT 'older', fingerprint, value, 0 FROM counter_server_keys LIMIT 1")
     execute("INSERT INTO counter_server_meta SELECT count(*) + 5, 'clients' FROM counter_server_clients")
-    execute("DELETE FROM counter_server_meta WHERE version = 7")  # two clients: `second` and `third`
+    execute("DELETE FROM counter_server_meta WHERE version = 8")  # `second`, `third` and our mark
     with pytest.raises(sqlite3.IntegrityError if url.startswith("sqlite") else psycopg.errors.UniqueViolation):
         execute("INSERT INTO counter_server_meta VALUES (1, 'a second one')")
 

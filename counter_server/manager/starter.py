@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from ast import literal_eval
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from multiprocessing import spawn
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from msgspec import Struct, convert, to_builtins
@@ -102,9 +103,32 @@ _hosts = False  # whether this process is to host what it imports, and so can st
 
 
 def begin_to_host() -> None:
-    """From now on this process starts no manager: it is one, or is about to be."""
+    """From now on this process starts no manager, and nothing is patched: it is a manager, or is about to be."""
     global _hosts
     _hosts = True
+    sys.meta_path.insert(0, _PatchingNothing)
+
+
+class _PatchingNothing(SourceFileLoader):
+    """Imports the modules with which gevent and eventlet patch the standard library, so that they patch nothing.
+
+    A manager imports an app, and that may patch: the manager's own threads would become greenlets of one thread.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None, _target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in ("gevent.monkey", "eventlet.patcher"):
+            return None
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and spec.origin is not None:
+            spec.loader = _PatchingNothing(name, spec.origin)
+        return spec
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        for name in vars(module):
+            if name.startswith(("patch_", "monkey_patch")):
+                setattr(module, name, lambda *_arguments, **_keywords: None)
 
 
 class _Hosting(Struct, array_like=True):

@@ -51,13 +51,16 @@ class Connection:
     Not for two threads at a time. After any exception it must be closed: there may be half a frame on the way.
 
     The kernel keeps the time: the socket blocks, with a timer for sending and receiving that is set only when
-    a deadline is nearer than it. Python's own socket timeouts cost a `poll` before each call.
+    a deadline is nearer than it. Python's own socket timeouts cost a `poll` before each call. Only a socket that
+    gevent or eventlet has patched needs them: it never blocks in the kernel, so that other greenlets can run.
     """
 
     def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(None)  # whatever `socket.setdefaulttimeout` says
+        self._is_patched = not os.get_blocking(sock.fileno())
         self._socket = sock
         self._received = b""
-        self._timer = inf  # seconds after which the kernel ends a wait, for us to look at the deadline
+        self._timer = inf  # seconds after which a wait ends, for us to look at the deadline
         self.set_deadline(time.monotonic() + HANDSHAKE_SECONDS)
 
     def set_deadline(self, deadline: float) -> None:
@@ -69,6 +72,9 @@ class Connection:
 
     def _set_timer(self, seconds: float) -> None:
         self._timer = max(seconds, 0.001)  # 0 would mean: for ever
+        if self._is_patched:
+            self._socket.settimeout(self._timer)
+            return
         whole = int(self._timer)
         interval = struct.pack("ll", whole, int((self._timer - whole) * 1e6) or 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
@@ -90,7 +96,7 @@ class Connection:
         while frame:
             try:
                 frame = frame[self._socket.send(frame) :]
-            except BlockingIOError:
+            except (BlockingIOError, TimeoutError):
                 self._waited()
 
     def recv_bytes(self, maxlength: int = LARGEST_FRAME) -> bytes:
@@ -112,7 +118,7 @@ class Connection:
         while len(self._received) < size:
             try:
                 chunk = self._socket.recv(max(_CHUNK, size - len(self._received)))
-            except BlockingIOError:
+            except (BlockingIOError, TimeoutError):
                 self._waited()
                 continue
             if not chunk:

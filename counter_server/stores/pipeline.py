@@ -28,7 +28,6 @@ class Pipeline:
 
     def __init__(self, conninfo: bytes, deadline: float) -> None:
         self.deadline = deadline
-        self._prepared: dict[str, bytes] = {}
         self._libpq = pq.PGconn.connect_start(conninfo)
         try:
             self._finish_connecting()
@@ -60,13 +59,9 @@ class Pipeline:
 
     def exchange(self, *statements: Statement) -> list[list[Row]]:
         """The rows of each statement, in one round trip, and in one transaction if none is open."""
-        libpq, prepared = self._libpq, self._prepared
-        for statement, values in statements:
-            name = prepared.get(statement)
-            if name is None:
-                name = prepared[statement] = b"counter_server_%d" % len(prepared)
-                libpq.send_prepare(name, statement.encode())
-            libpq.send_query_prepared(name, [None if value is None else value.encode() for value in values])
+        libpq = self._libpq
+        for statement, values in statements:  # without names: the next transaction may be in another session
+            libpq.send_query_params(statement.encode(), [None if value is None else value.encode() for value in values])
         libpq.pipeline_sync()
         return self._answers()
 
@@ -99,10 +94,8 @@ class Pipeline:
         return answers
 
     def restart(self) -> None:
-        """Go on after an error: what was to be prepared along with what failed may not have been."""
-        self._prepared = {}
+        """Go on after an error."""
         self._libpq.send_query_params(b"ROLLBACK", None)
-        self._libpq.send_query_params(b"DEALLOCATE ALL", None)
         self._libpq.pipeline_sync()
         self._answers()
 

@@ -25,7 +25,7 @@ from ..ledger import Changes, ClientRecord, Contents, KeyRecord
 from ..operations import Batch, Increment, Result
 from .base import Finding
 from .postgresql_findings import QUERY, judge
-from .tables import VERSION, Found, TablesMissing, Wanted, check_version, creation
+from .tables import VERSION, Found, Marks, TablesMissing, Wanted, check_version, creation
 
 try:
     import psycopg
@@ -39,21 +39,22 @@ _STRIPES = 48
 _LOCK_CLASS = 0x43545352  # "CTSR": keeps our locks apart from those of other programs
 _CREATING = -1  # the lock of who makes the tables
 
-# Of each session: plans that are made once, by the keys of the tables however small these are; at each statement what
-# was committed before it; and a commit that is one.
-_SETTINGS = """
-SELECT set_config('plan_cache_mode', 'force_generic_plan', false), set_config('enable_seqscan', 'off', false),
-    set_config('default_transaction_isolation', 'read committed', false), set_config('jit', 'off', false),
-    set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), false)
-"""
+# At each statement, what was committed before it.
+_BEGIN = ("BEGIN ISOLATION LEVEL READ COMMITTED", ())
+# Nothing is set for longer than a transaction: behind a pooler the next one in this session may be anybody's. Tables
+# are read by their keys, however small they are; a commit is one.
 _LOCK = """
-SELECT set_config('lock_timeout', $1, true), pg_advisory_xact_lock($2::integer, stripe)
+SELECT set_config('enable_seqscan', 'off', true), set_config('jit', 'off', true),
+    set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), true),
+    set_config('lock_timeout', $1, true), pg_advisory_xact_lock($2::integer, stripe)
 FROM unnest($3::integer[]) AS stripe
 """
-_META = """
+_MARKS = Marks("''::bytea")
+_META = f"""
 SELECT epoch, extract(epoch FROM clock_timestamp())::float8, sequence, results, used
 FROM counter_server_meta LEFT JOIN counter_server_clients ON client = $1::bytea WHERE version = $2::integer
-"""
+AND {_MARKS.are_there}
+"""  # noqa: S608 - our own names
 _COUNTERS = "SELECT name, value FROM counter_server_counters WHERE name = ANY($1::text[])"
 _LOCKED_COUNTERS = f"{_COUNTERS} ORDER BY name FOR UPDATE"  # whoever else writes to the table has to wait, too
 _KEYS = "SELECT key, fingerprint, value, used FROM counter_server_keys WHERE key = ANY($1::text[])"
@@ -79,6 +80,7 @@ _INCREMENT = """
 WITH added AS (
     INSERT INTO counter_server_counters AS counter SELECT * FROM unnest($5::text[], $6::bigint[])
     WHERE EXISTS (SELECT FROM counter_server_meta WHERE version = $3::integer AND epoch = $4::text)
+    AND EXISTS (SELECT FROM counter_server_counters WHERE name = '')
     AND $2::bigint = 1 + coalesce((SELECT sequence FROM counter_server_clients WHERE client = $1::bytea), 0)
     ON CONFLICT (name) DO UPDATE SET value = counter.value + excluded.value
     RETURNING name, value
@@ -172,11 +174,6 @@ class PostgresqlConnection(Pipeline):
     def __init__(self, conninfo: bytes, deadline: float) -> None:
         super().__init__(conninfo, deadline)
         self.sent = False
-        try:
-            self.exchange((_SETTINGS, ()))
-        except BaseException:
-            self.close()
-            raise
 
     def exchange(self, *statements: Statement) -> list[list[Row]]:
         """As a pipeline does it.
@@ -189,26 +186,33 @@ class PostgresqlConnection(Pipeline):
             self.restart()
             raise TablesMissing from error
 
-    def create(self, place: str) -> None:
+    def create(self, place: str) -> bool:
         encoding = self.parameter(b"server_encoding")
         if encoding != b"UTF8":
             raise StartupError(f"{place} has the encoding {(encoding or b'').decode()}: counters need UTF8")
         # In one transaction: to lock, make, and look.
-        *_, versions = self.exchange(
-            ("BEGIN", ()),
+        *_, versions, marks = self.exchange(
+            _BEGIN,
             self._lock([_CREATING]),
             *((statement, ()) for statement in creation(dialect.dialect())),  # type: ignore[no-untyped-call]
             ("SELECT version FROM counter_server_meta", ()),
+            (_MARKS.select, ()),
         )
         for (version,) in versions:
             check_version(int(version or 0), place)
-        if versions:
+        if versions and len(marks) == _MARKS.count:
             self.end()
-            return
+            return False
         row = (str(VERSION), secrets.token_hex(16))
         self.sent = True
-        self.exchange(("INSERT INTO counter_server_meta VALUES ($1::integer, $2::text)", row), ("COMMIT", ()))
+        self.exchange(
+            ("DELETE FROM counter_server_meta", ()),
+            ("INSERT INTO counter_server_meta VALUES ($1::integer, $2::text)", row),
+            *((statement, ()) for statement in _MARKS.inserts),
+            ("COMMIT", ()),
+        )
         self.sent = False
+        return len(marks) < _MARKS.count and bool(versions or marks)
 
     def _lock(self, stripes: list[int]) -> Statement:
         patience = max(1, math.ceil((self.deadline - time.monotonic()) * 1000))
@@ -219,7 +223,7 @@ class PostgresqlConnection(Pipeline):
         return self._found(wanted, begin, counters=_COUNTERS, end=("COMMIT", ()))
 
     def begin(self, wanted: Wanted) -> Found:
-        return self._found(wanted, ("BEGIN", ()), self._lock(_stripes(wanted)), counters=_LOCKED_COUNTERS)
+        return self._found(wanted, _BEGIN, self._lock(_stripes(wanted)), counters=_LOCKED_COUNTERS)
 
     def _found(
         self,
@@ -300,9 +304,8 @@ class PostgresqlConnection(Pipeline):
         )
         self.sent = True
         try:
-            _, answer = self.exchange(
-                self._lock(_stripes(Wanted(batch.client, list(totals), [], []))), (_INCREMENT, values)
-            )
+            lock = self._lock(_stripes(Wanted(batch.client, list(totals), [], [])))
+            *_, answer, _ = self.exchange(_BEGIN, lock, (_INCREMENT, values), ("COMMIT", ()))
         except psycopg.errors.NumericValueOutOfRange:
             self.restart()
             answer = []

@@ -28,7 +28,7 @@ _WAITS = {  # what a commit waits for, of a standby that is a synchronous one
 def judge(told: Mapping[str, str]) -> list[Finding]:
     """The findings, in the order in which a person asks.
 
-    :param told: the answer to `QUERY`, in a session of ours: they never have ``synchronous_commit off``.
+    :param told: the answer to `QUERY`, in which ``synchronous_commit off`` means "on": our transactions set it so.
     """
     found = [Finding("ok", f"PostgreSQL {told['server_version']}")]
     if told["in_recovery"] == "true":
@@ -42,7 +42,7 @@ def judge(told: Mapping[str, str]) -> list[Finding]:
     if told["standbys"] == "0" and not told["synchronous_standby_names"]:
         found.append(Finding("ok", "no standbys: no failover that could lose numbers"))
     elif told["synchronous_standby_names"]:
-        found.append(_WAITS[told["synchronous_commit"]])
+        found.append(_WAITS[told["synchronous_commit"].replace("off", "on")])
     else:
         found.append(
             Finding(

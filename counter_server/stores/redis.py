@@ -4,8 +4,11 @@ What is durable is what the server keeps: with `appendonly yes` and `appendfsync
 before it is answered.
 """
 
+import logging
 import os
 import time
+from contextlib import suppress
+from functools import partial
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any
@@ -13,18 +16,30 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from msgspec import msgpack
 
-from ..errors import AccessDenied, BatchRefused, Disconnected, InvalidRequest, OutcomeUnknown, StateLost, StorageFull
+from ..errors import (
+    AccessDenied,
+    BatchRefused,
+    CounterServerError,
+    Disconnected,
+    InvalidRequest,
+    OutcomeUnknown,
+    StateLost,
+    StorageFull,
+)
 from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, KEY_REUSED, beyond_bounds
 from ..operations import Batch, Delete, Get, Increment, Operation, Page, Refusal, Replayed, Result, Scan, Set
 from .base import Finding
-from .redis_findings import SETTINGS, judge
+from .redis_findings import SETTINGS, eviction, judge
 
 try:
-    from redis import ConnectionPool, exceptions
+    from redis import exceptions
     from redis.backoff import NoBackoff
+    from redis.connection import Connection, parse_url
     from redis.retry import Retry
 except ImportError as error:
     raise InvalidRequest("this store needs redis-py: pip install 'counter-server[redis]'") from error
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_PREFIX = "counter_server"
 _SCRIPT = files(__name__.rpartition(".")[0]).joinpath("redis_batch.lua").read_bytes()
@@ -75,25 +90,28 @@ class RedisStore:
         host = parts.netloc.rpartition("@")[2]
         self._name = _url(parts.scheme, host + parts.path, {} if tag == _DEFAULT_PREFIX else {"prefix": tag})
         try:
-            # One retries who keeps the deadline: the session, and nobody below it.
-            self._pool = ConnectionPool.from_url(
-                _url(scheme, parts.netloc + parts.path, query),
-                retry=Retry(NoBackoff(), 0),
-                retry_on_error=[],
-                protocol=2,
-            )
-            self._pool.make_connection()  # not connected: to see that its options are some
+            options = dict(parse_url(_url(scheme, parts.netloc + parts.path, query)))  # type: ignore[no-untyped-call]
+            kind = options.pop("connection_class", Connection)
+            options.pop("max_connections", None)  # of redis-py's pool
+            # The session keeps the deadline, and so it alone tries again.
+            options |= {"retry": Retry(NoBackoff(), 0), "retry_on_error": [], "protocol": 2}
+            self._connect = partial(kind, **options)
+            self._connect()  # an object only: does it accept the options?
         except (ValueError, TypeError) as error:
             raise InvalidRequest(f"{self._name} is not a URL of Redis: {error}") from None
+        self._idle: list[Any] = []  # connections for the next call
         prefix = f"{{{tag}}}:"  # a hash tag: all keys are in one slot of a cluster
         self._client_prefix, self._key_prefix = f"{prefix}client:", f"{prefix}key:"
         self._shared_keys = (f"{prefix}counters", f"{prefix}names", f"{prefix}epoch")
         self._epoch = ""  # as it was when it was last told
+        self._is_eviction_known = False
 
     def __str__(self) -> str:
         return self._name
 
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
+        if not self._is_eviction_known:
+            self._warn_of_eviction(deadline)
         keys = [*self._shared_keys, self._client_prefix + batch.client.hex()]
         operations = []
         for operation in batch.operations:
@@ -125,23 +143,32 @@ class RedisStore:
         sent = False
         connection = None
         try:
-            self._pool.connection_kwargs["socket_connect_timeout"] = _remaining(deadline)
-            self._pool.connection_kwargs["socket_timeout"] = _remaining(deadline)
-            connection = self._pool.get_connection()
+            connection = self._connected(deadline)
             sent = True
-            connection.send_command(*command, check_health=False)  # type: ignore[no-untyped-call]
-            return connection.read_response(disable_decoding=True, timeout=_remaining(deadline))
-        except exceptions.NoScriptError:
+            connection.send_command(*command, check_health=False)
+            answer = connection.read_response(disable_decoding=True, timeout=_remaining(deadline))
+        except BaseException as error:
+            if connection is not None and isinstance(error, exceptions.ResponseError):
+                self._idle.append(connection)
+            elif connection is not None:
+                connection.disconnect()  # a late answer is nobody else's
+            if isinstance(error, exceptions.RedisError) and not isinstance(error, exceptions.NoScriptError):
+                raise self._translated(error, sent=sent) from error
             raise
-        except exceptions.RedisError as error:
-            raise self._translated(error, sent=sent) from error
-        except BaseException:
-            if connection is not None:
-                connection.disconnect()  # type: ignore[no-untyped-call] # a late answer is nobody else's
-            raise
-        finally:
-            if connection is not None:
-                self._pool.release(connection)
+        self._idle.append(connection)
+        return answer
+
+    def _connected(self, deadline: float) -> Any:
+        """A connection for one call. (redis-py's pool connects again with the timeouts of an earlier call.)"""
+        with suppress(IndexError):  # none is left
+            while connection := self._idle.pop():
+                with suppress(exceptions.ConnectionError):  # the server has closed it
+                    if not connection.can_read():
+                        return connection
+                connection.disconnect()
+        connection = self._connect(socket_connect_timeout=_remaining(deadline), socket_timeout=_remaining(deadline))
+        connection.connect()
+        return connection
 
     def _translated(self, error: exceptions.RedisError, *, sent: bool) -> Exception:
         """Our own error for each of redis-py's."""
@@ -151,16 +178,30 @@ class RedisStore:
         if isinstance(error, _FULL) or text.startswith(_FULL_WORDS):
             return StorageFull(f"{self} cannot write: {text}; nothing was counted, and reads go on")
         if isinstance(error, _PASSING) or text.startswith(_PASSING_WORDS):
-            self._pool.disconnect()  # the name may lead to another server now
+            self.close()  # the name may lead to another server now
             return Disconnected(f"{self}: {text}", sent=False)
         if isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError)):
             return Disconnected(f"{self}: {text}", sent=sent)
         return OutcomeUnknown(f"{self} failed: {text}")
 
+    def _warn_of_eviction(self, deadline: float) -> None:
+        try:
+            found = eviction(self._info(deadline))
+        except Disconnected:  # the batch meets the same fault
+            return
+        except CounterServerError as error:
+            found = Finding("problem", f"whether it evicts keys cannot be known: {error}")
+        self._is_eviction_known = True
+        if found.level != "ok":
+            log.warning("%s may lose numbers: %s", self, found.sentence)
+
+    def _info(self, deadline: float) -> dict[str, str]:
+        told: bytes = self._exchange(deadline, "INFO")
+        return dict(line.split(":", 1) for line in told.decode(errors="replace").splitlines() if ":" in line)
+
     def findings(self, deadline: float) -> list[Finding]:
         """See `Examined`."""
-        told: bytes = self._exchange(deadline, "INFO")
-        info = dict(line.split(":", 1) for line in told.decode(errors="replace").splitlines() if ":" in line)
+        info = self._info(deadline)
         config: dict[str, str] = {}
         try:
             for name in SETTINGS:
@@ -171,10 +212,13 @@ class RedisStore:
         return judge(info, config)
 
     def after_fork(self) -> None:
-        """redis-py's pool knows the process that it belongs to, and leaves the parent's connections alone."""
+        """Begin with no connection; redis-py leaves the parent's alone."""
+        self._idle = []
 
     def close(self) -> None:
-        self._pool.disconnect()
+        with suppress(IndexError):
+            while connection := self._idle.pop():
+                connection.disconnect()
 
 
 def _url(scheme: str, place: str, query: dict[str, str]) -> str:

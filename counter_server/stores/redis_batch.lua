@@ -9,9 +9,24 @@
 local counters, names, epoch_key, record_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local known, fresh, sequence = ARGV[1], ARGV[2], tonumber(ARGV[3])
 
-local epoch = redis.call('GET', epoch_key)
+-- The counters hold the epoch too, under a name that no counter has, and so do the names: a key that was deleted or
+-- evicted by itself is noticed.
+local mark = ''
+local epoch = redis.call('HGET', counters, mark)
+local witness = redis.call('GET', epoch_key)
+if witness and witness ~= epoch then
+    redis.call('HSET', counters, mark, fresh)
+    redis.call('SET', epoch_key, fresh)
+    redis.call('DEL', names)
+    return {'lost', fresh}
+end
 if known ~= '' and known ~= epoch then
     return {'lost', epoch or ''}
+end
+if epoch and not redis.call('ZSCORE', names, mark) then
+    for _, name in ipairs(redis.call('HKEYS', counters)) do
+        redis.call('ZADD', names, 0, name)
+    end
 end
 if sequence > 0 then
     local record = redis.call('GET', record_key)
@@ -28,6 +43,10 @@ if sequence > 0 then
     end
     if not epoch then
         epoch = fresh
+        redis.call('HSET', counters, mark, epoch)
+        redis.call('ZADD', names, 0, mark)
+    end
+    if not witness then
         redis.call('SET', epoch_key, epoch)
     end
 end
@@ -115,7 +134,7 @@ local function increment(name, by, minimum, maximum, fingerprint)
 end
 
 local function page(after, limit)
-    local found = redis.call('ZRANGEBYLEX', names, after == '' and '-' or '(' .. after, '+', 'LIMIT', 0, limit + 1)
+    local found = redis.call('ZRANGEBYLEX', names, '(' .. after, '+', 'LIMIT', 0, limit + 1)
     local answer = {#found > limit and 'more' or 'last'}
     if #found > limit then
         found[#found] = nil

@@ -30,7 +30,7 @@ def judge(info: Mapping[str, str], config: Mapping[str, str] | None, refusal: st
     if config is None:
         found.append(Finding("may lose", f"CONFIG is not permitted, so how it writes cannot be told: {refusal}"))
     found += _kept(info, config)
-    found += _evicted(info)
+    found.append(eviction(info))
     found += _replicated(info, config)
     return found
 
@@ -59,17 +59,18 @@ def _kept(info: Mapping[str, str], config: Mapping[str, str] | None) -> list[Fin
     return found
 
 
-def _evicted(info: Mapping[str, str]) -> list[Finding]:
+def eviction(info: Mapping[str, str]) -> Finding:
+    """Whether a full server deletes what it holds."""
     most, policy = info.get("maxmemory", "?"), info.get("maxmemory_policy", "?")
     if most == "0":
-        return [Finding("ok", "maxmemory 0: nothing is evicted")]
+        return Finding("ok", "maxmemory 0: nothing is evicted")
     if policy == "noeviction":
-        return [Finding("ok", f"maxmemory {most}, noeviction: a full server refuses to count, and loses nothing")]
+        return Finding("ok", f"maxmemory {most}, noeviction: a full server refuses to count, and loses nothing")
     if policy.startswith("volatile"):
         lost = "counters stay, but idempotency keys and the memory of clients go, so a repeated call may count twice"
     else:
         lost = "a full server deletes counters, all of them at once"
-    return [Finding("may lose", f"maxmemory {most}, {policy}: {lost}")]
+    return Finding("problem", f"maxmemory {most}, {policy}: {lost}; run CONFIG SET maxmemory-policy noeviction")
 
 
 def _replicated(info: Mapping[str, str], config: Mapping[str, str] | None) -> list[Finding]:

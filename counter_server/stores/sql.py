@@ -30,8 +30,12 @@ class Connection(Protocol):
         """Whether it still leads to the database, after it was kept."""
         ...
 
-    def create(self, place: str) -> None:
-        """Make the tables where they are not there, and check their version."""
+    def create(self, place: str) -> bool:
+        """Make the tables where they are not there, and check their version.
+
+        Where only some were there, or some were emptied, a new epoch begins; say whether it was so.
+        """
+        ...
 
     def read(self, wanted: Wanted) -> Found:
         """What there is, at one moment."""
@@ -135,13 +139,14 @@ class SqlStore:
         try:
             return find(wanted)
         except TablesMissing:
-            connection.create(self._name)
+            if connection.create(self._name):
+                self._epoch = self._epoch or "lost"  # a process that knew none is told, too: it is the first to come
             return find(wanted)
 
     def _check_epoch(self, found: Found) -> None:
         known, self._epoch = self._epoch, found.epoch
         if known and known != found.epoch:
-            raise StateLost(f"{self} has lost what it held: its counters begin anew")
+            raise StateLost(f"{self} has lost some or all of what it held: numbers may begin again")
 
     def _forget(self, connection: Connection) -> None:
         now = time.monotonic()

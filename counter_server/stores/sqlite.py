@@ -20,7 +20,7 @@ from ..journal_file import refusal
 from ..ledger import Changes, ClientRecord, Contents, KeyRecord
 from ..operations import Batch, Result
 from .base import Finding
-from .tables import VERSION, Found, TablesMissing, Wanted, check_version, creation
+from .tables import VERSION, Found, Marks, TablesMissing, Wanted, check_version, creation
 
 _Given = TypeVar("_Given")
 
@@ -29,6 +29,8 @@ _Given = TypeVar("_Given")
 _PAUSES = (0.0002, 0.001)
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 _DENIED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH)
+
+_MARKS = Marks("x''")
 
 _decode_results = packed.Decoder(list[Result]).decode
 
@@ -142,16 +144,21 @@ class SqliteConnection:
                 self._execute("ROLLBACK")
             time.sleep(min(random.uniform(*_PAUSES), remaining))
 
-    def create(self, place: str) -> None:
+    def create(self, place: str) -> bool:
         self._patiently(lambda: self._execute("BEGIN IMMEDIATE"))
         for statement in creation(dialect.dialect()):
             self._execute(statement)
         versions = self._execute("SELECT version FROM counter_server_meta").fetchall()
         for (version,) in versions:
             check_version(version, place)
-        if not versions:
+        marks = len(self._execute(_MARKS.select).fetchall())
+        if not versions or marks < _MARKS.count:
+            self._execute("DELETE FROM counter_server_meta")
             self._execute("INSERT INTO counter_server_meta VALUES (?, ?)", (VERSION, secrets.token_hex(16)))
+            for statement in _MARKS.inserts:
+                self._execute(statement)
         self._execute("COMMIT")
+        return marks < _MARKS.count and bool(versions or marks)
 
     def read(self, wanted: Wanted) -> Found:
         def read() -> Found:
@@ -177,7 +184,8 @@ class SqliteConnection:
     def _found(self, wanted: Wanted) -> Found:
         execute = self._execute
         with _expecting_tables():
-            epochs = execute("SELECT epoch FROM counter_server_meta WHERE version = ?", (VERSION,)).fetchall()
+            ours = f"SELECT epoch FROM counter_server_meta WHERE version = ? AND {_MARKS.are_there}"  # noqa: S608 - our own names
+            epochs = execute(ours, (VERSION,)).fetchall()
         if not epochs:
             raise TablesMissing
         contents = Contents()

@@ -54,6 +54,28 @@ _keys = Table(
 Index("counter_server_keys_used", _keys.c.used)
 
 
+class Marks:
+    """A row of ours in each table, under a name that nothing else has. Where it is missing, the table was emptied.
+
+    :param blank: no bytes, as the database spells it.
+    """
+
+    def __init__(self, blank: str) -> None:
+        rows = (
+            ("counters", "name", "''", "'', 0"),
+            ("clients", "client", blank, f"{blank}, 0, '[]', 1e308"),  # 1e308: it does not expire
+            ("keys", "key", "''", f"'', {blank}, 0, 1e308"),
+        )
+        found = [f"SELECT 1 FROM counter_server_{table} WHERE {column} = {mark}" for table, column, mark, _ in rows]  # noqa: S608 - our own names
+        self.select = " UNION ALL ".join(found)
+        self.are_there = " AND ".join(f"EXISTS ({each})" for each in found)
+        self.inserts = [
+            f"INSERT INTO counter_server_{table} VALUES ({row}) ON CONFLICT DO NOTHING"  # noqa: S608
+            for table, _, _, row in rows
+        ]
+        self.count = len(rows)
+
+
 def parse_url(url: str) -> URL:
     """`url` in its parts.
 

@@ -1,0 +1,226 @@
+"""Greenlets in the place of threads: a server that patches sockets and locks (gevent) keeps the same promises."""
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from counter_server.prove.load import Client
+from tests.engines import MemcachedServer, PostgresServer, RedisServer
+from tests.launchers import listening_port
+from tests.load import at_once, visit
+from tests.processes import PATIENCE, ROOT, Manager, Program, eventually, frozen, holder
+
+_PROGRAM = """
+import json, os, sys, time
+url, when, go = sys.argv[1:]
+
+def patch():
+    from gevent import monkey
+    monkey.patch_all()
+
+if when == "before the import":
+    patch()
+from counter_server import CounterServerError, StoreOptions, open_state
+state = open_state(url, deadline=30, options=StoreOptions(start=False))
+counter = state.counter("c")
+if when == "after the first use":
+    counter.increment()
+if when != "before the import":
+    patch()
+import gevent
+
+def taken(call):
+    began = time.monotonic()
+    try:
+        call()
+        error = None
+    except CounterServerError as refused:
+        error = type(refused).__name__
+    return error, time.monotonic() - began
+
+def tick():
+    global ticks
+    while True:
+        gevent.sleep(0.01)
+        ticks += 1
+
+counter.increment()
+print("ready", flush=True)
+while not os.path.exists(go):
+    gevent.sleep(0.01)
+ticks, state._deadline = 0, 1.0
+gevent.spawn(tick)
+calls = [gevent.spawn(taken, call) for call in [counter.increment] * 4 + [lambda: state.counters()]]
+gevent.joinall(calls, timeout=20)
+print("result", json.dumps([ticks, [call.value for call in calls]]), flush=True)
+state._deadline = 30
+while os.path.exists(go):
+    gevent.sleep(0.01)
+counter.increment()
+numbers = [gevent.spawn(counter.increment) for _ in range(20)]
+gevent.joinall(numbers)
+print("numbers", json.dumps([number.value for number in numbers]), flush=True)
+"""
+
+
+@pytest.fixture(params=["manager", "redis", "memcached", "postgresql"])
+def store(request: pytest.FixtureRequest, stack: ExitStack, tmp_path: Path) -> tuple[str, Callable[[], list[int]]]:
+    """A store's URL, and what tells the processes that serve it."""
+    if request.param == "manager":
+        manager: Manager = request.getfixturevalue("start_manager")()
+        return manager.url, lambda: [manager.pid]
+    if request.param == "postgresql":
+        postgres = stack.enter_context(PostgresServer())
+        backends = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        return postgres.url, lambda: [*(pid for (pid,) in postgres.query(backends)), postgres.pid]
+    server: RedisServer | MemcachedServer
+    server = RedisServer(tmp_path / "server") if request.param == "redis" else MemcachedServer(tmp_path / "server")
+    stack.push(server)
+    return server.url, lambda: [server.pid]
+
+
+@pytest.mark.parametrize("when", ["before the import", "before the first use", "after the first use"])
+def test_greenlets_keep_their_deadline_while_the_store_is_frozen(
+    store: tuple[str, Callable[[], list[int]]], when: str, stack: ExitStack, tmp_path: Path
+) -> None:
+    url, pids = store
+    go = tmp_path / "go"
+    program = stack.enter_context(Program("-c", _PROGRAM, url, when, go))
+    program.expect("ready")
+    with ExitStack() as ice:
+        for pid in pids():
+            ice.enter_context(frozen(pid))
+        go.touch()
+        ticks, calls = json.loads(program.expect("result"))
+    assert None not in calls, "a greenlet waits for ever"
+    assert ticks > 20  # the others went on
+    for error, seconds in calls:
+        assert error in ("DeadlineExceeded", "OutcomeUnknown", "Unsupported")  # memcached: no lists, no second try
+        assert seconds < 3
+    go.unlink()
+    numbers = json.loads(program.expect("numbers"))
+    assert sorted(numbers) == list(range(min(numbers), min(numbers) + 20))
+
+
+_APP = """
+from flask import Flask
+from counter_server import CounterServerError, SharedState
+
+app = Flask(__name__)
+app.config["COUNTER_SERVER_DEADLINE"] = 1
+shared = SharedState(app)
+
+@app.get("/")
+def home():
+    return {"value": 0}
+
+@app.get("/count")
+def count():
+    try:
+        return {"value": shared.counter("visits").increment()}
+    except CounterServerError as error:
+        return {"error": type(error).__name__}, 503
+"""
+
+
+@pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["", "preloaded"])
+def test_gevent_workers_answer_while_the_manager_is_frozen(
+    on_demand: str, stack: ExitStack, tmp_path: Path, preload: tuple[str, ...]
+) -> None:
+    (tmp_path / "app.py").write_text(_APP)
+    command = ("-m", "gunicorn", "-k", "gevent", "-w", "2", "-b", "127.0.0.1:0", *preload, "app:app")
+    server = stack.enter_context(Program(*command, cwd=tmp_path, environment={"PYTHONPATH": str(ROOT)}))
+    port = eventually(lambda: listening_port(server.pid), "gunicorn listens")
+    url = f"http://127.0.0.1:{port}"
+    directory = tmp_path / "instance" / "counter-server"
+
+    def ask(path: str) -> int:
+        client = Client(url)
+        try:
+            return client.request("GET", path)[0]
+        finally:
+            client.close()
+
+    eventually(lambda: ask("/count") == 200, "a manager")
+    eventually(lambda: at_once(20, lambda: ask("/count")) == [200] * 20, "both workers count")
+    manager = holder(directory)
+    assert manager is not None
+    with frozen(manager), ThreadPoolExecutor(20) as clients:
+        waiting = [clients.submit(ask, "/count") for _ in range(20)]
+        assert at_once(20, lambda: ask("/")) == [200] * 20
+        assert not any(answer.done() for answer in waiting)
+        assert [answer.result(timeout=PATIENCE) for answer in waiting] == [503] * 20
+    eventually(lambda: ask("/count") == 200, "the manager again")
+    values = sorted(content["value"] for content in at_once(50, lambda: visit(url, "/count")))
+    assert values == list(range(values[0], values[0] + 50))
+
+
+_PATCHING_APP = """
+{patching}
+import socket, threading, time
+from flask import Flask
+from counter_server import SharedState
+
+class Counted:
+    def __init__(self):
+        self.number = 0
+
+    def query(self):
+        self.number += 1
+        return self.number
+
+    def primitives(self):
+        return [threading.Lock.__module__, socket.socket.__module__, time.sleep.__module__]
+
+app = Flask(__name__)
+app.config.update(COUNTER_SERVER_DEADLINE=30, COUNTER_SERVER_STORE={url!r})
+shared = SharedState(app)
+counted = shared.object("counted", Counted)
+"""
+_USE = """
+import json, threading
+from app import app, counted
+numbers = []
+
+def use():
+    with app.app_context():
+        numbers.append(counted.query())
+
+users = [threading.Thread(target=use) for _ in range(20)]
+for user in users:
+    user.start()
+for user in users:
+    user.join()
+with app.app_context():
+    print("told", json.dumps([sorted(numbers), counted.primitives(), threading.Lock.__module__]))
+"""
+
+
+@pytest.mark.parametrize("hosting", [False, True], ids=["on demand", "--hosting"])
+@pytest.mark.parametrize(
+    "patching",
+    [
+        "from gevent import monkey; monkey.patch_all()",
+        "import gevent.monkey as m; m.patch_all()",
+        "import gevent; from gevent.monkey import patch_thread, patch_socket; patch_thread(); patch_socket()",
+    ],
+)
+def test_a_manager_that_imports_a_patching_app_is_not_patched(
+    on_demand: str, data_dir: Path, stack: ExitStack, tmp_path: Path, patching: str, *, hosting: bool
+) -> None:
+    (tmp_path / "app.py").write_text(_PATCHING_APP.format(patching=patching, url=on_demand))
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    if hosting:
+        options = ("--hosting", "app:app", "--data-dir", data_dir)
+        manager = Program("-m", "counter_server", "manager", *options, cwd=tmp_path, environment=environment)
+        stack.enter_context(manager).expect("Manager ready:")
+    user = stack.enter_context(Program("-c", _USE, cwd=tmp_path, environment=environment))
+    numbers, primitives, ours = json.loads(user.expect("told"))
+    assert numbers == list(range(1, 21))
+    assert primitives == ["_thread", "socket", "time"]
+    assert ours.startswith("gevent")  # the app itself is
