@@ -114,6 +114,7 @@ class Supervisor:
             **settings.web,
             "COUNTER_SERVER_HOST": sock.getsockname()[0],
             "COUNTER_SERVER_REQUEST_LOG": settings.log_format == "json",
+            "COUNTER_SERVER_DATA_DIR": str(directory or DataDirectory(default_data_dir())),
             "COUNTER_SERVER_STORE": directory.url if directory else store,
             "COUNTER_SERVER_START": False,  # that is this process's to do
             "COUNTER_SERVER_PROCESSES": self._processes,
