@@ -142,7 +142,7 @@ class LockedGlobal(PlainGlobal):
 class PlainFile(Strategy):
     name = "file"
     title = "A file, read then written"
-    about = "number = int(file.read_text()), then file.write_text(…): one file for all workers, and two steps."
+    about = "number = int(file.read_text()), then file.write_text(…): one file for all workers, two steps."
     place = "the file"
     wrong = (
         "All workers share the file, but reading and writing are two steps, as get and set of a file cache are: a client"
