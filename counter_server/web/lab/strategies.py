@@ -145,7 +145,7 @@ class PlainFile(Strategy):
     about = "number = int(file.read_text()), then file.write_text(…): one file for all workers, two steps."
     place = "the file"
     wrong = (
-        "All workers share the file, but reading and writing are two steps, as get and set of a file cache are: a client"
+        "All workers share the file, but reading and writing are two steps, like get and set of a cache: a client"
         " that reads between them gets the old number, and what was written between them is lost."
     )
     right = "It went well this time, by luck: no client read between another one's reading and its writing."
