@@ -1,5 +1,6 @@
 """The command line: `counter-server run`, `manager`, and the counters without HTTP."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -214,7 +215,9 @@ def manager(
     """Run the manager alone, for any number of applications of this user."""
     from .manager.server import serve
     from .manager.starter import detach, prepare_to_host
+    from .serve.logs import configure
 
+    configure("manager", "text", logging.WARNING)
     directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
     timeout = None if idle_timeout is None else check_seconds(idle_timeout, "an idle timeout")
     declarations = _declared_by(hosting, directory) if hosting else []

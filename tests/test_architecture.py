@@ -83,7 +83,7 @@ ROOMS = [
     ("operations", "status"),
     ("plain",),
     ("settings",),
-    ("errors",),
+    ("errors", "output"),
 ]
 RANK = {module: rank for rank, room in enumerate(ROOMS) for module in room}
 # The package's own front says lazily what is in the extension above it.

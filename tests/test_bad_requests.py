@@ -131,6 +131,25 @@ FRAMES = {
     "length-and-no-encoding": (HEAD + HOST + b"Content-Length: 2\r\nTransfer-Encoding:\r\n\r\n{}", 400),
     "chunks-in-HTTP/1.0": (HEAD.replace(b"1.1", b"1.0") + HOST + CHUNKED + b"\r\n0\r\n\r\n", 400),
     "another-encoding": (HEAD + HOST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+    "two-encodings": (HEAD + HOST + CHUNKED + CHUNKED + b"\r\n0\r\n\r\n", 400),
+    "chunked-twice": (HEAD + HOST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunked-and-identity": (HEAD + HOST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", 501),
+    "no-encoding": (HEAD + HOST + b"Transfer-Encoding:\r\n\r\n0\r\n\r\n", 400),
+    "encoding-of-a-comma": (HEAD + HOST + b"Transfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n", 400),
+    "folded-encoding": (HEAD + HOST + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n", 400),
+    "space-before-the-colon-of-an-encoding": (HEAD + HOST + CHUNKED.replace(b":", b" :") + b"\r\n0\r\n\r\n", 400),
+    "folded": (HEAD + HOST + b"X: a\r\n b\r\n\r\n", 400),
+    "carriage-return-alone": (HEAD + HOST + b"X: a\rIdempotency-Key: b\r\n\r\n", 400),
+    "first-carriage-return-alone": (HEAD[:-2] + b"\r\r\n" + HOST + b"\r\n", 400),
+    "target-with-another-host": (HEAD.replace(b" /", b" http://evil.example/", 1) + HOST + b"\r\n", 400),
+    "target-with-another-port": (HEAD.replace(b" /", b" http://localhost:81/", 1) + HOST + b"\r\n", 400),
+    "target-with-a-user": (HEAD.replace(b" /", b" http://localhost@evil.example/", 1) + HOST + b"\r\n", 400),
+    "target-alone-with-another-host": (
+        HEAD.replace(b" /", b" http://evil.example/", 1).replace(b"1.1", b"1.0") + b"\r\n",
+        421,
+    ),
+    "target-without-a-host": (HEAD.replace(b" /", b" http:///", 1) + HOST + b"\r\n", 400),
+    "target-that-is-no-path": (HEAD.replace(b" /", b" ", 1) + HOST + b"\r\n", 400),
     "no-size-of-a-chunk": (HEAD + HOST + CHUNKED + b"\r\nxyz\r\n", 400),
     "two-lengths": (HEAD + HOST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
     "negative-length": (HEAD + HOST + b"Content-Length: -1\r\n\r\n", 400),
@@ -161,6 +180,12 @@ def test_what_is_wrong_as_http_is_refused_with_a_problem_document_and_changes_no
     server: Server, request_: bytes, status: int
 ) -> None:
     assert_refused(server, request_, status)
+
+
+@pytest.mark.parametrize("target", ["http://localhost", "http://LOCALHOST:80", "https://localhost"])
+def test_a_target_with_the_same_host_is_served(server: Server, target: str) -> None:
+    request = f"GET {target}/livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert exchange(server, request.encode()).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])

@@ -2,10 +2,13 @@
 
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ from counter_server.web import create_app
 from tests.engines import MemcachedServer, PostgresServer, RedisServer
 from tests.load import at_once, open_client
 from tests.processes import PATIENCE, Manager, Server, eventually, fill, frozen
-from tests.test_server import Answer, ask, increment
+from tests.test_manager import received_until_closed
+from tests.test_server import Answer, address, ask, increment
 
 StartServer = Callable[..., Server]
 
@@ -182,6 +186,30 @@ def test_with_the_manager_frozen_livez_answers_at_once_and_readyz_within_its_dea
         told = {name: value for name, value in parsed(text).items() if not name.startswith("process_")}
         assert told == {"up": 0}
     eventually(lambda: is_ready(server.url), "readiness, with the manager there again")
+
+
+def test_livez_is_answered_within_a_second_while_200_requests_wait(stack: ExitStack, start_server: StartServer) -> None:
+    server = start_server("--workers", "1", "--threads", "8")
+    (manager,) = server.children("manager")
+    assert increment(server.url) == 1
+    host, port = address(server)
+    with frozen(manager):
+        waiting = [stack.enter_context(socket.create_connection((host, port), timeout=PATIENCE)) for _ in range(200)]
+        for connection in waiting:
+            connection.sendall(b"POST /api/v1/counters/x/increment HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for method, path, status in (("GET", "/livez", 200), ("HEAD", "//%6civez?x", 200), ("GET", "/livez", 421)):
+            given = {"Host": "evil.example"} if status == 421 else {}
+            began = time.monotonic()
+            answered, headers, _ = ask(server.url, method, path, headers=given)
+            assert time.monotonic() - began < 1
+            assert answered == status
+            assert headers["X-Content-Type-Options"] == "nosniff"
+        # On one connection the answers keep their order.
+        waiting[0].sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert re.findall(rb"HTTP/1.1 (\d+)|(alive)", received_until_closed(waiting[0]))[1:] == [
+        (b"200", b""),
+        (b"", b"alive"),
+    ]
 
 
 def test_a_crowd_of_probes_does_not_pile_up_behind_a_frozen_manager(start_server: StartServer) -> None:

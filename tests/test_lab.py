@@ -1,7 +1,6 @@
 """The lab: what is wrong there is really wrong, what is right is right each time, and nothing of it is left behind."""
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from counter_server.web.lab.runs import FORGOTTEN, PerRun, Run, is_over
 from counter_server.web.lab.strategies import YIELD_SECONDS
 from tests.engines import RedisServer
 from tests.load import at_once
-from tests.processes import Program, Server, eventually
+from tests.processes import Server, eventually
 from tests.test_server import ask
 
 CLIENTS = 50
@@ -67,7 +66,7 @@ def raced(one: Answer, other: Answer) -> bool:
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the servers put temporary files."""
+    """Hold the data directory of `two`, and whatever its servers put where all users can write."""
     path = tmp_path_factory.mktemp("scratch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(path))
@@ -75,22 +74,23 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Iterator[str]:
+def two(scratch: Path) -> Iterator[str]:
     """The URL of a server with two workers."""
-    with Server("--workers", "2", "--data-dir", tmp_path_factory.mktemp("two") / "data") as server:
+    with Server("--workers", "2", "--data-dir", scratch / "data") as server:
         yield server.url
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory, scratch: Path) -> Iterator[str]:
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a server with one worker."""
     with Server("--workers", "1", "--data-dir", tmp_path_factory.mktemp("one") / "data") as server:
         yield server.url
 
 
 @pytest.fixture
-def app() -> Flask:
-    return create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_LAB": True})
+def app(data_dir: Path) -> Flask:
+    config = {"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_DATA_DIR": str(data_dir)}
+    return create_app({**config, "COUNTER_SERVER_LAB": True})
 
 
 @pytest.mark.parametrize("strategy", RACY)
@@ -189,7 +189,8 @@ def test_an_ended_run_leaves_no_counter_no_object_and_no_file(two: str, scratch:
     for strategy in ("file", "manager", "store"):
         play(two, strategy)
     assert "lab/" not in ask(two, "GET", "/api/v1/counters")[2]
-    assert list(scratch.iterdir()) == []
+    (data_dir,) = scratch.iterdir()
+    assert list((data_dir / "lab").iterdir()) == []
 
 
 def started(client: FlaskClient, strategy: str) -> Any:
@@ -219,10 +220,8 @@ def test_what_nobody_ended_goes_when_another_run_begins(
     app: Flask,
     client: FlaskClient,
     long_ago: Callable[[int], None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data_dir: Path,
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     state = app.extensions["counter_server"]
     assert isinstance(state, State)
     state.counter("lab/mine").increment()
@@ -233,19 +232,33 @@ def test_what_nobody_ended_goes_when_another_run_begins(
         long_ago(0)
         for strategy in ("file", "store"):
             started(client, strategy)
-        assert len(list(tmp_path.iterdir())) == left
+        assert len(list((data_dir / "lab").glob("*/param"))) == left
         assert len([name for name, _ in state.counters().counters if name != "lab/mine"]) == left
     assert state.counter("lab/mine").value == 1
 
 
-def test_the_files_are_for_this_user_only(client: FlaskClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_the_files_are_for_this_user_only(client: FlaskClient, data_dir: Path) -> None:
     run = started(client, "file")
-    client.post(run["ask"])
-    (directory,) = tmp_path.iterdir()
+    assert count(client, run) == 1
+    (directory,) = (data_dir / "lab").iterdir()
     assert directory.stat().st_mode & 0o777 == 0o700
+    assert (directory / "param").read_text() == "1"  # and no pickle
     assert client.delete(run["run"]).status_code == 204
-    assert list(tmp_path.iterdir()) == []
+    assert list((data_dir / "lab").iterdir()) == []
+    assert client.post(run["ask"]).status_code == 410
+
+
+def test_no_directory_of_another_is_used_for_files(client: FlaskClient, data_dir: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    data_dir.mkdir(0o700)
+    (data_dir / "lab").symlink_to(theirs)
+    assert client.post("/lab/runs", data={"strategy": "file", "clients": "1"}).status_code == 503
+    (data_dir / "lab").unlink()
+    (data_dir / "lab").mkdir()
+    (data_dir / "lab").chmod(0o777)
+    assert client.post("/lab/runs", data={"strategy": "file", "clients": "1"}).status_code == 503
+    assert list(theirs.iterdir()) == list((data_dir / "lab").iterdir()) == []
 
 
 def test_a_run_is_over_after_a_minute(client: FlaskClient, long_ago: Callable[[int], None]) -> None:
@@ -364,21 +377,6 @@ def test_the_command_line_turns_it_on_and_off(start_server: Callable[..., Server
     off.stop()
     on = start_server("--workers", "1", "--host", "0.0.0.0", "--lab")
     assert ask(on.url.replace("0.0.0.0", "127.0.0.1"), "GET", "/lab")[0] == 200
-
-
-def test_where_cachelib_is_not_installed_that_is_said() -> None:
-    script = """
-import sys
-sys.modules["cachelib"] = None
-from counter_server.web import create_app
-client = create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_LAB": True}).test_client()
-print("page", "Not here: it needs cachelib" in client.get("/lab").text)
-print("run", client.post("/lab/runs", data={"strategy": "file", "clients": "1"}).json["detail"])
-"""
-    with Program("-c", script) as program:
-        assert program.expect("page") == "True"
-        assert "counter-server[cache]" in program.expect("run")
-        assert program.wait() == 0
 
 
 def test_memory_is_each_workers_own_and_the_lab_says_so() -> None:

@@ -5,7 +5,9 @@ import time
 from typing import Any
 
 from waitress.channel import HTTPChannel
+from waitress.task import ThreadedTaskDispatcher
 
+from ..web.health import LIVEZ
 from .refusal import Parser, Refusal
 
 _MOST_AT_ONCE = 16  # requests; the answers to so many fit into the buffer, so no thread waits for one who does not read
@@ -46,6 +48,14 @@ class Channel(HTTPChannel):  # type: ignore[misc] # waitress has no types
             self._took = time.monotonic()
         return sent
 
+    @property
+    def is_probe(self) -> bool:
+        """Whether the next request asks if this process is alive, which must not wait behind the others."""
+        request = self.requests[0]
+        # waitress, too, takes the slashes before a path for one.
+        path = "/" + request.path.lstrip("/") if request.error is None else ""
+        return path == LIVEZ and request.command in ("GET", "HEAD")
+
     def service(self) -> None:
         if self.server.ending:
             # waitress then says so to the client, and closes when the answer is sent.
@@ -75,3 +85,27 @@ class Channel(HTTPChannel):  # type: ignore[misc] # waitress has no types
 def channels(server: Any) -> list[Channel]:
     """The connections of a server; a copy, for its threads make and end some."""
     return list(server.active_channels.values())
+
+
+class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
+    """Serves requests by threads. One more thread is for probes alone: they are answered when all others are busy.
+
+    The application answers both, so a probe gets the same checks, headers and line in the log. The channel hands over
+    one request at a time, so answers on one connection keep their order. Written for waitress 3.0.2.
+    """
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.set_thread_count(threads)
+        self._probes: Any = ThreadedTaskDispatcher()
+        self._probes.set_thread_count(1)
+
+    def add_task(self, task: Channel) -> None:
+        if task.is_probe:
+            self._probes.add_task(task)
+        else:
+            super().add_task(task)
+
+    def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:  # noqa: FBT001, FBT002 - waitress's own
+        self._probes.shutdown(cancel_pending, timeout)
+        return bool(super().shutdown(cancel_pending, timeout))

@@ -3,18 +3,46 @@
 import logging
 import os
 import sys
+from typing import TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
+from ..output import protect
 from ..settings import LogFormat
 
 
-def configure(process: str, form: LogFormat) -> None:
+class _Handler(logging.StreamHandler[TextIO]):
+    def flush(self) -> None:
+        """Leave the lines to the stream, which waits for nobody."""
+
+
+class _OneLine(logging.Formatter):
+    """Text in which nothing that was logged can look like another line: control characters are escaped."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name of the standard library
+        return _escaped(super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Indent the lines of a traceback, as an exception's text may be of anybody's making."""
+        record.exc_text = None  # another formatter's
+        first, *others = super().format(record).split("\n")
+        return "\n    ".join([first, *map(_escaped, others)])
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def configure(process: str, form: LogFormat, level: int = logging.INFO) -> None:
     """Set the logging of this process up.
 
     :param process: what it is: ``supervisor``, ``manager`` or ``worker``.
+    :param level: the least that is logged.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    protect()
+    handler = _Handler(sys.stderr)
     if form == "json":
         handler.setFormatter(
             JsonFormatter(
@@ -27,8 +55,8 @@ def configure(process: str, form: LogFormat) -> None:
         )
     else:
         pid = "" if process == "supervisor" else f" {os.getpid()}"
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {process}{pid} %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)  # in place of what a fork has inherited
+        handler.setFormatter(_OneLine(f"%(asctime)s {process}{pid} %(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)  # in place of what a fork has inherited
 
 
 _RESERVED = [*vars(logging.makeLogRecord({})), "asctime", "message", "taskName"]

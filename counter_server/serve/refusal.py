@@ -13,7 +13,10 @@ from ..web.problems import Problem
 LARGEST_HEAD = 2**16  # bytes
 LARGEST_REQUEST = 2**20  # bytes; the application's own limit is lower
 
-_TRANSFER_ENCODING = re.compile(rb"^transfer-encoding[ \t]*:", re.IGNORECASE | re.MULTILINE)
+_TRANSFER_ENCODING = re.compile(rb"^transfer-encoding[ \t]*:(.*?)\r?$", re.IGNORECASE | re.MULTILINE)
+_FOLDED = re.compile(rb"\r\n[ \t]")
+_TARGET = re.compile(r"(https?)://([^/?#]+)", re.IGNORECASE | re.ASCII)
+_PORTS = {"http": ":80", "https": ":443"}
 
 _DETAIL = {
     413: f"the body of a request is shorter than {LARGEST_REQUEST} bytes",
@@ -26,14 +29,34 @@ class Parser(HTTPRequestParser):  # type: ignore[misc] # waitress has no types
     """Refuses also what others might read in another way: where it ends, and whom it is for (RFC 9112, 6.1 and 3.2)."""
 
     def parse_header(self, header_plus: bytes) -> None:
+        first_line = header_plus.partition(b"\r\n")[0]
+        if first_line != first_line.rstrip() or _FOLDED.search(header_plus):
+            raise ParsingError("white space after the first line, or before a header")
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # of Python's own readers of numbers and addresses
             raise ParsingError(str(error)) from None
-        if _TRANSFER_ENCODING.search(header_plus) and ("CONTENT_LENGTH" in self.headers or self.version != "1.1"):
+        encodings = _TRANSFER_ENCODING.findall(header_plus)
+        if encodings and ("CONTENT_LENGTH" in self.headers or self.version != "1.1"):
             raise ParsingError("Transfer-Encoding beside Content-Length, or before HTTP/1.1")
+        if encodings and [encoding.strip(b" \t").lower() for encoding in encodings] != [b"chunked"]:
+            raise ParsingError("Transfer-Encoding is to be chunked, once")
         if "," in self.headers.get("HOST", "" if self.version != "1.1" else ","):
             raise ParsingError("there is to be one Host header")
+        self._check_target()
+
+    def _check_target(self) -> None:
+        """Refuse a target that names another host than the Host header, or is no path (RFC 9112, 3.2)."""
+        target = self.request_uri
+        absolute = _TARGET.match(target)
+        if absolute is None:
+            if not target.startswith("/") and (self.command, target) != ("OPTIONS", "*"):
+                raise ParsingError("the target is neither a path nor an address with http:// or https://")
+            return
+        default = _PORTS[absolute[1].lower()]
+        host = absolute[2].lower().removesuffix(default)
+        if self.headers.setdefault("HOST", host).lower().removesuffix(default) != host:
+            raise ParsingError("the target names another host than the Host header")
 
 
 class Refusal(ErrorTask):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from ..errors import StartupError
 log = logging.getLogger(__name__)
 
 _FIRST_DESCRIPTOR = 3
+_SECONDS = 1.0  # that a service manager has to take a message
 
 
 def notify(*states: str) -> None:
@@ -24,10 +25,11 @@ def notify(*states: str) -> None:
         address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(_SECONDS)  # a service manager that does not read is not waited for
             sender.connect(address)
             sender.send("\n".join(states).encode())
     except OSError as error:
-        log.warning("NOTIFY_SOCKET names %r, where nobody listens: %s", address, error.strerror)
+        log.warning("NOTIFY_SOCKET names %r, where nobody listens: %s", address, error.strerror or error)
 
 
 def notify_reloading() -> None:

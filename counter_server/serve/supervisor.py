@@ -115,6 +115,7 @@ class Supervisor:
             **settings.web,
             "COUNTER_SERVER_HOST": sock.getsockname()[0],
             "COUNTER_SERVER_REQUEST_LOG": settings.log_format == "json",
+            "COUNTER_SERVER_DATA_DIR": str(directory or DataDirectory(default_data_dir())),
             "COUNTER_SERVER_STORE": directory.url if directory else store,
             "COUNTER_SERVER_START": False,  # that is this process's to do
             "COUNTER_SERVER_PROCESSES": self._processes,
@@ -163,6 +164,7 @@ class Supervisor:
             for child in [*manager, *workers]:
                 self._keep_running(child)
             self._note_processes([*manager, *workers])
+            _reap_strangers({child.pid for child in [*manager, *workers, *replacement.children]})
 
     def _note_processes(self, children: list[Child]) -> None:
         for child in children:
@@ -219,6 +221,16 @@ def _await_end(children: list[Child]) -> None:
     for child in children:
         if child.process is not None:
             child.process.join(max(deadline - time.monotonic(), 0))
+
+
+def _reap_strangers(ours: set[int | None]) -> None:
+    """Reap processes that were left to this one when their parents died, as it may be the first of a container.
+
+    One of ours that has died is seen by its own place, and the strangers behind it at the next look.
+    """
+    with suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in ours:
+            os.waitpid(ended.si_pid, 0)
 
 
 def _url(sock: socket.socket) -> str:

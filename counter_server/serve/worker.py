@@ -21,7 +21,7 @@ from waitress.server import create_server
 from ..extension import SharedState
 from ..settings import ServerSettings
 from .application import Application
-from .channel import Channel, channels
+from .channel import Channel, Dispatcher, channels
 from .logs import configure
 from .refusal import LARGEST_HEAD, LARGEST_REQUEST
 
@@ -54,7 +54,7 @@ class Worker:
             app,
             map=self._map,
             sockets=[sock],
-            threads=settings.threads,
+            _dispatcher=Dispatcher(settings.threads),
             backlog=BACKLOG,
             connection_limit=self._most,
             max_request_header_size=LARGEST_HEAD,

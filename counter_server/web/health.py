@@ -14,6 +14,8 @@ from .readiness import SECONDS, Readiness
 
 log = logging.getLogger(__name__)
 
+LIVEZ = "/livez"  # our own server answers it in a thread of its own
+
 
 def blueprint(state: State) -> Blueprint:
     """The three routes, for GET and HEAD.
@@ -24,7 +26,7 @@ def blueprint(state: State) -> Blueprint:
     health = Blueprint("health", __name__)
     readiness = Readiness(state)
 
-    @health.get("/livez")
+    @health.get(LIVEZ)
     @described("Is this process alive?", answers={200: Answer("It is", "alive\n", "text/plain")}, stored=False)
     def livez() -> Response:
         """This process answers. No store is asked: to start a process again would not mend one."""

@@ -8,6 +8,7 @@ from werkzeug.exceptions import NotFound
 
 from ...errors import InvalidRequest, Unsupported
 from ...extension import SharedState
+from ...settings import default_data_dir
 from ..hosts import is_loopback
 from . import runs
 from .strategies import Strategy, strategies
@@ -20,6 +21,7 @@ def init_app(app: Flask, shared: SharedState) -> None:
 
     ``COUNTER_SERVER_LAB`` says whether it is on; where that says nothing, it is if only this machine can connect.
     """
+    app.config.setdefault("COUNTER_SERVER_DATA_DIR", default_data_dir(app.instance_path))
     app.register_blueprint(_on(shared, app) if _is_on(app) else _off())
 
 
@@ -65,6 +67,7 @@ def _on(shared: SharedState, app: Flask) -> Blueprint:
             raise Unsupported(f"{strategy.title} cannot be shown here: {strategy.missing}")
         strategy.tidy()
         run_id = runs.begin(strategy.name)
+        strategy.begin(runs.find(run_id))
         where = url_for("lab.end", run_id=run_id)
         return _json(
             {

@@ -5,21 +5,22 @@ instant does the same without being asked, only not each time that somebody look
 """
 
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
 from flask import Flask, Response, after_this_request, current_app, request, url_for
-from itsdangerous import Signer
+from werkzeug.exceptions import Gone
 
-from ...errors import Unsupported
+from ...errors import StartupError, Unsupported
 from ...extension import SharedState
+from ...manager.directory import DataDirectory
 from ...stores import HostsObjects, Store
 from ..signing import Sessions
 from .runs import FORGOTTEN, PerRun, Run, is_over
@@ -49,6 +50,9 @@ class Strategy:
     wrong: str
     right: str
     missing: str = ""  # why it cannot be used here; empty if it can
+
+    def begin(self, run: Run) -> None:
+        """Make what the run's clients share, where that is not made by the first of them."""
 
     def count(self, run: Run) -> Answer:
         """Serve one client."""
@@ -135,43 +139,57 @@ class LockedGlobal(PlainGlobal):
             return _race(global_obj.read, global_obj.write)
 
 
-class FileCache(Strategy):
+class PlainFile(Strategy):
     name = "file"
-    title = "A file cache, read then written"
-    about = 'cache.get("param"), then cache.set("param", …): one file for all workers, and two calls.'
+    title = "A file, read then written"
+    about = "number = int(file.read_text()), then file.write_text(…): one file for all workers, two steps."
     place = "the file"
     wrong = (
-        "All workers share the file, but get and set are two calls: whoever reads between them gets the old number, and"
-        " what was written between them is lost."
+        "All workers share the file, but reading and writing are two steps, like get and set of a cache: a client"
+        " that reads between them gets the old number, and what was written between them is lost."
     )
-    right = "It went well this time, by luck: no client read between another one's get and its set."
+    right = "It went well this time, by luck: no client read between another one's reading and its writing."
 
-    missing = "" if find_spec("cachelib") else "it needs cachelib: pip install 'counter-server[cache]'"
+    def begin(self, run: Run) -> None:
+        """Make the run's directory: one that is there already was not made for this run, and is refused."""
+        (self._made() / run.name).mkdir(0o700)
 
     def count(self, run: Run) -> Answer:
-        from cachelib.file import FileSystemCache
+        file = self._directory(run.name) / "param"
 
-        directory = self._directory(run.name)
-        directory.mkdir(0o700, exist_ok=True)
-        cache = FileSystemCache(str(directory), threshold=0, default_timeout=0)
-        return _race(lambda: cache.get("param") or 0, lambda number: cache.set("param", number))
+        def write(number: int) -> None:
+            draft = file.with_name(secrets.token_hex(8))  # renamed when it is whole: no client reads half a number
+            draft.write_text(str(number))
+            draft.replace(file)
+
+        try:
+            return _race(lambda: int(file.read_text()) if file.exists() else 0, write)
+        except FileNotFoundError:
+            raise Gone("this run has ended: start another") from None
 
     def end(self, run: Run) -> None:
-        # A client that comes late may be writing there: what is left then is for `tidy`.
+        # A client that is late may be writing there: `tidy` removes what is left then.
         shutil.rmtree(self._directory(run.name), ignore_errors=True)
 
     def tidy(self) -> None:
-        start = self._directory("")
-        for directory in start.parent.glob(f"{start.name}*"):
-            if is_over(directory.name.removeprefix(start.name)):
+        for directory in self._made().iterdir():
+            if is_over(directory.name):
                 shutil.rmtree(directory, ignore_errors=True)
 
     @staticmethod
     def _directory(name: str) -> Path:
-        """The same in all workers, and nobody else can make it first: what the cache reads there it unpickles."""
-        assert current_app.secret_key is not None
-        secret = Signer(current_app.secret_key, salt="counter_server lab directory").get_signature("").decode()
-        return Path(tempfile.gettempdir()) / f"counter-server-lab-{secret}-{name}"
+        return _data_directory().path / "lab" / name
+
+    @classmethod
+    def _made(cls) -> Path:
+        """Make the directory for all runs in the data directory, or check that only this user can write to it."""
+        _data_directory().make()
+        path = cls._directory("")
+        path.mkdir(0o700, exist_ok=True)
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise StartupError(f"{path} is not a directory of this user alone: nothing was read there; remove it")
+        return path
 
 
 class _LabCookies(Sessions):
@@ -278,7 +296,7 @@ def strategies(shared: SharedState, store: Store) -> dict[str, Strategy]:
     found = (
         PlainGlobal(),
         LockedGlobal(),
-        FileCache(),
+        PlainFile(),
         YourSession(),
         TheManager(shared, store),
         ConfiguredStore(shared, store),
@@ -289,3 +307,10 @@ def strategies(shared: SharedState, store: Store) -> dict[str, Strategy]:
 def _scheme(store: Store) -> str:
     """What pages tell of a store: the whole URL is for operators."""
     return str(store).partition("://")[0]
+
+
+def _data_directory() -> DataDirectory:
+    """Find the app's data directory: the manager's, or the one that holds the app's keys beside another store."""
+    config = current_app.config
+    store, default = config["COUNTER_SERVER_STORE"], config["COUNTER_SERVER_DATA_DIR"]
+    return DataDirectory.from_url(store, default) if store.startswith("manager:") else DataDirectory(default)

@@ -1,0 +1,127 @@
+"""Standard output and standard error that never wait for their reader.
+
+A pipe that nobody reads, a terminal that is stopped and a full disk would else stop whoever writes a line. A thread
+writes; lines that do not fit into its queue, or cannot be written, are dropped and counted, and the log says how many
+as soon as it can be written again.
+"""
+
+import atexit
+import io
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+log = logging.getLogger(__name__)
+
+_MOST_BYTES = 2**20  # that wait to be written
+_DRAIN_SECONDS = 1.0
+
+
+class _Output(io.RawIOBase):
+    """A descriptor, as the lower half of a text stream. `write` takes all, at once."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._name = "standard output" if descriptor == 1 else "standard error"
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
+        """Start with nothing to write. A fork has no thread, and what waits there is its parent's to write."""
+        self._changed = threading.Condition()
+        self._waiting: deque[bytes] = deque()  # the first is being written
+        self._bytes = 0
+        self._dropped = 0
+        self._stuck = False  # nothing was written since `drain` last waited in vain
+        self._writer: threading.Thread | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        line = bytes(data)
+        with self._changed:
+            if self._bytes + len(line) > _MOST_BYTES:
+                self._dropped += 1
+                return len(line)
+            self._waiting.append(line)
+            self._bytes += len(line)
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write_all, name="output", daemon=True)
+                self._writer.start()
+            self._changed.notify_all()
+        return len(line)
+
+    def drain(self) -> None:
+        """Wait a moment until all is written."""
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        with self._changed:
+            while self._waiting and not self._stuck:
+                left = deadline - time.monotonic()
+                self._stuck = left <= 0
+                self._changed.wait(max(left, 0))
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting:
+                    self._changed.wait()
+                line = self._waiting[0]
+            written = self._write_one(line)
+            with self._changed:
+                self._waiting.popleft()
+                self._stuck = False
+                self._bytes -= len(line)
+                self._dropped += not written
+                told = self._dropped if written and not self._waiting else 0
+                self._dropped -= told
+                self._changed.notify_all()
+            if told:
+                log.warning("%d lines to %s were dropped: it was not read, or was full", told, self._name)
+
+    def _write_one(self, line: bytes) -> bool:
+        try:
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+        except OSError:  # the disk is full, or the reader has gone: it is counted, and nobody can be told now
+            return False
+        return True
+
+
+class _Text(io.TextIOWrapper):
+    """A text stream over an output, whose lines are on their way at once. Only `flush` waits for them, for a moment."""
+
+    def __init__(self, output: _Output) -> None:
+        # The output takes all that is written at once, as the buffer does that is expected here.
+        super().__init__(output, "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
+        self._output = output
+
+    def flush(self) -> None:
+        super().flush()
+        self._output.drain()
+
+
+def protect() -> None:
+    """Have this process and its forks never wait for a reader of their standard output and standard error."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file to be opened would take its place, and get the log
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - it takes no keyword
+    if not isinstance(sys.stderr, _Text):
+        sys.stdout, sys.stderr = _Text(_Output(1)), _Text(_Output(2))
+        atexit.register(sys.stdout.flush)  # at Python's own flush, later, no thread runs any more
+        atexit.register(sys.stderr.flush)

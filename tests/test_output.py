@@ -1,0 +1,205 @@
+"""What nobody reads, or cannot be written, stops nothing: the log, standard output, words to a service manager."""
+
+import json
+import os
+import pty
+import signal
+import socket
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from counter_server.manager.directory import DataDirectory
+from tests.load import open_client
+from tests.processes import PATIENCE, Program, Server, eventually, holder
+
+INCREMENT = "/api/v1/counters/x/increment"
+ENOUGH = 600  # lines of the request log fill a pipe twice
+
+DEAF = {
+    "unread": "> >(exec sleep 1000 > /dev/null 2>&1) 2>&1",
+    "reader-gone": "> >(:) 2>&1",
+    "closed": ">&- 2>&-",
+    "all-closed": "<&- >&- 2>&-",
+    "full": "> /dev/full 2> /dev/full",
+    "stopped-terminal": ">&$TERMINAL 2>&$TERMINAL",
+}
+
+
+@pytest.fixture
+def terminal() -> Iterator[int]:
+    """A terminal whose output is stopped, as by Ctrl-S."""
+    master, slave = pty.openpty()
+    termios.tcflow(slave, termios.TCOOFF)
+    yield slave
+    os.close(master)
+    os.close(slave)
+
+
+def increments(port: int, times: int) -> list[int]:
+    found = []
+    with closing(HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+        for _ in range(times):
+            connection.request("POST", INCREMENT, headers={"Host": "localhost"})
+            found.append(json.loads(connection.getresponse().read())["value"])
+    return found
+
+
+@pytest.mark.parametrize("streams", DEAF.values(), ids=DEAF.keys())
+def test_a_server_whose_output_nobody_takes_serves(
+    stack: ExitStack, data_dir: Path, terminal: int, streams: str
+) -> None:
+    bound = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    port = bound.getsockname()[1]
+    script = f'exec 3<&"$1"; TERMINAL=$2; shift 2; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" {streams}'
+    command = [sys.executable, "run.py", "--workers", "1", "--log-format", "json", "--data-dir", str(data_dir)]
+    arguments = ["-c", script, "bash", str(bound.fileno()), str(terminal), *command]
+    server = stack.enter_context(Program(*arguments, program="bash", descriptors=(bound.fileno(), terminal)))
+    assert increments(port, ENOUGH) == list(range(1, ENOUGH + 1))
+    manager = holder(data_dir)
+    assert manager is not None
+    os.kill(manager, signal.SIGKILL)  # which the supervisor says, and starts another
+    assert increments(port, 1) == [ENOUGH + 1]
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("streams", DEAF.values(), ids=DEAF.keys())
+def test_a_manager_whose_output_nobody_takes_serves(
+    stack: ExitStack, data_dir: Path, terminal: int, streams: str
+) -> None:
+    script = f'TERMINAL=$1; shift; exec "$@" {streams}'
+    command = [sys.executable, "manager_process.py", "--data-dir", str(data_dir)]
+    manager = stack.enter_context(
+        Program("-c", script, "bash", str(terminal), *command, program="bash", descriptors=(terminal,))
+    )
+    eventually(lambda: (data_dir / "manager.sock").exists(), "its socket")
+    with open_client(DataDirectory(data_dir).url) as state:
+        assert state.counter("x").increment() == 1
+    assert manager.stop() == 0
+
+
+def test_the_log_says_how_many_lines_were_dropped(stack: ExitStack) -> None:
+    script = """
+import logging, sys
+from counter_server.serve.logs import configure
+configure("worker", "json")
+for number in range(20_000):
+    logging.getLogger("x").info("%d %s", number, "x" * 100)
+print("all said", flush=True)
+sys.stdin.read()
+logging.getLogger("x").info("the last")
+"""
+    reader, writer = os.pipe()
+    ours, theirs = socket.socketpair()
+    with ours, theirs, open(reader, "rb") as lines:
+        command = f'exec 2>&{writer} 0<&{theirs.fileno()} {writer}>&- {theirs.fileno()}<&-; exec "$@"'
+        descriptors = (writer, theirs.fileno())
+        program = stack.enter_context(
+            Program("-c", command, "bash", sys.executable, "-c", script, program="bash", descriptors=descriptors)
+        )
+        os.close(writer)
+        theirs.close()
+        program.expect("all said")
+        told = 0
+        seen = 0
+        for line in lines:
+            message = json.loads(line)["message"]
+            if "were dropped" in message:
+                told += int(message.split()[0])
+                ours.close()
+            else:
+                seen += 1
+    assert program.wait() == 0
+    assert told > 0
+    assert seen + told == 20_001
+
+
+def test_nothing_that_is_logged_looks_like_another_line(stack: ExitStack) -> None:
+    script = """
+import logging
+from counter_server.serve.logs import configure
+configure("worker", "text")
+forged = "a\\n2026-01-01 00:00:00,000 worker 1 INFO forged\\r\\x1b[31m\\u2028\\x85\\u202e\\udc80"
+logging.getLogger("waitress").warning("path %s", forged)
+try:
+    raise ValueError(forged)
+except ValueError:
+    logging.getLogger("waitress").exception("no")
+"""
+    program = stack.enter_context(Program("-c", script))
+    assert program.wait() == 0
+    assert all("forged" not in line or not line.startswith("2026-01") for line in program.errors), program.errors
+    assert all(line.isprintable() for line in program.errors)
+    assert program.errors[0].endswith(r"INFO forged\r\x1b[31m\u2028\x85\u202e\udc80")
+
+
+def test_a_service_manager_that_reads_nothing_holds_nothing_up(
+    start_server: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s,
+    ):
+        deaf.bind(str(tmp_path / "notify"))
+        s.connect(str(tmp_path / "notify"))
+        s.setblocking(False)  # noqa: FBT003 - it takes no keyword
+        with suppress(BlockingIOError):
+            while True:
+                s.send(b"full")
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        server = start_server("--workers", "1")
+        assert increments(urlsplit(server.url).port or 0, 1) == [1]
+        assert server.stop() == 0
+
+
+def zombies(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit():
+                state, ppid = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state == "Z" and int(ppid) == parent:
+                    found.append(int(entry.name))
+    return found
+
+
+def test_orphans_are_reaped_and_do_not_disturb(stack: ExitStack, data_dir: Path) -> None:
+    """The supervisor is given them as the first process of a container is: it is made their subreaper here."""
+    script = """
+import ctypes, os, subprocess, sys
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0
+orphan = "sh -c 'while test ! -e $0; do sleep 0.05; done' $0 &"
+subprocess.Popen(["sh", "-c", f"for n in 1 2 3 4 5; do {orphan} done", sys.argv[1]])
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+    go = data_dir.parent / "go"
+    command = ["run.py", "--port", "0", "--workers", "1", "--data-dir", str(data_dir)]
+    server = stack.enter_context(Program("-c", script, str(go), *command))
+    port = urlsplit(server.expect("Serving on ")).port or 0
+    assert increments(port, 1) == [1]
+    go.touch()
+    manager = holder(data_dir)
+    assert manager is not None
+    os.kill(manager, signal.SIGKILL)
+    assert increments(port, 1) == [2]
+    eventually(lambda: not zombies(server.pid), "no zombies")
+    eventually(lambda: "sh" not in names(server.pid), "the end of the orphans")
+    eventually(lambda: not zombies(server.pid), "no zombies")
+    assert server.stop() == 0
+
+
+def names(parent: int) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit():
+                name, _, rest = (entry / "stat").read_text().partition("(")[2].rpartition(")")
+                if int(rest.split()[1]) == parent:
+                    found.append(name)
+    return found
