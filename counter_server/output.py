@@ -5,6 +5,7 @@ writes; lines that do not fit into its queue, or cannot be written, are dropped 
 as soon as it can be written again.
 """
 
+import _thread
 import atexit
 import io
 import logging
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class _Output(io.RawIOBase):
         self._bytes = 0
         self._dropped = 0
         self._stuck = False  # nothing was written since `drain` last waited in vain
-        self._writer: threading.Thread | None = None
+        self._has_writer = False
 
     def writable(self) -> bool:
         return True
@@ -54,16 +56,22 @@ class _Output(io.RawIOBase):
     def write(self, data: "ReadableBuffer", /) -> int:
         line = bytes(data)
         with self._changed:
-            if self._bytes + len(line) > _MOST_BYTES:
+            if self._bytes + len(line) > _MOST_BYTES or not self._ensure_writer():
                 self._dropped += 1
                 return len(line)
             self._waiting.append(line)
             self._bytes += len(line)
-            if self._writer is None:
-                self._writer = threading.Thread(target=self._write_all, name="output", daemon=True)
-                self._writer.start()
             self._changed.notify_all()
         return len(line)
+
+    def _ensure_writer(self) -> bool:
+        """Start the thread that writes, if none runs; return whether one does: there may be no room for another."""
+        if not self._has_writer:
+            with suppress(RuntimeError):
+                # Not `threading.Thread`: its `start` waits for ever if the new thread dies without memory.
+                _thread.start_new_thread(self._write_all, ())
+                self._has_writer = True
+        return self._has_writer
 
     def drain(self) -> None:
         """Wait a moment until all is written."""

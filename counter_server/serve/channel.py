@@ -100,12 +100,12 @@ class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
         self._probes: Any = ThreadedTaskDispatcher()
         self._probes.set_thread_count(1)
 
-    def add_task(self, task: Channel) -> None:
+    def add_task(self, task: Any) -> None:
         if task.is_probe:
             self._probes.add_task(task)
         else:
             super().add_task(task)
 
-    def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:  # noqa: FBT001, FBT002 - waitress's own
+    def shutdown(self, cancel_pending: bool = True, timeout: int = 5) -> bool:  # noqa: FBT001, FBT002 - waitress's own
         self._probes.shutdown(cancel_pending, timeout)
         return bool(super().shutdown(cancel_pending, timeout))

@@ -47,7 +47,8 @@ class Parser(HTTPRequestParser):  # type: ignore[misc] # waitress has no types
 
     def _check_target(self) -> None:
         """Refuse a target that names another host than the Host header, or is no path (RFC 9112, 3.2)."""
-        target = self.request_uri
+        request: Any = self
+        target = request.request_uri
         absolute = _TARGET.match(target)
         if absolute is None:
             if not target.startswith("/") and (self.command, target) != ("OPTIONS", "*"):
@@ -55,7 +56,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc] # waitress has no types
             return
         default = _PORTS[absolute[1].lower()]
         host = absolute[2].lower().removesuffix(default)
-        if self.headers.setdefault("HOST", host).lower().removesuffix(default) != host:
+        if request.headers.setdefault("HOST", host).lower().removesuffix(default) != host:
             raise ParsingError("the target names another host than the Host header")
 
 
