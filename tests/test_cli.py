@@ -374,10 +374,35 @@ def _dangling_link(directory: Path) -> None:
     directory.symlink_to(directory.parent / "nowhere")
 
 
+def _journal_of_another_user(path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    path.mkdir(0o700)
+    (path / "journal.sqlite3").touch()
+    os.chown(path / "journal.sqlite3", ANOTHER_UID, -1)
+
+
+def _link_of_another_user(path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    path.mkdir(0o700)
+    (path / "manager.lock").symlink_to(path.parent / "elsewhere")
+    os.chown(path / "manager.lock", ANOTHER_UID, -1, follow_symlinks=False)
+
+
+def _file_with_a_name_elsewhere(path: Path) -> None:
+    path.mkdir(0o700)
+    (path.parent / "elsewhere").touch()
+    os.link(path.parent / "elsewhere", path / "manager.lock")
+
+
 @pytest.mark.parametrize("command", ["run", "manager"])
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (_journal_of_another_user, f"journal.sqlite3 belongs to another user (uid {ANOTHER_UID})"),
+        (_link_of_another_user, f"manager.lock belongs to another user (uid {ANOTHER_UID})"),
+        (_file_with_a_name_elsewhere, "manager.lock has another name elsewhere"),
         (_file, "cannot be made"),
         (_below_a_file, "cannot be made"),
         (_dangling_link, "cannot be made"),

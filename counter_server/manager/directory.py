@@ -91,7 +91,7 @@ class DataDirectory:
     def make(self) -> None:
         """Make the directory, for this user alone, or check the one that is there.
 
-        :raises StartupError: if it cannot be made, is another user's, or can be written by others.
+        :raises StartupError: if it cannot be made, it or a file of ours in it is another user's, or others can write.
         """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -104,6 +104,27 @@ class DataDirectory:
             raise StartupError(
                 f"the data directory {self} can be written by others: give it mode 0700, or name another"
             )
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Refuse what others put here while they could: from now on nobody else can add to it.
+
+        :raises StartupError: naming it; it is left alone.
+        """
+        for path in self.path.iterdir():
+            if not path.name.startswith(("journal.sqlite3", "manager.", "starter.", ".")) and path.suffix != ".key":
+                continue
+            try:
+                status = path.lstat()
+            except FileNotFoundError:  # it went meanwhile
+                continue
+            # A key has a second name for an instant, while it is made; it is only ever read.
+            linked = (
+                stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and path.suffix in (".sqlite3", ".lock", ".log")
+            )
+            if status.st_uid not in (os.geteuid(), 0) or linked:
+                whose = "has another name elsewhere" if linked else f"belongs to another user (uid {status.st_uid})"
+                raise StartupError(f"{path} {whose}: nothing was read or written; remove it, or name another directory")
 
     @contextmanager
     def hold(self) -> Iterator[Callable[[], bool]]:

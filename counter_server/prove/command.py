@@ -62,6 +62,7 @@ def prove(
         )
         with audience(seconds) as told:
             verdict, history = prove(plan, told)
+        named = save is not None
         if save is None and not verdict.right:
             place = os.getcwd() if os.access(os.curdir, os.W_OK) else tempfile.gettempdir()
             save = Path(place, f"{verdict.counter}.jsonl")
@@ -70,7 +71,7 @@ def prove(
     click.echo(msgspec.json.format(msgspec.json.encode(verdict)).decode() if as_json else screen(verdict))
     if save is not None:
         try:
-            write(save, history, verdict.final)
+            write(save, history, verdict.final, new=not named)
         except OSError as error:
             raise StartupError(f"the history could not be saved as {save}: {error.strerror}") from error
     sys.exit(0 if verdict.right else 1)

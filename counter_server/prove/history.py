@@ -63,12 +63,13 @@ def violations(history: Iterable[Operation], final: int) -> list[str]:
     return found
 
 
-def save(path: Path, history: Iterable[Operation], final: int | None) -> None:
+def save(path: Path, history: Iterable[Operation], final: int | None, *, new: bool = False) -> None:
     """Write a history as JSON lines: what the counter came to, then an operation each, in the order given.
 
     :param final: none, if it could not be read.
+    :param new: refuse a file, or a link, that exists: in a shared directory somebody else may have made it.
     """
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "x" if new else "w", encoding="utf-8") as file:
         file.write(json.dumps({"final": final}) + "\n")
         for operation in history:
             returned = None if operation.returned == inf else operation.returned
