@@ -119,38 +119,51 @@ def test_a_bad_request_is_refused_by_the_whole_server_and_changes_nothing(server
 # What the test client cannot send: what is wrong as HTTP.
 
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
+EXPECT = b"Expect: 100-continue\r\n"
 
 FRAMES = {
     "no-host": (HEAD + b"\r\n", 400),
     "two-hosts": (HEAD + HOST + b"Host: evil.example\r\n\r\n", 400),
     "the-same-host-twice": (HEAD + HOST + HOST + b"\r\n", 400),
+    "two-hosts-before-a-body": (HEAD + HOST + HOST + EXPECT + b"Content-Length: 2\r\n\r\n", 400),
+    "two-lengths-before-a-body": (HEAD + HOST + EXPECT + CHUNKED + b"Content-Length: 2\r\n\r\n", 400),
+    "body-too-large-before-it-comes": (HEAD + HOST + EXPECT + b"Content-Length: %d\r\n\r\n" % LARGEST_REQUEST, 413),
     "no-host-in-HTTP/1.0": (HEAD.replace(b"1.1", b"1.0") + b"\r\n", 421),
     "no-version": (HEAD.replace(b" HTTP/1.1", b"") + b"\r\n", 421),
     "length-and-chunks": (HEAD + HOST + b"Content-Length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n", 400),
     "chunks-and-length": (HEAD + HOST + CHUNKED + b"Content-Length: 5\r\n" + b"\r\n0\r\n\r\n", 400),
     "length-and-no-encoding": (HEAD + HOST + b"Content-Length: 2\r\nTransfer-Encoding:\r\n\r\n{}", 400),
     "chunks-in-HTTP/1.0": (HEAD.replace(b"1.1", b"1.0") + HOST + CHUNKED + b"\r\n0\r\n\r\n", 400),
-    "another-encoding": (HEAD + HOST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
-    "two-encodings": (HEAD + HOST + CHUNKED + CHUNKED + b"\r\n0\r\n\r\n", 400),
-    "chunked-twice": (HEAD + HOST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
-    "chunked-and-identity": (HEAD + HOST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", 501),
-    "no-encoding": (HEAD + HOST + b"Transfer-Encoding:\r\n\r\n0\r\n\r\n", 400),
-    "encoding-of-a-comma": (HEAD + HOST + b"Transfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunked-twice": (HEAD + HOST + CHUNKED + CHUNKED + b"\r\n0\r\n\r\n", 400),
+    "chunked-and-nothing": (HEAD + HOST + b"Transfer-Encoding: ,chunked,\r\n\r\n0\r\n\r\n", 400),
+    "two-encodings": (HEAD + HOST + b"Transfer-Encoding: gzip\r\n" + CHUNKED + b"\r\n0\r\n\r\n", 400),
+    "chunked-is-not-the-last": (HEAD + HOST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", 400),
+    "not-chunked": (HEAD + HOST + b"Transfer-Encoding: identity\r\nContent-Length: 2\r\n\r\n{}", 400),
     "folded-encoding": (HEAD + HOST + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n", 400),
     "space-before-the-colon-of-an-encoding": (HEAD + HOST + CHUNKED.replace(b":", b" :") + b"\r\n0\r\n\r\n", 400),
-    "folded": (HEAD + HOST + b"X: a\r\n b\r\n\r\n", 400),
-    "carriage-return-alone": (HEAD + HOST + b"X: a\rIdempotency-Key: b\r\n\r\n", 400),
-    "first-carriage-return-alone": (HEAD[:-2] + b"\r\r\n" + HOST + b"\r\n", 400),
-    "target-with-another-host": (HEAD.replace(b" /", b" http://evil.example/", 1) + HOST + b"\r\n", 400),
-    "target-with-another-port": (HEAD.replace(b" /", b" http://localhost:81/", 1) + HOST + b"\r\n", 400),
-    "target-with-a-user": (HEAD.replace(b" /", b" http://localhost@evil.example/", 1) + HOST + b"\r\n", 400),
-    "target-alone-with-another-host": (
-        HEAD.replace(b" /", b" http://evil.example/", 1).replace(b"1.1", b"1.0") + b"\r\n",
-        421,
-    ),
-    "target-without-a-host": (HEAD.replace(b" /", b" http:///", 1) + HOST + b"\r\n", 400),
-    "target-that-is-no-path": (HEAD.replace(b" /", b" ", 1) + HOST + b"\r\n", 400),
-    "no-size-of-a-chunk": (HEAD + HOST + CHUNKED + b"\r\nxyz\r\n", 400),
+    "another-encoding": (HEAD + HOST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+    **{
+        f"chunks-{name}": (HEAD + HOST + CHUNKED + b"\r\n" + chunks, 400)
+        for name, chunks in {
+            "without-size": b"xyz\r\n",
+            "size-empty": b"\r\n2\r\n{}\r\n0\r\n\r\n",
+            "size-in-C": b"0x2\r\n{}\r\n0\r\n\r\n",
+            "size-with-sign": b"+2\r\n{}\r\n0\r\n\r\n",
+            "size-with-space": b"2 \r\n{}\r\n0\r\n\r\n",
+            "size-beyond-64-bits": b"10000000000000002\r\n{}\r\n0\r\n\r\n",
+            "line-feed-after-size": b"2\n\r\n{}\r\n0\r\n\r\n",
+            "line-feeds-alone": b"2\n{}\n0\n\n",
+            "return-after-size": b"2\r{}\r\n0\r\n\r\n",
+            "extension": b"2;a=b\r\n{}\r\n0\r\n\r\n",
+            "extension-with-line-feed": b"2;a\n\r\n{}\r\n0\r\n\r\n",
+            "longer-than-size": b"2\r\n{} \r\n0\r\n\r\n",
+            "line-feed-after-data": b"2\r\n{}\n0\r\n\r\n",
+            "two-ends-after-data": b"2\r\n{}\r\n\r\n0\r\n\r\n",
+            "trailer": b"2\r\n{}\r\n0\r\nContent-Length: 9\r\n\r\n",
+            "line-feed-at-the-end": b"2\r\n{}\r\n0\r\n\n",
+        }.items()
+    },
+    "size-of-a-chunk-too-large": (HEAD + HOST + CHUNKED + b"\r\n%x\r\n{}" % LARGEST_REQUEST, 413),
     "two-lengths": (HEAD + HOST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
     "negative-length": (HEAD + HOST + b"Content-Length: -1\r\n\r\n", 400),
     "length-of-5000-digits": (HEAD + HOST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
@@ -165,6 +178,34 @@ FRAMES = {
     "NUL-in-a-header": (HEAD + HOST + b"X: a\0b\r\n\r\n", 400),
     "line-feed-alone": (HEAD + HOST + b"X: a\nIdempotency-Key: b\r\n\r\n", 400),
     "first-line-feed-alone": (HEAD[:-2] + b"\n" + HOST + b"\r\n", 400),
+    "line-feeds-only": (HEAD.replace(b"\r", b"") + b"Host: localhost\n\n", 400),
+    "line-feed-first": (b"\n" + HEAD + HOST + b"\r\n", 400),
+    "line-feed-at-the-end": (HEAD + HOST + b"X: a\r\n\n", 400),
+    "return-alone": (HEAD + HOST + b"X: a\rIdempotency-Key: b\r\n\r\n", 400),
+    "return-twice": (HEAD + b"Host: localhost\r\r\n\r\n", 400),
+    "first-return-twice": (HEAD[:-2] + b"\r\r\n" + HOST + b"\r\n", 400),
+    "space-first": (b" " + HEAD + HOST + b"\r\n", 400),
+    "space-after-the-version": (HEAD[:-2] + b" \r\n" + HOST + b"\r\n", 400),
+    "tab-in-the-path": (HEAD.replace(b"/api", b"/a\tpi") + HOST + b"\r\n", 400),
+    "path-without-slash": (HEAD.replace(b" /", b" ") + HOST + b"\r\n", 400),
+    "fragment": (HEAD.replace(b" HTTP", b"#a HTTP") + HOST + b"\r\n", 400),
+    "another-version": (HEAD.replace(b"1.1", b"2.0") + HOST + b"\r\n", 400),
+    "another-host-in-the-address": (HEAD.replace(b" /", b" http://evil.example/") + HOST + b"\r\n", 400),
+    "another-host-beside-the-address": (
+        HEAD.replace(b" /", b" http://localhost/") + b"Host: evil.example\r\n\r\n",
+        400,
+    ),
+    "another-port-in-the-address": (HEAD.replace(b" /", b" http://localhost:1/") + HOST + b"\r\n", 400),
+    "user-in-the-address": (HEAD.replace(b" /", b" http://evil@localhost/") + HOST + b"\r\n", 400),
+    "no-host-in-the-address": (HEAD.replace(b" /", b" http:///") + HOST + b"\r\n", 400),
+    "address-without-slashes": (HEAD.replace(b" /", b" http:/") + HOST + b"\r\n", 400),
+    "another-scheme": (HEAD.replace(b" /", b" ftp://localhost/") + HOST + b"\r\n", 400),
+    "only-an-address-of-another-host": (
+        HEAD.replace(b" /", b" http://evil.example/").replace(b"1.1", b"1.0") + b"\r\n",
+        421,
+    ),
+    "folded": (HEAD + HOST + b"X: a\r\n b\r\n\r\n", 400),
+    "folded-with-tab": (HEAD + HOST + b"X: a\r\n\tb\r\n\r\n", 400),
     "space-before-the-colon": (HEAD + b"Host : localhost\r\n\r\n", 400),
     "folded-before-any": (HEAD + b" " + HOST + b"\r\n", 400),
     "no-name": (HEAD + HOST + b": x\r\n\r\n", 400),
@@ -182,17 +223,48 @@ def test_what_is_wrong_as_http_is_refused_with_a_problem_document_and_changes_no
     assert_refused(server, request_, status)
 
 
-@pytest.mark.parametrize("target", ["http://localhost", "http://LOCALHOST:80", "https://localhost"])
-def test_a_target_with_the_same_host_is_served(server: Server, target: str) -> None:
-    request = f"GET {target}/livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    assert exchange(server, request.encode()).startswith(b"HTTP/1.1 200 ")
-
-
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_what_stands_behind_a_refused_request_is_not_read(server: Server, version: str) -> None:
     """To who reads the first in another way it is a part of that: so a request is smuggled in."""
     first = HEAD.replace(b"1.1", version.encode()) + HOST + b"Content-Length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n"
     assert_refused(server, first + HEAD + HOST + b"\r\n", 400)
+
+
+SOUND = {
+    "chunks": (HEAD + HOST + CHUNKED + b'Connection: close\r\n\r\n8\r\n{"by": 1\r\n01\r\n}\r\n0\r\n\r\n'),
+    "address": (HEAD.replace(b" /", b" http://LOCALHOST/") + HOST + b"Connection: close\r\n\r\n"),
+    "only-an-address": (HEAD.replace(b" /", b" http://localhost/").replace(b"1.1", b"1.0") + b"\r\n"),
+    "expectation-without-body": HEAD + HOST + EXPECT + b"Connection: close\r\n\r\n",
+    "empty-line-first": (b"\r\n" + HEAD + HOST + b"Connection: close\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("request_", SOUND.values(), ids=SOUND.keys())
+def test_what_is_unusual_but_sound_is_answered(server: Server, request_: bytes) -> None:
+    """All at once, and byte by byte."""
+    request_ = request_.replace(INCREMENT.encode(), f"{COUNTERS}/sound/increment".encode())
+    if b"chunked" in request_:
+        request_ = request_.replace(b"\r\nTransfer", f"\r\nContent-Type: {JSON}\r\nTransfer".encode())
+    for step in (len(request_), 1):
+        with connect(server) as connection:
+            for start in range(0, len(request_), step):
+                connection.sendall(request_[start : start + step])
+            answer = received_until_closed(connection)
+        assert parsed(answer)[0] == 200, answer
+    assert ask(server.url, "DELETE", f"{COUNTERS}/sound")[0] == 204
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_behind_a_body_in_chunks_the_next_request_begins(server: Server, step: int) -> None:
+    head = f"POST {COUNTERS}/behind/increment HTTP/1.1\r\nHost: localhost\r\n".encode()
+    body = CHUNKED + b'Content-Type: application/json\r\n\r\n7\r\n{"by": \r\n02\r\n1}\r\n0\r\n\r\n'
+    requests = head + body + head + body + head + b"Connection: close\r\n\r\n"
+    with connect(server) as connection:
+        for start in range(0, len(requests), step):
+            connection.sendall(requests[start : start + step])
+        answer = received_until_closed(connection)
+    assert re.findall(rb'"value":(\d+)', answer) == [b"1", b"2", b"3"]
+    assert ask(server.url, "DELETE", f"{COUNTERS}/behind")[0] == 204
 
 
 def test_an_application_that_fails_is_a_problem_document_too() -> None:

@@ -44,6 +44,7 @@ def prove(
     from .proof import Plan, prove
     from .verdict import judge, screen
 
+    named = save is not None
     kills = {"manager": kill_manager, "worker": kill_worker}
     if check is not None:
         if url is not None or save is not None or any(kills.values()):
@@ -62,7 +63,6 @@ def prove(
         )
         with audience(seconds) as told:
             verdict, history = prove(plan, told)
-        named = save is not None
         if save is None and not verdict.right:
             place = os.getcwd() if os.access(os.curdir, os.W_OK) else tempfile.gettempdir()
             save = Path(place, f"{verdict.counter}.jsonl")
