@@ -65,14 +65,15 @@ class Journal:
         self.path = path
         self._log = path.with_name(path.name + "-wal")
         self._mark = path.with_name(f"in-use.{path.name}")  # says how many bytes the log has at the least
+        self._mark_file: int | None = None
         self._marked = 0
         self.epoch = ""  # the identity of this state: the same as long as nothing of it is lost
         self.starts = 0  # how often a manager began on this file: see `count_start`
         self._committing = threading.Lock()  # held through a transaction: the ledger's, or one object's
         try:
             self._sync()
-            self._look()
             begins_anew = self._is_rolled_back()
+            self._look()
             if not path.exists():
                 create(path)
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -125,7 +126,10 @@ class Journal:
                 raise
 
     def _is_rolled_back(self) -> bool:
-        """Whether numbers that were given are lost: with files that are gone since a manager was killed."""
+        """Return whether numbers that were given are lost, with files that are gone since a manager was killed.
+
+        Only the first look can tell: any connection may remove a log of which nothing is left to be folded in.
+        """
         try:
             least = max(int(self._mark.read_text() or 1), 1)
         except (FileNotFoundError, ValueError):
@@ -133,6 +137,7 @@ class Journal:
         if self.path.exists():
             is_backup = not Header.of(self.path).keeps_log  # which was put back
             if is_backup or (self._log.exists() and self._log.stat().st_size >= least):
+                self._mark.unlink()
                 return False
         log.error(
             "%s or its log was removed, replaced or cut while a manager used it: numbers that were given are lost, and"
@@ -147,7 +152,6 @@ class Journal:
         recognise(self._connection, self.path)  # of a newer version, perhaps: when it could not be read before
         execute("PRAGMA journal_mode = WAL")
         execute(f"PRAGMA synchronous = {synchronous}")
-        self._mark.unlink(missing_ok=True)  # for the log is emptied
         try:
             # After a failed fsync the kernel may hold what the disk does not have, and say that it does: what was read
             # is written again before it is believed.
@@ -160,6 +164,7 @@ class Journal:
             self.epoch = secrets.token_hex(16)
             try:
                 execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (self.epoch,))
+                self._mark.unlink(missing_ok=True)
             except sqlite3.OperationalError as error:
                 if refusal(error, self.path, committing=True) is None:
                     raise
@@ -297,11 +302,10 @@ class Journal:
         """Note how long the log is, for whoever finds it shorter when this process was killed."""
         if size != self._marked:
             with suppress(OSError):  # where there is no room for it, it is not noticed
-                mark = os.open(self._mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                try:
-                    os.write(mark, b"%020d" % size)
-                finally:
-                    os.close(mark)
+                if self._mark_file is None:  # kept open: the log grows with most commits at first
+                    self._mark_file = os.open(self._mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                os.lseek(self._mark_file, 0, os.SEEK_SET)
+                os.write(self._mark_file, b"%020d" % size)
                 self._marked = size
 
     def _is_folded_in(self) -> bool:
@@ -366,3 +370,6 @@ class Journal:
                 self._mark.unlink(missing_ok=True)  # first: SQLite removes the log
             finally:
                 self._connection.close()
+                if self._mark_file is not None:
+                    os.close(self._mark_file)
+                    self._mark_file = None
