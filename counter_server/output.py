@@ -1,20 +1,25 @@
 """Standard output and standard error that never wait for their reader.
 
-A pipe that nobody reads, a terminal that is stopped and a full disk would else stop whoever writes a line. A thread
-writes; lines that do not fit into its queue, or cannot be written, are dropped and counted, and the log says how many
-as soon as it can be written again.
+A pipe that nobody reads, a terminal that is stopped and a full disk would stop every process that writes a line. Here a
+line is written at once if that needs no waiting. If not, it waits in a queue for a thread that writes it. Lines that do
+not fit into the queue, or cannot be written, are dropped and counted. The log says how many as soon as it can be
+written again.
 """
 
 import _thread
 import atexit
+import fcntl
 import io
 import logging
 import os
+import stat
 import sys
+import termios
 import threading
 import time
 from collections import deque
 from contextlib import suppress
+from select import PIPE_BUF
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MOST_BYTES = 2**20  # that wait to be written
+_SMALL_PART = 2**14  # bytes, of the 2**16 that a pipe holds
 _DRAIN_SECONDS = 1.0
 
 
@@ -56,6 +62,9 @@ class _Output(io.RawIOBase):
     def write(self, data: "ReadableBuffer", /) -> int:
         line = bytes(data)
         with self._changed:
+            if not (self._waiting or self._dropped) and self._has_room(line):
+                self._dropped += not self._write_one(line)
+                return len(line)
             if self._bytes + len(line) > _MOST_BYTES or not self._ensure_writer():
                 self._dropped += 1
                 return len(line)
@@ -63,6 +72,20 @@ class _Output(io.RawIOBase):
             self._bytes += len(line)
             self._changed.notify_all()
         return len(line)
+
+    def _has_room(self, line: bytes) -> bool:
+        """Return whether writing the line surely needs no waiting: to a file, or to a pipe that is far from full.
+
+        Other processes write to the same pipe, so the room that is seen may be gone a moment later.
+        """
+        try:
+            mode = os.fstat(self._descriptor).st_mode
+            if stat.S_ISFIFO(mode):
+                waiting = int.from_bytes(fcntl.ioctl(self._descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
+                return len(line) <= PIPE_BUF and waiting <= _SMALL_PART
+            return stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and not os.isatty(self._descriptor))
+        except OSError:
+            return False
 
     def _ensure_writer(self) -> bool:
         """Start the thread that writes, if none runs; return whether one does: there may be no room for another."""

@@ -571,6 +571,8 @@ def test_the_standard_handshake_is_the_one_that_is_spoken(manager: Manager, data
 def test_a_fork_that_the_interpreter_is_not_told_of_is_noticed(state: State) -> None:
     """As uWSGI forks: the state is made, and here even used, before; no hook is called."""
     assert state.counter("c").increment() == 1
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(PATIENCE)  # a child with a request for the interpreter's lock waits for a thread it has not
     reader, writer = os.pipe()
     children = []
     for _ in range(3):
@@ -581,6 +583,7 @@ def test_a_fork_that_the_interpreter_is_not_told_of_is_noticed(state: State) -> 
             finally:
                 os._exit(0)
         children.append(child)
+    sys.setswitchinterval(before)
     os.close(writer)
     values = [state.counter("c").increment() for _ in range(50)]
     with os.fdopen(reader, "rb") as pipe:

@@ -593,4 +593,4 @@ def test_the_command_line_says_what_is_not_there(server: MemcachedServer) -> Non
     assert "memcached cannot list its counters" in listed.stderr
     durable = told("run", "--durability", "none")
     assert durable.returncode == 1
-    assert "--durability is a manager's" in durable.stderr
+    assert "--durability is for a manager" in durable.stderr
