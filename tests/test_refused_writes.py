@@ -290,7 +290,9 @@ def test_a_limit_of_the_size_of_files_is_a_full_disk(stack: ExitStack, data_dir:
 @pytest.mark.parametrize("error", [*REFUSING, "EFBIG"])
 def test_writes_to_a_sqlite_file_that_are_refused_are_not_applied(stack: ExitStack, tmp_path: Path, error: str) -> None:
     server = stack.enter_context(Server("--workers", "1", "--store", f"sqlite:///{tmp_path}/counters.db"))
-    assert increment(server.url) == 1
+    keyed = {"Idempotency-Key": "k"}
+    first = ask(server.url, "POST", "/api/v1/counters/x/increment", headers=keyed)[2]
+    assert '"value":1' in first
     (worker,) = server.children("worker")
     for expected in (2, 3):
         with failing(worker, "pwrite64", error):
@@ -298,6 +300,7 @@ def test_writes_to_a_sqlite_file_that_are_refused_are_not_applied(stack: ExitSta
                 status, _, text = ask(server.url, "POST", "/api/v1/counters/x/increment")
                 assert (status, "StorageFull" in text, "not_applied" in text) == (503, True, True), text
             assert '"value":' in ask(server.url, "GET", "/api/v1/counters/x")[2]
+            assert ask(server.url, "POST", "/api/v1/counters/x/increment", headers=keyed)[2] == first
         assert increment(server.url) == expected
 
 

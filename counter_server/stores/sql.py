@@ -115,11 +115,29 @@ class SqlStore:
         return self._name
 
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
+        try:
+            return self._apply(batch, deadline)
+        except StorageFull as full:
+            if not any(isinstance(operation, Increment) and operation.key for operation in batch.operations):
+                raise
+
+            def refuse(_changes: Changes, full: StorageFull = full) -> None:
+                raise full
+
+            # A key that was applied is answered with its number, also where nothing can be written.
+            found = self._read(batch, deadline)
+            return results_of(Ledger(found.contents, refuse, lambda: found.now).apply([batch])[0])
+
+    def _read(self, batch: Batch, deadline: float) -> Found:
         with self._connection(deadline) as connection:
-            if batch.sequence == 0:
-                found = self._found(connection, connection.read, Wanted.by(batch))
-                self._check_epoch(found)
-                return Ledger(found.contents).read(batch)
+            found = self._found(connection, connection.read, Wanted.by(batch))
+            self._check_epoch(found)
+            return found
+
+    def _apply(self, batch: Batch, deadline: float) -> list[Result]:
+        if batch.sequence == 0:
+            return Ledger(self._read(batch, deadline).contents).read(batch)
+        with self._connection(deadline) as connection:
             self._forget(connection)
             if self._epoch and all(_is_plain(operation) for operation in batch.operations):
                 results = connection.increment(batch, self._epoch)
