@@ -19,7 +19,6 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from select import PIPE_BUF
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MOST_BYTES = 2**20  # that wait to be written
-_SMALL_PART = 2**14  # bytes, of the 2**16 that a pipe holds
 _DRAIN_SECONDS = 1.0
 
 
@@ -82,7 +80,7 @@ class _Output(io.RawIOBase):
             mode = os.fstat(self._descriptor).st_mode
             if stat.S_ISFIFO(mode):
                 waiting = int.from_bytes(fcntl.ioctl(self._descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
-                return len(line) <= PIPE_BUF and waiting <= _SMALL_PART
+                return waiting + len(line) <= fcntl.fcntl(self._descriptor, fcntl.F_GETPIPE_SZ) // 4
             return stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and not os.isatty(self._descriptor))
         except OSError:
             return False

@@ -22,8 +22,10 @@ from tests.processes import PATIENCE, Program, Server, eventually, holder
 INCREMENT = "/api/v1/counters/x/increment"
 ENOUGH = 600  # lines of the request log fill a pipe twice
 
+SMALL = "import fcntl, time; fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, 4096); time.sleep(1000)"
 DEAF = {
     "unread": "> >(exec sleep 1000 > /dev/null 2>&1) 2>&1",
+    "unread-and-small": f"> >(exec {sys.executable} -c '{SMALL}' > /dev/null 2>&1) 2>&1",
     "reader-gone": "> >(:) 2>&1",
     "closed": ">&- 2>&-",
     "all-closed": "<&- >&- 2>&-",
