@@ -169,7 +169,10 @@ class Journal:
                 if refusal(error, self.path, committing=True) is None:
                     raise
         else:
-            self.epoch = str(execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()[0])
+            found = execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()
+            if found is None:
+                raise Damaged("it has no epoch")
+            self.epoch = str(found[0])
 
     def count_start(self) -> None:
         """Note that a manager begins. Where that cannot be written down for now, it is counted in memory alone.
