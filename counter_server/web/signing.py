@@ -1,15 +1,14 @@
 """The key that signs our cookies, kept in the data directory; and sessions whose cookie is Secure under https."""
 
-import os
 import secrets
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from flask import Flask, request
 from flask.sessions import SecureCookieSessionInterface
 
 from ..errors import StorageFull
+from ..journal_file import sync
 from ..manager.directory import DataDirectory
 from ..settings import default_data_dir
 
@@ -82,20 +81,12 @@ class Ended:
                         file.unlink()
             (place / name).touch(mode=0o600)
             for directory in (place, self._directory.path):
-                _sync(directory)
+                sync(directory)
         except OSError as error:
             raise StorageFull(
                 f"the sign-in was not ended, as {place} cannot be written: {error.strerror}; make room and sign"
                 " out again, or start the server with another token"
             ) from error
-
-
-def _sync(directory: Path) -> None:
-    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 class Sessions(SecureCookieSessionInterface):
