@@ -18,6 +18,7 @@ import termios
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -94,12 +95,12 @@ class _Output(io.RawIOBase):
                 self._has_writer = True
         return self._has_writer
 
-    def drain(self) -> None:
-        """Wait a moment until all is written."""
-        deadline = time.monotonic() + _DRAIN_SECONDS
+    def drain(self, now: Callable[[], float] = time.monotonic, seconds: float = _DRAIN_SECONDS) -> None:
+        """Wait a moment until all is written. As the interpreter ends, too, when this module's names are gone."""
+        deadline = now() + seconds
         with self._changed:
             while self._waiting and not self._stuck:
-                left = deadline - time.monotonic()
+                left = deadline - now()
                 self._stuck = left <= 0
                 self._changed.wait(max(left, 0))
 
@@ -152,5 +153,6 @@ def protect() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - it takes no keyword
     if not isinstance(sys.stderr, _Text):
         sys.stdout, sys.stderr = _Text(_Output(1)), _Text(_Output(2))
+        vars(sys).update(__stdout__=sys.stdout, __stderr__=sys.stderr)  # the standard manager server puts these back
         atexit.register(sys.stdout.flush)  # at Python's own flush, later, no thread runs any more
         atexit.register(sys.stderr.flush)
