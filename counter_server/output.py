@@ -153,6 +153,7 @@ def protect() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - it takes no keyword
     if not isinstance(sys.stderr, _Text):
         sys.stdout, sys.stderr = _Text(_Output(1)), _Text(_Output(2))
-        vars(sys).update(__stdout__=sys.stdout, __stderr__=sys.stderr)  # the standard manager server puts these back
+        for name in ("stdout", "stderr"):  # the standard manager server puts these back
+            setattr(sys, f"__{name}__", getattr(sys, name))
         atexit.register(sys.stdout.flush)  # at Python's own flush, later, no thread runs any more
         atexit.register(sys.stderr.flush)
