@@ -92,7 +92,7 @@ class Combiner(Generic[Item, Answer]):
         try:
             with self._lock:
                 self._replace_leader_that_left()
-                if self._leader is None:  # then nobody waits either
+                if self._leader is None:  # then no thread waits either
                     call = _Call([ticket])
                     self._leader = ticket
                     self._unfinished = call
@@ -211,7 +211,7 @@ class Combiner(Generic[Item, Answer]):
             self._unfinished, self._waiting = None, waiting
 
     def _leave(self, ticket: _Ticket[Item, Answer]) -> None:
-        """Withdraw what can be withdrawn of a thread that goes without an answer, and let nobody wait for it."""
+        """Withdraw a thread that goes without an answer, and hand over if it leads."""
         with self._lock:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)

@@ -118,7 +118,7 @@ class DirectoryHeld(StartupError):
 
 
 class Stopped(SystemExit):
-    """This process was told to end: not an error of the code that it interrupts."""
+    """A signal asks this process to end. It is not an error of the code that it interrupts."""
 
 
 class BatchRefused(Exception):

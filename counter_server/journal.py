@@ -67,7 +67,7 @@ class Journal:
         self._mark = path.with_name(f"in-use.{path.name}")  # says how many bytes the log has at the least
         self._mark_file: int | None = None
         self._marked = 0
-        self.epoch = ""  # the identity of this state: the same as long as nothing of it is lost
+        self.epoch = ""  # identifies this state: it changes when some of the state is lost
         self.starts = 0  # how often a manager began on this file: see `count_start`
         self._committing = threading.Lock()  # held through a transaction: the ledger's, or one object's
         try:
@@ -128,7 +128,7 @@ class Journal:
     def _is_rolled_back(self) -> bool:
         """Return whether numbers that were given are lost, with files that are gone since a manager was killed.
 
-        Only the first look can tell: any connection may remove a log of which nothing is left to be folded in.
+        Look before anything connects: SQLite may remove an empty log when a connection is closed.
         """
         try:
             least = max(int(self._mark.read_text() or 1), 1)
@@ -270,7 +270,7 @@ class Journal:
             self._note(self._files[str(self._log)].st_size)
 
     def look_after_files(self) -> None:
-        """Look whether the files are those that were opened, unless a commit under way does.
+        """Check that the files are still the ones that were opened, unless a commit under way does so.
 
         :raises JournalFailed: if not.
         """
@@ -281,7 +281,7 @@ class Journal:
                 self._committing.release()
 
     def _look_after_files(self, *paths: str) -> None:
-        """Notice a file that was removed, replaced or cut: what is written to it is lost. Called with the lock held."""
+        """Notice a file that was removed, replaced or cut: writes to it are lost. Called with the lock held."""
         for path in paths or self._files:
             before = self._files[path]
             try:
