@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import click
 
-from .demo.command import demo
 from .errors import CounterServerError, DirectoryHeld, InvalidRequest, StartupError
 from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
 from .objects import Declaration
 from .options import caps_options, of_the_manager
-from .prove.command import prove
+from .server.demo.command import demo
+from .server.prove.command import prove
 from .settings import (
     DATA_DIR_VARIABLE,
     DEFAULT_DEADLINE,
@@ -177,7 +177,7 @@ def run(data_dir: str | None, store: str | None, durability: str, *, attach: boo
 
     COUNTER_SERVER_TOKEN in the environment is the operators' token: who has it may set and delete counters.
     """
-    from .serve.supervisor import Supervisor
+    from .server.supervisor import Supervisor
 
     url = _store_url(store, data_dir)
     for option in of_the_manager() if attach or not url.startswith("manager:") else []:
@@ -215,7 +215,7 @@ def manager(
     """Run the manager alone, for any number of applications of this user."""
     from .manager.server import serve
     from .manager.starter import detach, prepare_to_host
-    from .serve.logs import configure
+    from .server.logs import configure
 
     configure("manager", "text", logging.WARNING)
     directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)

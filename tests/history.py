@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from counter_server.prove.history import Operation, save, violations
+from counter_server.server.prove.history import Operation, save, violations
 
 
 def assert_exactly_once(history: list[Operation], final: int, save_to: Path) -> None:

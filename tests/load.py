@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from counter_server import Counter, CounterServerError, State, StoreOptions, open_state
-from counter_server.prove.history import Operation
-from counter_server.prove.load import Client, Load
+from counter_server.server.prove.history import Operation
+from counter_server.server.prove.load import Client, Load
 from counter_server.settings import DEFAULT_DEADLINE
 from tests.processes import PATIENCE, eventually
 

@@ -13,10 +13,10 @@ from itsdangerous import TimestampSigner
 from werkzeug.test import TestResponse
 
 from counter_server.errors import StartupError
+from counter_server.server.web import create_app
+from counter_server.server.web.access import is_loopback, may_operate, operators_only, why_not
+from counter_server.server.web.operators import COOKIE, SIGNED_IN_SECONDS
 from counter_server.state import State
-from counter_server.web import create_app
-from counter_server.web.access import is_loopback, may_operate, operators_only, why_not
-from counter_server.web.operators import COOKIE, SIGNED_IN_SECONDS
 
 COUNTER = "/api/v1/counters/x"
 VALUE = 5  # of the counter, before any request

@@ -15,7 +15,7 @@ import pytest
 
 from counter_server.errors import StartupError
 from counter_server.manager.directory import DataDirectory
-from counter_server.web.operators import COOKIE
+from counter_server.server.web.operators import COOKIE
 from tests.launchers import launch
 from tests.processes import PATIENCE, Program, Server, end_manager
 from tests.test_access import OTHER_NAMES, OTHER_TOKEN, OWN_NAMES, TOKEN, bearer, forwarded
@@ -23,7 +23,7 @@ from tests.test_server import address, ask, assert_not_started, read_all
 
 COUNTER = "/api/v1/counters/x"
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
-APP = "from counter_server.web import create_app\napp = create_app({config})\n"
+APP = "from counter_server.server.web import create_app\napp = create_app({config})\n"
 
 StartServer = Callable[..., Server]
 

@@ -14,8 +14,8 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from counter_server.operations import LARGEST, SMALLEST
+from counter_server.server.web import create_app
 from counter_server.state import State
-from counter_server.web import create_app
 
 COUNTERS = "/api/v1/counters"
 LARGEST_BODY = 16 * 1024

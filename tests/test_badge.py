@@ -15,9 +15,9 @@ from werkzeug.test import TestResponse
 
 from counter_server.errors import InvalidRequest
 from counter_server.operations import LARGEST
+from counter_server.server.web import create_app
+from counter_server.server.web.badge_picture import PALETTE, draw
 from counter_server.state import State
-from counter_server.web import create_app
-from counter_server.web.badge_picture import PALETTE, draw
 from tests.processes import Program, Server
 from tests.test_server import ask
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import expect
 
-from counter_server.web.operators import COOKIE
+from counter_server.server.web.operators import COOKIE
 from tests.browser import LOOKS, NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
 from tests.processes import Server
 from tests.test_access import TOKEN

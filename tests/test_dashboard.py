@@ -24,11 +24,11 @@ from msgspec import structs
 
 from counter_server import SharedState
 from counter_server.operations import LARGEST, SMALLEST
+from counter_server.server.web import create_app
+from counter_server.server.web.figures import duration, figures, means, processes, size
+from counter_server.server.web.listing import find
 from counter_server.state import State
 from counter_server.status import Process, Status
-from counter_server.web import create_app
-from counter_server.web.figures import duration, figures, means, processes, size
-from counter_server.web.listing import find
 from tests.engines import MemcachedServer
 from tests.processes import PATIENCE, Server, eventually
 from tests.test_api import NAMES, NAMES_WITH_SLASHES

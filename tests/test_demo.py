@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from counter_server.demo.clients import Answer, visit_at_once
-from counter_server.demo.demonstration import Demonstration
-from counter_server.demo.outcome import Outcome, Round
-from counter_server.demo.picture import NEVER, ONCE, SEVERAL, draw
-from counter_server.demo.plan import PAIRS, Pair, chosen
-from counter_server.demo.stage import Stage
-from counter_server.demo.strategies import OURS, STRATEGIES
 from counter_server.errors import InvalidRequest
+from counter_server.server.demo.clients import Answer, visit_at_once
+from counter_server.server.demo.demonstration import Demonstration
+from counter_server.server.demo.outcome import Outcome, Round
+from counter_server.server.demo.picture import NEVER, ONCE, SEVERAL, draw
+from counter_server.server.demo.plan import PAIRS, Pair, chosen
+from counter_server.server.demo.stage import Stage
+from counter_server.server.demo.strategies import OURS, STRATEGIES
 from tests.processes import ROOT, Program, eventually
 
 CLIENTS = 24
@@ -213,7 +213,7 @@ def test_the_exit_status_is_1_if_ours_was_wrong_and_only_then() -> None:
     """To see it, the plain global is for once said to be ours."""
     options = ("--only", "processes/global", "--clients", "2", "--json")
     assert demo(*options).returncode == 0
-    assert demo(*options, before="import counter_server.demo.plan as plan; plan.OURS = 'global'").returncode == 1
+    assert demo(*options, before="import counter_server.server.demo.plan as plan; plan.OURS = 'global'").returncode == 1
 
 
 def test_a_busy_port_is_told_in_one_line_before_anything_starts() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from counter_server.prove.load import Client
+from counter_server.server.prove.load import Client
 from tests.engines import MemcachedServer, PostgresServer, RedisServer
 from tests.launchers import listening_port
 from tests.load import at_once, visit

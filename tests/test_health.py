@@ -24,9 +24,9 @@ from counter_server.journal import Journal
 from counter_server.ledger import Changes, Contents
 from counter_server.manager import client as client_module
 from counter_server.manager.directory import DataDirectory
-from counter_server.serve.processes import Processes
+from counter_server.server.processes import Processes
+from counter_server.server.web import create_app
 from counter_server.status import Process, Status
-from counter_server.web import create_app
 from tests.engines import MemcachedServer, PostgresServer, RedisServer
 from tests.load import at_once, open_client
 from tests.processes import PATIENCE, Manager, Server, eventually, fill, frozen

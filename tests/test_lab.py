@@ -13,10 +13,10 @@ from flask.testing import FlaskClient
 from itsdangerous.timed import TimestampSigner
 from werkzeug.exceptions import ServiceUnavailable
 
+from counter_server.server.web import create_app
+from counter_server.server.web.lab.runs import FORGOTTEN, PerRun, Run, is_over
+from counter_server.server.web.lab.strategies import YIELD_SECONDS
 from counter_server.state import State
-from counter_server.web import create_app
-from counter_server.web.lab.runs import FORGOTTEN, PerRun, Run, is_over
-from counter_server.web.lab.strategies import YIELD_SECONDS
 from tests.engines import RedisServer
 from tests.load import at_once
 from tests.processes import Server, eventually

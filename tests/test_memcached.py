@@ -43,7 +43,7 @@ from counter_server.operations import (
     Scan,
     Set,
 )
-from counter_server.prove.load import Client
+from counter_server.server.prove.load import Client
 from counter_server.stores import Store, open_store
 from counter_server.stores.memory import MemoryStore
 from tests.cutter import Cutter

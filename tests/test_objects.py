@@ -32,8 +32,8 @@ from counter_server.manager.services import SLOW_SECONDS
 from counter_server.objects import LARGEST_STATE, HostedObject, declare
 from counter_server.operations import Batch, Invoke, Refusal, Returned
 from counter_server.plain import LARGEST_VALUE
+from counter_server.server.web import create_app
 from counter_server.status import SlowCall
-from counter_server.web import create_app
 from tests.hosted_classes import Awkward, OneWay, OwnError, Refusing, Slow, SomeObj, Spoiled, Toolbox, not_a_class
 from tests.launchers import LAUNCHERS, launch
 from tests.load import at_once, spawn, visit
@@ -636,7 +636,7 @@ def test_a_manager_by_hand_hosts_what_an_app_declares(stack: ExitStack, tmp_path
     [
         ("no_such_module", "Could not import 'no_such_module'"),
         ("json", "Failed to find Flask application"),
-        ("counter_server.web", "declares no shared objects for"),
+        ("counter_server.server.web", "declares no shared objects for"),
     ],
 )
 def test_a_manager_told_to_host_what_there_is_not_says_so(

@@ -17,7 +17,7 @@ from counter_server import State, StoreOptions, open_state
 from counter_server.errors import DeadlineExceeded, InvalidRequest, StartupError
 from counter_server.extension import SharedState
 from counter_server.manager.directory import DataDirectory
-from counter_server.prove.load import Client
+from counter_server.server.prove.load import Client
 from tests.hosted_classes import Slow
 from tests.launchers import LAUNCHERS, launch
 from tests.load import at_once, visit

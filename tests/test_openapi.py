@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance, use_afte
 
 from counter_server.errors import InvalidRequest
 from counter_server.operations import check_name
-from counter_server.web import create_app
+from counter_server.server.web import create_app
 from tests.processes import PATIENCE, Program, Server
 
 TOKEN = "a-token-of-operators-in-tests"

@@ -7,8 +7,8 @@ from flask import Flask, session
 from flask.testing import FlaskClient
 
 from counter_server import SharedState
+from counter_server.server.web import create_app
 from counter_server.state import State
-from counter_server.web import create_app
 
 PREFETCHES = [
     ("Sec-Purpose", "prefetch"),

@@ -19,11 +19,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from counter_server.cli import main
-from counter_server.prove.faults import Kill
-from counter_server.prove.history import Operation, load, save
-from counter_server.prove.load import Client
-from counter_server.prove.processes import children
-from counter_server.prove.verdict import judge, screen
+from counter_server.server.prove.faults import Kill
+from counter_server.server.prove.history import Operation, load, save
+from counter_server.server.prove.load import Client
+from counter_server.server.prove.processes import children
+from counter_server.server.prove.verdict import judge, screen
 from tests.processes import PATIENCE, ROOT, Program, Server, eventually
 
 PROOF = ("-m", "counter_server", "prove")

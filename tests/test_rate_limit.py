@@ -13,7 +13,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from counter_server.errors import InvalidRequest, Unsupported
-from counter_server.web import create_app
+from counter_server.server.web import create_app
 from tests.processes import PATIENCE, Program, Server, eventually, frozen, holder
 from tests.test_server import ask, assert_not_started
 

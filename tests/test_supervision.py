@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from counter_server.prove.processes import group_members
+from counter_server.server.prove.processes import group_members
 from tests.processes import PATIENCE, Program, Server, eventually, frozen
 
 INCREMENT = "/api/v1/counters/x/increment"
@@ -316,7 +316,7 @@ def test_the_log_is_json_on_request_a_line_for_each_request_with_its_id_pid_and_
         return [json.loads(line) for line in list(server.errors)]
 
     eventually(lambda: any(line["process"] == "supervisor" for line in lines()), "a line of the supervisor's")
-    requests = [line for line in lines() if line["logger"] == "counter_server.web.request_log"]
+    requests = [line for line in lines() if line["logger"] == "counter_server.server.web.request_log"]
     assert [(line["request_id"], line["status"]) for line in requests] == [(key, told[key][0]) for key in told]
     assert [line["outcome"] for line in requests] == ["answered"] * 3 + ["not_applied"]
     assert {line["pid"] for line in requests} <= set(workers)

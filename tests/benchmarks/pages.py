@@ -21,8 +21,8 @@ from urllib.parse import quote, urlsplit
 
 from counter_server.manager.directory import DataDirectory
 from counter_server.operations import LARGEST_BATCH, Batch, Set
+from counter_server.server.web import create_app
 from counter_server.stores import open_store
-from counter_server.web import create_app
 from tests.processes import PATIENCE, Server
 
 LIMIT = 50.0  # milliseconds at the median

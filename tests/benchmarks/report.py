@@ -12,7 +12,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from counter_server.demo.report import machine
+from counter_server.server.demo.report import machine
 from tests.benchmarks.bars import Verdict
 from tests.benchmarks.results import Results
 
