@@ -9,9 +9,8 @@ number = shared.counter("visits").increment()
 from typing import TYPE_CHECKING, Any
 
 from .errors import CounterServerError
-from .handles import Counter
 from .settings import StoreOptions
-from .state import State, open_state
+from .state import Counter, State, open_state
 
 if TYPE_CHECKING:
     from .extension import SharedState

@@ -7,9 +7,8 @@ Importing this registers the scheme: ``RATELIMIT_STORAGE_URI = "manager://..."``
 import logging
 
 from .errors import CounterServerError
-from .handles import forgetful
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, StoreOptions
-from .state import open_state
+from .state import forgetful, open_state
 from .windows import Windows
 
 try:

@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from . import plain
 from .errors import BatchRefused, InvalidRequest, StartupError, Stopped, StorageFull
-from .ledger import Changes, ClientRecord, Clients, Commit
+from .ledger import Changes, ClientRecord, Clients, Commits, raise_error
 from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
 from .settings import LONGEST_DEADLINE
 
@@ -104,10 +104,6 @@ class Busy(OSError):
     """An object was busy with another call for longer than any caller waits. Nothing was called."""
 
 
-def _raise(error: BaseException) -> NoReturn:
-    raise error
-
-
 class _Unpickler(pickle.Unpickler):
     """Finds a class of the declared module also where its name was another one: `__main__`, or before it was moved."""
 
@@ -125,7 +121,7 @@ class _Unpickler(pickle.Unpickler):
 class HostedObject:
     """One shared object, in the process that holds it.
 
-    :param commit: makes `Changes` durable, for a durable object.
+    :param journal: makes `Changes` durable, for a durable object.
     :param state: its pickle, where it was there before.
     :param clients: what is remembered of its clients, in the order of their last use.
     :param clock: the time that `clients` are remembered by.
@@ -140,26 +136,26 @@ class HostedObject:
         declaration: Declaration,
         clock: Callable[[], float],
         *,
-        commit: Commit | None = None,
+        journal: Commits | None = None,
         state: bytes | None = None,
         clients: Mapping[bytes, ClientRecord] | None = None,
         most_clients: float = inf,
-        fail: Callable[[BaseException], NoReturn] = _raise,
+        fail: Callable[[BaseException], NoReturn] = raise_error,
     ) -> None:
         self.declaration = declaration
         self._clock = clock
-        self._commit = commit if declaration.durable else None
+        self._journal = journal if declaration.durable else None
         self._clients = Clients(dict(clients or {}), most_clients, declaration.name)
         self._fail = fail
         self._state = b""
         self.running: tuple[str, float] | None = None  # the method that is being called, and since when
         try:
-            if state is not None and self._commit is not None:
+            if state is not None and self._journal is not None:
                 self._object = self._unpickled(state)
             else:
                 arguments, keywords = plain.decode(declaration.arguments)
                 self._object = _find(declaration.module, declaration.qualname)(*arguments, **keywords)
-            if self._commit is not None:
+            if self._journal is not None:
                 self._state = state or self._pickled()
                 self._unpickled(self._state)
         except Stopped:
@@ -172,24 +168,26 @@ class HostedObject:
         """A new lock: in the child of a fork nobody is left to release the old one."""
         self._lock = threading.Lock()  # held through a batch of calls and its commit
 
-    def apply(self, batch: Batch) -> list[Result] | BatchRefused:
-        """Make a batch's calls, in order, unless it was made before."""
+    def apply(self, batch: Batch, deadline: float = inf, /) -> list[Result]:  # noqa: ARG002 - its caller waits no longer
+        """Make a batch's calls, in order, or repeat its answer; see `Store.apply`."""
         if not self._lock.acquire(timeout=LONGEST_DEADLINE):  # nobody waits longer for the answer
             raise Busy(f"{self.declaration.name} is still busy with another call; this one was not made")
         try:
             changes = Changes(self._clock())
             answered = self._clients.answer(batch, changes)
+            if isinstance(answered, BatchRefused):
+                raise answered
             if answered is not None:
                 return answered
-            turned_away = self._clients.admit(batch.client, changes)
+            turned_away = self._clients.admit(batch.client, changes) if batch.sequence == 1 else None
             if turned_away is not None:
                 return list[Result](turned_away for _ in batch.operations)
             self._clients.forget(changes)
             results = self._call_all(batch, changes)
             self._clients.remember(batch, results, changes)
             try:
-                if self._commit is not None:
-                    self._commit(changes)
+                if self._journal is not None:
+                    self._journal.commit(changes)
             except StorageFull as error:
                 self._object = self._unpickled(self._state)
                 results = list[Result](Refusal("storage_full", str(error)) for _ in batch.operations)
@@ -199,6 +197,8 @@ class HostedObject:
             self._clients.merge(changes)
             self.running = None
             return results
+        except BatchRefused:
+            raise
         except BaseException as error:  # noqa: BLE001 - what is refused is returned; after all else memory may differ
             self._fail(error)
         finally:
@@ -206,7 +206,7 @@ class HostedObject:
 
     def _call_all(self, batch: Batch, changes: Changes) -> list[Result]:
         """Make the calls. One that leaves a durable object in a state that cannot be kept is undone, it alone."""
-        if self._commit is None:
+        if self._journal is None:
             return [self._call(operation) for operation in batch.operations]
         results: list[Result] = []
         state = self._state

@@ -19,6 +19,7 @@ from counter_server.journal import Journal
 from counter_server.journal_file import SCHEMA, examine
 from counter_server.ledger import Changes, ClientRecord, Contents, KeyRecord, Ledger
 from counter_server.operations import Batch, Increment, Result
+from tests.journals import Committing
 from tests.load import open_client
 from tests.processes import PATIENCE, ROOT, Manager, fill
 
@@ -187,7 +188,7 @@ def test_a_backup_is_of_one_moment_while_commits_go_on(
     """One page at a time, so that there are many pauses, and many commits in them."""
     monkeypatch.setattr(journal, "_BACKUP_PAGES", 1)
     kept.commit(Changes(1.0, counters={f"{number:0200}": number for number in range(500)}))
-    ledger = Ledger(kept.load(), kept.commit)
+    ledger = Ledger(kept.load(), kept)
     stop = threading.Event()
     done = 0
     seen: list[int] = []  # batches that were done, at each pause
@@ -205,7 +206,7 @@ def test_a_backup_is_of_one_moment_while_commits_go_on(
             if stop.is_set():
                 return
             name = f"{(sequence * 7) % 500:0200}"
-            ledger.apply([Batch(b"w" * 16, sequence, [Increment(name), Increment("first"), Increment("last")])])
+            ledger.perform([Batch(b"w" * 16, sequence, [Increment(name), Increment("first"), Increment("last")])])
             done = sequence
 
     worker = threading.Thread(target=work)
@@ -276,9 +277,9 @@ def examine_closed(kept: Journal) -> Contents:
 
 
 def test_a_memory_that_is_not_what_the_disk_holds_is_found(kept: Journal) -> None:
-    ledger = Ledger(kept.load(), kept.commit)
+    ledger = Ledger(kept.load(), kept)
     client = os.urandom(16)
-    ledger.apply([Batch(client, 1, [Increment("a"), Increment("b", key="k")])])
+    ledger.perform([Batch(client, 1, [Increment("a"), Increment("b", key="k")])])
     ledger.show(kept.check)
     for counters, clients, keys, words in [
         ({"a": 2, "b": 1}, None, None, "it has 1 for 'a', and the memory 2"),
@@ -303,16 +304,16 @@ def test_what_was_refused_for_want_of_room_is_in_memory_alone_and_no_damage(kept
             raise StorageFull("no room")
         kept.commit(changes)
 
-    ledger = Ledger(kept.load(), commit)
+    ledger = Ledger(kept.load(), Committing(commit))
     client = os.urandom(16)
     full = False
     answers: list[Result] = []
     for sequence in (1, 2):
-        (results,) = ledger.apply([Batch(client, sequence, [Increment("a")])])
+        (results,) = ledger.perform([Batch(client, sequence, [Increment("a")])])
         assert isinstance(results, list)
         answers += results
         full = True
-    ledger.apply([Batch(os.urandom(16), 1, [Increment("a")])])
+    ledger.perform([Batch(os.urandom(16), 1, [Increment("a")])])
     assert answers[0] == 1
     ledger.show(kept.check)
 

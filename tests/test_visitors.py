@@ -16,8 +16,8 @@ from flask.testing import FlaskClient
 from counter_server import SharedState
 from counter_server.dicts import BoundedDict
 from counter_server.errors import InvalidRequest, LimitReached, StateLost
+from counter_server.extension import VisitorCounter
 from counter_server.operations import LARGEST, SMALLEST
-from counter_server.visitors import VisitorCounter
 from tests.launchers import listening_port
 from tests.load import at_once
 from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, holder

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from ...errors import CounterServerError, Unsupported
 from ...extension import SharedState
-from ...handles import forgetful
 from ...recent import Recent
+from ...state import forgetful
 
 log = logging.getLogger(__name__)
 
