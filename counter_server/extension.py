@@ -98,12 +98,12 @@ class SharedState(Sharing):
         return state
 
     def submit(self, operation: Operation) -> Result:
-        """Apply one operation in the current app's state; see `State.submit`."""
+        """See `Sharing`; the current app's state does it."""
         with self._borrow() as (state, seconds):
             return state.submit(operation, within=seconds)
 
     def invoke(self, name: str, operation: Invoke) -> Result:
-        """Call a method of one of the current app's shared objects; see `State.invoke`."""
+        """See `Sharing`; the current app's state does it."""
         with self._borrow() as (state, seconds):
             return state.invoke(name, operation, within=seconds)
 

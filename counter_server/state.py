@@ -9,7 +9,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import inf
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 from . import plain
 from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
@@ -49,25 +49,6 @@ _listing = threading.Lock()  # guards the set below
 _states: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 
-class Submits(Protocol):
-    """Applies operations on counters, each exactly once."""
-
-    def submit(self, operation: Operation) -> Result:
-        """Return the operation's result.
-
-        :raises CounterServerError: any error of its tree; its `outcome` says whether the operation may be applied.
-        """
-        ...
-
-
-class Invokes(Protocol):
-    """Calls methods of shared objects, each exactly once."""
-
-    def invoke(self, name: str, operation: Invoke) -> Result:
-        """Call a method of the object `name`, and return its result; see `Submits`."""
-        ...
-
-
 class Counter:
     """A number that all workers share. Every increment is counted exactly once.
 
@@ -75,7 +56,7 @@ class Counter:
     `CounterServerError` if the call fails.
     """
 
-    def __init__(self, name: str, shared: Submits) -> None:
+    def __init__(self, name: str, shared: "Sharing") -> None:
         check_name(name)
         self.name = name
         self._shared = shared
@@ -127,10 +108,11 @@ class SharedObject:
 
     _name: str
     _cls: type
-    _shared: Invokes
+    _shared: "Sharing"
+    _losses: int  # of the object, in a row, after which the call is made again
 
-    def __init__(self, name: str, cls: type, shared: Invokes) -> None:
-        vars(self).update(_name=name, _cls=cls, _shared=shared)
+    def __init__(self, name: str, cls: type, shared: "Sharing", losses: int = 0) -> None:
+        vars(self).update(_name=name, _cls=cls, _shared=shared, _losses=losses)
 
     def __repr__(self) -> str:
         return f"<SharedObject {self._name!r}>"
@@ -141,6 +123,11 @@ class SharedObject:
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             packed = plain.encode((arguments, keywords), f"the arguments of {self._name}.{method}")
+            for _ in range(self._losses):
+                try:
+                    return _returned(self._shared.invoke(self._name, Invoke(method, packed)))
+                except StateLost as lost:
+                    log.info("%s", lost)
             return _returned(self._shared.invoke(self._name, Invoke(method, packed)))
 
         call.__name__ = method
@@ -153,26 +140,11 @@ class SharedObject:
         )
 
 
-class _Forgetful:
-    """Tolerates the loss of a volatile object: the call is made again, on the new one."""
-
-    def __init__(self, shared: Invokes) -> None:
-        self._shared = shared
-
-    def invoke(self, name: str, operation: Invoke) -> Result:
-        for _ in range(_MOST_LOSSES):
-            try:
-                return self._shared.invoke(name, operation)
-            except StateLost as lost:
-                log.info("%s", lost)
-        return self._shared.invoke(name, operation)
-
-
 def forgetful(handle: Kind) -> Kind:
     """Return a handle on the same shared object that tolerates its loss: a cache lost with its manager is empty."""
     if not isinstance(handle, SharedObject):
         raise TypeError(f"{handle!r} is not a shared object")
-    return cast(Kind, SharedObject(handle._name, handle._cls, _Forgetful(handle._shared)))
+    return cast(Kind, SharedObject(handle._name, handle._cls, handle._shared, _MOST_LOSSES))
 
 
 def _returned(result: Result) -> Any:
@@ -260,11 +232,14 @@ class Sharing(ABC):
 
     @abstractmethod
     def submit(self, operation: Operation) -> Result:
-        """See `Submits`."""
+        """Apply one operation on the counters, exactly once, and return its result.
+
+        :raises CounterServerError: any error of its tree; its `outcome` says whether the operation may be applied.
+        """
 
     @abstractmethod
     def invoke(self, name: str, operation: Invoke) -> Result:
-        """See `Invokes`."""
+        """Call a method of the declared object `name`, exactly once, and return its result; see `submit`."""
 
     def counter(self, name: str) -> Counter:
         """Return the counter `name`, which exists from its first increment on. This may be called at import time.
@@ -372,16 +347,15 @@ class State(Sharing):
         return self._counters.store
 
     def submit(self, operation: Operation, *, within: float = inf) -> Result:
-        """Apply one operation on the counters, exactly once, and return its result.
+        """See `Sharing`.
 
         :param within: seconds that it may take, if less than the state's deadline.
-        :raises CounterServerError: any error of its tree; its `outcome` says whether the operation may be applied.
         """
         session = self._pages if isinstance(operation, Scan) else self._counters
         return session.request(operation, self._until(within))
 
     def invoke(self, name: str, operation: Invoke, *, within: float = inf) -> Result:
-        """Call a method of a declared object, exactly once; see `object` and `submit`."""
+        """See `Sharing` and `submit`."""
         deadline = self._until(within)
         with self._opening:
             session = self._objects.get(name)

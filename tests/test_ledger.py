@@ -19,7 +19,6 @@ from counter_server.operations import (
     Delete,
     Get,
     Increment,
-    Invoke,
     Operation,
     Page,
     Refusal,
@@ -658,8 +657,6 @@ class Model:
 
     def execute(self, operation: Operation) -> Result:
         match operation:
-            case Invoke():
-                raise AssertionError("counters have no methods")
             case Get(name):
                 return self.counters.get(name)
             case Set(name, value):
@@ -680,6 +677,8 @@ class Model:
                 if key is not None:
                     self.keys[key] = (request, value)
                 return value
+            case _:
+                raise AssertionError(f"no batch of writes holds {operation}")
 
 
 def without_words(result: Result) -> Result:
