@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 def measured_on(load: float) -> str:
     """In a sentence."""
     told = ", ".join(f"{name} {number}" for name, number in versions().items())
-    return f"{machine()}, under a load of {load:.1f} when it began; {told}"
+    return f"{machine()}, with a load of {load:.1f} at the start; {told}"
 
 
 def as_json(results: Results, verdicts: list[Verdict]) -> bytes:
@@ -105,7 +105,7 @@ def print_tables(results: Results, verdicts: list[Verdict]) -> None:
         console.print(table)
     if verdicts:
         table = Table(title="bars", title_justify="left")
-        for name in ("bar", "is to be", "is", ""):
+        for name in ("bar", "limit", "measured", ""):
             table.add_column(name, justify="right" if name == "is" else "left")
         for verdict in verdicts:
             colour = "green" if verdict.reached else "yellow" if verdict.figure is None else "bold red"
