@@ -1,4 +1,4 @@
-"""What a run measured, as a part of docs/performance.md between two markers."""
+"""Writes the results of a run into docs/performance.md, between two markers."""
 
 import shutil
 import textwrap
@@ -18,7 +18,7 @@ _LEVELS = {"store": "Store", "http": "HTTP", "growth": "Growth", "startup": "Sta
 def write(document: Path, results: Results, verdicts: list[Verdict], pictures: Iterable[Path]) -> None:
     """Put the results into `document`, and the pictures into `pictures` beside it.
 
-    :raises ValueError: if it has no such place.
+    :raises ValueError: if the markers are missing.
     """
     text = document.read_text()
     head, begin, rest = text.partition(BEGIN)
