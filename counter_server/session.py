@@ -9,7 +9,7 @@ from math import inf
 from msgspec import Struct
 
 from .combiner import Combiner
-from .errors import BatchRefused, CounterServerError, DeadlineExceeded, Disconnected, OutcomeUnknown, StateLost
+from .errors import BatchRefused, CounterServerError, Disconnected, OutcomeUnknown, StateLost
 from .ledger import CLIENT_LIFETIME
 from .operations import READS, Batch, Operation, Refusal, Replayed, Result
 from .store import Store
@@ -26,6 +26,8 @@ class _Exchange(Struct, eq=False):
     batch: Batch
     sent: bool = False  # whether the batch may have reached the store
     began: float = 0.0  # the last attempt, in `time.monotonic` seconds
+    pause: float = _FIRST_PAUSE  # seconds before it is resent
+    reason: str = ""  # why the last attempt failed
     results: list[Result] | None = None
 
 
@@ -84,16 +86,35 @@ class Session:
         """
         exchange = self._exchange
         if exchange is None or exchange.operations is not operations:
-            if exchange is not None and exchange.sent and exchange.results is None:
-                self._renew()  # the abandoned batch may yet be applied under the next number
-            exchange = self._exchange = _Exchange(operations, self._numbered(operations))
-        if exchange.results is None:
-            results = self._send(exchange, deadline)
-            if exchange.batch.sequence:
-                self._sequence = exchange.batch.sequence  # first: an exchange without results is resent
-                self._known_until = exchange.began + _KNOWN_SECONDS if _is_remembered(results) else -inf
-            exchange.results = results
+            exchange = self._begin(operations)
+        while exchange.results is None:
+            sent_before, exchange.began = exchange.sent, time.monotonic()
+            exchange.sent = True  # until proven otherwise: an interrupt may come at any moment
+            try:
+                results = self.store.apply(exchange.batch, deadline)
+            except Disconnected as error:
+                exchange.sent = sent_before or error.sent
+                self._pause(exchange, error, deadline)
+            except BatchRefused as error:
+                self._begin_as_another(exchange, error, sent_before=sent_before)
+            except CounterServerError as error:  # StateLost, AccessDenied: definite, and for the whole batch
+                self._renew()
+                if sent_before and exchange.batch.sequence:
+                    error.outcome = "unknown"
+                raise
+            else:
+                if exchange.batch.sequence:
+                    self._sequence = exchange.batch.sequence  # first: an exchange without results is resent
+                    self._known_until = exchange.began + _KNOWN_SECONDS if _is_remembered(results) else -inf
+                exchange.results = results
         return exchange.results
+
+    def _begin(self, operations: list[Operation]) -> _Exchange:
+        before = self._exchange
+        if before is not None and before.sent and before.results is None:
+            self._renew()  # the abandoned batch may yet be applied under the next number
+        exchange = self._exchange = _Exchange(operations, self._numbered(operations))
+        return exchange
 
     def _numbered(self, operations: list[Operation]) -> Batch:
         for operation in operations:
@@ -101,55 +122,35 @@ class Session:
                 return Batch(self._client, self._sequence + 1, operations)
         return Batch(self._client, 0, operations)
 
-    def _send(self, exchange: _Exchange, deadline: float) -> list[Result]:
-        pause = _FIRST_PAUSE
-        reason = ""
-        while True:
-            sent_before, exchange.began = exchange.sent, time.monotonic()
-            exchange.sent = True  # until proven otherwise: an interrupt may come at any moment
-            try:
-                return self.store.apply(exchange.batch, deadline)
-            except Disconnected as error:
-                exchange.sent = sent_before or error.sent
-                now = time.monotonic()
-                remaining = deadline - now
-                if remaining > 0 or now - exchange.began > _LONGEST_PAUSE or not reason:
-                    reason = str(error)  # otherwise the deadline cut this attempt short, and the last reason says more
-                if remaining <= 0:
-                    raise self._too_late(exchange, reason) from error
-            except BatchRefused as error:
-                must_be_known = exchange.began < self._known_until
-                self._renew()
-                if sent_before:
-                    raise OutcomeUnknown(
-                        f"{self.store} has lost its memory of this call; it may have been counted before, at most once"
-                    ) from error
-                if must_be_known:
-                    raise StateLost(
-                        f"{self.store} has lost its memory of what this process counted: it was restored, truncated or"
-                        " emptied, or has more clients than it can remember; nothing was counted now, and the next call"
-                        " continues from the current content"
-                    ) from error
-                self._exchange = exchange
-                exchange.batch = self._numbered(exchange.operations)
-                exchange.sent = False
-                continue
-            except CounterServerError as error:  # StateLost, AccessDenied: definite, and for the whole batch
-                self._renew()
-                if sent_before and exchange.batch.sequence:
-                    error.outcome = "unknown"
-                raise
-            time.sleep(min(pause * random.uniform(0.5, 1.0), remaining))
-            pause = min(pause * 2, _LONGEST_PAUSE)
+    def _pause(self, exchange: _Exchange, broken: Disconnected, deadline: float) -> None:
+        """Wait before a batch is resent, or raise at the deadline."""
+        now = time.monotonic()
+        if now < deadline or now - exchange.began > _LONGEST_PAUSE or not exchange.reason:
+            exchange.reason = str(
+                broken
+            )  # otherwise the deadline cut this attempt short, and the last reason says more
+        if now >= deadline:
+            raise self._too_late(exchange) from broken
+        time.sleep(min(exchange.pause * random.uniform(0.5, 1.0), deadline - now))
+        exchange.pause = min(exchange.pause * 2, _LONGEST_PAUSE)
 
-    def _too_late(self, exchange: _Exchange, reason: str) -> DeadlineExceeded:
-        if exchange.sent and exchange.batch.sequence:
-            return DeadlineExceeded(
-                f"no answer from {self.store} in time ({reason}); it may have been counted, at most once", "unknown"
-            )
-        return DeadlineExceeded(
-            f"{self.store} could not be reached in time ({reason}); nothing was counted", "not_applied"
-        )
+    def _begin_as_another(self, exchange: _Exchange, refused: BatchRefused, *, sent_before: bool) -> None:
+        """Send a refused batch as a new client, unless that could count it twice or hide a loss."""
+        must_be_known = exchange.began < self._known_until
+        self._renew()
+        if sent_before:
+            raise OutcomeUnknown(
+                f"{self.store} has lost its memory of this call; it may have been counted before, at most once"
+            ) from refused
+        if must_be_known:
+            raise StateLost(
+                f"{self.store} has lost its memory of what this process counted: it was restored, truncated or"
+                " emptied, or has more clients than it can remember; nothing was counted now, and the next call"
+                " continues from the current content"
+            ) from refused
+        self._exchange = exchange
+        exchange.batch = self._numbered(exchange.operations)
+        exchange.sent = False
 
 
 def _is_remembered(results: list[Result]) -> bool:
