@@ -19,7 +19,7 @@ __all__ = ["Counter", "CounterServerError", "SharedState", "State", "StoreOption
 
 
 def __getattr__(name: str) -> Any:
-    # Only who uses the extension pays for importing Flask; the manager process does not.
+    # Importing Flask takes long, and the manager process does not need it.
     if name == "SharedState":
         from .extension import SharedState
 

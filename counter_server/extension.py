@@ -80,7 +80,7 @@ class SharedState(Sharing):
         :raises Unsupported: if shared objects are declared, and the store hosts none.
         """
         if _NAME in app.extensions:
-            raise RuntimeError("this app has a SharedState already: use that one")
+            raise RuntimeError("this app has a SharedState already: use it, and call init_app only once")
         state = state_of(app, self.declarations)
         app.config.setdefault("COUNTER_SERVER_REQUEST_DEADLINE", 2 * app.config["COUNTER_SERVER_DEADLINE"])
         check_seconds(app.config["COUNTER_SERVER_REQUEST_DEADLINE"], "a request's deadline", inf)
@@ -229,7 +229,7 @@ def _current_request() -> Request | None:
 
 
 def _borrowed() -> _Borrowed | None:
-    """Return the state that the current request uses. `g` of an outer app context may hold that of another request."""
+    """Return the state that the current request uses. In an outer app context, `g` may hold another request's."""
     borrowed: _Borrowed | None = g.get(_BORROWED)
     return borrowed if borrowed is not None and borrowed.request is _current_request() else None
 

@@ -35,7 +35,7 @@ from .operations import (
 from .settings import LONGEST_DEADLINE, Caps
 
 CLIENT_LIFETIME = 3600.0  # seconds past its last use for which a client is remembered; deadlines are 60 at most
-CLIENT_MINIMUM = 2 * LONGEST_DEADLINE  # seconds for which a client is remembered even if there is no room for another
+CLIENT_MINIMUM = 2 * LONGEST_DEADLINE  # seconds for which a client is remembered even when the room is full
 KEY_LIFETIME = 86400.0  # seconds for which an idempotency key is remembered
 _FORGET_EVERY = 1.0  # seconds
 _FORGET_AT_ONCE = 1000  # expired records removed in one commit, so that no commit takes long
@@ -422,12 +422,12 @@ Record = TypeVar("Record", ClientRecord, KeyRecord)
 
 def _merge(records: dict[Name, Record], changes: Mapping[Name, Record | None]) -> None:
     for name, record in changes.items():
-        records.pop(name, None)  # to the end: the order is that of the last use
+        records.pop(name, None)  # to the end: records are in the order of their last use
         if record is not None:
             records[name] = record
 
 
 def _expired(records: Mapping[Name, ClientRecord | KeyRecord], before: float) -> list[Name]:
-    """Return the first records that were last used by then; not so many that a commit takes long."""
+    """Return the first records that were last used before a time, at most as many as one commit should remove."""
     expired = takewhile(lambda item: item[1].used <= before, records.items())
     return [name for name, _ in islice(expired, _FORGET_AT_ONCE)]

@@ -35,7 +35,7 @@ from .operations import (
 from .session import Session
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, LONGEST_DEADLINE, StoreOptions, check_seconds
 from .status import Status
-from .store import HostsObjects, Store, TellsStatus
+from .store import HostsObjects, ReportsStatus, Store
 from .stores import open_store
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class Declarations(dict[str, Declaration]):
     _unable: Store | None = None  # a store that uses them, but hosts none
 
     def use(self, store: Store) -> None:
-        """Note that `store` uses them, including those that are declared later.
+        """Note that `store` uses them, including later ones.
 
         :raises Unsupported: if something is declared and the store hosts none; a later declaration raises it then.
         """
@@ -380,7 +380,7 @@ class State(Sharing):
         :raises AccessDenied: if the store does not let this process in.
         """
         deadline = self._until(within)
-        if not isinstance(self.store, TellsStatus):
+        if not isinstance(self.store, ReportsStatus):
             return None
         try:
             return self.store.status(deadline)

@@ -85,7 +85,7 @@ class Examined(Protocol):
 
 
 @runtime_checkable
-class TellsStatus(Protocol):
+class ReportsStatus(Protocol):
     """A store whose server has figures about itself."""
 
     def status(self, deadline: float) -> Status:

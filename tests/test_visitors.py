@@ -228,7 +228,7 @@ def test_after_a_kill_of_the_manager_visitors_begin_anew_and_one_is_told(on_dema
     one, two = app.test_client(), app.test_client()
     assert [increment(one), increment(one), increment(two)] == [1, 2, 1]
     end_manager(data_dir / "manager.lock")
-    with pytest.raises(StateLost, match="begins anew"):
+    with pytest.raises(StateLost, match="begins again"):
         increment(one)
     assert [increment(one), increment(two), value(one)] == [1, 1, 1]
     with app.app_context():

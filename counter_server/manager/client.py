@@ -85,7 +85,7 @@ class StateProxy(BaseProxy):
         return _decode_results(self._callmethod("apply", (batch,), deadline=deadline))
 
     def status(self, deadline: float) -> Status:
-        """See `TellsStatus`."""
+        """See `ReportsStatus`."""
         # On a connection of its own: the other one may be waiting for a commit.
         with closing(StateProxy(self.directory)) as proxy:
             figures = proxy._callmethod("status", deadline=deadline)
@@ -187,7 +187,7 @@ class StateProxy(BaseProxy):
                 known, self._epoch = self._epoch, epoch
                 if known not in (None, epoch):
                     raise StateLost(
-                        f"the manager of {self.directory} has started again without its memory: {self._id} begins anew"
+                        f"the manager of {self.directory} has started again without its memory: {self._id} begins again"
                     )
             case "#FULL":
                 raise Disconnected(f"the manager of {self.directory} accepts no more clients: {epoch}", sent=False)

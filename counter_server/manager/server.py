@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 _MOST_GREETED = 100  # connections above the maximum that get an explanation; others are closed at once
 _SWITCH_SECONDS = 0.0001  # for which a method computes before another thread's turn; Python's default is 5 ms
 _SECONDS_TO_SUCCEED = 10.0  # in which a manager on demand starts or ends
-_OTHER_DESCRIPTORS = 64  # open beside the connections: its own, and those of its shared objects
+_OTHER_DESCRIPTORS = 64  # open beside the connections: its own, and its shared objects
 SLOW_SECONDS = 10.0  # after which a running call of a shared object is reported
 _LOOK_SECONDS = 1.0
 
@@ -221,7 +221,7 @@ class Upkeep:
     durability: Durability
     epoch: str
     objects: Sequence[HostedObject]
-    declared: int  # shared objects, including those that could not be made
+    declared: int  # shared objects, including objects that could not be made
     keeps_place: str  # why it does not end for another manager; empty if it does
     supervisor: int | None  # pid
     began: float = field(default_factory=time.monotonic)
@@ -321,7 +321,10 @@ def _is_any_there(connections: Iterable[Connection]) -> bool:
 
 
 class StateManager(BaseManager):
-    """`BaseManager` with our server. The address is a socket's path; `spawn` is named, whatever the default is."""
+    """`BaseManager` with our server.
+
+    :param address: a socket's path.
+    """
 
     _Server = StateServer
 
@@ -343,16 +346,16 @@ def serve(
     declarations: Sequence[Declaration] = (),
     caps: Caps = DEFAULT_CAPS,
 ) -> NoReturn:
-    """Be the manager of `directory` until a signal comes. Ends the process.
+    """Run the manager of `directory` until a signal comes, and end the process.
 
     :param ready: called when clients can connect.
-    :param lifeline: if it is given, only its end ends the manager, and no signal: a supervisor that was told to stop
-        together with its children still has requests to finish first.
-    :param idle_timeout: seconds without any client after which to end. A manager whose counters are in its memory alone
-        (durability `none`) never ends so: they would be lost.
+    :param lifeline: a connection to the supervisor. With it, only its end ends the manager, and no signal: if one signal
+        stops supervisor and children together, the supervisor still has requests to finish.
+    :param idle_timeout: seconds without clients after which to end. With durability `none` the manager never ends this
+        way, because its counters would be lost.
     :param declarations: the shared objects to host, beside the counters. No client can add any.
-    :param caps: what it takes at the most.
-    :raises StartupError: if the directory, its lock, journal or socket cannot be had.
+    :param caps: the maximum of everything that clients can add.
+    :raises StartupError: if the directory, its lock, its journal or its socket cannot be used.
     """
     os.umask(0o077)
     threading.excepthook = _end_without_memory
@@ -366,7 +369,7 @@ def serve(
         keep_from_children(lifeline.fileno())
         threading.Thread(target=end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
-    starting = ExitStack()  # until this one is ready, nobody starts another on demand
+    starting = ExitStack()  # until this manager is ready, no client starts another one
     if idle_timeout is None:
         starting.enter_context(directory.starting(_SECONDS_TO_SUCCEED))
         end_manager(directory, _SECONDS_TO_SUCCEED, for_another=True)
@@ -375,7 +378,7 @@ def serve(
             journal = _open_journal(directory, durability, caps)
             contents = journal.load() if journal else Contents()
             if journal:
-                journal.count_start()  # not before it was found whole: a damaged one is left as it is
+                journal.count_start()  # after the check, so that a damaged journal is not changed
             ledger = Ledger(contents, journal, caps=caps, fail=fail)
         epoch = journal.epoch if journal else secrets.token_hex(16)
         directory.remove_stale_socket()
@@ -419,7 +422,7 @@ def serve(
             server.serve_forever()
         finally:
             is_ending.set()
-            keeping.join()  # it would have what is taken away here found again
+            keeping.join()  # otherwise it would restore the socket that is removed here
             if server.listener.is_found:
                 with suppress(FileNotFoundError):
                     directory.socket.unlink()
@@ -431,14 +434,14 @@ def serve(
 
 
 def _end_without_memory(uncaught: threading.ExceptHookArgs) -> None:
-    """Report what ended a thread; without memory, end the process: it would be there, and serve nobody."""
+    """Report the error that ended a thread. Without memory, end the process, which could serve no client."""
     threading.__excepthook__(uncaught)
     if issubclass(uncaught.exc_type, MemoryError):
         fail(uncaught.exc_value or MemoryError())
 
 
 def _why_it_keeps_its_place(idle_timeout: float | None, journal: Journal | None) -> str:
-    """Return why it does not end for another manager; nothing where it does."""
+    """Return why the manager does not end for another one; empty if it does."""
     if idle_timeout is None:
         return (
             "it was started by hand: 'counter-server run --attach' with the same --data-dir uses it,"
@@ -472,7 +475,7 @@ def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, con
 
 
 def _room_for(connections: int) -> int:
-    """So many connections, or those that this process may have descriptors for; it asks for as many as it needs."""
+    """Raise the limit of descriptors as needed; return how many connections the process can have, at most as asked."""
     wanted = connections + _MOST_GREETED + _OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
@@ -484,7 +487,7 @@ def _room_for(connections: int) -> int:
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """What is made in the block stays: it is not looked through for garbage, neither as it grows nor later."""
+    """Keep the garbage collector from examining what the block makes, now and later, because it stays."""
     gc.disable()
     try:
         yield
