@@ -126,11 +126,16 @@ class Session:
         """Wait before a batch is resent, or raise at the deadline."""
         now = time.monotonic()
         if now < deadline or now - exchange.began > _LONGEST_PAUSE or not exchange.reason:
-            exchange.reason = str(
-                broken
-            )  # otherwise the deadline cut this attempt short, and the last reason says more
+            exchange.reason = str(broken)  # otherwise the deadline cut this attempt short: the last reason says more
         if now >= deadline:
-            raise self._too_late(exchange) from broken
+            if exchange.sent and exchange.batch.sequence:
+                raise DeadlineExceeded(
+                    f"no answer from {self.store} in time ({exchange.reason}); it may have been counted, at most once",
+                    "unknown",
+                ) from broken
+            raise DeadlineExceeded(
+                f"{self.store} could not be reached in time ({exchange.reason}); nothing was counted", "not_applied"
+            ) from broken
         time.sleep(min(exchange.pause * random.uniform(0.5, 1.0), deadline - now))
         exchange.pause = min(exchange.pause * 2, _LONGEST_PAUSE)
 

@@ -308,7 +308,7 @@ def test_an_object_in_memory_is_lost_with_its_manager_and_says_so_once(on_demand
         assert [obj.query(), obj.query()] == [1, 2]
         assert state.counter("c").increment() == 1
         end_manager(data_dir / "manager.lock")
-        with pytest.raises(StateLost, match="object:obj begins anew") as lost:
+        with pytest.raises(StateLost, match="object:obj begins again") as lost:
             obj.query()
         assert lost.value.outcome == "not_applied"
         assert obj.query() == 1

@@ -349,8 +349,8 @@ def serve(
     """Run the manager of `directory` until a signal comes, and end the process.
 
     :param ready: called when clients can connect.
-    :param lifeline: a connection to the supervisor. With it, only its end ends the manager, and no signal: if one signal
-        stops supervisor and children together, the supervisor still has requests to finish.
+    :param lifeline: a connection to the supervisor. With it, only its end ends the manager, and no signal: if one
+        signal stops supervisor and children together, the supervisor still has requests to finish.
     :param idle_timeout: seconds without clients after which to end. With durability `none` the manager never ends this
         way, because its counters would be lost.
     :param declarations: the shared objects to host, beside the counters. No client can add any.
