@@ -9,7 +9,7 @@ from math import inf
 from msgspec import Struct
 
 from .combiner import Combiner
-from .errors import BatchRefused, CounterServerError, Disconnected, OutcomeUnknown, StateLost
+from .errors import BatchRefused, CounterServerError, DeadlineExceeded, Disconnected, OutcomeUnknown, StateLost
 from .ledger import CLIENT_LIFETIME
 from .operations import READS, Batch, Operation, Refusal, Replayed, Result
 from .store import Store
