@@ -484,9 +484,9 @@ def test_two_of_one_name_are_the_same_and_one_of_another_size_is_refused(state: 
     one, other = state.dict("d", max_entries=5), state.dict("d", max_entries=5, ttl=60)
     one["k"] = 1
     assert other["k"] == 1
-    with pytest.raises(InvalidRequest, match="has that name already"):
+    with pytest.raises(InvalidRequest, match="already has that name"):
         state.dict("d", max_entries=6)
-    with pytest.raises(InvalidRequest, match="has that name already"):
+    with pytest.raises(InvalidRequest, match="already has that name"):
         state.dict("d")
     other["l"] = 2
     assert sorted(one) == ["k", "l"]
