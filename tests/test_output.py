@@ -89,7 +89,7 @@ def test_a_manager_whose_output_nobody_takes_serves(
 def test_the_log_says_how_many_lines_were_dropped(stack: ExitStack) -> None:
     script = """
 import logging, sys
-from counter_server.server.logs import configure
+from counter_server.output import configure
 configure("worker", "json")
 for number in range(20_000):
     logging.getLogger("x").info("%d %s", number, "x" * 100)
@@ -125,7 +125,7 @@ logging.getLogger("x").info("the last")
 def test_nothing_that_is_logged_looks_like_another_line(stack: ExitStack) -> None:
     script = """
 import logging
-from counter_server.server.logs import configure
+from counter_server.output import configure
 configure("worker", "text")
 forged = "a\\n2026-01-01 00:00:00,000 worker 1 INFO forged\\r\\x1b[31m\\u2028\\x85\\u202e\\udc80"
 logging.getLogger("waitress").warning("path %s", forged)
