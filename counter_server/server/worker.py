@@ -24,19 +24,24 @@ from typing import Any, NoReturn
 
 import msgspec
 from flask import Flask
-from waitress import wasyncore
-from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.receiver import ChunkedReceiver
-from waitress.server import create_server
-from waitress.task import ErrorTask, ThreadedTaskDispatcher
-from waitress.utilities import BadRequest, RequestEntityTooLarge, find_double_newline
 
+from ..errors import StartupError
 from ..extension import SharedState
 from ..output import configure
 from ..settings import ServerSettings
 from .web import create_app
 from .web.health import LIVEZ
+
+try:
+    from waitress import wasyncore
+    from waitress.channel import HTTPChannel
+    from waitress.parser import HTTPRequestParser, ParsingError
+    from waitress.receiver import ChunkedReceiver
+    from waitress.server import create_server
+    from waitress.task import ErrorTask, ThreadedTaskDispatcher
+    from waitress.utilities import BadRequest, RequestEntityTooLarge, find_double_newline
+except ImportError as error:
+    raise StartupError("the server needs waitress: pip install 'counter-server[server]'") from error
 
 BACKLOG = 1024  # connections that may wait to be accepted, over all workers
 DRAIN_SECONDS = 10.0  # for open requests, when asked to stop
