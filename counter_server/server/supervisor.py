@@ -58,7 +58,6 @@ class Child:
     name: str
     target: Callable[..., None]
     arguments: tuple[Any, ...]
-    beats: bool = False  # sends a sign of life every second
     fresh: bool = False  # runs in a new interpreter
     process: BaseProcess | None = None
     pid: int | None = None
@@ -103,9 +102,8 @@ class Child:
 
     def hear(self) -> None:
         """Read its signs of life; the first means that it is ready. At the end of the pipe its death follows."""
-        assert self.lifeline is not None
         try:
-            while self.lifeline.poll():
+            while self.lifeline is not None and self.lifeline.poll():
                 self.lifeline.recv()
                 self.heard_at = time.monotonic()
                 self.ready_since = self.ready_since or self.heard_at
@@ -116,10 +114,6 @@ class Child:
     def ended(self) -> bool:
         """Whether its process has died and is not reaped yet."""
         return self.process is not None and not self.process.is_alive()
-
-    def silent_for(self, now: float) -> float:
-        """Return the seconds since its last sign of life, or 0 if none is due."""
-        return now - self.heard_at if self.beats and self.process and self.ready_since is not None else 0.0
 
     def close_lifeline(self) -> None:
         """Close our end of the pipe."""
@@ -153,15 +147,11 @@ class Child:
 
 
 def _main(to_close: Iterable[int], target: Callable[..., None], *arguments: Any) -> None:
-    """Run `target` in a child process and report its errors in one line.
-
-    :param to_close: the supervisor's descriptors, which a fork has inherited. Their Python objects stay alive in the
-        frames below, to which a fork never returns, so they do not close them a second time.
-    """
+    """Run `target` in a child process and report its errors in one line."""
     signal.set_wakeup_fd(-1)  # a fork inherits the supervisor's, and its handlers
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    for descriptor in to_close:
+    for descriptor in to_close:  # inherited by a fork, as are their Python objects, which the frames below keep alive
         os.close(descriptor)
     multiprocessing.set_start_method("spawn", force=True)  # a child has threads, so it must not fork
     try:
@@ -188,15 +178,10 @@ def _descriptors() -> set[int]:
 
 
 class Processes:
-    """A table of the children, in memory that the supervisor shares with the workers. Only the supervisor writes.
+    """A table of the manager and the workers, in memory that the workers share. Only the supervisor writes it.
 
     Reading it takes no message and no lock, so it works while a worker is frozen or the manager is down. The
-    application finds it in its configuration, except under another launcher::
-
-        processes = current_app.config.get("COUNTER_SERVER_PROCESSES")
-        if processes is not None:
-            for process in processes():     # a list of `counter_server.status.Process`: the manager, then the workers
-                process.name, process.pid, process.uptime, process.restarts
+    application finds it in its configuration as ``COUNTER_SERVER_PROCESSES``, and calls it.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -252,10 +237,8 @@ class Supervisor:
         :raises StartupError: if the port, the data directory or the application is unusable.
         """
         configure("supervisor", self._settings.log_format)
-        self._wakeup, wake = socket.socketpair()
-        for end in (self._wakeup, wake):
-            end.settimeout(0)
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        self._wakeup, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, self._note_signal)
         sock = inherited_socket() or self._bind()
@@ -290,17 +273,15 @@ class Supervisor:
         if not host:
             raise StartupError("--host is empty: name an address, 127.0.0.1 for this machine, 0.0.0.0 for all")
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            sock = socket.socket(family, kind, protocol)
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            sock = socket.socket(*found[:3])
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
+            sock.bind(found[4])
             sock.listen(BACKLOG)
         except (OSError, ValueError) as error:  # ValueError: the host is not even a valid name
             reason = getattr(error, "strerror", None) or error
             raise StartupError(
-                f"cannot listen on {host!r} port {port}: {reason}; choose another with --host or --port"
+                f"cannot listen on {host!r} port {port}: {reason}; choose another --host or --port"
             ) from error
         return sock
 
@@ -330,20 +311,17 @@ class Supervisor:
         if store == "memory://" and settings.workers > 1:
             log.warning("memory:// is not shared: each of the %d workers counts on its own", settings.workers)
         app.secret_key = config["SECRET_KEY"] = signing_key(config["COUNTER_SERVER_STORE"], default_data_dir())
-        self._workers = [Child(name, work, (sock, settings, config, app), beats=True) for name in names]
+        self._workers = [Child(name, work, (sock, settings, config, app)) for name in names]
 
     def _boot(self, group: list[Child]) -> None:
-        """Start the group and wait until all of it is ready.
-
-        :raises StartupError: if one of it does not start.
-        """
+        """Start the group and wait until all of it is ready."""
         deadline = time.monotonic() + _BOOT_SECONDS
         for child in group:
             child.start()
             self._processes.note(child.name, child.pid)
         while not self._stop_signals and any(child.ready_since is None for child in group):
             for child in group:
-                if child.process is None or child.ended:
+                if (child.process is None or child.ended) and not self._stop_signals:
                     raise StartupError(f"the {child.name} process could not start; its message stands above")
             if time.monotonic() > deadline:
                 raise StartupError(f"not ready after {_BOOT_SECONDS:g} seconds; the processes' messages stand above")
@@ -376,7 +354,7 @@ class Supervisor:
         """Replace the workers one by one, each when its successor is ready; yield while waiting for that."""
         for place, old in enumerate(self._workers):
             shared = old.arguments[:-1]  # without the application, which a new interpreter makes itself
-            new = self._successor = Child(old.name, work, (*shared, None), beats=True, fresh=True)
+            new = self._successor = Child(old.name, work, (*shared, None), fresh=True)
             deadline = time.monotonic() + _BOOT_SECONDS
             new.start()
             while new.ready_since is None:
@@ -394,7 +372,8 @@ class Supervisor:
                 self._retired[old] = time.monotonic() + LINGER_SECONDS + DRAIN_SECONDS + 1
 
     def _keep_running(self, child: Child) -> None:
-        if child.silent_for(time.monotonic()) > self._settings.frozen_after and child.process is not None:
+        silent_for = time.monotonic() - child.heard_at
+        if child in self._workers and child.process and child.ready_since and silent_for > self._settings.frozen_after:
             log.warning("%s (pid %s) gives no sign of life; ending it", child.name, child.pid)
             child.process.kill()
             child.process.join()
@@ -410,19 +389,17 @@ class Supervisor:
 
     def _wait(self, until: float) -> None:
         """Wait until a child reports or ends, a signal arrives, or the time comes."""
-        lifelines = {child.lifeline: child for child in self._children if child.lifeline is not None}
         ends = [child.process.sentinel for child in self._children if child.process is not None]
+        lifelines = [child.lifeline for child in self._children if child.lifeline is not None]
         began = time.monotonic()
-        happened = wait([*lifelines, *ends, self._wakeup], max(until - began, 0))
+        wait([*lifelines, *ends, self._wakeup], max(until - began, 0))
         late = time.monotonic() - max(until, began)
-        if late > BEAT_SECONDS:  # this process or the whole machine was stopped: no child is to blame
-            for child in lifelines.values():
+        for child in self._children:
+            if late > BEAT_SECONDS:  # this process or the whole machine was stopped: no child is to blame
                 child.heard_at += late
-        for source in happened:
-            if isinstance(source, Connection):
-                lifelines[source].hear()
+            child.hear()
         with suppress(BlockingIOError):
-            self._wakeup.recv(4096)
+            os.read(self._wakeup, 4096)
 
     def _stop(self) -> None:
         """End the workers first, so that their last requests are still counted, and then the manager."""
@@ -439,11 +416,8 @@ class Supervisor:
                     child.process.join(max(deadline - time.monotonic(), 0))
 
     def _reap_strangers(self) -> None:
-        """Reap orphans that the kernel gave to this process, as it does to the first process of a container.
-
-        A dead child of ours stops this for the moment: the loop reaps it and comes back for the orphans behind it.
-        """
+        """Reap orphans that the kernel gave to this process, as it does to the first process of a container."""
         ours = {child.pid for child in self._children}
-        with suppress(ChildProcessError):
+        with suppress(ChildProcessError):  # it stops at a dead child of ours, which is reaped elsewhere first
             while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in ours:
                 os.waitpid(ended.si_pid, 0)

@@ -9,7 +9,6 @@ from ..errors import StartupError
 log = logging.getLogger(__name__)
 
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
-_SEND_SECONDS = 1.0
 
 
 def notify(*states: str) -> None:
@@ -21,9 +20,8 @@ def notify(*states: str) -> None:
         address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(_SEND_SECONDS)
-            sender.connect(address)
-            sender.send("\n".join(states).encode())
+            sender.settimeout(1.0)
+            sender.sendto("\n".join(states).encode(), address)
     except OSError as error:
         log.warning("the service manager at NOTIFY_SOCKET %r cannot be notified: %s", address, error.strerror or error)
 

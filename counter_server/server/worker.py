@@ -4,8 +4,8 @@ It extends internals of waitress: the channel, the parser, the receiver of chunk
 All of this was written against the source of waitress 3.0.2; pyproject.toml keeps the version below 3.1.
 """
 
+# waitress has no types.
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportIndexIssue=false
-# (waitress has no types)
 
 import logging
 import os
@@ -138,10 +138,7 @@ class Worker:
         self._server.pull_trigger()
 
     def run(self, beat: Callable[[], None]) -> None:
-        """Serve until `stop`.
-
-        :param beat: called every second, unless this process is stuck.
-        """
+        """Serve until `stop`, and call `beat` every second."""
         next_beat = 0.0
         while not self._stopping:
             self._poll(timeout=BEAT_SECONDS)
@@ -179,12 +176,11 @@ class Worker:
 
 
 def _connection_limit() -> int:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_CONNECTIONS + _OTHER_DESCRIPTORS
-    if soft < wanted:
-        soft = min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(min(soft - _OTHER_DESCRIPTORS, _MAX_CONNECTIONS), _OTHER_DESCRIPTORS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = max(soft, min(wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(min(soft, wanted) - _OTHER_DESCRIPTORS, _OTHER_DESCRIPTORS)
 
 
 class Chunks(ChunkedReceiver):  # type: ignore[misc] # waitress has no types
@@ -223,7 +219,7 @@ class Chunks(ChunkedReceiver):  # type: ignore[misc] # waitress has no types
                 self._missing = int(chunk[1], 16)
                 del self._unread[: chunk.end()]
                 if len(self) + self._missing >= LARGEST_REQUEST:
-                    self.error = RequestEntityTooLarge("")
+                    self.error = RequestEntityTooLarge(f"exceeds max_body of {LARGEST_REQUEST}")
             else:
                 self.error = BadRequest("a chunk must be its size in hexadecimal digits and its data, each with CR LF")
         return len(s) - len(self._unread) if self.completed else len(s)
@@ -259,9 +255,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
     def parse_header(self, header_plus: bytes) -> None:
         first_line, _, headers = header_plus.partition(b"\r\n")
         if not self._FIRST_LINE.fullmatch(first_line):
-            raise ParsingError(
-                "the first line must be a method, a path or an http URL, and HTTP/1.1, with single spaces"
-            )
+            raise ParsingError("the first line must be a method, a path or URL, and HTTP/1.1, with single spaces")
         encodings = self._TRANSFER_ENCODING.findall(headers)
         if len(encodings) > 1 or not all(map(self._ENDS_CHUNKED.fullmatch, encodings)):
             raise ParsingError("only one Transfer-Encoding is allowed, and it must end with chunked")
@@ -281,23 +275,16 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             self.body_rcv = Chunks(self.body_rcv.getbuf())
 
 
-_DETAIL = {
-    413: f"the body must be shorter than {LARGEST_REQUEST} bytes",
-    431: f"the first line and the headers must be shorter than {LARGEST_HEAD} bytes together",
-    500: "the application failed; the server's log has the reason",
-}
-
-
 class Refusal(ErrorTask):  # type: ignore[misc]
     """Answers malformed requests, and failures of the application, with a problem document."""
 
     def execute(self) -> None:
-        error: Any = self.request.error  # pyright: ignore[reportAttributeAccessIssue]
+        error: Any = self.request.error
         problem = {
             "type": "about:blank",
             "title": error.reason,
             "status": error.code,
-            "detail": _DETAIL.get(error.code) or f"the request is malformed: {error.body}"[:200],
+            "detail": str(error.body)[:200],
             "outcome": "unknown" if error.code == 500 else "not_applied",
         }
         body = msgspec.json.encode(problem)
