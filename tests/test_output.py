@@ -1,4 +1,4 @@
-"""What nobody reads, or cannot be written, stops nothing: the log, standard output, words to a service manager."""
+"""A slow or dead reader stops nothing: neither of the log, of standard output, nor of service notifications."""
 
 import json
 import os
@@ -36,7 +36,7 @@ DEAF = {
 
 @pytest.fixture
 def terminal() -> Iterator[int]:
-    """A terminal whose output is stopped, as by Ctrl-S."""
+    """Return a terminal whose output is stopped, as by Ctrl-S."""
     master, slave = pty.openpty()
     termios.tcflow(slave, termios.TCOOFF)
     yield slave
@@ -66,7 +66,7 @@ def test_a_server_whose_output_nobody_takes_serves(
     assert increments(port, ENOUGH) == list(range(1, ENOUGH + 1))
     manager = holder(data_dir)
     assert manager is not None
-    os.kill(manager, signal.SIGKILL)  # which the supervisor says, and starts another
+    os.kill(manager, signal.SIGKILL)  # the supervisor logs it and starts another
     assert increments(port, 1) == [ENOUGH + 1]
     assert server.stop() == 0
 
@@ -108,18 +108,18 @@ logging.getLogger("x").info("the last")
         os.close(writer)
         theirs.close()
         program.expect("all said")
-        told = 0
+        reported = 0
         seen = 0
         for line in lines:
             message = json.loads(line)["message"]
             if "were dropped" in message:
-                told += int(message.split()[0])
+                reported += int(message.split()[0])
                 ours.close()
             else:
                 seen += 1
     assert program.wait() == 0
-    assert told > 0
-    assert seen + told == 20_001
+    assert reported > 0
+    assert seen + reported == 20_001
 
 
 def test_nothing_that_is_logged_looks_like_another_line(stack: ExitStack) -> None:
@@ -172,7 +172,7 @@ def zombies(parent: int) -> list[int]:
 
 
 def test_orphans_are_reaped_and_do_not_disturb(stack: ExitStack, data_dir: Path) -> None:
-    """The supervisor is given them as the first process of a container is: it is made their subreaper here."""
+    """The supervisor gets them like the first process of a container: here it is made their subreaper."""
     script = """
 import ctypes, os, subprocess, sys
 assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0

@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -206,9 +205,9 @@ class Processes:
     @staticmethod
     def _read(name: str, row: Any) -> Process:
         # A lock would stop the supervisor if its holder were killed. The writer clears the pid first and sets it last,
-        # so the values in between belong to a pid that is the same before and after.
+        # so the values between two reads of the same pid belong to it.
         while True:
-            pid, began, starts = map(row.__getitem__, range(3))
+            pid, began, starts = row[0], row[1], row[2]
             if row[0] == pid:
                 uptime = time.monotonic() - began if pid else 0.0
                 return Process(name=name, pid=int(pid) or None, uptime=uptime, restarts=max(int(starts) - 1, 0))
@@ -219,7 +218,7 @@ class Supervisor:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._stop_signals: deque[int] = deque()
+        self._stopping = False
         self._hangup = False  # replace the workers
         self._managers: list[Child] = []  # one, or none if the store needs none of ours
         self._workers: list[Child] = []
@@ -246,7 +245,7 @@ class Supervisor:
         try:
             for group in (self._managers, self._workers):
                 self._boot(group)
-            if not self._stop_signals:
+            if not self._stopping:
                 host, port = sock.getsockname()[:2]
                 print(f"Serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
                 notify("READY=1")
@@ -264,9 +263,9 @@ class Supervisor:
         if number == signal.SIGHUP:
             self._hangup = True
             return
-        self._stop_signals.append(number)
-        if len(self._stop_signals) > 1:
+        if self._stopping:
             os._exit(128 + number)  # the second signal ends everything: the children see the end of the pipe
+        self._stopping = True
 
     def _bind(self) -> socket.socket:
         host, port = self._settings.host, self._settings.port
@@ -319,9 +318,9 @@ class Supervisor:
         for child in group:
             child.start()
             self._processes.note(child.name, child.pid)
-        while not self._stop_signals and any(child.ready_since is None for child in group):
+        while not self._stopping and any(child.ready_since is None for child in group):
             for child in group:
-                if (child.process is None or child.ended) and not self._stop_signals:
+                if (child.process is None or child.ended) and not self._stopping:
                     raise StartupError(f"the {child.name} process could not start; its message stands above")
             if time.monotonic() > deadline:
                 raise StartupError(f"not ready after {_BOOT_SECONDS:g} seconds; the processes' messages stand above")
@@ -330,7 +329,7 @@ class Supervisor:
     def _watch(self) -> None:
         """Restart children that die or freeze, and replace the workers on SIGHUP, until a signal to stop arrives."""
         replacement: Iterator[None] | None = None
-        while not self._stop_signals:
+        while not self._stopping:
             starts = [child.restart_at for child in [*self._managers, *self._workers] if child.process is None]
             self._wait(min([*starts, time.monotonic() + BEAT_SECONDS]))
             if self._hangup and replacement is None:
@@ -383,7 +382,7 @@ class Supervisor:
                 raise StartupError(f"the {child.name} process died {child.failures} times in a row; giving up")
             status = f"signal {-code}" if code < 0 else f"status {code}"
             log.warning("%s (pid %s) ended with %s; starting another", child.name, pid, status)
-        if child.process is None and time.monotonic() >= child.restart_at and not self._stop_signals:
+        if child.process is None and time.monotonic() >= child.restart_at and not self._stopping:
             child.start()
         self._processes.note(child.name, child.pid)
 

@@ -131,7 +131,7 @@ class Worker:
     def stop(self, *, linger: float = 0.0) -> None:
         """Make `run` finish the open requests and return. Safe in a signal handler.
 
-        :param linger: seconds in which idle connections get one more answer, which says that they close.
+        :param linger: seconds in which idle connections get one more answer, which announces their close.
         """
         self._linger = linger
         self._stopping = True
@@ -151,7 +151,7 @@ class Worker:
         wasyncore.dispatcher.close(self._server)
         self._server.ending = True
         ending = time.monotonic()
-        while channels := self._channels():
+        while channels := list(self._server.active_channels.values()):  # a copy: other threads close some
             elapsed = time.monotonic() - ending
             drained = elapsed > DRAIN_SECONDS or all(channel.idle for channel in channels)
             if drained and elapsed > self._linger:
@@ -160,12 +160,9 @@ class Worker:
         self._probes.shutdown()
         self._server.task_dispatcher.shutdown()
 
-    def _channels(self) -> "list[Channel]":
-        return list(self._server.active_channels.values())  # a copy: other threads close some
-
     def _close_overdue(self, now: float) -> None:
         """Close connections whose clients send or read too slowly, and the longest idle ones if there are too many."""
-        channels = self._channels()
+        channels = list(self._server.active_channels.values())
         for channel in channels:
             if channel.is_overdue(now, self._request_timeout):
                 channel.handle_close()
@@ -312,7 +309,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         taken = bool(super().received(data))
         with self.requests_lock:
             if len(self.requests) > _MAX_PIPELINED:
-                # The last answer announces the close, which tells the client that the others were not applied.
+                # The last answer announces the close, so the client knows that the others were not applied.
                 self.requests[_MAX_PIPELINED - 1].headers["CONNECTION"] = "close"
                 del self.requests[_MAX_PIPELINED:]
         return taken
@@ -335,7 +332,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return not (self.requests or self.request is not None or self.total_outbufs_len)
 
     def is_overdue(self, now: float, seconds: float) -> bool:
-        """Return whether the client has sent at one request, or read nothing of an answer, for `seconds`.
+        """Return whether the client has been sending one request, or reading nothing of an answer, for `seconds`.
 
         It compares with its last call, so call it every second.
         """
