@@ -103,12 +103,17 @@ class _Output(io.FileIO):
         with self._changed:
             if not (self._queue or self._dropped) and self._has_room(len(line)):
                 self._dropped += not self._write_now(line)
-            elif self._queued_bytes + len(line) > _MAX_QUEUED_BYTES or not self._ensure_writer():
+            elif self._queued_bytes + len(line) > _MAX_QUEUED_BYTES:
                 self._dropped += 1
             else:
                 self._queue.append(line)
                 self._queued_bytes += len(line)
                 self._changed.notify_all()
+                if not self._has_writer:
+                    with suppress(RuntimeError):  # no room for a thread: the next line tries again
+                        # `threading.Thread.start` would hang if the new thread dies without memory.
+                        _thread.start_new_thread(self._write_queue, ())
+                        self._has_writer = True
         return len(line)
 
     def _has_room(self, size: int) -> bool:
@@ -124,14 +129,6 @@ class _Output(io.FileIO):
             return stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and not self.isatty())
         except OSError:
             return False
-
-    def _ensure_writer(self) -> bool:
-        if not self._has_writer:
-            with suppress(RuntimeError):  # no room for another thread
-                # `threading.Thread.start` would hang if the new thread dies without memory.
-                _thread.start_new_thread(self._write_queue, ())
-                self._has_writer = True
-        return self._has_writer
 
     def drain(self, now: Callable[[], float] = time.monotonic, seconds: float = _DRAIN_SECONDS) -> None:
         """Wait a moment until the queue is empty. The defaults outlive this module's names at interpreter exit."""

@@ -90,8 +90,7 @@ class Child:
             to_close = set() if self.fresh else {self.lifeline.fileno(), *inherited} - kept
             self.ready_since = None
             process = context.Process(target=_main, args=(to_close, self.target, *arguments), name=self.name)
-            # Only the supervisor acts on a signal to the whole process group, as a terminal or a service manager sends
-            # it: children inherit a mask that blocks it.
+            # Only the supervisor acts on signals to the process group: children inherit a mask that blocks them.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             try:
                 process.start()
@@ -134,14 +133,12 @@ class Child:
         code = self.process.exitcode or 0
         self.process.close()
         self.process = self.pid = None
-        now = time.monotonic()
-        if code == _EXIT_NO_ROOM:  # a full disk is not the child's failure, and passes
-            self.restart_at = now + _LONGEST_PAUSE
-            return code
-        stable = self.ready_since is not None and now - self.ready_since > STABLE_SECONDS
-        self.failures = 1 if stable else self.failures + 1
-        pause = min(_FIRST_PAUSE * 2 ** (self.failures - 2), _LONGEST_PAUSE)
-        self.restart_at = now if self.failures == 1 else now + pause
+        pause = _LONGEST_PAUSE
+        if code != _EXIT_NO_ROOM:  # a full disk is not the child's failure
+            stable = self.ready_since is not None and time.monotonic() - self.ready_since > STABLE_SECONDS
+            self.failures = 1 if stable else self.failures + 1
+            pause = 0.0 if self.failures == 1 else min(_FIRST_PAUSE * 2 ** (self.failures - 2), _LONGEST_PAUSE)
+        self.restart_at = time.monotonic() + pause
         return code
 
 
@@ -222,19 +219,15 @@ class Supervisor:
         self._hangup = False  # replace the workers
         self._managers: list[Child] = []  # one, or none if the store needs none of ours
         self._workers: list[Child] = []
-        self._successor: Child | None = None
+        self._starting: list[Child] = []  # the successor of a worker
         self._retired: dict[Child, float] = {}  # replaced workers, and when each must have ended
 
     @property
     def _children(self) -> list[Child]:
-        successors = [self._successor] if self._successor else []
-        return [*self._managers, *self._workers, *self._retired, *successors]
+        return [*self._managers, *self._workers, *self._starting, *self._retired]
 
     def run(self) -> int:
-        """Serve until a signal arrives; return the exit status.
-
-        :raises StartupError: if the port, the data directory or the application is unusable.
-        """
+        """Serve until a signal arrives, and return the exit status. `StartupError` says what prevents it."""
         configure("supervisor", self._settings.log_format)
         self._wakeup, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -288,9 +281,9 @@ class Supervisor:
         settings, store = self._settings, self._settings.store
         open_store(store).close()  # an invalid URL is reported here, in one line
         directory = DataDirectory.from_url(store, default_data_dir()) if store.startswith("manager:") else None
-        names = [f"worker-{n}" for n in range(1, settings.workers + 1)]
-        starts_manager = directory is not None and not settings.attach
-        self._processes = Processes([*(["manager"] if starts_manager else []), *names])
+        managers = ["manager"] if directory and not settings.attach else []
+        workers = [f"worker-{n}" for n in range(1, settings.workers + 1)]
+        self._processes = Processes([*managers, *workers])
         config: dict[str, Any] = {
             **settings.web,
             "COUNTER_SERVER_HOST": sock.getsockname()[0],
@@ -302,7 +295,7 @@ class Supervisor:
             "SECRET_KEY": "not yet",  # the application comes first: if it fails, no data directory is left behind
         }
         app = create_app(config)
-        if directory and starts_manager:
+        if directory and managers:
             directory.make()
             with app.app_context():
                 declarations = list(SharedState().state.declarations.values())
@@ -310,7 +303,7 @@ class Supervisor:
         if store == "memory://" and settings.workers > 1:
             log.warning("memory:// is not shared: each of the %d workers counts on its own", settings.workers)
         app.secret_key = config["SECRET_KEY"] = signing_key(config["COUNTER_SERVER_STORE"], default_data_dir())
-        self._workers = [Child(name, work, (sock, settings, config, app)) for name in names]
+        self._workers = [Child(name, work, (sock, settings, config, app)) for name in workers]
 
     def _boot(self, group: list[Child]) -> None:
         """Start the group and wait until all of it is ready."""
@@ -353,18 +346,19 @@ class Supervisor:
         """Replace the workers one by one, each when its successor is ready; yield while waiting for that."""
         for place, old in enumerate(self._workers):
             shared = old.arguments[:-1]  # without the application, which a new interpreter makes itself
-            new = self._successor = Child(old.name, work, (*shared, None), fresh=True)
+            new = Child(old.name, work, (*shared, None), fresh=True)
+            self._starting = [new]
             deadline = time.monotonic() + _BOOT_SECONDS
             new.start()
             while new.ready_since is None:
                 if new.process is None or new.ended or time.monotonic() > deadline:
                     log.error("a new %s does not start; the old ones go on", new.name)
                     new.end()
-                    self._successor = None
+                    self._starting = []
                     return
                 yield
             log.info("%s: pid %s takes the place of pid %s", new.name, new.pid, old.pid)
-            self._workers[place], self._successor = new, None
+            self._workers[place], self._starting = new, []
             if old.pid is not None:
                 if not old.ended:
                     os.kill(old.pid, signal.SIGHUP)

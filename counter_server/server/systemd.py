@@ -27,10 +27,7 @@ def notify(*states: str) -> None:
 
 
 def inherited_socket() -> socket.socket | None:
-    """Return the listening socket that the service manager has bound for this process, if it has.
-
-    :raises StartupError: if we cannot serve on it.
-    """
+    """Return the listening socket that the service manager has bound for this process, if any."""
     if os.environ.pop("LISTEN_PID", None) != str(os.getpid()):
         return None
     count = os.environ.pop("LISTEN_FDS", "0")

@@ -25,21 +25,16 @@ from typing import Any, NoReturn
 import msgspec
 from flask import Flask
 
-from ..errors import StartupError
+from ..errors import Outcome, StartupError
 from ..extension import SharedState
 from ..output import configure
 from ..settings import ServerSettings
 from .web import create_app
 from .web.health import LIVEZ
+from .web.problems import Problem
 
 try:
-    from waitress import wasyncore
-    from waitress.channel import HTTPChannel
-    from waitress.parser import HTTPRequestParser, ParsingError
-    from waitress.receiver import ChunkedReceiver
-    from waitress.server import create_server
-    from waitress.task import ErrorTask, ThreadedTaskDispatcher
-    from waitress.utilities import BadRequest, RequestEntityTooLarge, find_double_newline
+    from waitress import channel, parser, receiver, server, task, utilities, wasyncore
 except ImportError as error:
     raise StartupError("the server needs waitress: pip install 'counter-server[server]'") from error
 
@@ -102,16 +97,14 @@ class Worker:
         self._max_connections = _connection_limit()
         connections: dict[int, Any] = {}
         self._poll = partial(wasyncore.loop, use_poll=True, map=connections, count=1)
-        self._server: Any = create_server(
+        self._server: Any = server.create_server(
             app,
             map=connections,
             sockets=[sock],
             threads=settings.threads,
-            backlog=BACKLOG,
             connection_limit=self._max_connections,
             max_request_header_size=LARGEST_HEAD,
             max_request_body_size=LARGEST_REQUEST,
-            asyncore_use_poll=True,
             send_bytes=_SEND_BYTES,
             # The application reads the headers of trusted proxies itself.
             clear_untrusted_proxy_headers=not app.config.get("COUNTER_SERVER_TRUSTED_PROXIES"),
@@ -120,19 +113,16 @@ class Worker:
         self._server.channel_class = Channel
         self._server.add_task = self._add_task
         self._server.ending = False
-        self._probes: Any = ThreadedTaskDispatcher()
+        self._probes: Any = task.ThreadedTaskDispatcher()
         self._probes.set_thread_count(1)
 
-    def _add_task(self, channel: "Channel") -> None:
-        """Queue the next request of a channel. Probes have their own thread, so that a busy worker answers them."""
-        dispatcher = self._probes if channel.is_probe else self._server.task_dispatcher
-        dispatcher.add_task(channel)
+    def _add_task(self, connection: "Channel") -> None:
+        """Queue its next request. Probes have their own thread, so that a busy worker answers them."""
+        dispatcher = self._probes if connection.is_probe else self._server.task_dispatcher
+        dispatcher.add_task(connection)
 
     def stop(self, *, linger: float = 0.0) -> None:
-        """Make `run` finish the open requests and return. Safe in a signal handler.
-
-        :param linger: seconds in which idle connections get one more answer, which announces their close.
-        """
+        """Make `run` finish open requests and return; for `linger` seconds, idle connections get one last answer."""
         self._linger = linger
         self._stopping = True
         self._server.pull_trigger()
@@ -151,9 +141,9 @@ class Worker:
         wasyncore.dispatcher.close(self._server)
         self._server.ending = True
         ending = time.monotonic()
-        while channels := list(self._server.active_channels.values()):  # a copy: other threads close some
+        while connections := list(self._server.active_channels.values()):  # a copy: other threads close some
             elapsed = time.monotonic() - ending
-            drained = elapsed > DRAIN_SECONDS or all(channel.idle for channel in channels)
+            drained = elapsed > DRAIN_SECONDS or all(connection.idle for connection in connections)
             if drained and elapsed > self._linger:
                 break
             self._poll(timeout=0.1)
@@ -162,14 +152,13 @@ class Worker:
 
     def _close_overdue(self, now: float) -> None:
         """Close connections whose clients send or read too slowly, and the longest idle ones if there are too many."""
-        channels = list(self._server.active_channels.values())
-        for channel in channels:
-            if channel.is_overdue(now, self._request_timeout):
-                channel.handle_close()
-        excess = len(channels) - self._max_connections * 9 // 10
-        if excess > 0:
-            for channel in sorted((c for c in channels if c.idle), key=lambda c: c.last_activity)[:excess]:
-                channel.handle_close()
+        connections = list(self._server.active_channels.values())
+        for connection in connections:
+            if connection.is_overdue(now, self._request_timeout):
+                connection.handle_close()
+        excess = max(len(connections) - self._max_connections * 9 // 10, 0)
+        for connection in sorted((c for c in connections if c.idle), key=lambda c: c.last_activity)[:excess]:
+            connection.handle_close()
 
 
 def _connection_limit() -> int:
@@ -180,7 +169,7 @@ def _connection_limit() -> int:
     return max(min(soft, wanted) - _OTHER_DESCRIPTORS, _OTHER_DESCRIPTORS)
 
 
-class Chunks(ChunkedReceiver):  # type: ignore[misc] # waitress has no types
+class Chunks(receiver.ChunkedReceiver):  # type: ignore[misc] # waitress has no types
     """A chunked body that consists of sizes and data only.
 
     The receiver of waitress also accepts a lone LF after a size, empty lines, extensions and any trailer. Other
@@ -216,13 +205,15 @@ class Chunks(ChunkedReceiver):  # type: ignore[misc] # waitress has no types
                 self._missing = int(chunk[1], 16)
                 del self._unread[: chunk.end()]
                 if len(self) + self._missing >= LARGEST_REQUEST:
-                    self.error = RequestEntityTooLarge(f"exceeds max_body of {LARGEST_REQUEST}")
+                    self.error = utilities.RequestEntityTooLarge(f"exceeds max_body of {LARGEST_REQUEST}")
             else:
-                self.error = BadRequest("a chunk must be its size in hexadecimal digits and its data, each with CR LF")
+                self.error = utilities.BadRequest(
+                    "a chunk must be its size in hexadecimal digits and its data, each with CR LF"
+                )
         return len(s) - len(self._unread) if self.completed else len(s)
 
 
-class Parser(HTTPRequestParser):  # type: ignore[misc]
+class Parser(parser.HTTPRequestParser):  # type: ignore[misc]
     """Refuses also requests whose end or host other programs might read differently (RFC 9112)."""
 
     # A lone CR or LF (except a CR at the end of the data, whose LF may follow), or a line that begins with a space.
@@ -238,10 +229,12 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         """Read what belongs to the request, and return its number of bytes."""
         if self.body_rcv is None:
             head = self.header_plus + data
-            end = find_double_newline(head)
+            end = utilities.find_double_newline(head)
             # Checked here, because waitress strips the head and finds its end in its own way.
             if self._MALFORMED.search(head, max(len(self.header_plus) - 1, 0), end if end >= 0 else len(head)):
-                self.error = BadRequest("each line must end with CR LF, contain neither, and not begin with a space")
+                self.error = utilities.BadRequest(
+                    "each line must end with CR LF, contain neither, and not begin with a space"
+                )
                 self.completed = True
                 return len(data)
         taken = int(super().received(data))
@@ -252,39 +245,35 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
     def parse_header(self, header_plus: bytes) -> None:
         first_line, _, headers = header_plus.partition(b"\r\n")
         if not self._FIRST_LINE.fullmatch(first_line):
-            raise ParsingError("the first line must be a method, a path or URL, and HTTP/1.1, with single spaces")
+            raise parser.ParsingError(
+                "the first line must be a method, a path or URL, and HTTP/1.1, with single spaces"
+            )
         encodings = self._TRANSFER_ENCODING.findall(headers)
         if len(encodings) > 1 or not all(map(self._ENDS_CHUNKED.fullmatch, encodings)):
-            raise ParsingError("only one Transfer-Encoding is allowed, and it must end with chunked")
+            raise parser.ParsingError("only one Transfer-Encoding is allowed, and it must end with chunked")
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # from Python's parsers of numbers and URLs
-            raise ParsingError(str(error)) from None
+            raise parser.ParsingError(str(error)) from None
         if encodings and ("CONTENT_LENGTH" in self.headers or self.version != "1.1"):
-            raise ParsingError("Transfer-Encoding is not allowed with Content-Length, or before HTTP/1.1")
+            raise parser.ParsingError("Transfer-Encoding is not allowed with Content-Length, or before HTTP/1.1")
         if "," in self.headers.get("HOST", "" if self.version != "1.1" else ","):
-            raise ParsingError("exactly one Host header is required")
+            raise parser.ParsingError("exactly one Host header is required")
         if self.proxy_scheme:  # then the host of the URL counts (RFC 9112, 3.2.2)
             host = self.headers.setdefault("HOST", self.proxy_netloc)
             if not host or host.lower() != self.proxy_netloc.lower():
-                raise ParsingError("the URL and the Host header name different hosts")
+                raise parser.ParsingError("the URL and the Host header name different hosts")
         if self.chunked:
             self.body_rcv = Chunks(self.body_rcv.getbuf())
 
 
-class Refusal(ErrorTask):  # type: ignore[misc]
+class Refusal(task.ErrorTask):  # type: ignore[misc]
     """Answers malformed requests, and failures of the application, with a problem document."""
 
     def execute(self) -> None:
         error: Any = self.request.error
-        problem = {
-            "type": "about:blank",
-            "title": error.reason,
-            "status": error.code,
-            "detail": str(error.body)[:200],
-            "outcome": "unknown" if error.code == 500 else "not_applied",
-        }
-        body = msgspec.json.encode(problem)
+        outcome: Outcome = "unknown" if error.code == 500 else "not_applied"
+        body = msgspec.json.encode(Problem("about:blank", error.reason, error.code, str(error.body)[:200], outcome))
         self.status = f"{error.code} {error.reason}"
         self.response_headers = [
             ("Content-Type", "application/problem+json"),
@@ -296,7 +285,7 @@ class Refusal(ErrorTask):  # type: ignore[misc]
         self.write(body)
 
 
-class Channel(HTTPChannel):  # type: ignore[misc]
+class Channel(channel.HTTPChannel):  # type: ignore[misc]
     """A client's connection with limits. Once `server.ending` is true, its next answer closes it."""
 
     parser_class = Parser
@@ -332,10 +321,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return not (self.requests or self.request is not None or self.total_outbufs_len)
 
     def is_overdue(self, now: float, seconds: float) -> bool:
-        """Return whether the client has been sending one request, or reading nothing of an answer, for `seconds`.
-
-        It compares with its last call, so call it every second.
-        """
+        """Return whether the client has made no progress for `seconds`, as seen by calls of this every second."""
         progress = (self.request, self.total_outbufs_len and self.last_activity)
         if self.requests or self.idle or progress != self._progress:
             self._progress, self._progressed = progress, now
