@@ -88,7 +88,6 @@ class Child:
             arguments = (*self.arguments, theirs)
             kept = {0, 1, 2, *(each.fileno() for each in arguments if hasattr(each, "fileno"))}
             to_close = set() if self.fresh else {self.lifeline.fileno(), *inherited} - kept
-            self.ready_since = None
             process = context.Process(target=_main, args=(to_close, self.target, *arguments), name=self.name)
             # Only the supervisor acts on signals to the process group: children inherit a mask that blocks them.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -119,16 +118,12 @@ class Child:
             self.lifeline.close()
             self.lifeline = None
 
-    def end(self) -> None:
-        """Kill and reap its process, if there is one."""
-        if self.process is not None:
-            self.process.kill()
-            self.reap()
-
-    def reap(self) -> int:
-        """Reap its process, plan the next start, and return the exit code."""
-        assert self.process is not None
+    def end(self) -> int:
+        """Reap its process, which is killed unless it has died; plan the next start, and return the exit code."""
+        if self.process is None:
+            return 0
         self.close_lifeline()
+        self.process.kill()
         self.process.join()
         code = self.process.exitcode or 0
         self.process.close()
@@ -138,6 +133,7 @@ class Child:
             stable = self.ready_since is not None and time.monotonic() - self.ready_since > STABLE_SECONDS
             self.failures = 1 if stable else self.failures + 1
             pause = 0.0 if self.failures == 1 else min(_FIRST_PAUSE * 2 ** (self.failures - 2), _LONGEST_PAUSE)
+        self.ready_since = None
         self.restart_at = time.monotonic() + pause
         return code
 
@@ -366,12 +362,11 @@ class Supervisor:
 
     def _keep_running(self, child: Child) -> None:
         silent_for = time.monotonic() - child.heard_at
-        if child in self._workers and child.process and child.ready_since and silent_for > self._settings.frozen_after:
+        frozen = child in self._workers and child.ready_since is not None and silent_for > self._settings.frozen_after
+        if frozen:
             log.warning("%s (pid %s) gives no sign of life; ending it", child.name, child.pid)
-            child.process.kill()
-            child.process.join()
-        if child.ended:
-            pid, code = child.pid, child.reap()
+        if frozen or child.ended:
+            pid, code = child.pid, child.end()
             if child.failures >= _MAX_FAILURES:
                 raise StartupError(f"the {child.name} process died {child.failures} times in a row; giving up")
             status = f"signal {-code}" if code < 0 else f"status {code}"
