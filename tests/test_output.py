@@ -9,6 +9,7 @@ import sys
 import termios
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
+from datetime import datetime, timedelta
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -139,6 +140,32 @@ except ValueError:
     assert all("forged" not in line or not line.startswith("2026-01") for line in program.errors), program.errors
     assert all(line.isprintable() for line in program.errors)
     assert program.errors[0].endswith(r"INFO forged\r\x1b[31m\u2028\x85\u202e\udc80")
+
+
+def test_the_json_log_has_extra_fields_tracebacks_and_values_that_json_does_not_know(stack: ExitStack) -> None:
+    script = """
+import logging, os
+from counter_server.output import configure
+configure("worker", "json")
+try:
+    raise ValueError("no\\nway")
+except ValueError:
+    logging.getLogger("a.b").error("%s \\udc80", "ü", exc_info=True, extra={"request_id": "7", "place": {os}})
+"""
+    program = stack.enter_context(Program("-c", script))
+    assert program.wait() == 0
+    (line,) = map(json.loads, program.errors)
+    assert line.pop("exc_info").endswith("ValueError: no\nway")
+    assert datetime.fromisoformat(line.pop("time")).utcoffset() == timedelta(0)
+    assert line.pop("place").startswith("{<module 'os'")
+    assert line == {
+        "message": "ü \udc80",
+        "process": "worker",
+        "pid": program.pid,
+        "logger": "a.b",
+        "level": "ERROR",
+        "request_id": "7",
+    }
 
 
 def test_a_service_manager_that_reads_nothing_holds_nothing_up(

@@ -102,6 +102,7 @@ class Worker:
             map=connections,
             sockets=[sock],
             threads=settings.threads,
+            backlog=BACKLOG,
             connection_limit=self._max_connections,
             max_request_header_size=LARGEST_HEAD,
             max_request_body_size=LARGEST_REQUEST,
