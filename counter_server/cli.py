@@ -215,7 +215,7 @@ def manager(
     """Run the manager alone, for any number of applications of this user."""
     from .manager.server import serve
     from .manager.starter import detach, prepare_to_host
-    from .server.logs import configure
+    from .output import configure
 
     configure("manager", "text", logging.WARNING)
     directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
