@@ -14,7 +14,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 SERVER_PACKAGES = ("waitress", "prometheus_client")
 CORE = ["", ".caching", ".cli", ".extension", ".limiting", ".manager.client", ".manager.server", ".manager.starter"]
-STORES = [".stores.manager", ".stores.memcached", ".stores.memory", ".stores.redis", ".stores.sql"]
+STORES = [".stores.memcached", ".stores.memory", ".stores.redis", ".stores.sql"]
 CREATE_APP = ("-c", "from counter_server.server.web import create_app; print(create_app().name)")
 
 

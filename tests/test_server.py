@@ -515,7 +515,7 @@ def test_a_directory_with_a_manager_stops_the_start_naming_that_one(
 ) -> None:
     manager = start_manager()
     server = stack.enter_context(Program("run.py", "--port", "0", "--data-dir", data_dir))
-    assert_not_started(server, f"(pid {manager.pid}) goes on: it was started by hand")
+    assert_not_started(server, f"(pid {manager.pid}) continues: it was started by hand")
     assert manager.running
 
 
@@ -526,7 +526,7 @@ def test_a_second_server_on_a_directory_exits_and_the_first_goes_on(
     (manager,) = first.children("manager")
     assert_not_started(
         stack.enter_context(Program("run.py", "--port", "0", "--data-dir", data_dir)),
-        f"(pid {manager}) goes on",
+        f"(pid {manager}) continues",
     )
     assert increment(first.url) == 1
 
