@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from . import plain
 from .errors import RemoteError, StateLost
 from .operations import (
     Delete,
@@ -20,6 +19,8 @@ from .operations import (
     Set,
     check_name,
     check_step,
+    decode_plain,
+    encode_plain,
 )
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class SharedObject:
             raise AttributeError(f"only public methods of {self._cls.__qualname__} are shared, not {method!r}")
 
         def call(*arguments: Any, **keywords: Any) -> Any:
-            packed = plain.encode((arguments, keywords), f"the arguments of {self._name}.{method}")
+            packed = encode_plain((arguments, keywords), f"the arguments of {self._name}.{method}")
             return _answer(self._invoke(self._name, Invoke(method, packed)))
 
         call.__name__ = method
@@ -132,7 +133,7 @@ def forgetful(handle: Kind) -> Kind:
 def _answer(result: Result) -> Any:
     """What a method returned; or its exception, in its own type where that is built in."""
     if isinstance(result, Returned):
-        return plain.decode(result.value)
+        return decode_plain(result.value)
     raised = expect(Raised, result)
     if raised.arguments is None:
         raise RemoteError(raised.name, raised.text, raised.traceback)
@@ -140,7 +141,7 @@ def _answer(result: Result) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
         raise RemoteError(raised.name, raised.text, raised.traceback)
     try:
-        error = kind(*plain.decode(raised.arguments))
+        error = kind(*decode_plain(raised.arguments))
     except Exception:  # noqa: BLE001 - of a type that wants other arguments than it has itself
         raise RemoteError(raised.name, raised.text, raised.traceback) from None
     error.add_note(f"Raised in the manager process:\n{raised.traceback}")

@@ -1,6 +1,6 @@
-"""A `limits` storage in the manager: one budget for all workers.
+"""A storage for the `limits` library in the manager: one budget for all workers.
 
-Importing this registers the scheme: ``RATELIMIT_STORAGE_URI = "manager://..."`` for Flask-Limiter, or
+Importing this module registers the scheme: ``RATELIMIT_STORAGE_URI = "manager://..."`` for Flask-Limiter, or
 `limits.storage.storage_from_string`.
 """
 
@@ -10,7 +10,7 @@ from .errors import CounterServerError
 from .handles import forgetful
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, StoreOptions
 from .state import open_state
-from .windows import Windows
+from .windows import Windows as Windows
 
 try:
     from limits.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage
@@ -18,40 +18,37 @@ try:
 except ImportError as error:
     raise ImportError("a limit's storage needs limits: pip install 'counter-server[limits]'") from error
 
-__all__ = ["ManagerStorage", "Windows"]
-
 log = logging.getLogger(__name__)
-
-_NAME = "limits"
 
 
 class ManagerStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport, TimestampedSlidingWindow):
     """A storage of `limits` in the manager process, for all three strategies.
 
-    :param uri: `manager:///absolute/data/directory`, or as for `open_state`.
-    :param wrap_exceptions: raise `limits.errors.StorageError` in place of `CounterServerError`.
-    :param name: what the windows are known by in the manager; storages of one name share their budgets.
-    :param deadline: seconds that each call may take.
-    :param options: whether and how a manager is started where there is none.
-    :raises InvalidRequest: if there is no such store, or no such name or deadline can be.
+    If the manager is killed, all windows begin again. Setting the system's clock moves none of them.
 
-    Windows that were lost with a killed manager begin again. A clock that is set moves none of them.
+    :param uri: `manager:///absolute/data/directory`, or any URL that `open_state` takes; or a handle on `Windows`.
+    :param wrap_exceptions: raise `limits.errors.StorageError` instead of `CounterServerError`.
+    :param name: identifies the windows in the manager; storages with the same name share their budgets.
+    :param deadline: seconds that each call may take.
+    :param options: whether and how to start a manager if none is running.
+    :raises InvalidRequest: if the URL, the name or the deadline is not acceptable.
     """
 
-    STORAGE_SCHEME = ["manager"]  # noqa: RUF012 - the interface spells it so
+    STORAGE_SCHEME = ["manager"]  # noqa: RUF012 - as in the interface
 
     def __init__(
         self,
-        uri: str,
-        wrap_exceptions: bool = False,  # noqa: FBT001, FBT002 - the interface's own
+        uri: str | Windows,
+        wrap_exceptions: bool = False,  # noqa: FBT001, FBT002 - as in the interface
         *,
-        name: str = _NAME,
+        name: str = "limits",
         deadline: float = DEFAULT_DEADLINE,
         options: StoreOptions = DEFAULT_STORE_OPTIONS,
     ) -> None:
-        super().__init__(uri, wrap_exceptions)
-        # What `flask limiter config` shows, by the name that it has in the storages of `limits`.
-        self.storage = forgetful(open_state(uri, deadline=deadline, options=options).object(name, Windows))
+        super().__init__(None, wrap_exceptions)
+        if isinstance(uri, str):
+            uri = forgetful(open_state(uri, deadline=deadline, options=options).object(name, Windows))
+        self.storage = uri  # by this name `flask limiter config` shows it
 
     @property
     def base_exceptions(self) -> type[Exception]:
@@ -67,7 +64,7 @@ class ManagerStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport, 
         return self.storage.get_expiry(key)
 
     def check(self) -> bool:
-        """Whether the manager answers."""
+        """Return whether the manager answers."""
         try:
             return self.storage.check()
         except CounterServerError as error:

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from counter_server.doctor import examine
+from counter_server.cli import examine
 from counter_server.errors import InvalidRequest
 from counter_server.stores import Finding
 from counter_server.stores.postgresql_findings import judge as judge_postgresql

@@ -16,7 +16,7 @@ import pytest
 from flask import Flask
 
 from counter_server import CounterServerError, SharedState, State, StoreOptions, open_state, plain
-from counter_server.doctor import examine
+from counter_server.cli import examine
 from counter_server.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -31,7 +31,7 @@ from counter_server.ledger import Changes
 from counter_server.manager.services import SLOW_SECONDS
 from counter_server.objects import LARGEST_STATE, HostedObject, declare
 from counter_server.operations import Batch, Invoke, Refusal, Returned
-from counter_server.plain import LARGEST_VALUE
+from counter_server.operations import LARGEST_VALUE
 from counter_server.server.web import create_app
 from counter_server.status import SlowCall
 from tests.hosted_classes import Awkward, OneWay, OwnError, Refusing, Slow, SomeObj, Spoiled, Toolbox, not_a_class
@@ -536,7 +536,7 @@ def test_a_call_that_cannot_be_kept_refuses_no_other_of_its_batch() -> None:
 def test_an_object_that_cannot_be_made_again_of_what_is_kept_is_refused_at_once(on_demand: str) -> None:
     with patient(on_demand) as state:
         one_way = state.object("one_way", OneWay, durable=True)
-        with pytest.raises(StartupError, match="cannot be made of what was kept of it"):
+        with pytest.raises(StartupError, match="cannot be restored from its state"):
             one_way.query()
         assert state.counter("c").increment() == 1
 
