@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -14,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from . import settings
-from .errors import CounterServerError, DirectoryHeld, Disconnected, InvalidRequest, StartupError
+from .errors import BatchRefused, CounterServerError, DirectoryHeld, Disconnected, InvalidRequest, StartupError
 from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
 from .objects import Declaration
@@ -27,17 +28,17 @@ from .stores import Examined, Finding, open_store
 Command = Callable[..., None]
 
 _DEFAULTS = settings.ServerSettings()
+_ON_OUR_OWN = settings.StoreOptions(idle_timeout=1.0)  # an app may soon want a manager that hosts its objects
 _SECONDS_TO_STOP = 10.0
+_SECONDS_OF_UPKEEP = 3600.0  # for the manager to read or copy all its data
 _SMALLEST_JOURNAL = 2**20  # bytes
 _CAPS = {
     "counters": "Maximum number of counters. Beyond it, only existing ones can be changed.",
     "keys": "Maximum number of idempotency keys, remembered for 24 hours each. Beyond it, new ones are refused.",
-    "clients": "Maximum number of remembered clients, one for each process that wrote in the last hour. Beyond it, the"
-    " client that was idle longest is forgotten.",
+    "clients": "Maximum number of remembered client processes. Beyond it, the one that was idle longest is forgotten.",
     "journal_bytes": "Maximum size of the journal. Beyond it, writes are refused, and reads go on.",
     "connections": "Maximum number of connections. Beyond it, new ones wait.",
 }
-_ON_OUR_OWN = settings.StoreOptions(idle_timeout=1.0)  # an app may soon want a manager that hosts its objects
 
 
 class _Group(click.Group):
@@ -68,9 +69,9 @@ def _setting(name: str, said: str, **attributes: Any) -> Callable[[Command], Com
     return click.option(f"--{name.replace('_', '-')}", default=getattr(_DEFAULTS, name), help=said, **attributes)
 
 
-def _web(option: str, name: str, said: str, **attributes: Any) -> Callable[[Command], Command]:
+def _web(option: str, name: str, said: str, metavar: str = "NAME", **attributes: Any) -> Callable[[Command], Command]:
     """Make the option for a name in the web application's configuration."""
-    return click.option(option, f"COUNTER_SERVER_{name}", help=said, **attributes)
+    return click.option(option, f"COUNTER_SERVER_{name}", help=said, metavar=metavar, **attributes)
 
 
 _data_dir_option = click.option(
@@ -131,46 +132,21 @@ main.add_command(prove)
 @_setting("port", "The port to listen on; 0 picks a free one.", type=click.IntRange(0, 65535))
 @_setting("workers", "Number of worker processes.", type=click.IntRange(1, 512))
 @_setting("threads", "Number of threads in each worker.", type=click.IntRange(1, 512))
-@_setting(
-    "request_timeout",
-    "Seconds to receive a request before its connection is closed.",
-    type=click.FloatRange(0, min_open=True),
-)
+@_setting("request_timeout", "Seconds to receive a whole request.", type=click.FloatRange(0, min_open=True))
 @_setting("frozen_after", "Seconds without a sign of life before a worker is replaced.", type=click.FloatRange(2))
-@_setting(
-    "log_format", "json: one object a line, and one line for each request.", type=click.Choice(settings.LOG_FORMATS)
-)
+@_setting("log_format", "json: one object a line, requests too.", type=click.Choice(settings.LOG_FORMATS))
+@_web("--allow-host", "ALLOWED_HOSTS", "A host name for browsers besides localhost; may be repeated.", multiple=True)
 @_web(
-    "--allow-host",
-    "ALLOWED_HOSTS",
-    "A host name, besides localhost, that browsers may use on a loopback address. May be repeated.",
-    multiple=True,
-    metavar="NAME",
-)
-@_web(
-    "--trusted-proxy",
-    "TRUSTED_PROXIES",
-    "Number of proxies in front that set X-Forwarded-For, -Proto and -Host.",
-    type=click.IntRange(0, 16),
-    default=0,
-    metavar="COUNT",
+    "--trusted-proxy", "TRUSTED_PROXIES", "Number of proxies in front.", "COUNT", type=click.IntRange(0, 16), default=0
 )
 @_web("--lab/--no-lab", "LAB", "Serve the lab of wrong answers (default: only on a loopback address).", default=None)
-@_web(
-    "--badge",
-    "BADGES",
-    "A counter that /badge/NAME.svg?count=1 increments. May be repeated.",
-    multiple=True,
-    metavar="NAME",
-)
-@_web("--rate-limit", "RATE_LIMIT", "Limit of API and badge requests from one address: 100/minute.", metavar="LIMIT")
+@_web("--badge", "BADGES", "A counter that /badge/NAME.svg?count=1 increments; may be repeated.", multiple=True)
+@_web("--rate-limit", "RATE_LIMIT", "Limit of API and badge requests from one address, as 100/minute.", "LIMIT")
 @_data_dir_option
 @_store_option
 @_with_manager_options
 @click.option("--attach", is_flag=True, help="Use a running manager instead of starting one.")
-def run(
-    data_dir: str | None, store: str | None, durability: settings.Durability, *, attach: bool, **options: Any
-) -> None:
+def run(data_dir: str | None, store: str | None, *, attach: bool, **options: Any) -> None:
     """Serve the web application: one manager process, several workers, one port.
 
     Set COUNTER_SERVER_TOKEN in the environment to the operators' token: anyone with this token may set and delete
@@ -185,7 +161,7 @@ def run(
                 option = f"--{name.replace('_', '-')}"
                 raise InvalidRequest(f"{option} is for a manager that this command starts, and it starts none: omit it")
     web = {name: options.pop(name) for name in list(options) if name.isupper()}  # named as the app's configuration
-    served = settings.ServerSettings(store=url, durability=durability, web=web, attach=attach, **options)
+    served = settings.ServerSettings(store=url, web=web, attach=attach, **options)
     os.environ["PYTHONSAFEPATH"] = "1"  # or a worker of new code would run the working directory's modules first
     sys.exit(Supervisor(served).run())
 
@@ -193,21 +169,14 @@ def run(
 @main.command()
 @_data_dir_option
 @_with_manager_options
-@click.option("--idle-timeout", type=float, metavar="SECONDS", help="Exit after SECONDS without clients.")
+@click.option("--idle-timeout", "idle", type=float, metavar="SECONDS", help="Exit after SECONDS without clients.")
 @click.option(
     "--hosting", metavar="APP", help="Host the shared objects of an app: module, module:app or module:create_app()."
 )
-@click.option("--host-objects", is_flag=True, hidden=True, help="Read declarations of shared objects from stdin.")
+@click.option("--host-objects", "piped", is_flag=True, hidden=True, help="Read declarations of objects from stdin.")
 @click.option("--background", is_flag=True, help="Return when clients can connect, and leave the manager running.")
 def manager(
-    data_dir: str | None,
-    durability: settings.Durability,
-    caps: settings.Caps,
-    idle_timeout: float | None,
-    hosting: str | None,
-    *,
-    background: bool,
-    host_objects: bool,
+    data_dir: str | None, idle: float | None, hosting: str | None, *, background: bool, piped: bool, **options: Any
 ) -> None:
     """Run the manager alone, for any number of applications of this user."""
     from .manager.server import serve
@@ -216,7 +185,7 @@ def manager(
 
     configure("manager", "text", logging.WARNING)
     directory = _directory(data_dir)
-    timeout = None if idle_timeout is None else settings.check_seconds(idle_timeout, "an idle timeout")
+    timeout = None if idle is None else settings.check_seconds(idle, "an idle timeout")
     declarations = _declared_by(hosting, directory) if hosting else []
     detached = detach(directory) if background else None
 
@@ -225,9 +194,9 @@ def manager(
         if detached:
             detached()
 
-    if host_objects:
+    if piped:
         declarations = prepare_to_host(sys.stdin.buffer.read())
-    serve(directory, durability, ready=ready, idle_timeout=timeout, declarations=declarations, caps=caps)
+    serve(directory, ready=ready, idle_timeout=timeout, declarations=declarations, **options)
 
 
 def _declared_by(module: str, directory: DataDirectory) -> list[Declaration]:
@@ -274,19 +243,56 @@ def backup(file: Path, data_dir: str | None) -> None:
     To restore it, copy FILE to journal.sqlite3 in the data directory while no manager is running, and remove
     journal.sqlite3-wal if it exists. Numbers that were returned after the backup will be returned again.
     """
-    from .upkeep import back_up
+    from .journal import Journal
 
-    click.echo(back_up(_directory(data_dir), file))
+    directory, target = _directory(data_dir), Path(os.path.abspath(file))
+    if directory.is_held():
+        size = _ask_manager(directory, "back_up", os.fsencode(target))
+    else:
+        with _unused(directory), closing(Journal(directory.journal)) as journal:
+            size = journal.back_up(target)
+    click.echo(f"{target}: {size:,} bytes, of {directory.journal}")
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @_data_dir_option
 def check(file: Path | None, data_dir: str | None) -> None:
-    """Check the journal, or the backup FILE, for damage. Exit status 0 if there is none, else 1."""
-    from . import upkeep
+    """Check the journal, or the backup FILE, for damage. Exit status 0 if there is none, else 1.
 
-    click.echo(upkeep.check(_directory(data_dir)) if file is None else upkeep.check_file(file))
+    If a manager is running, its memory is compared with the journal.
+    """
+    from .journal_file import examine as examine_file
+
+    directory = _directory(data_dir)
+    path = file or directory.journal
+    memory = ""
+    if file is None and directory.is_held():
+        counters, clients, keys = _ask_manager(directory, "check")
+        memory = "; the manager's memory is the same"
+    else:
+        with nullcontext() if file else _unused(directory):
+            found = examine_file(path)
+        counters, clients, keys = len(found.counters), len(found.clients), len(found.keys)
+    click.echo(f"{path} is whole: {counters:,} counters, {keys:,} idempotency keys, {clients:,} clients{memory}")
+
+
+def _unused(directory: DataDirectory) -> AbstractContextManager[object]:
+    if not directory.journal.exists():
+        raise StartupError(f"there is no journal in {directory}")
+    return directory.hold()
+
+
+def _ask_manager(directory: DataDirectory, method: str, *arguments: bytes) -> Any:
+    from .manager.client import StateProxy
+
+    with closing(StateProxy(directory)) as proxy:
+        try:
+            return proxy.ask(method, arguments, time.monotonic() + _SECONDS_OF_UPKEEP)
+        except BatchRefused as error:
+            raise StartupError(str(error)) from error
+        except Disconnected as error:
+            raise StartupError(f"the manager of {directory} did not answer: {error}") from error
 
 
 @main.command()

@@ -5,6 +5,8 @@ Importing this module registers the scheme: ``RATELIMIT_STORAGE_URI = "manager:/
 """
 
 import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from .errors import CounterServerError
 from .handles import forgetful
@@ -21,7 +23,17 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 
 
-class ManagerStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport, TimestampedSlidingWindow):
+def _remotely(method: str) -> Callable[..., Any]:
+    return lambda self, *arguments, **keywords: getattr(self.storage, method)(*arguments, **keywords)
+
+
+if TYPE_CHECKING:
+    _Remote = Windows
+else:  # its public methods, called in the manager
+    _Remote = type("_Remote", (), {name: _remotely(name) for name in vars(Windows) if not name.startswith("_")})
+
+
+class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounterSupport, TimestampedSlidingWindow):
     """A storage of `limits` in the manager process, for all three strategies.
 
     If the manager is killed, all windows begin again. Setting the system's clock moves none of them.
@@ -45,7 +57,7 @@ class ManagerStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport, 
         deadline: float = DEFAULT_DEADLINE,
         options: StoreOptions = DEFAULT_STORE_OPTIONS,
     ) -> None:
-        super().__init__(None, wrap_exceptions)
+        Storage.__init__(self, None, wrap_exceptions)
         if isinstance(uri, str):
             uri = forgetful(open_state(uri, deadline=deadline, options=options).object(name, Windows))
         self.storage = uri  # by this name `flask limiter config` shows it
@@ -54,15 +66,6 @@ class ManagerStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport, 
     def base_exceptions(self) -> type[Exception]:
         return CounterServerError
 
-    def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        return self.storage.incr(key, expiry, amount)
-
-    def get(self, key: str) -> int:
-        return self.storage.get(key)
-
-    def get_expiry(self, key: str) -> float:
-        return self.storage.get_expiry(key)
-
     def check(self) -> bool:
         """Return whether the manager answers."""
         try:
@@ -70,24 +73,3 @@ class ManagerStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport, 
         except CounterServerError as error:
             log.warning("%s", error)
             return False
-
-    def reset(self) -> int | None:
-        return self.storage.reset()
-
-    def clear(self, key: str) -> None:
-        self.storage.clear(key)
-
-    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        return self.storage.acquire_entry(key, limit, expiry, amount)
-
-    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        return self.storage.get_moving_window(key, limit, expiry)
-
-    def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        return self.storage.acquire_sliding_window_entry(key, limit, expiry, amount)
-
-    def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        return self.storage.get_sliding_window(key, expiry)
-
-    def clear_sliding_window(self, key: str, expiry: int) -> None:
-        self.storage.clear_sliding_window(key, expiry)

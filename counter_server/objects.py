@@ -177,7 +177,7 @@ class HostedObject:
                 return answered
             turned_away = self._clients.admit(batch.client, changes)
             if turned_away is not None:
-                return [turned_away] * len(batch.operations)
+                return list[Result](turned_away for _ in batch.operations)
             self._clients.forget(changes)
             results = self._call_all(batch, changes)
             self._clients.remember(batch, results, changes)
@@ -186,7 +186,7 @@ class HostedObject:
                     self._commit(changes)
             except StorageFull as error:
                 self._object = self._unpickled(self._state)
-                results = [Refusal("storage_full", str(error))] * len(batch.operations)
+                results = list[Result](Refusal("storage_full", str(error)) for _ in batch.operations)
                 self._clients.remember(batch, results, changes)
             else:
                 self._state = changes.objects.get(self.declaration.name, self._state)

@@ -30,8 +30,7 @@ from counter_server.caching import ManagerCache
 from counter_server.dicts import BoundedDict
 from counter_server.errors import DeadlineExceeded, InvalidRequest, StateLost, Unsupported
 from counter_server.manager.directory import DataDirectory
-from counter_server.operations import Invoke, Result
-from counter_server.operations import LARGEST_VALUE
+from counter_server.operations import LARGEST_VALUE, Invoke, Result
 from tests.hosted_classes import SomeObj
 from tests.load import at_once, spawn
 from tests.processes import PATIENCE, ROOT, end_manager, eventually, holder

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from counter_server import CounterServerError, SharedState, State, StoreOptions, open_state, plain
+from counter_server import CounterServerError, SharedState, State, StoreOptions, open_state
 from counter_server.cli import examine
 from counter_server.errors import (
     DeadlineExceeded,
@@ -30,8 +30,7 @@ from counter_server.handles import SharedObject
 from counter_server.ledger import Changes
 from counter_server.manager.services import SLOW_SECONDS
 from counter_server.objects import LARGEST_STATE, HostedObject, declare
-from counter_server.operations import Batch, Invoke, Refusal, Returned
-from counter_server.operations import LARGEST_VALUE
+from counter_server.operations import LARGEST_VALUE, Batch, Invoke, Refusal, Returned, encode_plain
 from counter_server.server.web import create_app
 from counter_server.status import SlowCall
 from tests.hosted_classes import Awkward, OneWay, OwnError, Refusing, Slow, SomeObj, Spoiled, Toolbox, not_a_class
@@ -521,7 +520,7 @@ def test_a_call_that_cannot_be_kept_refuses_no_other_of_its_batch() -> None:
     hosted = HostedObject(declare("toolbox", Toolbox, (), {}, durable=True), lambda: 1.0, commit=committed.append)
 
     def call(method: str, *arguments: object) -> Invoke:
-        return Invoke(method, plain.encode((arguments, {}), "arguments"))
+        return Invoke(method, encode_plain((arguments, {}), "arguments"))
 
     batch = Batch(b"0" * 16, 1, [call("add", "one", 1), call("break_pickle"), call("add", "two", 1)])
     results = hosted.apply(batch)
