@@ -20,7 +20,7 @@ __all__ = ["Counter", "CounterServerError", "SharedState", "State", "StoreOption
 
 
 def __getattr__(name: str) -> Any:
-    # Only who uses the extension pays for importing Flask; the manager process does not.
+    # Imported on demand, so that the manager process does not import Flask.
     if name == "SharedState":
         from .extension import SharedState
 

@@ -34,18 +34,16 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
     """A `cachelib.BaseCache` in the manager process, shared by all workers. `add`, `inc` and `dec` are atomic.
 
     An entry expires exactly when its timeout is over. A new entry without room replaces the entry that was used least
-    recently; expired entries go first. If the manager is killed, the cache is empty. `serializer` works in this
-    process: the manager never unpickles a value. Integers and floats are stored as they are, for the manager to add to.
+    recently; expired entries go first. If the manager is killed, the cache is empty. Values are pickled by `serializer`
+    in this process; only integers and floats are sent as they are, for the manager to add to.
 
-    :param url: `manager:///absolute/data/directory`; or a `State`, to share its connections.
+    :param url: `manager:///absolute/data/directory`; or a `State`, with its connections, deadline and options.
     :param name: identifies the cache in the manager; caches with the same name share their entries.
     :param threshold: the maximum number of entries.
     :param default_timeout: seconds, or a `timedelta`; 0 means forever.
-    :param deadline: seconds that each call may take; a `State` has its own.
-    :param options: whether and how to start a manager if none is running; a `State` has its own.
+    :param deadline: seconds that each call may take; later it raises `CounterServerError`.
+    :param options: whether and how to start a manager if none is running.
     :raises InvalidRequest: if the URL, the name or the threshold is not acceptable.
-
-    Each method raises `CounterServerError` if the manager cannot be reached.
     """
 
     serializer = BaseSerializer()
@@ -67,10 +65,7 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
 
     @classmethod
     def factory(cls, app: "Flask", config: dict[str, Any], args: list[Any], kwargs: dict[str, Any]) -> Self:
-        """Make the cache for Flask-Caching, by default in the app's store and with the name ``flask-caching``.
-
-        ``CACHE_THRESHOLD`` is the maximum number of entries; ``CACHE_ARGS`` and ``CACHE_OPTIONS`` go to the class.
-        """
+        """Make the cache for Flask-Caching: ``CACHE_ARGS`` and ``CACHE_OPTIONS`` go to the class."""
         options = {"threshold": config["CACHE_THRESHOLD"], **kwargs}
         if not args and "url" not in options:
             options["url"] = state_of(app)
@@ -111,18 +106,14 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
         return True
 
     def inc(self, key: str, delta: int = 1) -> Any:
-        """Add to a number atomically. Like `set`, this renews the entry with the default timeout.
-
-        :raises TypeError: if the value or `delta` is not a number.
-        """
+        """Add to a number, or raise `TypeError`. Like `set`, this renews the entry with the default timeout."""
         return self._entries.incr(_plain(key), delta, self._seconds(None), renew=True)
 
     def dec(self, key: str, delta: int = 1) -> Any:
-        """Subtract from a number atomically; see `inc`."""
         return self.inc(key, -delta)
 
     def close(self) -> None:
-        """Close the connections, also those of a given `State`. The next call opens them again."""
+        """Close the connections, including a given `State`'s. The next call opens them again."""
         self._state.close()
 
 

@@ -35,7 +35,7 @@ _SMALLEST_JOURNAL = 2**20  # bytes
 _CAPS = {
     "counters": "Maximum number of counters. Beyond it, only existing ones can be changed.",
     "keys": "Maximum number of idempotency keys, remembered for 24 hours each. Beyond it, new ones are refused.",
-    "clients": "Maximum number of remembered client processes. Beyond it, the one that was idle longest is forgotten.",
+    "clients": "Maximum number of remembered client processes. Beyond it, the longest idle is forgotten.",
     "journal_bytes": "Maximum size of the journal. Beyond it, writes are refused, and reads go on.",
     "connections": "Maximum number of connections. Beyond it, new ones wait.",
 }
@@ -279,7 +279,7 @@ def check(file: Path | None, data_dir: str | None) -> None:
 
 def _unused(directory: DataDirectory) -> AbstractContextManager[object]:
     if not directory.journal.exists():
-        raise StartupError(f"there is no journal in {directory}")
+        raise StartupError(f"{directory} contains no journal")
     return directory.hold()
 
 
@@ -318,7 +318,7 @@ def get(state: State, name: str) -> None:
     click.echo(value)
 
 
-@main.command("set", context_settings={"ignore_unknown_options": True})  # a VALUE of -5 is no option
+@main.command("set", context_settings={"ignore_unknown_options": True})  # -5 is a VALUE
 @click.argument("name")
 @click.argument("value", type=int)
 @_with_state

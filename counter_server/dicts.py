@@ -1,7 +1,4 @@
-"""A bounded dict with expiry, shared by all workers.
-
-A worker holds a `SharedDict`, which calls a `BoundedDict` in the manager.
-"""
+"""A bounded dict with expiry, shared by all workers: a `SharedDict` calls a `BoundedDict` in the manager."""
 
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -25,7 +22,7 @@ def check_entries(number: object) -> int:
     return number
 
 
-def check_ttl(seconds: object) -> float | None:
+def check_ttl(seconds: object) -> Limit:
     """Return `seconds`, or raise `InvalidRequest` unless it can be a time to live. None means forever."""
     return None if seconds is None else check_seconds(seconds, "a ttl")
 
@@ -39,28 +36,18 @@ def _expires(_key: Hashable, entry: _Entry, _now: float) -> float:
     return entry.expires
 
 
-def _spread(key: Hashable) -> int:
-    """Hash a key so that any two keys can be separated. Python's own hash is the same for 1 and 2**61."""
-    return hash(key if isinstance(key, (str, bytes)) else (key, encode_plain(key, "a key")))
-
-
 class BoundedDict:
     """A dict with a maximum number of entries, each with a time to live. Not thread-safe: `HostedObject` locks it.
 
-    An entry is removed exactly when its time to live is over. If a new entry has no room, it replaces the entry that
-    was read or written least recently; expired entries go first. A time to live, `ttl`, is in seconds; None means
-    forever. (The rules are those of `cachetools.TLRUCache`.)
+    An entry is removed exactly when its time to live, `ttl`, is over. If a new entry has no room, it replaces the entry
+    that was read or written least recently; expired entries go first. (`cachetools.TLRUCache` has the same rules.)
 
-    :param max_entries: 1 or more.
     :param timer: a monotonic clock, in seconds.
     """
 
     def __init__(self, max_entries: float, timer: Callable[[], float] = time.monotonic) -> None:
         self._timer = timer
         self._entries: TLRUCache[Any, _Entry] = TLRUCache(max_entries, _expires, timer)
-
-    def _until(self, ttl: Limit) -> float:
-        return inf if ttl is None else self._timer() + ttl
 
     def find(self, key: Any) -> tuple[Any, ...]:
         """Return a tuple of the key's value, or an empty tuple."""
@@ -76,7 +63,7 @@ class BoundedDict:
         return 0.0 if entry is None else entry.expires - self._timer()
 
     def set(self, key: Any, value: Any, ttl: Limit) -> None:
-        self._entries[key] = _Entry(value, self._until(ttl))
+        self._entries[key] = _Entry(value, inf if ttl is None else self._timer() + ttl)
 
     def add(self, key: Any, value: Any, ttl: Limit) -> bool:
         """Set a key that does not exist. Return whether it was set."""
@@ -109,15 +96,17 @@ class BoundedDict:
         :param ttl: for a new entry; with `renew` for any.
         :raises TypeError: if the value or `by` is not a number.
         """
-        if not isinstance(by, (int, float)):  # else two lists would be concatenated
+        if not isinstance(by, (int, float)):  # or two lists would be concatenated
             raise TypeError(f"by must be a number, not {type(by).__name__}")
         entry = self._entries.get(key)
         number: float = (0 if entry is None else entry.value) + by
         # A NaN, which is neither less nor more than any number, lies outside all bounds.
         if not ((minimum is None or number >= minimum) and (maximum is None or number <= maximum)):
             return None
-        expires = self._until(ttl) if entry is None or renew else entry.expires
-        self._entries[key] = _Entry(number, expires)
+        if entry is None or renew:
+            self.set(key, number, ttl)
+        else:
+            self._entries[key] = _Entry(number, entry.expires)
         return number
 
     def renew(self, key: Any, default: Any, ttl: Limit) -> Any:
@@ -144,14 +133,16 @@ class BoundedDict:
         self._entries.clear()
 
 
+def _spread(key: Hashable) -> int:
+    # Python's own hash cannot separate all keys: it is the same for 1 and 2**61.
+    return hash(key if isinstance(key, (str, bytes)) else (key, encode_plain(key, "a key")))
+
+
 class SharedDict:
     """A handle on a bounded dict with expiry, shared by all workers; see `State.dict`.
 
     Each method is one call: atomic, made exactly once, with the deadline of the state. Keys and values are plain
-    data, and keys are hashable, as in any dict.
-
-    :param hosted: a handle on the shared object.
-    :param ttl: seconds after which an entry expires, unless it has a time to live of its own; None means never.
+    data, and keys are hashable. Entries expire after the dict's `ttl`, or their own; None means never.
     """
 
     def __init__(self, hosted: BoundedDict, ttl: Limit) -> None:
@@ -161,7 +152,7 @@ class SharedDict:
     def __repr__(self) -> str:
         return f"<SharedDict of {self._hosted!r}>"
 
-    def _seconds(self, ttl: Limit) -> float | None:
+    def _seconds(self, ttl: Limit) -> Limit:
         return self._ttl if ttl is None else check_ttl(ttl)
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -177,17 +168,12 @@ class SharedDict:
         return self._hosted.setdefault(key, default, self._seconds(ttl))
 
     def pop(self, key: Any, *default: Any) -> Any:
-        """Remove `key` and return its value, or `default`.
-
-        :raises KeyError: if it does not exist and there is no default.
-        """
+        """Remove `key` and return its value or `default`, or raise `KeyError` if there is neither."""
         return _value(self._hosted.remove(key) or default, key)
 
     def incr(self, key: Any, by: float = 1, *, minimum: Limit = None, maximum: Limit = None, ttl: Limit = None) -> Any:
         """Add `by` to a number, which starts at 0, and return the result. Its time to live is not extended.
 
-        :param minimum: the smallest allowed result.
-        :param maximum: the largest allowed result.
         :param ttl: seconds after which a new number expires.
         :raises LimitReached: if the result would lie outside the bounds; nothing is changed.
         :raises TypeError: if the value is not a number.
@@ -208,7 +194,6 @@ class SharedDict:
         return found
 
     def clear(self) -> None:
-        """Remove all entries."""
         self._hosted.clear()
 
     def __len__(self) -> int:

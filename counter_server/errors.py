@@ -1,4 +1,4 @@
-"""What can go wrong, and whether anything was counted when it did.
+"""All errors of this package, and whether anything was counted when they occurred.
 
 Every error carries an `outcome`, which is one of two words:
 

@@ -38,7 +38,7 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
 
     If the manager is killed, all windows begin again. Setting the system's clock moves none of them.
 
-    :param uri: `manager:///absolute/data/directory`, or any URL that `open_state` takes; or a handle on `Windows`.
+    :param uri: `manager:///absolute/data/directory`, or a handle on `Windows`.
     :param wrap_exceptions: raise `limits.errors.StorageError` instead of `CounterServerError`.
     :param name: identifies the windows in the manager; storages with the same name share their budgets.
     :param deadline: seconds that each call may take.

@@ -31,11 +31,7 @@ _LONGEST_TEXT = 10_000  # bytes of an exception's message, and of its traceback
 _SHORT = reprlib.Repr()  # shortens long arguments in messages
 _PARSING = threading.Lock()
 # By identity: the class of an exception may have any name, and a metaclass that raises when it is compared.
-_BUILT_IN = {
-    id(kind): name
-    for name, kind in vars(builtins).items()
-    if isinstance(kind, type) and issubclass(kind, BaseException)
-}
+_BUILT_IN = {id(kind): name for name, kind in vars(builtins).items() if isinstance(kind, type)}
 
 
 class Declaration(Struct, frozen=True, array_like=True):
@@ -66,13 +62,11 @@ def declare(
     if not isinstance(cls, type):
         raise InvalidRequest(f"a shared object is declared with its class, not {cls!r}")
     if "<" in cls.__qualname__:
-        raise InvalidRequest(
-            f"{cls.__qualname__} cannot be imported by the manager: define the class at the top of a module"
-        )
+        raise InvalidRequest(f"the manager cannot import {cls.__qualname__}: define it at the top level of a module")
     packed = encode_plain((arguments, keywords), f"the arguments of {cls.__qualname__}")
     try:
         source = blake2b(_source(cls).encode(errors="surrogatepass"), digest_size=16).digest()
-    except (OSError, TypeError):  # there is no source
+    except (OSError, TypeError):  # it has no source
         source = b""
     return Declaration(name, cls.__module__, cls.__qualname__, packed, durable, source)
 
@@ -98,10 +92,6 @@ class Busy(OSError):
     """An object was busy with another call until every caller had given up. Nothing was called."""
 
 
-def _raise(error: BaseException) -> NoReturn:
-    raise error
-
-
 class _Unpickler(pickle.Unpickler):
     """Finds a class in its declared module if it is not in its pickled module: `__main__`, or before a move."""
 
@@ -123,9 +113,7 @@ class HostedObject:
     :param commit: makes the changes of a durable object durable.
     :param state: its pickle, if it existed before.
     :param clients: the remembered clients, in the order of their last use.
-    :param most_clients: the maximum number of remembered clients.
-    :param fail: ends the process after an error that may have separated memory from disk. It is called before another
-        call can begin.
+    :param fail: ends the process, before the next call, after an error that may have separated memory from disk.
     :raises StartupError: if the object cannot be made.
     """
 
@@ -138,7 +126,7 @@ class HostedObject:
         state: bytes | None = None,
         clients: Mapping[bytes, ClientRecord] | None = None,
         most_clients: float = inf,
-        fail: Callable[[BaseException], NoReturn] = _raise,
+        fail: Callable[[BaseException], NoReturn] | None = None,
     ) -> None:
         self.declaration = declaration
         self._clock = clock
@@ -163,7 +151,6 @@ class HostedObject:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """Replace the lock: in the child of a fork no thread would release the old one."""
         self._lock = threading.Lock()  # held through a batch of calls and its commit
 
     def apply(self, batch: Batch) -> list[Result] | BatchRefused:
@@ -193,7 +180,9 @@ class HostedObject:
             self._clients.merge(changes)
             self.running = None
             return results
-        except BaseException as error:  # noqa: BLE001 - refusals are returned; memory may differ after any other error
+        except BaseException as error:  # refusals are returned; memory may differ after any other error
+            if self._fail is None:
+                raise
             self._fail(error)
         finally:
             self._lock.release()
@@ -228,13 +217,9 @@ class HostedObject:
         try:
             state = pickle.dumps(self._object, pickle.HIGHEST_PROTOCOL)
         except BaseException as error:
-            raise InvalidRequest(
-                f"{self.declaration} cannot be durable, as it cannot be pickled: {_described(error)}"
-            ) from error
+            raise InvalidRequest(f"{self.declaration} is durable but cannot be pickled: {_described(error)}") from error
         if len(state) > LARGEST_STATE:
-            raise InvalidRequest(
-                f"{self.declaration} has a state of {len(state)} bytes; at most {LARGEST_STATE} are allowed"
-            )
+            raise InvalidRequest(f"{self.declaration} has a state of {len(state)} bytes, over {LARGEST_STATE}")
         return state
 
     def _call(self, operation: object) -> Result:

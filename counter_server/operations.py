@@ -6,6 +6,7 @@ of a socket has to trust the other.
 """
 
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Annotated, Any
@@ -29,8 +30,7 @@ _ONE = 1
 def check_name(name: object) -> None:
     """Raise `InvalidRequest` unless `name` can name a counter.
 
-    A name is 1 to 255 bytes of UTF-8 in Unicode normal form C (so that names that look the same are the same), without
-    control characters, surrogates or line separators.
+    A name is 1 to 255 bytes of UTF-8 in Unicode normal form C, without control characters and line separators.
     """
     if type(name) is not str:
         raise InvalidRequest(f"a counter's name must be a str, not {type(name).__name__}")
@@ -83,12 +83,6 @@ def check_step(by: int, minimum: int | None, maximum: int | None) -> None:
             raise InvalidRequest("minimum must not be greater than maximum")
 
 
-def check_method(name: str) -> None:
-    """Raise `InvalidRequest` unless `name` can name a public method."""
-    if not name.isidentifier() or name.startswith("_"):
-        raise InvalidRequest(f"{name!r} cannot be the name of a public method")
-
-
 class Step(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The JSON body of an increment: its size and bounds."""
 
@@ -106,10 +100,16 @@ class Assignment(Struct, frozen=True, forbid_unknown_fields=True):
     value: Integer
 
 
-class Increment(Struct, frozen=True, array_like=True, gc=False, tag="increment"):
+class _Named(Struct, frozen=True, array_like=True, gc=False):
+    name: str
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+
+class Increment(_Named, frozen=True, tag="increment"):
     """Add `by` to a counter if the result lies within the bounds. Results in the new value."""
 
-    name: str
     by: Integer = _ONE
     minimum: Integer | None = None
     maximum: Integer | None = None
@@ -131,33 +131,22 @@ class Increment(Struct, frozen=True, array_like=True, gc=False, tag="increment")
         return blake2b(msgpack.encode(structs.replace(self, key=None)), digest_size=16).digest()
 
 
-class Set(Struct, frozen=True, array_like=True, gc=False, tag="set"):
+class Set(_Named, frozen=True, tag="set"):
     """Set a counter to a value. Results in this value."""
 
-    name: str
     value: Integer
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        super().__post_init__()
         _check_integer("value", self.value)
 
 
-class Delete(Struct, frozen=True, array_like=True, gc=False, tag="delete"):
+class Delete(_Named, frozen=True, tag="delete"):
     """Remove a counter. Results in whether the counter existed."""
 
-    name: str
 
-    def __post_init__(self) -> None:
-        check_name(self.name)
-
-
-class Get(Struct, frozen=True, array_like=True, gc=False, tag="get"):
+class Get(_Named, frozen=True, tag="get"):
     """Read a counter. Results in its value, or None if it does not exist."""
-
-    name: str
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
 
 
 class Scan(Struct, frozen=True, array_like=True, gc=False, tag="scan"):
@@ -184,7 +173,8 @@ class Invoke(Struct, frozen=True, array_like=True, gc=False, tag="invoke"):
     arguments: bytes
 
     def __post_init__(self) -> None:
-        check_method(self.method)
+        if not self.method.isidentifier() or self.method.startswith("_"):
+            raise InvalidRequest(f"{self.method!r} cannot be the name of a public method")
 
 
 Operation = Increment | Set | Delete | Get | Scan | Invoke
@@ -284,11 +274,6 @@ def encode_plain(value: object, what: str) -> bytes:
     return data
 
 
-def decode_plain(data: bytes) -> Any:
-    """Decode plain data, or raise `ValueError` if the bytes do not come from `encode_plain`."""
-    return _decode(data)
-
-
 def _pack(value: object, what: str) -> object:
     kind = type(value)  # a subclass of a plain type is not plain data
     if value is None or kind in (bool, float, str, bytes):
@@ -310,13 +295,13 @@ def _pack(value: object, what: str) -> object:
 
 def _unpack(code: int, data: memoryview) -> object:
     if code == _TUPLE:
-        return tuple(_decode(data))
+        return tuple(decode_plain(data))
     if code == _INTEGER:
         return int(bytes(data), 16)
     if code == _DICT:
-        parts = _decode(data)
+        parts = decode_plain(data)
         return dict(zip(parts[::2], parts[1::2], strict=True))
     raise ValueError(f"an extension of type {code}")
 
 
-_decode = msgpack.Decoder(ext_hook=_unpack).decode
+decode_plain: Callable[[bytes | memoryview], Any] = msgpack.Decoder(ext_hook=_unpack).decode  # raises ValueError

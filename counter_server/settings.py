@@ -31,10 +31,7 @@ def check_durability(name: object) -> Durability:
 
 
 def check_seconds(seconds: object, what: str, most: float = sys.float_info.max) -> float:
-    """Return `seconds` as a float, or raise `InvalidRequest` unless it is more than 0 and at most `most`.
-
-    :param what: names the value in the error.
-    """
+    """Return `seconds`, or raise `InvalidRequest` about `what`, unless it is more than 0 and at most `most`."""
     try:
         number = float(seconds) if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) else nan
     except OverflowError:  # an int beyond any float

@@ -15,7 +15,7 @@ _SLACK = 1.0  # seconds that a moving window is kept past its end, which is part
 class Windows:
     """Fixed, moving and sliding windows by key. Not thread-safe: `HostedObject` locks it.
 
-    The answers equal those of the memory storage of `limits`, but setting the system's clock moves no window.
+    They answer like the memory storage of `limits`, but setting the system's clock moves no window.
     """
 
     def __init__(self) -> None:
@@ -24,8 +24,7 @@ class Windows:
         self.events = BoundedDict(inf, time.monotonic)  # lists of monotonic times, the newest first
 
     def check(self) -> bool:
-        """Return True: the manager answers."""
-        return True
+        return True  # it answers
 
     def incr(self, key: str, expiry: float, amount: int = 1) -> int:
         """Add to the count of a fixed window, which begins with the first addition. Return the count."""
@@ -37,8 +36,7 @@ class Windows:
 
     def get(self, key: str) -> int:
         """Return the count of a fixed window."""
-        (count,) = self.counts.find(key) or (0,)
-        return int(count)
+        return int((self.counts.find(key) or (0,))[0])
 
     def get_expiry(self, key: str) -> float:
         """Return when a fixed window ends, by the system's clock."""
