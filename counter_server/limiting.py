@@ -38,7 +38,7 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
 
     If the manager is killed, all windows begin again. Setting the system's clock moves none of them.
 
-    :param uri: `manager:///absolute/data/directory`, or a handle on `Windows`.
+    :param uri: `manager:///absolute/data/directory`.
     :param wrap_exceptions: raise `limits.errors.StorageError` instead of `CounterServerError`.
     :param name: identifies the windows in the manager; storages with the same name share their budgets.
     :param deadline: seconds that each call may take.
@@ -50,7 +50,7 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
 
     def __init__(
         self,
-        uri: str | Windows,
+        uri: str,
         wrap_exceptions: bool = False,  # noqa: FBT001, FBT002 - as in the interface
         *,
         name: str = "limits",
@@ -58,9 +58,8 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
         options: StoreOptions = DEFAULT_STORE_OPTIONS,
     ) -> None:
         Storage.__init__(self, None, wrap_exceptions)
-        if isinstance(uri, str):
-            uri = forgetful(open_state(uri, deadline=deadline, options=options).object(name, Windows))
-        self.storage = uri  # by this name `flask limiter config` shows it
+        # `flask limiter config` shows it by this name.
+        self.storage = forgetful(open_state(uri, deadline=deadline, options=options).object(name, Windows))
 
     @property
     def base_exceptions(self) -> type[Exception]:

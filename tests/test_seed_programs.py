@@ -111,7 +111,9 @@ under_each_launcher = pytest.mark.parametrize("launcher", LAUNCHERS)
 
 
 @under_each_launcher
-def test_the_object_gives_100_simultaneous_clients_1_to_100(launch: Launch, tmp_path: Path, launcher: str) -> None:
+def test_the_object_gives_100_simultaneous_clients_the_numbers_1_to_100(
+    launch: Launch, tmp_path: Path, launcher: str
+) -> None:
     urls = cycle(launch("some_obj", launcher))
     answers: list[Answer] = []
     while len({answer.worker for answer in answers}) < 2:  # mostly so at once; one that is quick may answer them all
@@ -120,7 +122,7 @@ def test_the_object_gives_100_simultaneous_clients_1_to_100(launch: Launch, tmp_
     assert holder(tmp_path / DATA_DIR) is not None
 
 
-def test_the_object_as_a_plain_global_gives_numbers_twice(launch: Launch) -> None:
+def test_a_plain_global_object_returns_numbers_twice(launch: Launch) -> None:
     """Which shows that the tests of the others could fail."""
     urls = launch(
         "some_obj", SYNC, line='global_obj = shared.object("global_obj", SomeObj, 0)', instead="global_obj = SomeObj(0)"
@@ -132,7 +134,7 @@ def test_the_object_as_a_plain_global_gives_numbers_twice(launch: Launch) -> Non
 
 
 @under_each_launcher
-def test_a_session_counts_for_its_browser_whichever_worker_answers(launch: Launch, launcher: str) -> None:
+def test_a_session_counts_correctly_whichever_worker_answers(launch: Launch, launcher: str) -> None:
     urls = launch("session_demo", launcher)
     anna, ben = Browser(urls), Browser(urls)
     workers: set[str] = set()
@@ -220,9 +222,7 @@ class Load:
             work.result()
 
 
-def test_a_durable_object_loses_nothing_and_gives_nothing_twice_when_the_manager_is_killed(
-    launch: Launch, tmp_path: Path
-) -> None:
+def test_a_durable_object_survives_the_killing_of_its_manager(launch: Launch, tmp_path: Path) -> None:
     urls = launch("some_obj", SYNC, line="SomeObj, 0)", instead="SomeObj, 0, durable=True)")
     load = Load(urls, 8)
     try:
@@ -239,9 +239,7 @@ def test_a_durable_object_loses_nothing_and_gives_nothing_twice_when_the_manager
     assert not any(answer.content == LOST for answer in load.answers)
 
 
-def test_a_lost_object_is_told_once_by_each_worker_before_it_counts_from_1_again(
-    launch: Launch, tmp_path: Path
-) -> None:
+def test_each_worker_reports_a_lost_object_once_before_it_counts_from_1_again(launch: Launch, tmp_path: Path) -> None:
     """A sync worker answers one request at a time, so its answers have an order: it numbers them."""
     urls = launch("some_obj", SYNC)
 

@@ -56,7 +56,7 @@ def left_in(directory: Path) -> list[str]:
 # Online
 
 
-def test_a_backup_of_a_running_manager_is_one_file_that_can_be_put_back(
+def test_a_backup_of_a_running_manager_is_one_file_that_can_be_restored(
     state: State, start_manager: StartManager, data_dir: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
     place = tmp_path / "elsewhere"
@@ -81,7 +81,7 @@ def test_a_backup_of_a_running_manager_is_one_file_that_can_be_put_back(
     assert again.counter("c").increment() == 4
 
 
-def test_a_backup_never_takes_the_place_of_another_file(state: State, data_dir: Path, tmp_path: Path) -> None:
+def test_a_backup_never_overwrites_a_file(state: State, data_dir: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("notes")
     before = left_in(tmp_path)
@@ -117,7 +117,7 @@ def test_a_running_managers_journal_is_checked_against_its_memory(state: State, 
     assert state.counter("c").increment() == 4
 
 
-def test_counters_in_memory_alone_can_neither_be_copied_nor_checked(
+def test_counters_with_durability_none_can_neither_be_copied_nor_checked(
     start_manager: StartManager, data_dir: Path, tmp_path: Path
 ) -> None:
     start_manager("--durability", "none")
@@ -148,7 +148,7 @@ def test_a_backup_beside_the_log_of_another_journal_is_refused(state: State, dat
 # Offline
 
 
-def test_without_a_manager_both_work_too_and_check_changes_nothing(
+def test_both_work_without_a_manager_and_check_changes_nothing(
     state: State, stack: ExitStack, start_manager: StartManager, data_dir: Path, tmp_path: Path
 ) -> None:
     stack.close()  # kills it: the last commits are in the log
@@ -163,7 +163,7 @@ def test_without_a_manager_both_work_too_and_check_changes_nothing(
     assert examine(tmp_path / "b").counters == {"c": 3}
 
 
-def test_where_there_is_no_journal_nothing_is_made(data_dir: Path, tmp_path: Path) -> None:
+def test_without_a_journal_nothing_is_created(data_dir: Path, tmp_path: Path) -> None:
     for command in (["backup", tmp_path / "b"], ["check"], ["check", tmp_path / "b"]):
         done = Done(*command, "--data-dir", data_dir)
         assert done.status == 1
@@ -181,9 +181,7 @@ def kept(tmp_path: Path) -> Iterator[Journal]:
     kept.close()
 
 
-def test_a_backup_is_of_one_moment_while_commits_go_on(
-    kept: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backup_during_commits_is_consistent(kept: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One page at a time, so that there are many pauses, and many commits in them."""
     monkeypatch.setattr(journal, "_BACKUP_PAGES", 1)
     kept.commit(Changes(1.0, counters={f"{number:0200}": number for number in range(500)}))
@@ -240,9 +238,7 @@ def test_a_backup_is_of_one_moment_while_commits_go_on(
         ("CREATE TABLE another (x)", "its tables are not those of a journal"),
     ],
 )
-def test_a_row_that_was_changed_by_anybody_else_is_found(
-    kept: Journal, tmp_path: Path, statement: str, words: str
-) -> None:
+def test_a_row_changed_by_another_program_is_found(kept: Journal, tmp_path: Path, statement: str, words: str) -> None:
     kept.commit(some_changes())
     assert examine_closed(kept) == Contents(
         {"a": 1}, {b"c" * 16: ClientRecord(7, [1], 2.0)}, {"k": KeyRecord(b"f" * 16, 5, 2.0)}, {"o": b"state"}
@@ -275,7 +271,7 @@ def examine_closed(kept: Journal) -> Contents:
     return examine(kept.path)
 
 
-def test_a_memory_that_is_not_what_the_disk_holds_is_found(kept: Journal) -> None:
+def test_a_difference_between_memory_and_disk_is_found(kept: Journal) -> None:
     ledger = Ledger(kept.load(), kept.commit)
     client = os.urandom(16)
     ledger.apply([Batch(client, 1, [Increment("a"), Increment("b", key="k")])])
@@ -297,7 +293,7 @@ def test_a_memory_that_is_not_what_the_disk_holds_is_found(kept: Journal) -> Non
             kept.check(wrong)
 
 
-def test_what_was_refused_for_want_of_room_is_in_memory_alone_and_no_damage(kept: Journal) -> None:
+def test_refusals_remembered_only_in_memory_are_not_damage(kept: Journal) -> None:
     def commit(changes: Changes) -> None:
         if full:
             raise StorageFull("no room")
