@@ -1,4 +1,4 @@
-"""The cache that all workers share: cachelib's contract, with cachelib's own simple cache as the reference."""
+"""The shared cache follows the contract of cachelib, whose simple cache is the reference."""
 
 import importlib
 import os
@@ -40,7 +40,7 @@ Make = Callable[..., BaseCache]
 
 @pytest.fixture(scope="module")
 def shared_manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of one on-demand manager for all tests that do it no harm."""
+    """Return the URL of an on-demand manager for all tests that do not disturb it."""
     data_dir = tmp_path_factory.mktemp("caches") / "data"
     yield DataDirectory(data_dir).url
     end_manager(data_dir / "manager.lock")
@@ -48,13 +48,13 @@ def shared_manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["SimpleCache", "memory", "manager"])
 def make(request: pytest.FixtureRequest, shared_manager: str, stack: ExitStack) -> Make:
-    """Makes caches that are empty: the reference, and ours in this process and in a manager."""
+    """Return a function that makes empty caches: the reference, and ours in this process and in a manager."""
     return SimpleCache if request.param == "SimpleCache" else _ours(request.param, shared_manager, stack)
 
 
 @pytest.fixture(params=["memory", "manager"])
 def ours(request: pytest.FixtureRequest, shared_manager: str, stack: ExitStack) -> Make:
-    """The same without the reference, for where we differ from it on purpose."""
+    """Return the same without the reference, for intended differences."""
     return _ours(request.param, shared_manager, stack)
 
 
@@ -71,7 +71,7 @@ def cache(make: Make) -> BaseCache:
 
 @pytest.fixture
 def opened(stack: ExitStack) -> Callable[..., ManagerCache]:
-    """Opens a cache of ours at a URL, until the test ends."""
+    """Return a function that opens our cache at a URL until the test ends."""
 
     def opened(url: str, *arguments: Any, **options: Any) -> ManagerCache:
         cache = ManagerCache(url, *arguments, **{"deadline": PATIENCE, **options})
@@ -83,7 +83,7 @@ def opened(stack: ExitStack) -> Callable[..., ManagerCache]:
 
 @dataclass
 class Point:
-    """A class of its own, for values that only pickle can carry."""
+    """A class whose instances only pickle can encode."""
 
     x: int
     y: "Point | None" = None
@@ -118,7 +118,7 @@ VALUES: list[Any] = [
 ]
 
 
-# What any cachelib cache does
+# The contract of cachelib
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:30])
@@ -177,7 +177,7 @@ def test_a_key_may_be_any_plain_data(cache: BaseCache, key: Any) -> None:
 
 
 class Key(StrEnum):
-    """What is a string by another name."""
+    """A subclass of `str`."""
 
     ONE = "one"
 
@@ -217,7 +217,7 @@ def test_delete_many_reports_missing_keys_as_deleted(make: Make, ignore: bool) -
 
 
 def test_delete_many_reports_errors_unless_they_are_ignored(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only way to fail here is a class that cannot delete."""
+    """Only a class that cannot delete can fail here."""
     for ignore in (True, False):
         cache = make(ignore_delete_many_errors=ignore)
         assert cache.ignore_delete_many_errors is ignore
@@ -284,7 +284,7 @@ def test_a_timeout_is_seconds_or_a_timedelta_rounded_up_and_0_means_forever(make
         forever.set(f"forever, {kept}", kept, timeout)
         cache.add(f"added, {kept}", kept, timeout)
     cache.set_many({"many kept": 1}, timeout=0)
-    if isinstance(forever, ManagerCache):  # the reference has a cache of its own here
+    if isinstance(forever, ManagerCache):  # the reference makes another cache here
         forever.set("forever", "forever")
         forever.inc("forever, increased")
     keys = [*brief, *(f"added, {key}" for key in brief), "many", "increased"]
@@ -341,7 +341,7 @@ def test_a_serializer_can_be_replaced(cache: BaseCache) -> None:
         cache.set("key", value)
         assert (type(cache.get("key")), cache.get("key")) == (type(value), value)
     cache.set("key", (1, 2))
-    assert cache.get("key") == [1, 2]  # which shows that it was JSON
+    assert cache.get("key") == [1, 2]  # a tuple comes back as a list from JSON
     cache.set("number", 1)
     assert cache.inc("number") == 2
 
@@ -358,11 +358,11 @@ def test_of_16_threads_that_add_a_key_exactly_one_succeeds(cache: BaseCache) -> 
     assert {cache.get(f"key {n}") is not None for n in range(50)} == {True}
 
 
-# Where ours differs from the reference on purpose
+# Intended differences from the reference
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -372,7 +372,7 @@ class Clock:
 
 
 def clocked(cache: ManagerCache, entries: int = 100) -> Clock:
-    """Put the far end of a cache into the hands of the test, with a clock of its own."""
+    """Replace the hosted object of a cache by one with the test's clock."""
     clock = Clock()
     cache._entries = BoundedDict(entries, clock)
     return clock
@@ -440,7 +440,7 @@ def test_expired_entries_are_evicted_before_live_ones() -> None:
 
 @pytest.mark.parametrize("value", [None, True, False, "", "text", b"", 0j], ids=repr)
 def test_only_an_int_or_a_float_is_a_number(ours: Make, value: object) -> None:
-    """The reference takes what is false for 0, and True for 1."""
+    """The reference counts false values as 0, and True as 1."""
     cache = ours()
     cache.set("key", value)
     for change in (cache.inc, cache.dec):
@@ -451,7 +451,7 @@ def test_only_an_int_or_a_float_is_a_number(ours: Make, value: object) -> None:
 
 @pytest.mark.parametrize("delta", ["1", b"1", [1], None, {}], ids=repr)
 def test_a_delta_that_is_not_a_number_changes_nothing(ours: Make, delta: Any) -> None:
-    """The reference makes a new entry of some."""
+    """The reference creates a new entry for some of them."""
     cache = ours()
     cache.set_many({"number": 1, "bytes": "pickled"})
     for key in ("number", "bytes", "missing"):
@@ -522,14 +522,14 @@ def test_a_value_that_cannot_be_pickled_is_an_error_and_changes_nothing(ours: Ma
 
 
 class Unpicklable:
-    """Refuses as pickle itself does."""
+    """Refuses to be pickled, like pickle itself."""
 
     def __reduce__(self) -> str:
-        raise pickle.PicklingError("not this one")
+        raise pickle.PicklingError("refused")
 
 
 def test_a_value_that_the_serializer_refuses_is_an_error_and_changes_nothing(ours: Make) -> None:
-    """A serializer of cachelib logs why, and returns None; the reference stores that, and cannot read it."""
+    """A serializer of cachelib logs the reason and returns None, which the reference stores and cannot read."""
     cache: Any = ours()
     cache.set("key", "before")
     with pytest.raises(pickle.PicklingError, match="Unpicklable"):
@@ -570,7 +570,7 @@ def test_a_too_large_value_is_refused_and_changes_nothing(ours: Make) -> None:
 
 
 class Marking:
-    """Unpickled anywhere, it leaves there the mark of the process, and is its pid."""
+    """A value that writes a file when it is unpickled, and becomes the pid of the process."""
 
     def __init__(self, marks: Path) -> None:
         self._marks = marks
@@ -590,7 +590,7 @@ def test_the_manager_never_unpickles_a_value(
 ) -> None:
     marks = tmp_path / "marks"
     cache, other = opened(on_demand, threshold=3), opened(on_demand, threshold=3)
-    for key in ("one", "two", "three", "four"):  # the first is driven out
+    for key in ("one", "two", "three", "four"):  # the first is evicted
         cache.set(key, Marking(marks))
     assert cache.add("two", Marking(marks)) is False
     assert cache.add("five", Marking(marks), timeout=-1) is True
@@ -608,7 +608,7 @@ def test_values_may_come_from_modules_that_the_manager_cannot_import(
     on_demand: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[..., ManagerCache]
 ) -> None:
     cache, other = opened(on_demand), opened(on_demand)
-    cache.set("first", 1)  # the manager has been told by now where modules are
+    cache.set("first", 1)  # the manager's search path for modules is complete now
     (tmp_path / "only_here.py").write_text("class Here:\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     here = importlib.import_module("only_here").Here
@@ -657,7 +657,7 @@ def open_cache(kind: str, place: str) -> BaseCache:
 
 
 def obey(start: Any, orders: Connection) -> None:
-    """Be one of a crew: each order is a cache, a method of it and the arguments of each call."""
+    """Run one process of a crew: each order is a cache, a method and the arguments of each call."""
     caches: dict[tuple[str, str], BaseCache] = {}
     while True:
         try:
@@ -672,7 +672,7 @@ def obey(start: Any, orders: Connection) -> None:
 
 
 class Crew:
-    """Four processes that call a cache at the same time, begun on a barrier."""
+    """Four processes that call a cache at the same time, started by a barrier."""
 
     def __init__(self) -> None:
         self._start = spawn.Barrier(4)
@@ -681,11 +681,11 @@ class Crew:
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=obey, args=(self._start, theirs), daemon=True)
             process.start()
-            theirs.close()  # theirs alone: if it dies, reading ends
+            theirs.close()  # only the child holds it: reading ends if the child dies
             self._members.append((process, ours))
 
     def call(self, kind: str, place: str, method: str, *calls: tuple[Any, ...]) -> list[list[Any]]:
-        """What each of them was answered."""
+        """Return the answers of each process."""
         for _, orders in self._members:
             orders.send((kind, place, method, calls))
         return [self._answer(orders) for _, orders in self._members]
@@ -717,7 +717,7 @@ def crew() -> Iterator[Crew]:
 def test_4_processes_lose_increments_in_a_file_cache_and_none_in_ours(
     crew: Crew, shared_manager: str, tmp_path: Path, opened: Callable[..., ManagerCache]
 ) -> None:
-    """Its `inc` is cachelib's own: get, then set. Whether it loses one is luck, so it is given up to 100 rounds."""
+    """The file cache uses cachelib's `inc`: get, then set. It loses some by chance, so it runs up to 100 rounds."""
     everyone = list(range(1, 401))
 
     def round_of(kind: str, place: str, key: str) -> list[int]:
@@ -726,7 +726,7 @@ def test_4_processes_lose_increments_in_a_file_cache_and_none_in_ours(
     rounds = (round_of("files", str(tmp_path / "files"), f"key {number}") for number in range(100))
     lossy = next((values for values in rounds if values != everyone), None)
     assert lossy is not None
-    assert len(set(lossy)) < 400  # two were given the same number
+    assert len(set(lossy)) < 400  # two processes got the same number
     opened(shared_manager).clear()
     for number in range(3):
         assert round_of("manager", shared_manager, f"key {number}") == everyone
@@ -789,7 +789,7 @@ def test_a_killed_manager_leaves_an_empty_cache_and_no_error(
 def test_every_method_works_as_the_first_call_after_a_loss(
     method: str, arguments: tuple[Any, ...], answer: object
 ) -> None:
-    """The loss is played by the state: really killing a manager for each would take long."""
+    """The state simulates the loss, as killing a manager for each method would take long."""
     state = open_state("memory://")
     lost = iter([StateLost("begins anew")])
     invoke = state.invoke
@@ -808,7 +808,7 @@ def test_every_method_works_as_the_first_call_after_a_loss(
 def test_busy_clients_see_no_error_when_the_manager_is_killed(
     on_demand: str, data_dir: Path, opened: Callable[..., ManagerCache]
 ) -> None:
-    """Each has a number of its own: the next is one more, or 1 where it was lost, and nothing else."""
+    """Each client counts its own key: the next number is one more, or 1 after the loss."""
     numbers: list[list[int]] = [[] for _ in range(4)]
     stop = threading.Event()
 
@@ -864,14 +864,14 @@ def make_app(url: str = "memory://", **config: Any) -> Flask:
 
 
 def caching(app: Flask, stack: ExitStack, **config: Any) -> Cache:
-    """Flask-Caching with our cache in an app, closed when the test ends."""
+    """Set up Flask-Caching with our cache in an app, until the test ends."""
     cache = Cache(app, config={"CACHE_TYPE": OURS, **config})
     stack.callback(app.extensions["cache"][cache].close)
     return cache
 
 
 def in_context(stack: ExitStack, **config: Any) -> Cache:
-    """The same in an app of its own, which is current until the test ends."""
+    """Set it up in a new app, which is current until the test ends."""
     app = make_app()
     stack.enter_context(app.app_context())
     return caching(app, stack, **config)
@@ -911,7 +911,7 @@ def test_flask_caching_and_a_shared_state_use_one_manager(
 
 
 def test_a_view_cached_in_one_worker_is_cached_in_another(on_demand: str, stack: ExitStack) -> None:
-    """Two apps, each with a cache of its own, stand for two workers."""
+    """Two apps with a cache each represent two workers."""
     calls: list[str] = []
 
     def worker(name: str) -> Flask:
@@ -1041,7 +1041,7 @@ def test_an_invalid_threshold_of_flask_caching_is_refused_at_once(stack: ExitSta
 
 
 def test_a_view_works_without_its_cache_if_the_manager_is_missing(data_dir: Path, stack: ExitStack) -> None:
-    """As Flask-Caching has it of any cache: the error is logged, and the view called."""
+    """As with any cache, Flask-Caching logs the error and calls the view."""
     app = make_app(DataDirectory(data_dir).url, COUNTER_SERVER_START=False)
     app.config["COUNTER_SERVER_DEADLINE"] = 0.05
     cache = caching(app, stack)
@@ -1118,7 +1118,7 @@ def test_a_cleared_session_is_removed_from_the_cache() -> None:
     browser.get("/clear")
     assert cache.has(key) is False
     assert browser.get_cookie("session") is None
-    browser.set_cookie("session", cookie.value)  # one who kept the old cookie
+    browser.set_cookie("session", cookie.value)  # as a client that kept the old cookie
     assert browser.get("/inc").json == {"number": 1}
     assert cache.has(key) is False
 
@@ -1126,7 +1126,7 @@ def test_a_cleared_session_is_removed_from_the_cache() -> None:
 def test_sessions_and_flask_caching_in_one_app_are_two_caches(
     on_demand: str, stack: ExitStack, opened: Callable[..., ManagerCache]
 ) -> None:
-    """Neither has been given a name; clearing the cache logs nobody out."""
+    """Both have default names, and clearing the cache ends no session."""
     app = session_app(opened(on_demand))
     app.config.update(COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=PATIENCE)
     cache = caching(app, stack)
@@ -1138,7 +1138,7 @@ def test_sessions_and_flask_caching_in_one_app_are_two_caches(
     assert browser.get("/inc").json == {"number": 2}
 
 
-# Without what it is for
+# Without optional packages
 
 
 def run_without(module: str, program: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The command line, as a script meets it: real processes and managers, and one clear line for each mistake."""
+"""The command line works in real processes with real managers, and reports each mistake in one line."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ BEFORE = {"visits": 7, "full": 3}
 
 
 def _environment(**variables: str) -> dict[str, str]:
-    """Ours without the developer's own settings of this package."""
+    """Return our environment without the developer's settings of this package."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("COUNTER_SERVER_")}
     return {**mine, "PYTHONPATH": str(ROOT), **variables}
 
@@ -50,7 +50,7 @@ def _finish(process: subprocess.Popen[str]) -> Result:
     try:
         output, errors = process.communicate(timeout=PATIENCE)
     finally:
-        with suppress(ProcessLookupError):  # nothing is left of it, mostly
+        with suppress(ProcessLookupError):  # it has usually exited
             os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
@@ -70,14 +70,14 @@ def cli(tmp_path: Path) -> Cli:
 
 @pytest.fixture(scope="module")
 def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manager]:
-    """One manager for the tests that do it no harm."""
+    """Return a manager for all tests that do not disturb it."""
     with Manager(tmp_path_factory.mktemp("cli") / "data", "--durability", "process") as manager:
         yield manager
 
 
 @pytest.fixture
 def state(manager: Manager) -> Iterator[State]:
-    """The counters of `manager` without the command line: those of `BEFORE`, and no others."""
+    """Return the state of `manager` without the command line, with exactly the counters `BEFORE`."""
     with closing(open_state(manager.url, deadline=PATIENCE)) as state:
         for name, _ in state.counters(limit=1000).counters:
             state.counter(name).delete()
@@ -95,7 +95,7 @@ def assert_answered(result: Result, output: str) -> None:
 
 
 def assert_refused(result: Result) -> str:
-    """It ended with a status that is not 0 and one clear line, which is returned; a usage error may show the usage."""
+    """Check that the command failed with one line, and return it. A usage error may print the usage too."""
     assert result.returncode in (1, 2, 75), result.stderr
     assert result.stdout == ""
     lines = result.stderr.splitlines()
@@ -107,7 +107,7 @@ def assert_refused(result: Result) -> str:
     return lines[0]
 
 
-# What is right
+# Correct use
 
 
 def test_the_commands_increment_get_set_delete_and_list(cli: Cli, manager: Manager, state: State) -> None:
@@ -204,7 +204,7 @@ def test_help_and_version_need_no_manager(cli: Cli) -> None:
     assert cli("--version").stdout.startswith("counter-server, version ")
 
 
-# What is refused, before or by the manager
+# Mistakes that are refused, before or by the manager
 
 NAMES: dict[str, str | bytes] = {
     "empty": "",
@@ -267,7 +267,7 @@ def test_a_mistake_is_reported_in_one_line_and_changes_nothing(
 )
 def test_an_unknown_store_is_refused(cli: Cli, url: str | bytes) -> None:
     refused = assert_refused(cli("increment", "visits", "--store", url))
-    assert "manager:///absolute/data/directory" in refused  # what it could have been
+    assert "manager:///absolute/data/directory" in refused  # the correct form
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_without_a_manager_and_with_no_start_every_command_fails_and_creates_not
     stack: ExitStack, tmp_path: Path, start_manager: Callable[[], Manager]
 ) -> None:
     nowhere, killed, file = tmp_path / "nowhere", tmp_path / "data", tmp_path / "file"
-    start_manager().kill()  # its socket file is still there
+    start_manager().kill()  # its socket file remains
     file.write_text("mine")
     before = sorted(path.name for path in killed.iterdir())
     assert "manager.sock" in before

@@ -1,4 +1,4 @@
-"""A bounded dict with expiry: its rules against a plain model, and one dict for all workers."""
+"""The bounded dict with expiry follows a plain model, and is shared by all workers."""
 
 import math
 import threading
@@ -20,7 +20,7 @@ from tests.processes import PATIENCE, end_manager, eventually
 
 
 class Clock:
-    """A clock that goes when it is told to."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -30,7 +30,7 @@ class Clock:
 
 
 class RunningClock(Clock):
-    """A clock that has gone on by a second whenever it is read."""
+    """A clock that advances by a second whenever it is read."""
 
     def __call__(self) -> float:
         self.now += 1
@@ -46,7 +46,7 @@ values = st.one_of(st.integers(-3, 3), st.just(2**70), st.just("text"), st.none(
 times = st.sampled_from([None, 0.5, 1.0, 2.0, 3.0])
 bounds = st.one_of(st.none(), st.integers(-3, 3))
 
-_Answer = tuple[str, Any]  # "is" and what was returned, or "raises" and the error's type
+_Answer = tuple[str, Any]  # "is" and the return value, or "raises" and the exception's type
 
 
 def answer(call: Callable[[], Any]) -> _Answer:
@@ -57,7 +57,7 @@ def answer(call: Callable[[], Any]) -> _Answer:
 
 
 class TheRules(RuleBasedStateMachine):
-    """A bounded dict does what a plain dict would, with expiry and eviction as they are written down.
+    """A bounded dict does what a plain dict would, with the documented expiry and eviction.
 
     The model lists its entries in the order of their last use.
     """
@@ -168,7 +168,7 @@ class TheRules(RuleBasedStateMachine):
 
     @invariant()
     def the_same_keys_are_there(self) -> None:
-        """Told by what changes nothing: `size` would remove what has expired."""
+        """Use `has`, which changes nothing: `size` would remove expired entries."""
         assert [self.dict.has(key) for key in _KEYS] == [key in self.model for key in _KEYS]
 
 
@@ -219,19 +219,19 @@ def test_expired_entries_are_evicted_before_live_ones() -> None:
     bounded.set("oldest, for ever", 1, None)
     bounded.set("short", 1, 5)
     bounded.set("longer", 1, 6)
-    assert bounded.find("short") == (1,)  # used last
+    assert bounded.find("short") == (1,)  # the last use
     clock.now = 5
     bounded.set("new", 1, None)
     assert [bounded.has(key) for key in ("oldest, for ever", "short", "longer", "new")] == [True, False, True, True]
 
 
 def test_an_entry_that_expires_while_it_is_set_is_not_an_error() -> None:
-    """The clock is read more than once in a call, and may have gone on in between."""
+    """The clock is read more than once in a call, and may advance in between."""
     for ttl in (1, 1.5, 2, 3):
         bounded = BoundedDict(10, RunningClock())
         assert [bounded.setdefault("k", "v", ttl) for _ in range(5)] == ["v"] * 5
     bounded = BoundedDict(10)
-    assert bounded.setdefault("k", "v", 1e-300) == "v"  # so short that the clock cannot tell it from none
+    assert bounded.setdefault("k", "v", 1e-300) == "v"  # shorter than the clock's resolution
     assert not bounded.has("k")
 
 
@@ -262,7 +262,7 @@ def test_a_refused_increment_changes_neither_the_number_nor_its_expiry() -> None
 
 
 def test_many_rewrites_do_not_grow_the_heap() -> None:
-    """A heap holds an item for each write until it is tidied."""
+    """The heap holds an item for each write until it is cleaned up."""
     bounded = BoundedDict(3, Clock())
     for number in range(10_000):
         bounded.incr(number % 3, 1, 10, renew=True)
@@ -271,7 +271,7 @@ def test_many_rewrites_do_not_grow_the_heap() -> None:
 
 
 def test_keys_with_equal_hashes_are_listed_in_parts() -> None:
-    """Python's hash of an int is its remainder by 2**61 - 1: 1 for each of these, too many for one answer."""
+    """Python's hash of an int is its remainder by 2**61 - 1: 1 for all of these, which are too large for one answer."""
     alike = [2 ** (61 * count) for count in range(1000)]
     assert {hash(number) for number in alike} == {1}
     bounded = BoundedDict(1000, Clock())
@@ -281,7 +281,7 @@ def test_keys_with_equal_hashes_are_listed_in_parts() -> None:
     assert sorted(SharedDict(bounded, None).keys()) == alike
 
 
-# One for all workers
+# Shared by all workers
 
 
 @pytest.fixture(params=["memory", "manager"])
@@ -369,7 +369,7 @@ def test_ints_of_any_size_and_floats_can_be_incremented(state: State) -> None:
     assert [shared.incr("n"), shared.incr("n", 2), shared.incr("n", -4), shared.incr("n", 0)] == [1, 3, -1, -1]
     assert [shared.incr("big", 2**200), shared.incr("big")] == [2**200, 2**200 + 1]
     assert [shared.incr("f", 0.5), shared.incr("f")] == [0.5, 1.5]
-    assert repr(shared.incr("n", 3)) == "2"  # an int stays one
+    assert repr(shared.incr("n", 3)) == "2"  # it stays an int
 
 
 def test_only_numbers_can_be_incremented_and_other_values_stay_unchanged(state: State) -> None:
@@ -456,7 +456,7 @@ def test_an_entry_without_a_time_to_live_gets_the_dicts(state: State) -> None:
     lasting.set("own", 1, ttl=0.05)
     lasting.incr("number", ttl=0.05)
     lasting.setdefault("default", 1, ttl=0.05)
-    eventually(lambda: len(brief) == len(lasting) == 1, "the end of what was to live for a moment")
+    eventually(lambda: len(brief) == len(lasting) == 1, "the expiry of the brief entries")
     assert (brief.keys(), lasting.keys()) == (["own"], ["dict's"])
 
 
@@ -541,7 +541,7 @@ def test_the_loss_of_a_killed_manager_is_reported_once_to_each_handle(on_demand:
 
 
 def test_after_a_kill_under_load_all_threads_continue_in_the_new_dict(on_demand: str, data_dir: Path) -> None:
-    """Before and after the loss, the numbers that were told are each a row without a gap."""
+    """The numbers returned before the loss have no gap, and neither have the numbers after it."""
     values: list[int] = []
     told: list[StateLost] = []
     lost = threading.Event()

@@ -1,4 +1,4 @@
-"""`counter-server doctor` says of live servers whether numbers can be lost."""
+"""`counter-server doctor` reports whether live servers can lose numbers."""
 
 import socket
 import subprocess
@@ -37,12 +37,12 @@ def findings(url: str) -> list[Finding]:
 
 
 def worries(url: str) -> list[str]:
-    """What it does not find to be well."""
+    """Return the sentences of all findings that are not ok."""
     return [finding.sentence for finding in findings(url) if finding.level != "ok"]
 
 
 def doctor(*arguments: str) -> tuple[int, list[str]]:
-    """The command's exit status, and all the lines that a person sees."""
+    """Return the command's exit status and all its lines."""
     command = [sys.executable, "-m", "counter_server", "doctor", *arguments]
     told = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     return told.returncode, (told.stdout + told.stderr).splitlines()
@@ -166,7 +166,7 @@ def test_a_user_without_permission_for_config_is_reported(start_redis: StartRedi
 
 
 def test_asynchronous_replication_and_the_address_of_a_replica_are_reported(start_redis: StartRedis) -> None:
-    # The replica's own link needs TCP, so the master listens on a port that the system chose a moment ago.
+    # The replica connects by TCP, so the master listens on a port that was free a moment ago.
     master = start_redis(*DURABLE)
     port = free_port()
     assert master.command("CONFIG", "SET", "bind", "127.0.0.1") == b"+OK\r\n"

@@ -1,4 +1,4 @@
-"""Limits that all workers share: the contract of limits' storages, with limits' own memory storage as the reference."""
+"""The shared storage follows the contract of limits, whose memory storage is the reference."""
 
 import http.client
 import json
@@ -41,12 +41,12 @@ from tests.load import at_once, spawn
 from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, frozen, holder
 
 LONG = RateLimitItemPerYear(3)  # none of its windows ends while a test runs
-BEGINNING = 1_700_000_000.0  # in seconds: where the clock of a test starts
+BEGINNING = 1_700_000_000.0  # seconds, at the start of a test's clock
 
 
 @pytest.fixture(scope="module")
 def shared_manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of one on-demand manager for all tests that do it no harm."""
+    """Return the URL of an on-demand manager for all tests that do not disturb it."""
     data_dir = tmp_path_factory.mktemp("limits") / "data"
     yield DataDirectory(data_dir).url
     end_manager(data_dir / "manager.lock")
@@ -54,7 +54,7 @@ def shared_manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["MemoryStorage", "memory", "manager"])
 def storage(request: pytest.FixtureRequest, shared_manager: str) -> Storage:
-    """One that is empty: the reference, and ours in this process and in a manager."""
+    """Return an empty storage: the reference, or ours in this process or in a manager."""
     if request.param == "MemoryStorage":
         return MemoryStorage()
     storage = ManagerStorage("memory://" if request.param == "memory" else shared_manager, deadline=PATIENCE)
@@ -110,7 +110,7 @@ def test_the_stats_report_the_remaining_hits_and_the_reset_time(limiter: RateLim
 def test_a_hit_may_cost_more_than_1(limiter: RateLimiter, strategy: str) -> None:
     assert limiter.hit(LONG, "anna", cost=2)
     assert not limiter.hit(LONG, "anna", cost=2)
-    left = 0 if strategy == "fixed-window" else 1  # which counts what it refuses
+    left = 0 if strategy == "fixed-window" else 1  # a fixed window also counts refused hits
     assert remaining(limiter) == left
     assert limiter.hit(LONG, "anna") is bool(left)
 
@@ -193,7 +193,7 @@ def test_check_is_true_if_the_storage_answers(storage: Storage) -> None:
 
 
 def test_100_threads_have_one_budget(shared_manager: str, strategy: str) -> None:
-    """Of the reference nothing of the kind is promised."""
+    """The reference does not promise this."""
     storage = ManagerStorage(shared_manager, deadline=PATIENCE)
     storage.reset()
     admitted = at_once(100, lambda: STRATEGIES[strategy](storage).hit(RateLimitItemPerYear(30), "anna"))
@@ -204,7 +204,7 @@ def test_100_threads_have_one_budget(shared_manager: str, strategy: str) -> None
 
 
 class Clock:
-    """Stands where a module has imported `time`."""
+    """Replaces the module `time` where it is imported."""
 
     def __init__(self) -> None:
         self.now = BEGINNING
@@ -227,14 +227,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class NeverAgain(threading.Timer):
-    """A timer that is said to be about to run, and does not."""
+    """A timer that claims to be about to run, and never runs."""
 
     def is_alive(self) -> bool:
         return True
 
 
 def reference() -> MemoryStorage:
-    """The original without its thread: what it answers then depends on the times of the calls alone."""
+    """Return the reference without its thread, so that its answers depend only on the times of the calls."""
     storage = MemoryStorage()
     storage.timer.cancel()
     storage.timer.join()
@@ -243,19 +243,19 @@ def reference() -> MemoryStorage:
 
 
 def over(windows: Windows) -> ManagerStorage:
-    """A storage whose windows are these, with no process between them."""
+    """Return a storage over these windows in this process."""
     storage = ManagerStorage("memory://")
     storage.storage = windows
     return storage
 
 
 def held(windows: Windows) -> list[str]:
-    """All keys that it knows anything of."""
+    """Return all keys of windows."""
     return sorted({*(windows.counts.keys(0, 1) or []), *(windows.events.keys(0, 1) or [])})
 
 
 def test_a_window_ends_when_its_time_is_over(clock: Clock, strategy: str) -> None:
-    clock.now -= clock.now % 60  # where a sliding window begins
+    clock.now -= clock.now % 60  # the beginning of a sliding window
     limiter = STRATEGIES[strategy](over(Windows()))
     limit = RateLimitItemPerMinute(3)
     assert hits(limiter, 4, limit) == [True, True, True, False]
@@ -283,7 +283,7 @@ def test_expired_windows_are_removed_completely(clock: Clock, strategy: str) -> 
 
 
 def test_a_window_in_constant_use_does_not_grow(clock: Clock, strategy: str) -> None:
-    """One client that comes for ever, as often as it may and twice as often."""
+    """One client sends twice as many hits as the limit admits."""
     windows = Windows()
     limiter = STRATEGIES[strategy](over(windows))
     limit = RateLimitItemPerMinute(10)
@@ -297,7 +297,7 @@ def test_a_window_in_constant_use_does_not_grow(clock: Clock, strategy: str) -> 
 
 
 def test_a_window_that_one_strategy_removes_is_kept_for_another(clock: Clock) -> None:
-    """One limit and one identifier are one key, whatever the strategy."""
+    """The key depends on the limit and the identifier, not on the strategy."""
     limit = RateLimitItemPerMinute(3)
     for first, second in (("fixed-window", "moving-window"), ("moving-window", "fixed-window")):
         windows = Windows()
@@ -328,7 +328,7 @@ def test_windows_start_no_thread() -> None:
 
 ITEMS = [RateLimitItemPerSecond(1), RateLimitItemPerMinute(3), RateLimitItemPerMinute(1)]
 STEPS = st.tuples(
-    # Parts of a second that are exact, so that an edge is met exactly.
+    # Exact fractions of a second, so that an edge is hit exactly.
     st.sampled_from([0.0, 0.0, 0.25, 0.75, 1.0, 1.0, 2.0, 29.0, 30.0, 31.0]),
     st.sampled_from(["hit", "hit", "hit", "hit", "hit", "test", "get_window_stats", "clear"]),
     st.sampled_from(sorted(STRATEGIES)),
@@ -371,7 +371,7 @@ def _answer(limiter: RateLimiter, method: str, item: RateLimitItem, who: str, co
         return getattr(limiter, method)(item, who, cost=cost)
     answer = getattr(limiter, method)(item, who)
     if method == "get_window_stats" and answer.remaining == item.amount:
-        return answer.remaining  # the end of a window in which there is nothing is not told
+        return answer.remaining  # the end of an empty window is undefined
     return answer
 
 
@@ -393,7 +393,7 @@ def test_4_processes_have_one_budget(on_demand: str) -> None:
         reader, writer = spawn.Pipe(duplex=False)
         process = spawn.Process(target=take, args=(on_demand, start, writer))
         process.start()
-        writer.close()  # theirs alone: if it dies, reading ends
+        writer.close()  # only the child holds it: reading ends if the child dies
         clients.append((process, reader))
     admitted = []
     for process, reader in clients:
@@ -432,7 +432,7 @@ def test_storages_share_their_budgets_only_if_they_have_the_same_name(on_demand:
     assert hits(other, 4) == [True, True, True, False]
 
 
-# A manager that is killed, and one that is not to be had
+# A manager that is killed or missing
 
 
 def test_windows_lost_with_the_manager_restart_without_an_error(on_demand: str, data_dir: Path) -> None:
@@ -494,12 +494,12 @@ def test_busy_clients_see_no_error_when_the_manager_is_killed(on_demand: str, da
 
     jobs = iter([kill, work, work, work, work])
     at_once(5, lambda: next(jobs)())
-    assert sum(admitted) == 300  # a limit for each manager's life, each of which was used up
+    assert sum(admitted) == 300  # the whole limit in each of three managers
 
 
 @pytest.fixture
 def nowhere(data_dir: Path) -> Iterator[str]:
-    """The URL of a directory that no manager takes, as long as anybody may write to it."""
+    """Return the URL of a directory that managers refuse, as everybody may write to it."""
     data_dir.mkdir()
     data_dir.chmod(0o777)
     yield DataDirectory(data_dir).url
@@ -560,7 +560,7 @@ def test_a_manager_started_without_limits_names_the_objects_it_hosts(on_demand: 
         ManagerStorage(on_demand, deadline=PATIENCE).incr("key", 60)
 
 
-# How it is made
+# Construction
 
 
 def test_the_scheme_is_registered_and_memory_is_not_replaced() -> None:
@@ -674,7 +674,9 @@ def test_without_a_manager_the_fallback_limit_applies_until_one_starts(nowhere: 
     app, _ = limited(nowhere, in_memory_fallback=["1 per year"])
     assert statuses(app, 3) == [200, 429, 429]
     data_dir.chmod(0o700)
-    eventually(lambda: statuses(app, 1) == [200], "the return to the manager")  # it looks again after a second
+    eventually(
+        lambda: statuses(app, 1) == [200], "the return to the manager"
+    )  # Flask-Limiter checks again after a second
     assert statuses(app, 3) == [200, 200, 429]
 
 
@@ -727,7 +729,7 @@ def home():
 
 
 def knock(url: str) -> tuple[int, bytes]:
-    """What a fresh client is answered."""
+    """Return the response to a new client."""
     parts = urlsplit(url)
     client = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
     try:

@@ -1,4 +1,4 @@
-"""Shared objects: a plain class, one for all workers, each call made exactly once."""
+"""Shared objects of plain classes are the same for all workers, and each call is made exactly once."""
 
 import gc
 import pickle
@@ -147,7 +147,7 @@ def test_a_built_in_exception_is_raised_in_its_own_type_with_the_remote_tracebac
         toolbox.fail()
     assert error.value.args == ("no such tool", 7)
     assert "hosted_classes.py" in error.value.__notes__[0]
-    assert toolbox.count() == 1  # it was called, once
+    assert toolbox.count() == 1  # it was called once
 
 
 def test_any_other_exception_is_raised_as_a_remote_error(state: State) -> None:
@@ -156,7 +156,7 @@ def test_any_other_exception_is_raised_as_a_remote_error(state: State) -> None:
         toolbox.fail_in_its_own_way()
     assert error.value.name == f"{OwnError.__module__}.OwnError"
     assert error.value.text == "with a message"
-    assert not isinstance(error.value, CounterServerError)  # none of ours: there is no outcome to be told
+    assert not isinstance(error.value, CounterServerError)  # it has no outcome
     assert "hosted_classes.py" in error.value.remote_traceback
 
 
@@ -175,7 +175,7 @@ def test_attributes_that_are_not_methods_cannot_be_called(state: State, name: st
     toolbox: Any = state.object("toolbox", Toolbox)
     with pytest.raises(AttributeError, match=f"only public methods of Toolbox are shared, not '{name}'"):
         getattr(toolbox, name)
-    with pytest.raises(Unsupported, match=f"no public method '{name}'"):  # nor by one who asks the manager all the same
+    with pytest.raises(Unsupported, match=f"no public method '{name}'"):  # not even directly in the manager
         state.invoke("toolbox", Invoke(name, b""))
 
 
@@ -196,7 +196,7 @@ def test_a_class_that_cannot_be_imported_is_refused_when_it_is_declared(state: S
 
 
 def test_threads_can_declare_at_the_same_time() -> None:
-    """Python 3.11 finds a class's source by parsing, which failed where a collection of garbage let two threads."""
+    """Python 3.11 finds a class's source by parsing, which fails if a garbage collection lets two threads parse."""
     start = threading.Barrier(8)
 
     def declare_often(_: int) -> set[bytes]:
@@ -244,14 +244,14 @@ def test_a_slow_method_delays_neither_counters_nor_other_objects(state: State, t
 
 
 def test_a_method_that_computes_leaves_counters_their_turn(on_demand: str) -> None:
-    """By Python's own interval a thread that waits for the interpreter waits for 5 ms."""
+    """With Python's default switch interval, a thread waits 5 ms for the interpreter."""
     with patient(on_demand, durability="none") as state, open_state(on_demand, deadline=1) as hasty:
         assert state.object("slow", Slow).wait_for("/") == "done"
         with pytest.raises(DeadlineExceeded):
             hasty.object("slow", Slow).compute()
         waited = []
         for _ in range(100):
-            time.sleep(0.003)  # so that the interpreter is the method's again
+            time.sleep(0.003)  # so that the method gets the interpreter again
             began = time.monotonic()
             state.counter("c").increment()
             waited.append(time.monotonic() - began)
@@ -259,7 +259,7 @@ def test_a_method_that_computes_leaves_counters_their_turn(on_demand: str) -> No
 
 
 def test_a_call_that_runs_for_long_is_reported_by_name(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
-    """In the manager's log, once, while it runs, and wherever its figures are shown."""
+    """The report is in the manager's log, once, and in its status while the call runs."""
     gate = tmp_path / "gate"
     app = create_app({"COUNTER_SERVER_STORE": on_demand, "COUNTER_SERVER_HOST": "127.0.0.1"})
     with patient(on_demand) as state, ThreadPoolExecutor(1) as caller:
@@ -283,7 +283,7 @@ def test_a_call_that_runs_for_long_is_reported_by_name(on_demand: str, data_dir:
             assert any("slow.wait_for has run for" in finding.sentence for finding in findings)
             log = data_dir / "manager.log"
             eventually(lambda: "slow.wait_for has run for" in log.read_text(), "the line")
-            time.sleep(2.5)  # it looks again meanwhile
+            time.sleep(2.5)  # the manager checks again meanwhile
             assert log.read_text().count("slow.wait_for") == 1
         finally:
             gate.touch()
@@ -297,7 +297,7 @@ def test_counters_and_objects_may_have_the_same_name(state: State) -> None:
     assert (obj.query(), state.counter("same").increment()) == (11, 1)
 
 
-# Loss, and durability
+# Loss and durability
 
 
 def test_an_object_in_memory_is_lost_with_its_manager_and_says_so_once(on_demand: str, data_dir: Path) -> None:
@@ -310,7 +310,7 @@ def test_an_object_in_memory_is_lost_with_its_manager_and_says_so_once(on_demand
             obj.query()
         assert lost.value.outcome == "not_applied"
         assert obj.query() == 1
-        assert state.counter("c").increment() == 2  # which is durable, and lost nothing
+        assert state.counter("c").increment() == 2  # counters are durable
 
 
 def test_a_durable_object_continues_from_its_last_state(on_demand: str, data_dir: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_durable_object_continues_from_its_last_state(on_demand: str, data_dir
 
 
 def test_a_durable_object_under_load_and_kill_9_counts_each_call_once(on_demand: str, data_dir: Path) -> None:
-    """Calls are resent by their sessions; what was acknowledged is there, and nothing was done twice."""
+    """Sessions send their calls again: no acknowledged call is lost, and none is made twice."""
     values: list[int] = []
 
     def work() -> None:
@@ -421,7 +421,7 @@ def test_a_call_whose_state_cannot_be_kept_is_made_once_and_undone(
         assert spoiled.count() == 3
 
 
-# What goes wrong between a program and its manager
+# Problems between a program and its manager
 
 
 SCRIPT = """
@@ -469,18 +469,18 @@ def test_an_unused_manager_is_replaced_by_one_with_other_objects(on_demand: str,
         assert counting.counter("c").increment() == 1
         first = holder(data_dir)
         with patient(on_demand) as state:
-            assert state.object("obj", SomeObj, 0).query() == 1  # the first one hosts none
+            assert state.object("obj", SomeObj, 0).query() == 1  # the first manager hosts no objects
             second = holder(data_dir)
             assert second != first
             assert counting.counter("c").increment() == 2
-            with pytest.raises(NotHosted, match="counter-server stop"):  # this one is in use
+            with pytest.raises(NotHosted, match="counter-server stop"):  # the manager is in use
                 patient(on_demand).object("other", SomeObj, 0).query()
             assert holder(data_dir) == second
             assert state.object("obj", SomeObj, 0).query() == 2
 
 
 def test_a_call_that_never_returns_holds_up_no_other_program(on_demand: str, tmp_path: Path) -> None:
-    """Its client has gone, so nobody uses the manager."""
+    """Its client is gone, so the manager is unused."""
     with open_state(on_demand, deadline=PATIENCE) as state:
         assert state.object("slow", Slow).wait_for(str(tmp_path)) == "done"
     with open_state(on_demand, deadline=1) as hasty, pytest.raises(DeadlineExceeded):

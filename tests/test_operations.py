@@ -1,4 +1,4 @@
-"""The vocabulary: what cannot be asked, neither in Python nor in bytes from a socket."""
+"""Invalid operations are refused, in Python and in bytes from a socket."""
 
 import unicodedata
 from collections.abc import Callable
@@ -82,7 +82,7 @@ NOT_INTEGERS: list[object] = [True, False, "1", 1.5, 1.0, b"1", [1], 2**63, -(2*
 
 
 def encoded(tag: str, *fields: object) -> bytes:
-    """An operation's bytes as a peer might send them, without any of our checks on the way."""
+    """Encode an operation as a peer might, without our checks."""
     return msgpack.encode([tag, *fields])
 
 

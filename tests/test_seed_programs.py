@@ -1,6 +1,6 @@
-"""Programs of the shape that this project was born from: with one line changed, that of their storage, they are right.
+"""Programs like the ones that led to this project become correct when the one line of their storage is changed.
 
-Each is run as it stands in `tests/programs`; an `app.py` beside it tells which process has answered.
+Each program runs as in `tests/programs`; an `app.py` beside it adds the answering process to the responses.
 """
 
 import http.client
@@ -59,16 +59,16 @@ LOST = {"lost": True}
 
 @dataclass(frozen=True)
 class Answer:
-    """What a browser was told, and by whom."""
+    """A response to a browser, and the worker that sent it."""
 
     status: int
     content: Any
     worker: str  # its pid
-    number: int  # of this answer among the worker's
+    number: int  # of this response among the worker's
 
 
 class Browser:
-    """Keeps its cookies, and takes a new connection for each request; to each server in turn."""
+    """A client with cookies that opens a new connection for each request, to each server in turn."""
 
     def __init__(self, urls: list[str]) -> None:
         self._urls = cycle(urls)
@@ -91,7 +91,7 @@ Launch = Callable[..., list[str]]
 
 @pytest.fixture
 def launch(on_demand: str, tmp_path: Path, stack: ExitStack) -> Launch:
-    """Serves a program, by two servers where one is one process. All is in `tmp_path`, the manager's directory too."""
+    """Serve a program, with two servers if one is a single process. All files are in `tmp_path`."""
 
     def launch(program: str, launcher: str, *, line: str = "", instead: str = "") -> list[str]:
         text = (PROGRAMS / f"{program}.py").read_text()
@@ -116,14 +116,14 @@ def test_the_object_gives_100_simultaneous_clients_the_numbers_1_to_100(
 ) -> None:
     urls = cycle(launch("some_obj", launcher))
     answers: list[Answer] = []
-    while len({answer.worker for answer in answers}) < 2:  # mostly so at once; one that is quick may answer them all
+    while len({answer.worker for answer in answers}) < 2:  # usually at once, unless one quick worker answers them all
         answers += at_once(100, lambda: Browser([next(urls)]).visit())
         assert sorted(answer.content for answer in answers) == list(range(1, len(answers) + 1))
     assert holder(tmp_path / DATA_DIR) is not None
 
 
 def test_a_plain_global_object_returns_numbers_twice(launch: Launch) -> None:
-    """Which shows that the tests of the others could fail."""
+    """This shows that the other tests can fail."""
     urls = launch(
         "some_obj", SYNC, line='global_obj = shared.object("global_obj", SomeObj, 0)', instead="global_obj = SomeObj(0)"
     )
@@ -168,11 +168,11 @@ def test_a_value_cached_by_one_worker_is_read_by_another(launch: Launch, launche
             readers[stored.worker].add(read.worker)
         if value >= 5 and any(read_by - {writer} for writer, read_by in readers.items()):
             break
-        assert value < 1000, "no other worker has answered"
+        assert value < 1000, "only one worker has answered"
 
 
 class Load:
-    """Browsers that ask again and again; each request is an operation of its own."""
+    """Browsers that send requests repeatedly; each request is one operation."""
 
     def __init__(self, urls: list[str], browsers: int) -> None:
         self.history: list[Operation] = []  # append is atomic
@@ -207,7 +207,7 @@ class Load:
             self.history.append(Operation(key, invoked))
 
     def progress(self, answered: int) -> None:
-        """Wait until so many more have been answered with a number."""
+        """Wait until this number of further requests returned a number."""
 
         def so_far() -> int:
             return sum(bool(operation.answers) for operation in self.history)
@@ -240,7 +240,7 @@ def test_a_durable_object_survives_the_killing_of_its_manager(launch: Launch, tm
 
 
 def test_each_worker_reports_a_lost_object_once_before_it_counts_from_1_again(launch: Launch, tmp_path: Path) -> None:
-    """A sync worker answers one request at a time, so its answers have an order: it numbers them."""
+    """A sync worker answers one request at a time, so it can number its responses."""
     urls = launch("some_obj", SYNC)
 
     def answers_until(complete: Callable[[dict[str, list[Answer]]], bool]) -> dict[str, list[Answer]]:

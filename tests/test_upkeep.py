@@ -1,4 +1,4 @@
-"""Backups that can be put back, and checks that find damage: with a manager that goes on, and without one."""
+"""Backups can be restored, and checks find damage, with a running manager and without one."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ StartManager = Callable[..., Manager]
 
 
 class Done:
-    """One run of the command: its exit status, and what it printed."""
+    """One run of the command, with its exit status and output."""
 
     def __init__(self, *arguments: str | Path) -> None:
         done = subprocess.run(
@@ -43,7 +43,7 @@ class Done:
 
 @pytest.fixture
 def state(start_manager: StartManager, stack: ExitStack) -> State:
-    """Of a manager that runs, with a counter at 3 and a key."""
+    """Return the state of a running manager, with a counter at 3 and a key."""
     state = stack.enter_context(open_client(start_manager().url))
     assert [state.counter("c").increment(key=key) for key in (None, None, "k")] == [1, 2, 3]
     return state
@@ -67,8 +67,8 @@ def test_a_backup_of_a_running_manager_is_one_file_that_can_be_restored(
     assert str(backup) in done.output
     assert left_in(place) == [backup.name]
     assert backup.stat().st_mode & 0o777 == 0o600
-    assert state.counter("c").increment() == 4  # the manager goes on
-    place.chmod(0o500)  # the copy needs no log beside it, and no place for one
+    assert state.counter("c").increment() == 4  # the manager keeps running
+    place.chmod(0o500)  # the copy has no log, and needs no room for one
     assert "1 counters, 1 idempotency keys, 1 clients" in Done("check", backup).output
     assert left_in(place) == [backup.name]
 
@@ -128,7 +128,7 @@ def test_counters_with_durability_none_can_neither_be_copied_nor_checked(
 
 
 def test_a_backup_beside_the_log_of_another_journal_is_refused(state: State, data_dir: Path, tmp_path: Path) -> None:
-    """SQLite would take the log's pages for the backup's own."""
+    """SQLite would read the log's pages as the backup's."""
     assert Done("backup", tmp_path / "b", "--data-dir", data_dir).status == 0
     place = tmp_path / "restored"
     place.mkdir(mode=0o700)
@@ -151,7 +151,7 @@ def test_a_backup_beside_the_log_of_another_journal_is_refused(state: State, dat
 def test_both_work_without_a_manager_and_check_changes_nothing(
     state: State, stack: ExitStack, start_manager: StartManager, data_dir: Path, tmp_path: Path
 ) -> None:
-    stack.close()  # kills it: the last commits are in the log
+    stack.close()  # kills the manager: the last commits are in the log
     files = {path.name: path.read_bytes() for path in data_dir.glob("journal*")}
     assert len(files) == 2
     done = Done("check", "--data-dir", data_dir)
@@ -182,13 +182,13 @@ def kept(tmp_path: Path) -> Iterator[Journal]:
 
 
 def test_a_backup_during_commits_is_consistent(kept: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One page at a time, so that there are many pauses, and many commits in them."""
+    """The backup copies one page at a time, so that many commits happen in its pauses."""
     monkeypatch.setattr(journal, "_BACKUP_PAGES", 1)
     kept.commit(Changes(1.0, counters={f"{number:0200}": number for number in range(500)}))
     ledger = Ledger(kept.load(), kept.commit)
     stop = threading.Event()
     done = 0
-    seen: list[int] = []  # batches that were done, at each pause
+    seen: list[int] = []  # number of applied batches at each pause
     pause = kept._pause
 
     def watched(status: int, remaining: int, total: int) -> None:
@@ -213,7 +213,7 @@ def test_a_backup_during_commits_is_consistent(kept: Journal, tmp_path: Path, mo
             before = done
             kept.back_up(tmp_path / f"{round_}")
             after = done
-            assert seen[-1] - seen[0] > 10  # it did not hold them up
+            assert seen[-1] - seen[0] > 10  # the backup did not block them
             seen.clear()
             found = examine(tmp_path / f"{round_}")
             moment = found.clients[b"w" * 16].sequence
