@@ -9,9 +9,8 @@ number = shared.counter("visits").increment()
 from typing import TYPE_CHECKING, Any
 
 from .errors import CounterServerError
-from .handles import Counter
 from .settings import StoreOptions
-from .state import State, open_state
+from .state import Counter, State, open_state
 
 if TYPE_CHECKING:
     from .extension import SharedState
@@ -20,7 +19,7 @@ __all__ = ["Counter", "CounterServerError", "SharedState", "State", "StoreOption
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on demand, so that the manager process does not import Flask.
+    # Importing Flask takes long, and the manager process does not need it.
     if name == "SharedState":
         from .extension import SharedState
 

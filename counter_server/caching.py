@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .dicts import BoundedDict, check_entries
 from .extension import state_of
-from .handles import forgetful
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE, DEFAULT_STORE_OPTIONS, StoreOptions
-from .state import State, open_state
+from .state import State, forgetful, open_state
 
 try:
     from cachelib.base import BaseCache

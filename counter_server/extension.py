@@ -1,19 +1,20 @@
-"""`SharedState`, the Flask extension: shared counters in anybody's app."""
+"""`SharedState`, the Flask extension: shared counters in any app."""
 
 import logging
 import os
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Any, TypeVar, cast
+from typing import cast
 
-from flask import Flask, Request, Response, current_app, g, has_request_context, request
+from flask import Flask, Request, Response, current_app, g, has_request_context, request, session
 
-from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
+from .dicts import DEFAULT_ENTRIES, BoundedDict, check_entries, check_ttl, within_bounds
 from .errors import DeadlineExceeded
-from .handles import Counter, SharedObject, expect
-from .operations import Invoke, Operation, Page, Result, Scan
+from .operations import Invoke, Operation, Result, check_step
 from .settings import (
     DEFAULT_DEADLINE,
     DEFAULT_STORE,
@@ -23,45 +24,28 @@ from .settings import (
     check_durability,
     check_seconds,
 )
-from .state import Declarations, State, open_state
-from .visitors import DEFAULT_TTL, VisitorCounter
-
-Kind = TypeVar("Kind")
+from .state import Declarations, Sharing, State, open_state
 
 log = logging.getLogger(__name__)
 
-_NAME = "counter_server"
+VISITOR_TTL = 24 * 3600.0  # seconds without use after which a visitor's number is forgotten
+_VISITOR = "_counter_server_visitor"  # in Flask's session
+_NAME = "counter_server"  # in an app's extensions
 _BORROWED = "_counter_server"  # in `g`
 
 
 @dataclass(slots=True)
 class _Borrowed:
-    """An app's state, as one request has it: what its calls have waited, and may wait yet. Its place is `g`."""
+    """An app's state as one request uses it, kept in `g`."""
 
     state: State
-    request: Request | None  # whose it is; none in a command
+    request: Request | None  # the request that uses it; None in a command
     patience: float  # seconds, for all calls together
     calls: int = 0
     waited: float = 0.0  # seconds
 
-    def call(self, ask: Callable[[State, float], Result]) -> Result:
-        """Have the state asked, within the seconds that are left."""
-        left = self.patience - self.waited
-        if left <= 0:
-            raise DeadlineExceeded(
-                f"this request has waited {self.patience:g} seconds for shared state, which is all it may; nothing was"
-                " counted",
-                "not_applied",
-            )
-        began = time.monotonic()
-        try:
-            return ask(self.state, left)
-        finally:
-            self.calls += 1
-            self.waited += time.monotonic() - began
 
-
-class SharedState:
+class SharedState(Sharing):
     """State that all workers of an app share.
 
     ::
@@ -69,125 +53,157 @@ class SharedState:
         shared = SharedState(app)
         number = shared.counter("visits").increment()
 
-    Configuration, read by `init_app`:
+    `init_app` reads this configuration:
 
     - ``COUNTER_SERVER_STORE``: the store's URL; default the environment variable of that name, else ``manager://``
       with the data directory ``COUNTER_SERVER_DATA_DIR``, else ``counter-server`` in the app's instance folder.
     - ``COUNTER_SERVER_DEADLINE``: seconds that a call may take, at most 60; default 5.
-    - ``COUNTER_SERVER_REQUEST_DEADLINE``: seconds that all calls of one request may wait together;
+    - ``COUNTER_SERVER_REQUEST_DEADLINE``: seconds that all calls of one request may take together;
       default twice the deadline.
-    - ``COUNTER_SERVER_TIMING``: whether responses say in ``Server-Timing`` how long that was; default False.
-    - ``COUNTER_SERVER_START``: whether the first use starts a manager where there is none; default True.
+    - ``COUNTER_SERVER_TIMING``: whether responses report these seconds in ``Server-Timing``; default False.
+    - ``COUNTER_SERVER_START``: whether the first use starts a manager if there is none; default True.
     - ``COUNTER_SERVER_DURABILITY``: of a manager that is started: ``"commit"`` (default), ``"process"`` or ``"none"``.
-    - ``COUNTER_SERVER_IDLE_TIMEOUT``: seconds without any client after which such a manager ends; default 60.
+    - ``COUNTER_SERVER_IDLE_TIMEOUT``: seconds without clients after which such a manager exits; default 60.
 
-    It holds nothing of an app, only what was declared: each app's state lives in its `extensions`, so one object serves
-    any number of apps.
+    Each app's state is in its `extensions`, so one object serves any number of apps.
     """
 
     def __init__(self, app: Flask | None = None) -> None:
-        self._declarations = Declarations()
+        self.declarations = Declarations()
         if app is not None:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Give `app` its state. Nothing is connected before the first use.
+        """Give `app` its state. Nothing connects before the first use.
 
         :raises InvalidRequest: if the configuration names no store.
         :raises Unsupported: if shared objects are declared, and the store hosts none.
         """
         if _NAME in app.extensions:
-            raise RuntimeError("this app has a SharedState already: use that one")
-        state = state_of(app, self._declarations)
+            raise RuntimeError("this app has a SharedState already: use it, and call init_app only once")
+        state = state_of(app, self.declarations)
         app.config.setdefault("COUNTER_SERVER_REQUEST_DEADLINE", 2 * app.config["COUNTER_SERVER_DEADLINE"])
         check_seconds(app.config["COUNTER_SERVER_REQUEST_DEADLINE"], "a request's deadline", inf)
         app.extensions[_NAME] = state
         if app.config.setdefault("COUNTER_SERVER_TIMING", False):
-            app.after_request(_tell_the_time)
+            app.after_request(_report_time)
         app.teardown_appcontext(_give_back)
 
     @property
     def state(self) -> State:
-        """The current app's state. Needs an application context, as a request or a Flask command has."""
+        """The current app's state. It needs an application context, which a request or a Flask command has."""
         state = current_app.extensions.get(_NAME)
         if not isinstance(state, State):
             raise RuntimeError("this app has no SharedState: call init_app(app) first")
         return state
 
-    def _borrowed(self) -> _Borrowed:
-        """The state as the current request has it, borrowed at its first use."""
+    def submit(self, operation: Operation) -> Result:
+        """See `Sharing`; the current app's state does it."""
+        with self._borrow() as (state, seconds):
+            return state.submit(operation, within=seconds)
+
+    def invoke(self, name: str, operation: Invoke) -> Result:
+        """See `Sharing`; the current app's state does it."""
+        with self._borrow() as (state, seconds):
+            return state.invoke(name, operation, within=seconds)
+
+    @contextmanager
+    def _borrow(self) -> Iterator[tuple[State, float]]:
+        """Yield the current app's state, and the seconds that this request may still wait for it."""
         borrowed = _borrowed()
         if borrowed is None:
             patience = current_app.config["COUNTER_SERVER_REQUEST_DEADLINE"] if has_request_context() else inf
             borrowed = _Borrowed(self.state, _current_request(), patience)
             setattr(g, _BORROWED, borrowed)
-        return borrowed
-
-    def counter(self, name: str) -> Counter:
-        """The counter of that name, of whichever app is current when it is used: may be made at import time.
-
-        :raises InvalidRequest: if that cannot be a name.
-        """
-        return Counter(name, self.submit)
-
-    def object(self, name: str, cls: type[Kind], *arguments: Any, durable: bool = False, **keywords: Any) -> Kind:
-        """Declare a shared object, at import time; the handle calls its public methods. See `State.object`.
-
-        ::
-
-            global_obj = shared.object("global_obj", SomeObj, 0)
-            global_obj.query()        # in a view: 1, 2, 3, … across all workers
-
-        :raises Unsupported: if the store of an app hosts none; told by `init_app` if that comes later.
-        """
-        self._declarations.add(name, cls, arguments, keywords, durable=durable)
-        return cast(Kind, SharedObject(name, cls, self.invoke))
-
-    def dict(self, name: str, *, max_entries: int = DEFAULT_ENTRIES, ttl: float | None = None) -> SharedDict:
-        """Declare a bounded dict with expiry, at import time; one for all workers. See `State.dict`.
-
-        ::
-
-            carts = shared.dict("carts", max_entries=10_000, ttl=3600)
-            carts.set("anna", ["tea"])
-        """
-        check_ttl(ttl)  # what cannot be is not declared
-        return SharedDict(self.object(name, BoundedDict, check_entries(max_entries)), ttl)
+        left = borrowed.patience - borrowed.waited
+        if left <= 0:
+            raise DeadlineExceeded(
+                f"this request has already waited {borrowed.patience:g} seconds for shared state, its maximum; nothing"
+                " was counted",
+                "not_applied",
+            )
+        began = time.monotonic()
+        try:
+            yield borrowed.state, left
+        finally:
+            borrowed.calls += 1
+            borrowed.waited += time.monotonic() - began
 
     def visitor_counter(
-        self, name: str, *, max_visitors: int = DEFAULT_ENTRIES, ttl: float = DEFAULT_TTL
-    ) -> VisitorCounter:
-        """Declare a counter of which each visitor has one, at import time. It needs the app's ``SECRET_KEY``.
+        self, name: str, *, max_visitors: int = DEFAULT_ENTRIES, ttl: float = VISITOR_TTL
+    ) -> "VisitorCounter":
+        """Declare a per-visitor counter, at import time. It needs the app's ``SECRET_KEY``.
 
         ::
 
             basket = shared.visitor_counter("basket")
             basket.increment()        # in a view: 1, 2, 3, … for each browser
 
-        :param max_visitors: the most that have a number; when there is no room, the one used least recently goes.
+        :param max_visitors: the maximum number of visitors; the least recently used number makes room.
         :param ttl: seconds without use after which a visitor's number is forgotten.
         """
         check_ttl(ttl)
         numbers = self.object(f"visitor counter {name}", BoundedDict, check_entries(max_visitors))
         return VisitorCounter(name, numbers, ttl)
 
-    def counters(self, *, after: str = "", limit: int = 100) -> Page:
-        """A page of the current app's counters; see `State.counters`."""
-        return expect(Page, self.submit(Scan(after, limit)))
 
-    def submit(self, operation: Operation) -> Result:
-        """Have the current app's state apply one operation; see `State.submit`."""
-        return self._borrowed().call(lambda state, within: state.submit(operation, within=within))
+class VisitorCounter:
+    """A number for each visitor, found by a random id in Flask's signed session cookie.
 
-    def invoke(self, name: str, operation: Invoke) -> Result:
-        """Have a method of one of the current app's shared objects called; see `State.invoke`."""
-        return self._borrowed().call(lambda state, within: state.invoke(name, operation, within=within))
+    Two browsers never share a number, and two tabs of one browser lose no update: the number is not in the cookie.
+    A browser gets its id with the first response that used a method or `value`.
+
+    :param hosted: a handle on the numbers of all visitors, by id.
+    :param ttl: seconds without use after which a number is forgotten.
+    """
+
+    def __init__(self, name: str, hosted: BoundedDict, ttl: float) -> None:
+        self.name = name
+        self._hosted = hosted
+        self._ttl = check_ttl(ttl)
+
+    def __repr__(self) -> str:
+        return f"<VisitorCounter {self.name!r}>"
+
+    def increment(self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None) -> int:
+        """Add `by` and return the result.
+
+        :param by: negative to count down.
+        :param minimum: the lowest allowed result.
+        :param maximum: the highest allowed result.
+        :raises LimitReached: if the result would be outside the bounds; nothing is changed.
+        """
+        check_step(by, minimum, maximum)
+        number = self._hosted.incr(_visitor(), by, self._ttl, minimum, maximum, renew=True)
+        return cast(int, within_bounds(number, self.name))
+
+    def decrement(self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None) -> int:
+        """Subtract `by` and return the result; everything else is as for `increment`."""
+        check_step(by, minimum, maximum)  # before the sign is changed: -True is an int
+        return self.increment(-by, minimum=minimum, maximum=maximum)
+
+    @property
+    def value(self) -> int:
+        """The current number; 0 if this visitor has counted nothing, or the number has expired."""
+        return cast(int, self._hosted.renew(_visitor(), 0, self._ttl))
+
+    def reset(self) -> None:
+        """Begin at 0 again."""
+        self._hosted.delete(_visitor())
+
+
+def _visitor() -> str:
+    """Return the current visitor's id; create it if there is none. It needs a request, and a ``SECRET_KEY``."""
+    visitor = session.get(_VISITOR)
+    if not isinstance(visitor, str):
+        visitor = session[_VISITOR] = secrets.token_urlsafe(16)
+    return visitor
 
 
 def state_of(app: Flask, declarations: Declarations | None = None) -> State:
-    """A state as `app` is configured; what the configuration does not say is set to its default.
+    """Return a state as `app` is configured, and set the missing defaults.
 
-    :raises InvalidRequest: if it names no store, or something else in it cannot be.
+    :raises InvalidRequest: if the configuration names no store, or a value is not valid.
     """
     app.config.setdefault("COUNTER_SERVER_STORE", os.environ.get(STORE_VARIABLE) or DEFAULT_STORE)
     app.config.setdefault("COUNTER_SERVER_DEADLINE", DEFAULT_DEADLINE)
@@ -209,16 +225,16 @@ def state_of(app: Flask, declarations: Declarations | None = None) -> State:
 
 
 def _current_request() -> Request | None:
-    return cast(Request, request._get_current_object()) if has_request_context() else None  # type: ignore[attr-defined]
+    return cast(Request, request._get_current_object()) if has_request_context() else None  # type: ignore[attr-defined] # the proxy's own method
 
 
 def _borrowed() -> _Borrowed | None:
-    """What the current request has borrowed. In an app context that was there before, `g` may hold another one's."""
+    """Return the state that the current request uses. In an outer app context, `g` may hold another request's."""
     borrowed: _Borrowed | None = g.get(_BORROWED)
     return borrowed if borrowed is not None and borrowed.request is _current_request() else None
 
 
-def _tell_the_time(response: Response) -> Response:
+def _report_time(response: Response) -> Response:
     borrowed = _borrowed()
     if borrowed is not None:
         response.headers.add(

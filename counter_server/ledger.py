@@ -1,19 +1,20 @@
-"""The locked Python objects: counters, and the memory that makes calls exactly-once.
+"""The counters, and the memory that makes calls exactly-once.
 
-No Flask, no processes and no files here. What is to be durable goes through `commit`, which a `Journal`
-provides; memory changes only after it has returned, so nothing is readable before it is on disk.
+This module knows no Flask, no processes and no files. Durable changes go through a `Journal`; memory changes only after
+its commit has returned, so no value is readable before it is on disk.
 """
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from itertools import islice, takewhile
 from math import inf
-from typing import Any, NamedTuple, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
-from sortedcontainers import SortedDict
+from msgspec import Struct, field
+from sortedcontainers import SortedSet
 
+from .combiner import Combiner
 from .errors import BatchRefused, StorageFull
 from .operations import (
     LARGEST,
@@ -23,7 +24,6 @@ from .operations import (
     Delete,
     Get,
     Increment,
-    Invoke,
     Operation,
     Page,
     Refusal,
@@ -34,34 +34,34 @@ from .operations import (
 )
 from .settings import LONGEST_DEADLINE, Caps
 
-CLIENT_LIFETIME = 3600.0  # seconds past its last use that a client is remembered; deadlines are 60 at most
-CLIENT_MINIMUM = 2 * LONGEST_DEADLINE  # seconds that a client is remembered even where there is no room for another
-KEY_LIFETIME = 86400.0  # seconds that an idempotency key is remembered
+CLIENT_LIFETIME = 3600.0  # seconds past its last use for which a client is remembered; deadlines are 60 at most
+CLIENT_MINIMUM = 2 * LONGEST_DEADLINE  # seconds for which a client is remembered even when the room is full
+KEY_LIFETIME = 86400.0  # seconds for which an idempotency key is remembered
 _FORGET_EVERY = 1.0  # seconds
-_FORGET_AT_ONCE = 1000  # expired records removed in one commit, so that no commit is long
+_FORGET_AT_ONCE = 1000  # expired records removed in one commit, so that no commit takes long
 _TURNED_AWAY = 10_000  # clients
+_MOST_BATCHES = 1000  # in one commit; in practice one for each connected worker
 
 
-class ClientRecord(NamedTuple):
-    """The last batch of a client, for when it is sent again."""
+class ClientRecord(Struct, frozen=True, gc=False):
+    """The last batch of a client, for when it is resent."""
 
     sequence: int
     results: list[Result]
     used: float
-    object: str = ""  # whose batches they are: a shared object's name, or none for the counters
+    object: str = ""  # the shared object that the client calls; empty for the counters
 
 
-class KeyRecord(NamedTuple):
-    """What an idempotency key was used for, and the number it was given."""
+class KeyRecord(Struct, frozen=True, gc=False):
+    """The request of an idempotency key, and its result."""
 
     fingerprint: bytes
     value: int
     used: float
 
 
-@dataclass
-class Contents:
-    """All that is remembered. `clients` and `keys` are in the order of `used`; `objects` are pickles by name."""
+class Contents(Struct):
+    """Everything that is remembered. `clients` and `keys` are in the order of `used`; `objects` are pickles by name."""
 
     counters: dict[str, int] = field(default_factory=dict)
     clients: dict[bytes, ClientRecord] = field(default_factory=dict)
@@ -69,26 +69,38 @@ class Contents:
     objects: dict[str, bytes] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class Changes:
-    """What a commit is to do: an overlay over the ledger until then. None removes."""
+class Changes(Struct):
+    """The effect of a commit: an overlay over the ledger until then. None removes."""
 
     now: float
     counters: dict[str, int | None] = field(default_factory=dict)
     clients: dict[bytes, ClientRecord | None] = field(default_factory=dict)
     keys: dict[str, KeyRecord | None] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
-    # How many more there are with it than without; what is forgotten makes room in the next commit.
+    # How many more there are with it than without. Forgotten records make room for the next commit only.
     more_counters: int = 0
     more_clients: int = 0
     more_keys: int = 0
 
 
+class Commits(Protocol):
+    """A place that makes changes durable."""
+
+    def commit(self, changes: Changes) -> None:
+        """Return when `changes` are durable.
+
+        :raises StorageFull: if nothing was changed.
+        """
+        ...
+
+
+Answer = list[Result] | BatchRefused
+
 KEY_REUSED = Refusal("key_reused", "this idempotency key was used for another request; nothing was counted")
 
 
 def beyond_bounds(operation: Increment, current: int) -> Refusal | None:
-    """The refusal of an increment that would leave its bounds, or 64 bits."""
+    """Return the refusal of an increment that would leave its bounds, or 64 bits."""
     minimum = SMALLEST if operation.minimum is None else operation.minimum
     maximum = LARGEST if operation.maximum is None else operation.maximum
     value = current + operation.by
@@ -100,57 +112,55 @@ def beyond_bounds(operation: Increment, current: int) -> Refusal | None:
     )
 
 
-def no_room(what: str, most: int, option: str) -> Refusal:
-    """The refusal of what would be one too many."""
+def no_room(what: str, most: float, option: str) -> Refusal:
+    """Return the refusal of one record too many."""
     return Refusal(
         "storage_full",
-        f"no room for another {what}: there are {most:,}, the most that --max-{option} allows; nothing was counted",
+        f"no room for another {what}: there are {int(most):,}, the maximum of --max-{option}; nothing was counted",
     )
+
+
+def raise_error(error: BaseException) -> NoReturn:
+    """Raise `error`: what a ledger or an object in memory does where a manager would end its process."""
+    raise error
 
 
 class Clients:
     """Remembers the last batch of each client, in the order of their last use.
 
-    :param records: what was remembered before, in that order.
-    :param most: the most clients. The client that was idle longest makes room for another, if no batch of it can
-        arrive any more.
-    :param owner: the shared object whose clients they are; empty for the counters.
+    :param records: the clients known so far, in that order.
+    :param most: the maximum number of clients. If there is no room, the client that was idle longest is forgotten, but
+        only if no batch of it can arrive any more.
+    :param owner: the shared object that they call; empty for the counters.
     """
 
     def __init__(self, records: dict[bytes, ClientRecord], most: float = inf, owner: str = "") -> None:
-        self._records = records
+        self.records = records  # changed only by `merge`
         self._most = most
         self._owner = owner
         # A refused batch may arrive a second time, over a connection that its client gave up. Applying it then would
-        # make the refusal wrong, so the last clients that were turned away stay turned away.
+        # make the refusal wrong, so rejected clients stay rejected.
         self._turned_away: dict[bytes, None] = {}
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    @property
-    def records(self) -> dict[bytes, ClientRecord]:
-        """The records as they are, for a reader that keeps writers out."""
-        return self._records
-
-    def answer(self, batch: Batch, changes: Changes) -> list[Result] | BatchRefused | None:
-        """Apply the rule of sequences: return the answer to this batch, or None if it is to be executed."""
-        record = self._find(batch.client, changes)
-        last = 0 if record is None else record.sequence
-        if record is not None and batch.sequence == last:
+    def answer(self, batch: Batch, changes: Changes) -> Answer | None:
+        """Apply the rule of sequences: return the answer to this batch, or None if it must be executed."""
+        record = changes.clients.get(batch.client) or self.records.get(batch.client)
+        if record is None:
+            last = 0
+        elif batch.sequence == record.sequence:
             return record.results
+        else:
+            last = record.sequence
         if batch.sequence != last + 1:
             return BatchRefused(f"batch {batch.sequence} does not follow batch {last}")
         return None
 
     def admit(self, client: bytes, changes: Changes) -> Refusal | None:
-        """Make room for a client; return why there is none, if there is none."""
-        if self._find(client, changes) is not None:
-            return None
+        """Make room for a client whose first batch must be executed; return a refusal if there is no room."""
         if client not in self._turned_away:
-            if len(self._records) + changes.more_clients < self._most:
+            if len(self.records) + changes.more_clients < self._most:
                 return None
-            for idle, record in self._records.items():
+            for idle, record in self.records.items():
                 if record.used > changes.now - CLIENT_MINIMUM:
                     break
                 if idle not in changes.clients:
@@ -160,175 +170,213 @@ class Clients:
         self._turned_away[client] = None
         if len(self._turned_away) > _TURNED_AWAY:
             del self._turned_away[next(iter(self._turned_away))]
-        return no_room("client", int(self._most), "clients")
+        return no_room("client", self._most, "clients")
 
     def remember(self, batch: Batch, results: list[Result], changes: Changes) -> None:
-        """Note the answer, for when the batch is sent again."""
-        changes.more_clients += self._find(batch.client, changes) is None
+        """Record the answer, for when the batch is resent."""
+        if batch.sequence == 1 and batch.client not in changes.clients:
+            changes.more_clients += 1
         changes.clients[batch.client] = ClientRecord(batch.sequence, results, changes.now, self._owner)
 
     def forget(self, changes: Changes) -> bool:
-        """Forget clients that expired; return whether there may be more."""
-        expired = _expired(self._records, changes.now - CLIENT_LIFETIME)
+        """Forget expired clients; return whether there may be more."""
+        expired = _expired(self.records, changes.now - CLIENT_LIFETIME)
         changes.clients.update(dict.fromkeys(expired))
         return len(expired) == _FORGET_AT_ONCE
 
     def merge(self, changes: Changes) -> None:
-        """Make the changes that were committed."""
-        for client, record in changes.clients.items():
-            self._records.pop(client, None)  # to the end: the order is that of the last use
-            if record is not None:
-                self._records[client] = record
-
-    def _find(self, client: bytes, changes: Changes) -> ClientRecord | None:
-        return changes.clients.get(client) or self._records.get(client)
-
-
-def results_of(answer: list[Result] | BatchRefused) -> list[Result]:
-    """A batch's results; its refusal is raised."""
-    if isinstance(answer, BatchRefused):
-        raise answer
-    return answer
-
-
-Commit = Callable[[Changes], None]
-Name = TypeVar("Name", str, bytes)
-
-
-def _keep_in_memory(changes: Changes) -> None:
-    """The commit of a ledger that is not durable."""
+        """Make the committed changes."""
+        _merge(self.records, changes.clients)
 
 
 class Ledger:
     """Counters, clients and idempotency keys, changed by batches, several in one commit.
 
-    Its time is its own: the seconds that it has run, continued from the newest record in `contents`. So a
-    clock that jumps neither revives nor repeats anything, and time spent switched off lengthens what is
-    remembered.
+    The ledger has its own time: the seconds that it has run, continued from the newest record in `contents`. So a
+    clock that jumps neither revives nor repeats anything, and time spent switched off only makes the memory longer.
 
-    :param commit: makes `Changes` durable, or raises. `StorageFull` means that it changed nothing.
-    :param clock: tells the seconds, where the time is not its own but that of who keeps `contents`.
-    :param caps: what it holds at the most, if not all that there is room for.
+    :param journal: makes each commit durable, so batches that wait at the same time share one. Without it, sharing a
+        commit would cost more than the commit, so each batch has its own.
+    :param clock: returns the seconds, if not its own time.
+    :param caps: the maximum number of records; by default there is no limit.
+    :param fail: ends the process, after an error that may leave memory different from the disk.
     """
 
     def __init__(
         self,
         contents: Contents | None = None,
-        commit: Commit = _keep_in_memory,
+        journal: Commits | None = None,
+        *,
         clock: Callable[[], float] | None = None,
         caps: Caps | None = None,
+        fail: Callable[[BaseException], NoReturn] = raise_error,
     ) -> None:
         contents = contents or Contents()
+        self._journal = journal
+        self._fail = fail
         self._most_counters = caps.counters if caps else inf
         self._most_keys = caps.keys if caps else inf
-        self._commit = commit
-        self._counters: Any = SortedDict(contents.counters)
-        self._clients = Clients(
-            {client: record for client, record in contents.clients.items() if not record.object},
-            caps.clients if caps else inf,
-        )
+        self._counters = contents.counters
+        self._names: SortedSet[str] = SortedSet(contents.counters)
+        counting = {client: record for client, record in contents.clients.items() if not record.object}
+        self._clients = Clients(counting, caps.clients if caps else inf)
         self._keys = contents.keys
-        last_used = [record.used for record in contents.clients.values()] + [
-            known.used for known in self._keys.values()
-        ]
-        born = time.monotonic() - max(last_used, default=0.0)
-        self._clock = clock or (lambda: time.monotonic() - born)
+        used = [record.used for records in (contents.clients, contents.keys) for record in records.values()]
+        self._born = time.monotonic() - max(used, default=0.0)
+        self._clock = clock
         self._next_forgetting = 0.0
-        self._execute: dict[type[Operation], Callable[[Any, Changes], Result]] = {
-            Increment: self._increment,
-            Set: self._set,
-            Delete: self._delete,
-            Get: self._get,
-            Scan: self._scan,
-            Invoke: lambda _operation, _changes: Refusal("unsupported", "counters have no methods"),
-        }
+        # Of writes, since the start; guarded by `_writing`.
+        self.batches = self.operations = self.commits = 0
+        self.commit_seconds = 0.0
+        self._combiner: Combiner[Batch, Answer] = Combiner(self, limit=_MOST_BATCHES)
         self.after_fork()
 
     def after_fork(self) -> None:
-        """New locks: in the child of a fork nobody is left to release the old ones."""
-        self._writing = threading.Lock()  # held through a commit; who holds it is the only one to change memory
-        self._memory = threading.Lock()  # held while memory changes, or is read without the lock above
-
-    def stop(self) -> None:
-        """Wait for the commit under way; no other one will ever begin."""
-        self._writing.acquire()
+        """Make new locks: in the child of a fork, no thread exists that could release the old ones."""
+        self._writing = threading.Lock()  # held through a commit; only its holder changes memory
+        # Held while memory changes, or is read; one lock is enough if no commit takes long.
+        self._memory = threading.Lock() if self._journal else self._writing
+        self._combiner.reset()
 
     def now(self) -> float:
-        """Its own time, in seconds; see the class."""
-        return self._clock()
+        """Return its own time, in seconds."""
+        return time.monotonic() - self._born if self._clock is None else self._clock()
 
-    def __len__(self) -> int:
-        return len(self._counters)
-
-    @property
-    def clients(self) -> int:
-        """How many clients are remembered."""
-        return len(self._clients)
+    def stop(self) -> None:
+        """Wait for the commit under way, and prevent any later one."""
+        self._writing.acquire()
 
     @property
-    def keys(self) -> int:
-        """How many idempotency keys are remembered."""
-        return len(self._keys)
+    def sizes(self) -> tuple[int, int, int]:
+        """How many counters, clients and idempotency keys are remembered."""
+        return len(self._counters), len(self._clients.records), len(self._keys)
 
     def show(self, to: Callable[[Contents], None]) -> Contents:
-        """Have `to` look at all that is remembered while nobody writes; return it."""
+        """Call `to` with everything that is remembered, while no thread writes; return it."""
         with self._writing:
             contents = Contents(self._counters, self._clients.records, self._keys)
             to(contents)
             return contents
 
-    def read(self, batch: Batch) -> list[Result]:
-        """The results of a batch of reads. Never waits for a commit."""
-        changes = Changes(0.0)
-        with self._memory:
-            return [self._execute[type(operation)](operation, changes) for operation in batch.operations]
+    def apply(self, batch: Batch, deadline: float = inf, /) -> list[Result]:
+        """Execute `batch`, or repeat its answer; see `Store.apply`. A batch of reads never waits for a commit."""
+        if batch.sequence == 0:
+            nothing = Changes(0.0)
+            with self._memory:
+                return [self._execute(operation, nothing) for operation in batch.operations]
+        answer = self.perform([batch], deadline)[0] if self._journal is None else self._combiner.join(batch, deadline)
+        if isinstance(answer, BatchRefused):
+            raise answer
+        return answer
 
-    def apply(self, batches: Sequence[Batch]) -> list[list[Result] | BatchRefused]:
-        """Apply batches of writes, in order, in one commit; a result list for each, or its refusal.
+    def perform(self, batches: list[Batch], _deadline: float = inf) -> list[Answer]:
+        """Apply batches of writes, in order, in one commit; return the results of each, or its refusal.
 
-        Where the disk takes no writes, each is answered with a refusal, and reads go on.
+        If the disk takes no writes, every write is refused, and reads continue.
         """
         with self._writing:
-            changes = Changes(self.now())
-            if changes.now >= self._next_forgetting:
-                self._forget(changes)  # first: on the disk, too, what it leaves is room for what comes
-            answers = [self._apply(batch, changes) for batch in batches]
             try:
-                self._commit(changes)
-            except StorageFull as error:
-                changes = Changes(changes.now)
-                # These answers are remembered too, in memory: a refused batch sent again is refused again.
-                refusal = Refusal("storage_full", str(error))
-                answers = [self._apply(batch, changes, refusal) for batch in batches]
-            with self._memory:
-                self._merge(changes)
+                changes = Changes(self.now())
+                if changes.now >= self._next_forgetting:
+                    self._forget(changes)  # first, so that it makes room on the disk
+                answers = []
+                for batch in batches:
+                    answers.append(self.answer(batch, changes))
+                    self.operations += len(batch.operations)
+                if self._journal is None:
+                    self._merge(changes)
+                else:
+                    began = time.monotonic()
+                    try:
+                        self._journal.commit(changes)
+                    except StorageFull as error:
+                        changes = Changes(changes.now)
+                        # Memory keeps these answers too: a refused batch is refused again when it is resent.
+                        refusal = Refusal("storage_full", str(error))
+                        answers = [self.answer(batch, changes, refusal) for batch in batches]
+                    self.commit_seconds += time.monotonic() - began
+                    with self._memory:
+                        self._merge(changes)
+                self.commits += 1
+                self.batches += len(batches)
+            except BaseException as error:  # noqa: BLE001 - refusals are returned; after any other error memory may differ
+                self._fail(error)
         return answers
 
-    def _apply(self, batch: Batch, changes: Changes, refusal: Refusal | None = None) -> list[Result] | BatchRefused:
-        """One batch, by the rule of sequences, its writes answered with `refusal` if there is one."""
+    def answer(self, batch: Batch, changes: Changes, refusal: Refusal | None = None) -> Answer:
+        """Execute one batch on the overlay `changes`, by the rule of sequences.
+
+        :param refusal: the result of each write, if writes are refused.
+        """
         answered = self._clients.answer(batch, changes)
         if answered is not None:
             return answered
-        turned_away = self._clients.admit(batch.client, changes)
+        turned_away = self._clients.admit(batch.client, changes) if batch.sequence == 1 else None
         refusal = refusal or turned_away
-        execute = self._execute
-        results = [
-            execute[type(operation)](operation, changes)
-            if refusal is None or isinstance(operation, READS)
-            else self._known_result(operation, changes) or refusal
-            for operation in batch.operations
-        ]
+        results: list[Result] = []
+        for operation in batch.operations:
+            if refusal is not None and not isinstance(operation, READS):
+                results.append(self._known_result(operation, changes) or refusal)
+            elif type(operation) is Increment:  # nearly always
+                results.append(self._increment(operation, changes))
+            else:
+                results.append(self._execute(operation, changes))
         if turned_away is None:
             self._clients.remember(batch, results, changes)
         return results
 
-    def _get(self, operation: Get, changes: Changes) -> int | None:
-        return self._value(operation.name, changes)
+    def _execute(self, operation: Operation, changes: Changes) -> Result:
+        match operation:
+            case Get():
+                return self._value(operation.name, changes)
+            case Set():
+                return self._set(operation, changes)
+            case Delete():
+                return self._delete(operation, changes)
+            case Scan():
+                return self._scan(operation)
+            case _:
+                return Refusal("unsupported", "counters have no methods")
+
+    def _value(self, name: str, changes: Changes) -> int | None:
+        return changes.counters[name] if name in changes.counters else self._counters.get(name)
+
+    def _increment(self, operation: Increment, changes: Changes) -> Result:
+        name, key = operation.name, operation.key
+        if key is not None and (known := self._known_result(operation, changes)) is not None:
+            return known
+        there = self._value(name, changes)
+        value = (there or 0) + operation.by
+        if operation.minimum is not None or operation.maximum is not None or not SMALLEST <= value <= LARGEST:
+            refusal = beyond_bounds(operation, there or 0)
+            if refusal is not None:
+                return refusal
+        if there is None and len(self._counters) + changes.more_counters >= self._most_counters:
+            return no_room("counter", self._most_counters, "counters")
+        if key is not None:
+            if key not in changes.keys and key not in self._keys:
+                if len(self._keys) + changes.more_keys >= self._most_keys:
+                    return no_room("idempotency key", self._most_keys, "keys")
+                changes.more_keys += 1
+            changes.keys[key] = KeyRecord(operation.fingerprint(), value, changes.now)
+        if there is None:
+            changes.more_counters += 1
+        changes.counters[name] = value
+        return value
+
+    def _known_result(self, operation: Operation, changes: Changes) -> Replayed | Refusal | None:
+        """Return the result that the operation's idempotency key has, if any. This works even on a full disk."""
+        if not isinstance(operation, Increment) or operation.key is None:
+            return None
+        known = changes.keys.get(operation.key) or self._keys.get(operation.key)
+        if known is None or known.used <= changes.now - KEY_LIFETIME:
+            return None
+        return Replayed(known.value) if known.fingerprint == operation.fingerprint() else KEY_REUSED
 
     def _set(self, operation: Set, changes: Changes) -> int | Refusal:
         if self._value(operation.name, changes) is None:
             if len(self._counters) + changes.more_counters >= self._most_counters:
-                return no_room("counter", int(self._most_counters), "counters")
+                return no_room("counter", self._most_counters, "counters")
             changes.more_counters += 1
         changes.counters[operation.name] = operation.value
         return operation.value
@@ -340,89 +388,46 @@ class Ledger:
             changes.more_counters -= 1
         return existed
 
-    def _value(self, name: str, changes: Changes) -> int | None:
-        if name in changes.counters:
-            return changes.counters[name]
-        value: int | None = self._counters.get(name)
-        return value
-
-    def _known_result(self, operation: Operation, changes: Changes) -> Replayed | Refusal | None:
-        """What the operation's idempotency key says of it, if the key was used: also where nothing can be written."""
-        if not isinstance(operation, Increment) or operation.key is None:
-            return None
-        known = changes.keys.get(operation.key) or self._keys.get(operation.key)
-        if known is None or known.used <= changes.now - KEY_LIFETIME:
-            return None
-        return Replayed(known.value) if known.fingerprint == operation.fingerprint() else KEY_REUSED
-
-    def _increment(self, operation: Increment, changes: Changes) -> Result:
-        name, key = operation.name, operation.key
-        if key is not None and (known := self._known_result(operation, changes)) is not None:
-            return known
-        there = self._value(name, changes)
-        current = there or 0
-        value = current + operation.by
-        refusal = beyond_bounds(operation, current)
-        if refusal is not None:
-            return refusal
-        if there is None and len(self._counters) + changes.more_counters >= self._most_counters:
-            return no_room("counter", int(self._most_counters), "counters")
-        if key is not None and key not in changes.keys and key not in self._keys:
-            if len(self._keys) + changes.more_keys >= self._most_keys:
-                return no_room("idempotency key", int(self._most_keys), "keys")
-            changes.more_keys += 1
-        if there is None:
-            changes.more_counters += 1
-        changes.counters[name] = value
-        if key is not None:
-            changes.keys[key] = KeyRecord(operation.fingerprint(), value, changes.now)
-        return value
-
-    def _scan(self, operation: Scan, changes: Changes) -> Page:
-        """A page, with the overlay seen through: counters made or removed earlier in this commit included."""
-        after, limit = operation.after, operation.limit
-        found: list[tuple[str, int]] = []
-        fresh = iter(
-            sorted(n for n, v in changes.counters.items() if n > after and v is not None and n not in self._counters)
-        )
-        pending = next(fresh, None)
-        for name in self._counters.irange(minimum=after or None, inclusive=(False, True)):
-            while pending is not None and pending < name:
-                found.append((pending, self._value(pending, changes) or 0))
-                pending = next(fresh, None)
-            value = self._value(name, changes)
-            if value is not None:
-                found.append((name, value))
-            if len(found) > limit:
-                break
-        while pending is not None and len(found) <= limit:
-            found.append((pending, self._value(pending, changes) or 0))
-            pending = next(fresh, None)
-        return Page(found[:limit], more=len(found) > limit)
+    def _scan(self, operation: Scan) -> Page:
+        names = self._names.irange(minimum=operation.after or None, inclusive=(False, True))
+        found = [(name, self._counters[name]) for name in islice(names, operation.limit + 1)]
+        return Page(found[: operation.limit], more=len(found) > operation.limit)
 
     def _forget(self, changes: Changes) -> None:
-        """Add the removal of what has expired: the records stand in the order of their last use."""
+        """Add the removal of expired records: they stand in the order of their last use."""
         self._next_forgetting = changes.now + _FORGET_EVERY
         more = self._clients.forget(changes)
         keys = _expired(self._keys, changes.now - KEY_LIFETIME)
         changes.keys.update(dict.fromkeys(keys))
         if more or len(keys) == _FORGET_AT_ONCE:
-            self._next_forgetting = changes.now  # there are more: the next commit goes on
+            self._next_forgetting = changes.now  # the next commit removes more
 
     def _merge(self, changes: Changes) -> None:
         for name, value in changes.counters.items():
             if value is None:
-                self._counters.pop(name, None)
+                if self._counters.pop(name, None) is not None:
+                    self._names.remove(name)
             else:
+                if name not in self._counters:
+                    self._names.add(name)
                 self._counters[name] = value
         self._clients.merge(changes)
-        for key, known in changes.keys.items():
-            self._keys.pop(key, None)
-            if known is not None:
-                self._keys[key] = known
+        if changes.keys:
+            _merge(self._keys, changes.keys)
+
+
+Name = TypeVar("Name", str, bytes)
+Record = TypeVar("Record", ClientRecord, KeyRecord)
+
+
+def _merge(records: dict[Name, Record], changes: Mapping[Name, Record | None]) -> None:
+    for name, record in changes.items():
+        records.pop(name, None)  # to the end: records are in the order of their last use
+        if record is not None:
+            records[name] = record
 
 
 def _expired(records: Mapping[Name, ClientRecord | KeyRecord], before: float) -> list[Name]:
-    """The first records that were last used by then; not so many that a commit becomes long."""
+    """Return the first records that were last used before a time, at most as many as one commit should remove."""
     expired = takewhile(lambda item: item[1].used <= before, records.items())
     return [name for name, _ in islice(expired, _FORGET_AT_ONCE)]

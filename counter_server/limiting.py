@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .errors import CounterServerError
-from .handles import forgetful
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, StoreOptions
-from .state import open_state
+from .state import forgetful, open_state
 from .windows import Windows as Windows
 
 try:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from msgspec import Struct
 
 from .errors import BatchRefused, InvalidRequest, StartupError, Stopped, StorageFull
-from .ledger import Changes, ClientRecord, Clients, Commit
+from .ledger import Changes, ClientRecord, Clients, Commits, raise_error
 from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name, decode_plain, encode_plain
 from .settings import LONGEST_DEADLINE
 
@@ -110,7 +110,7 @@ class HostedObject:
     """One shared object, in the process that hosts it.
 
     :param clock: the time of `clients`, in seconds.
-    :param commit: makes the changes of a durable object durable.
+    :param journal: makes the changes of a durable object durable.
     :param state: its pickle, if it existed before.
     :param clients: the remembered clients, in the order of their last use.
     :param fail: ends the process, before the next call, after an error that may have separated memory from disk.
@@ -122,26 +122,26 @@ class HostedObject:
         declaration: Declaration,
         clock: Callable[[], float],
         *,
-        commit: Commit | None = None,
+        journal: Commits | None = None,
         state: bytes | None = None,
         clients: Mapping[bytes, ClientRecord] | None = None,
         most_clients: float = inf,
-        fail: Callable[[BaseException], NoReturn] | None = None,
+        fail: Callable[[BaseException], NoReturn] = raise_error,
     ) -> None:
         self.declaration = declaration
         self._clock = clock
-        self._commit = commit if declaration.durable else None
+        self._journal = journal if declaration.durable else None
         self._clients = Clients(dict(clients or {}), most_clients, declaration.name)
         self._fail = fail
         self._state = b""
         self.running: tuple[str, float] | None = None  # the method of the current call, and when the call began
         try:
-            if state is not None and self._commit is not None:
+            if state is not None and self._journal is not None:
                 self._object = self._unpickled(state)
             else:
                 arguments, keywords = decode_plain(declaration.arguments)
                 self._object = _find(declaration.module, declaration.qualname)(*arguments, **keywords)
-            if self._commit is not None:
+            if self._journal is not None:
                 self._state = state or self._pickled()
                 self._unpickled(self._state)
         except Stopped:
@@ -153,24 +153,26 @@ class HostedObject:
     def after_fork(self) -> None:
         self._lock = threading.Lock()  # held through a batch of calls and its commit
 
-    def apply(self, batch: Batch) -> list[Result] | BatchRefused:
-        """Make a batch's calls, in order, unless they were made before."""
+    def apply(self, batch: Batch, deadline: float = inf, /) -> list[Result]:  # noqa: ARG002 - its caller waits no longer
+        """Make a batch's calls, in order, or repeat its answer; see `Store.apply`."""
         if not self._lock.acquire(timeout=LONGEST_DEADLINE):  # no caller waits longer
             raise Busy(f"{self.declaration.name} is still busy with another call; this call was not made")
         try:
             changes = Changes(self._clock())
             answered = self._clients.answer(batch, changes)
+            if isinstance(answered, BatchRefused):
+                raise answered
             if answered is not None:
                 return answered
-            turned_away = self._clients.admit(batch.client, changes)
+            turned_away = self._clients.admit(batch.client, changes) if batch.sequence == 1 else None
             if turned_away is not None:
                 return list[Result](turned_away for _ in batch.operations)
             self._clients.forget(changes)
             results = self._call_all(batch, changes)
             self._clients.remember(batch, results, changes)
             try:
-                if self._commit is not None:
-                    self._commit(changes)
+                if self._journal is not None:
+                    self._journal.commit(changes)
             except StorageFull as error:
                 self._object = self._unpickled(self._state)
                 results = list[Result](Refusal("storage_full", str(error)) for _ in batch.operations)
@@ -180,15 +182,15 @@ class HostedObject:
             self._clients.merge(changes)
             self.running = None
             return results
-        except BaseException as error:  # refusals are returned; memory may differ after any other error
-            if self._fail is None:
-                raise
+        except BatchRefused:
+            raise
+        except BaseException as error:  # noqa: BLE001 - refusals are returned; memory may differ after any other error
             self._fail(error)
         finally:
             self._lock.release()
 
     def _call_all(self, batch: Batch, changes: Changes) -> list[Result]:
-        if self._commit is None:
+        if self._journal is None:
             return [self._call(operation) for operation in batch.operations]
         results: list[Result] = []
         state = self._state

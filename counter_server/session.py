@@ -1,130 +1,167 @@
-"""A client's side of exactly-once: number the batches, send one again until it is answered."""
+"""The client's side of exactly-once: number the batches, and resend each one until it is answered."""
 
 import os
 import random
+import threading
 import time
-from dataclasses import dataclass
+from math import inf
 
+from msgspec import Struct
+
+from .combiner import Combiner
 from .errors import BatchRefused, CounterServerError, DeadlineExceeded, Disconnected, OutcomeUnknown, StateLost
 from .ledger import CLIENT_LIFETIME
 from .operations import READS, Batch, Operation, Refusal, Replayed, Result
-from .stores.base import Store
+from .store import Store
 
-_FIRST_PAUSE = 0.005  # seconds before a batch is sent again; doubles
-_KNOWN_SECONDS = CLIENT_LIFETIME / 2  # that a store surely remembers a client, whose clock may not be this one
-_LONGEST_PAUSE = 0.2  # seconds; a manager that comes back is found within this
+_FIRST_PAUSE = 0.005  # seconds before a batch is resent; doubles each time
+_LONGEST_PAUSE = 0.2  # seconds; a restarted manager is found within this time
+_KNOWN_SECONDS = CLIENT_LIFETIME / 2  # for which a store surely remembers a client, although its clock may differ
 
 
-@dataclass(slots=True)
-class _Exchange:
+class _Exchange(Struct, eq=False):
     """One batch, from its number to its results."""
 
     operations: list[Operation]
     batch: Batch
-    sent: bool = False  # it may have reached the store
+    sent: bool = False  # whether the batch may have reached the store
+    began: float = 0.0  # the last attempt, in `time.monotonic` seconds
+    pause: float = _FIRST_PAUSE  # seconds before it is resent
+    reason: str = ""  # why the last attempt failed
     results: list[Result] | None = None
 
 
 class Session:
-    """Sends lists of operations to a store, each list exactly once.
+    """One client of one store: its threads share batches, and each batch is applied exactly once.
 
-    For one thread at a time, as a `Combiner` calls it. The same list object again means the same batch again: if it is
-    still without an answer it is resent under its number, so a thread can finish what another began.
+    :param limit: the maximum number of operations in a batch.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.renew()
+    def __init__(self, store: Store, limit: int) -> None:
+        self.store = store
+        self._combiner: Combiner[Operation, Result] = Combiner(self, limit=limit, together=store.round_trip == "long")
+        self._is_shared = store.round_trip != "none"
+        self._alone = threading.Lock()  # held through a call that is not shared
+        self._renew()
 
-    def renew(self) -> None:
-        """Become a new client, of whom the store knows nothing: after a fork, a refusal, an unknown outcome."""
+    def _renew(self) -> None:
+        """Become a new client, which the store does not know: after a fork, a refusal or an unknown outcome."""
         self._client = os.urandom(16)
-        self._sequence = 0  # of the last batch of writes that was answered
-        self._known_until = 0.0  # in `time.monotonic` seconds: until then the store has to know that batch
+        self._sequence = 0  # of the last answered batch of writes
+        self._known_until = -inf  # in `time.monotonic` seconds; until then the store must know that batch
         self._exchange: _Exchange | None = None
 
-    def apply(self, operations: list[Operation], deadline: float) -> list[Result]:
-        """Apply `operations`, in order, in one atomic step, and return a result for each.
+    def begin_again(self) -> None:
+        """Forget all threads, and close nothing that belongs to the parent: for the child of a fork."""
+        self._combiner.reset()
+        self._alone = threading.Lock()
+        self._renew()
+        self.store.after_fork()
+
+    def request(self, operation: Operation, deadline: float) -> Result:
+        """Apply one operation exactly once, and return its result.
 
         :param deadline: in `time.monotonic` seconds.
-        :raises DeadlineExceeded: with the outcome ``"not_applied"`` if no byte of it was sent.
-        :raises OutcomeUnknown: if it was sent, and the store has lost its memory of this client since.
-        :raises StateLost: if the store has begun anew without its memory.
+        :raises CounterServerError: any error of its tree; its `outcome` says whether the operation may be applied.
+        """
+        if self._is_shared:
+            result = self._combiner.join(operation, deadline)
+        else:
+            with self._alone:
+                result = self.perform([operation], deadline)[0]
+        if isinstance(result, Refusal):
+            raise result.error()
+        return result
+
+    def perform(self, operations: list[Operation], deadline: float) -> list[Result]:
+        """Apply `operations`, in order, in one atomic step, and return a result for each.
+
+        The same list object again means the same batch. If that has no answer yet it is resent under its number, so a
+        thread can finish what another one began. Call this from one thread at a time, as the combiner does.
+
+        :param deadline: in `time.monotonic` seconds.
+        :raises DeadlineExceeded: with the outcome ``"not_applied"`` if no byte was sent.
+        :raises OutcomeUnknown: if the batch was sent, and the store has lost its memory of this client since.
+        :raises StateLost: if the store has started again without its memory.
         """
         exchange = self._exchange
         if exchange is None or exchange.operations is not operations:
-            if exchange is not None and exchange.sent and exchange.results is None:
-                self.renew()  # an abandoned batch: it may yet be applied under the next number
-            exchange = self._exchange = self._begin(operations)
-        if exchange.results is None:
-            results = self._exchange_until(exchange, deadline)
-            if exchange.batch.sequence:
-                self._sequence = exchange.batch.sequence  # first: without results it is sent again
-                self._known_until = time.monotonic() + _KNOWN_SECONDS if _is_remembered(results) else 0.0
-            exchange.results = results
+            exchange = self._begin(operations)
+        while exchange.results is None:
+            sent_before, exchange.began = exchange.sent, time.monotonic()
+            exchange.sent = True  # until proven otherwise: an interrupt may come at any moment
+            try:
+                results = self.store.apply(exchange.batch, deadline)
+            except Disconnected as error:
+                exchange.sent = sent_before or error.sent
+                self._pause(exchange, error, deadline)
+            except BatchRefused as error:
+                self._begin_as_another(exchange, error, sent_before=sent_before)
+            except CounterServerError as error:  # StateLost, AccessDenied: definite, and for the whole batch
+                self._renew()
+                if sent_before and exchange.batch.sequence:
+                    error.outcome = "unknown"
+                raise
+            else:
+                if exchange.batch.sequence:
+                    self._sequence = exchange.batch.sequence  # first: an exchange without results is resent
+                    self._known_until = exchange.began + _KNOWN_SECONDS if _is_remembered(results) else -inf
+                exchange.results = results
         return exchange.results
 
     def _begin(self, operations: list[Operation]) -> _Exchange:
-        reads_only = all(isinstance(operation, READS) for operation in operations)
-        sequence = 0 if reads_only else self._sequence + 1
-        return _Exchange(operations, Batch(self._client, sequence, operations))
+        before = self._exchange
+        if before is not None and before.sent and before.results is None:
+            self._renew()  # the abandoned batch may yet be applied under the next number
+        exchange = self._exchange = _Exchange(operations, self._numbered(operations))
+        return exchange
 
-    def _exchange_until(self, exchange: _Exchange, deadline: float) -> list[Result]:
-        pause = _FIRST_PAUSE
-        reason = ""
-        while True:
-            before, began = exchange.sent, time.monotonic()
-            exchange.sent = True  # unless shown otherwise: an interrupt may come at any moment
-            try:
-                return self._store.apply(exchange.batch, deadline)
-            except Disconnected as error:
-                exchange.sent = before or error.sent
-                now = time.monotonic()
-                remaining = deadline - now
-                if remaining > 0 or now - began > _LONGEST_PAUSE or not reason:
-                    reason = str(error)  # else the deadline cut this try short, and the one before says more
-                if remaining <= 0:
-                    raise self._too_late(exchange, reason) from error
-            except BatchRefused as error:
-                if before:
-                    self.renew()
-                    raise OutcomeUnknown(
-                        f"{self._store} has lost its memory of this call; it may have been counted before, at most once"
-                    ) from error
-                must_be_known = time.monotonic() < self._known_until
-                self.renew()
-                if must_be_known:
-                    raise StateLost(
-                        f"{self._store} has lost its memory of what this process counted: it was put back, truncated or"
-                        " emptied, or has more clients than it can remember; nothing was counted now, and the next call"
-                        " goes on from what it holds"
-                    ) from error
-                self._exchange = exchange
-                exchange.batch = self._begin(exchange.operations).batch
-                exchange.sent = False
-                continue
-            except CounterServerError as error:  # StateLost, AccessDenied: definite, and for all of the batch
-                self.renew()
-                if before and exchange.batch.sequence:
-                    error.outcome = "unknown"
-                raise
-            time.sleep(min(pause * random.uniform(0.5, 1.0), remaining))
-            pause = min(pause * 2, _LONGEST_PAUSE)
+    def _numbered(self, operations: list[Operation]) -> Batch:
+        for operation in operations:
+            if type(operation) not in READS:
+                return Batch(self._client, self._sequence + 1, operations)
+        return Batch(self._client, 0, operations)
 
-    def _too_late(self, exchange: _Exchange, reason: str) -> DeadlineExceeded:
-        if exchange.sent and exchange.batch.sequence:
-            return DeadlineExceeded(
-                f"no answer from {self._store} in time ({reason}); it may have been counted, at most once", "unknown"
-            )
-        return DeadlineExceeded(
-            f"{self._store} could not be reached in time ({reason}); nothing was counted", "not_applied"
-        )
+    def _pause(self, exchange: _Exchange, broken: Disconnected, deadline: float) -> None:
+        """Wait before a batch is resent, or raise at the deadline."""
+        now = time.monotonic()
+        if now < deadline or now - exchange.began > _LONGEST_PAUSE or not exchange.reason:
+            exchange.reason = str(broken)  # otherwise the deadline cut this attempt short: the last reason says more
+        if now >= deadline:
+            if exchange.sent and exchange.batch.sequence:
+                raise DeadlineExceeded(
+                    f"no answer from {self.store} in time ({exchange.reason}); it may have been counted, at most once",
+                    "unknown",
+                ) from broken
+            raise DeadlineExceeded(
+                f"{self.store} could not be reached in time ({exchange.reason}); nothing was counted", "not_applied"
+            ) from broken
+        time.sleep(min(exchange.pause * random.uniform(0.5, 1.0), deadline - now))
+        exchange.pause = min(exchange.pause * 2, _LONGEST_PAUSE)
+
+    def _begin_as_another(self, exchange: _Exchange, refused: BatchRefused, *, sent_before: bool) -> None:
+        """Send a refused batch as a new client, unless that could count it twice or hide a loss."""
+        must_be_known = exchange.began < self._known_until
+        self._renew()
+        if sent_before:
+            raise OutcomeUnknown(
+                f"{self.store} has lost its memory of this call; it may have been counted before, at most once"
+            ) from refused
+        if must_be_known:
+            raise StateLost(
+                f"{self.store} has lost its memory of what this process counted: it was restored, truncated or"
+                " emptied, or has more clients than it can remember; nothing was counted now, and the next call"
+                " continues from the current content"
+            ) from refused
+        self._exchange = exchange
+        exchange.batch = self._numbered(exchange.operations)
+        exchange.sent = False
 
 
 def _is_remembered(results: list[Result]) -> bool:
-    """Whether the store has surely written down that it gave these results, also if its disk is full."""
+    """Return whether the store has surely recorded these results, even if its disk is full."""
     for result in results:
-        if type(result) is int:  # as nearly all are
+        if type(result) is int:  # nearly always
             continue
         if isinstance(result, Replayed) or (isinstance(result, Refusal) and result.code == "storage_full"):
             return False

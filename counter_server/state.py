@@ -1,61 +1,186 @@
-"""What a user opens: a state, and through it the counters and shared objects of one store."""
+"""What a program opens and holds: a state, and through it the counters and shared objects of one store."""
 
+import builtins
 import logging
 import os
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from math import inf
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
-from .combiner import Combiner
 from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
-from .errors import DeadlineExceeded, Disconnected, InvalidRequest, NotHosted, Unsupported
-from .handles import Counter, Kind, SharedObject, expect
+from .errors import DeadlineExceeded, Disconnected, InvalidRequest, NotHosted, RemoteError, StateLost, Unsupported
 from .objects import LARGEST_CALL_BATCH, Declaration, declare
-from .operations import LARGEST_BATCH, Invoke, Operation, Page, Refusal, Result, Scan
+from .operations import (
+    LARGEST_BATCH,
+    Delete,
+    Get,
+    Increment,
+    Invoke,
+    Operation,
+    Page,
+    Raised,
+    Replayed,
+    Result,
+    Returned,
+    Scan,
+    Set,
+    check_name,
+    check_step,
+    decode_plain,
+    encode_plain,
+)
 from .session import Session
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, LONGEST_DEADLINE, StoreOptions, check_seconds
 from .status import Status
-from .stores import HostsObjects, Store, TellsStatus, open_store
+from .store import HostsObjects, ReportsStatus, Store
+from .stores import open_store
 
 log = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind")
+
+_MOST_LOSSES = 10  # in a row that a forgetful handle tolerates; a manager that is killed each time is reported
 
 _noticing = threading.Lock()  # held while a child finds out that it is one
 _listing = threading.Lock()  # guards the set below
 _states: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 
-def open_state(
-    url: str,
-    *,
-    deadline: float = DEFAULT_DEADLINE,
-    options: StoreOptions = DEFAULT_STORE_OPTIONS,
-    declarations: "Declarations | None" = None,
-) -> "State":
-    """The shared state at `url`, for any program; in a Flask app, `SharedState` does this.
+class Counter:
+    """A number that all workers share. Every increment is counted exactly once.
 
-    :param url: `manager:///absolute/data/directory`, or `memory://` for this process only.
-    :param deadline: seconds that each call may take, at most 60.
-    :param options: whether and how a manager is started where there is none.
-    :param declarations: the shared objects, where several states are to have the same ones.
-    :raises InvalidRequest: if there is no such store or the deadline is not acceptable.
-
-    It connects at the first call, is safe from any thread, and after a fork.
+    Each method makes one call to the store, which it shares with other threads that wait at the same time. Each raises
+    `CounterServerError` if the call fails.
     """
-    declarations = Declarations() if declarations is None else declarations
-    return State(open_store(url, options, declared_for), deadline=deadline, declarations=declarations)
+
+    def __init__(self, name: str, shared: "Sharing") -> None:
+        check_name(name)
+        self.name = name
+        self._shared = shared
+
+    def __repr__(self) -> str:
+        return f"<Counter {self.name!r}>"
+
+    def increment(
+        self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None, key: str | None = None
+    ) -> int:
+        """Add `by` and return the result.
+
+        :param by: not 0; negative to count down.
+        :param minimum: the lowest allowed result.
+        :param maximum: the highest allowed result.
+        :param key: an idempotency key: for 24 hours, the same key with the same request gets the same number, and is
+            counted once.
+        :raises LimitReached: if the result would be outside the bounds, or outside 64 bits; nothing is changed.
+        :raises KeyReused: if the key was used for another request; nothing is changed.
+        """
+        result = self._shared.submit(Increment(self.name, by, minimum, maximum, key))
+        if type(result) is int:  # nearly always
+            return result
+        return result.value if isinstance(result, Replayed) else expect(int, result)
+
+    def decrement(
+        self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None, key: str | None = None
+    ) -> int:
+        """Subtract `by` and return the result; everything else is as for `increment`."""
+        check_step(by, minimum, maximum)  # before its sign is changed: -True is an int
+        return self.increment(-by, minimum=minimum, maximum=maximum, key=key)
+
+    @property
+    def value(self) -> int:
+        """The current number; 0 if nothing was counted yet."""
+        return expect(int, self._shared.submit(Get(self.name)) or 0)
+
+    def set(self, value: int) -> int:
+        """Set the number to `value`, and return it."""
+        return expect(int, self._shared.submit(Set(self.name, value)))
+
+    def delete(self) -> bool:
+        """Remove the counter; return whether it existed."""
+        return expect(bool, self._shared.submit(Delete(self.name)))
+
+
+class SharedObject:
+    """A handle on a shared object: its public methods are methods of this handle."""
+
+    _name: str
+    _cls: type
+    _shared: "Sharing"
+    _losses: int  # of the object, in a row, after which the call is made again
+
+    def __init__(self, name: str, cls: type, shared: "Sharing", losses: int = 0) -> None:
+        vars(self).update(_name=name, _cls=cls, _shared=shared, _losses=losses)
+
+    def __repr__(self) -> str:
+        return f"<SharedObject {self._name!r}>"
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method.startswith("_") or not callable(getattr(self._cls, method, None)):
+            raise AttributeError(f"only public methods of {self._cls.__qualname__} are shared, not {method!r}")
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            packed = encode_plain((arguments, keywords), f"the arguments of {self._name}.{method}")
+            for _ in range(self._losses):
+                try:
+                    return _returned(self._shared.invoke(self._name, Invoke(method, packed)))
+                except StateLost as lost:
+                    log.info("%s", lost)
+            return _returned(self._shared.invoke(self._name, Invoke(method, packed)))
+
+        call.__name__ = method
+        return call
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(
+            f"setting {name!r} would change this handle only, not the shared object: give {self._cls.__qualname__} a"
+            " method for it"
+        )
+
+
+def forgetful(handle: Kind) -> Kind:
+    """Return a handle on the same shared object that tolerates its loss: a cache lost with its manager is empty."""
+    if not isinstance(handle, SharedObject):
+        raise TypeError(f"{handle!r} is not a shared object")
+    return cast(Kind, SharedObject(handle._name, handle._cls, handle._shared, _MOST_LOSSES))
+
+
+def _returned(result: Result) -> Any:
+    """Return what a method returned, or raise its exception, in its own type if that is built in."""
+    if isinstance(result, Returned):
+        return decode_plain(result.value)
+    raised = expect(Raised, result)
+    remote = RemoteError(raised.name, raised.text, raised.traceback)
+    kind = getattr(builtins, raised.name, None)
+    if raised.arguments is None or not (isinstance(kind, type) and issubclass(kind, Exception)):
+        raise remote
+    try:
+        error = kind(*decode_plain(raised.arguments))
+    except Exception:  # noqa: BLE001 - the type takes other arguments than it keeps
+        raise remote from None
+    error.add_note(f"Raised in the manager process:\n{raised.traceback}")
+    raise error
+
+
+def expect(kind: type[Kind], result: object) -> Kind:
+    """Return `result`, which must be a `kind`."""
+    if not isinstance(result, kind):
+        raise TypeError(f"the store answered {result!r} instead of {kind.__name__}")
+    return result
 
 
 class Declarations(dict[str, Declaration]):
     """The shared objects that a program has declared, by name."""
 
-    _unable: Store | None = None  # one that they are for, and that hosts none
+    _unable: Store | None = None  # a store that uses them, but hosts none
 
     def use(self, store: Store) -> None:
-        """They are for `store`, those too that are declared from now on.
+        """Note that `store` uses them, including later ones.
 
-        :raises Unsupported: if something is declared and it hosts nothing; later that is told to who declares.
+        :raises Unsupported: if something is declared and the store hosts none; a later declaration raises it then.
         """
         if self:
             hosting(store)
@@ -63,20 +188,22 @@ class Declarations(dict[str, Declaration]):
             self._unable = store
 
     def add(self, name: str, cls: type, arguments: tuple[Any, ...], keywords: dict[str, Any], *, durable: bool) -> None:
-        """Declare one; the same one again is the same.
+        """Declare one object. Repeating a declaration has no effect.
 
-        :raises InvalidRequest: if it cannot be hosted, or another one has its name.
-        :raises Unsupported: if a store that they are for hosts none.
+        :raises InvalidRequest: if it cannot be hosted, or another object has its name.
+        :raises Unsupported: if a store that uses them hosts none.
         """
         if self._unable is not None:
             hosting(self._unable)
         declaration = declare(name, cls, arguments, keywords, durable=durable)
         if self.setdefault(name, declaration) != declaration:
-            raise InvalidRequest(f"{declaration} is declared, but {self[name]} has that name already")
+            raise InvalidRequest(
+                f"{declaration} cannot be declared, because {self[name]} already has that name: use another one"
+            )
 
 
 def declared_for(url: str) -> list[Declaration]:
-    """What this process declares for one store: a manager that it starts is for all its states, caches and limits."""
+    """Return everything that this process declares for one store: its manager is for all states, caches and limits."""
     found = Declarations()
     with _listing:
         states = list(_states)
@@ -89,181 +216,205 @@ def declared_for(url: str) -> list[Declaration]:
 
 
 def hosting(store: Store) -> HostsObjects:
-    """`store`, if it hosts shared objects.
+    """Return `store`, if it hosts shared objects.
 
     :raises Unsupported: if it does not.
     """
     if isinstance(store, HostsObjects):
         return store
-    scheme = str(store).partition("://")[0]  # no more: pages tell this, and the URL is for operators
-    raise Unsupported(f"{scheme}:// hosts no shared objects, only counters")
+    scheme = str(store).partition("://")[0]  # only this: pages show the message, and the URL is for operators
+    raise Unsupported(f"{scheme}:// hosts no shared objects, only counters: use manager:// for them")
 
 
-class _Channel:
-    """One client of one store: its threads share calls, each call is made exactly once."""
+class Sharing(ABC):
+    """Makes handles on counters and shared objects. `State` and `SharedState` differ only in how calls are made."""
 
-    def __init__(self, store: Store, limit: int) -> None:
-        self.store = store
-        self._session = Session(store)
-        self._combiner: Combiner[Operation, Result] = Combiner(
-            self._session.apply, limit=limit, together=store.together
-        )
+    declarations: Declarations
 
-    def submit(self, operation: Operation, deadline: float) -> Result:
-        result = self._combiner.submit(operation, deadline)
-        if isinstance(result, Refusal):
-            raise result.error()
-        return result
+    @abstractmethod
+    def submit(self, operation: Operation) -> Result:
+        """Apply one operation on the counters, exactly once, and return its result.
 
-    def begin_again(self) -> None:
-        self._combiner.reset()
-        self._session.renew()
-        self.store.after_fork()
+        :raises CounterServerError: any error of its tree; its `outcome` says whether the operation may be applied.
+        """
+
+    @abstractmethod
+    def invoke(self, name: str, operation: Invoke) -> Result:
+        """Call a method of the declared object `name`, exactly once, and return its result; see `submit`."""
+
+    def counter(self, name: str) -> Counter:
+        """Return the counter `name`, which exists from its first increment on. This may be called at import time.
+
+        :raises InvalidRequest: if the name is not valid.
+        """
+        return Counter(name, self)
+
+    def counters(self, *, after: str = "", limit: int = 100) -> Page:
+        """Return a page of counters, in the order of their names.
+
+        :param after: the last name of the page before.
+        :param limit: the maximum number of counters, at most 1000.
+        """
+        return expect(Page, self.submit(Scan(after, limit)))
+
+    def object(self, name: str, cls: type[Kind], *arguments: Any, durable: bool = False, **keywords: Any) -> Kind:
+        """Declare a shared object, and return a handle that calls its public methods.
+
+        ::
+
+            global_obj = shared.object("global_obj", SomeObj, 0)
+            global_obj.query()        # in a view: 1, 2, 3, … across all workers
+
+        Declare it before any process uses the state, at import time: whatever starts the manager hands it the list of
+        objects. Each call is atomic, made exactly once, and has the state's deadline. Arguments and results are plain
+        data.
+
+        :param name: identifies the object; all its users declare the same.
+        :param cls: the class, found by module and qualified name; called as `cls(*arguments, **keywords)`.
+        :param durable: keep the pickled state in the journal, in the same commit as each call.
+        :raises InvalidRequest: if it cannot be hosted.
+        :raises Unsupported: if the store hosts none; if an app comes later, its `init_app` raises this.
+        """
+        self.declarations.add(name, cls, arguments, keywords, durable=durable)
+        return cast(Kind, SharedObject(name, cls, self))
+
+    def dict(self, name: str, *, max_entries: int = DEFAULT_ENTRIES, ttl: float | None = None) -> SharedDict:
+        """Declare a bounded shared dict with expiry, and return a handle on it. Declare it as an `object`.
+
+        ::
+
+            carts = shared.dict("carts", max_entries=10_000, ttl=3600)
+            carts.set("anna", ["tea"])
+
+        The manager keeps it in memory, not on the disk.
+
+        :param max_entries: the maximum number of entries; the least recently used one makes room.
+        :param ttl: seconds that an entry lives after it was set; None for no expiry.
+        :raises InvalidRequest: if one of these is not valid.
+        """
+        check_ttl(ttl)  # before anything is declared
+        return SharedDict(self.object(name, BoundedDict, check_entries(max_entries)), ttl)
 
 
-def _close(counters: _Channel, objects: dict[str, _Channel]) -> None:
-    for channel in (counters, *list(objects.values())):
-        channel.store.close()
+def open_state(
+    url: str,
+    *,
+    deadline: float = DEFAULT_DEADLINE,
+    options: StoreOptions = DEFAULT_STORE_OPTIONS,
+    declarations: Declarations | None = None,
+) -> "State":
+    """Return the shared state at `url`, for any program. In a Flask app, use `SharedState`.
+
+    It connects at the first call, and may be used by any thread, and after a fork.
+
+    :param url: `manager:///absolute/data/directory`, or `memory://` for this process only.
+    :param deadline: seconds that each call may take, at most 60.
+    :param options: whether and how to start a manager if there is none.
+    :param declarations: the shared objects, if several states have the same ones.
+    :raises InvalidRequest: if there is no such store or the deadline is not valid.
+    """
+    return State(open_store(url, options, declared_for), deadline=deadline, declarations=declarations)
 
 
-class State:
+def _close(counters: Session, objects: dict[str, Session]) -> None:
+    for session in (counters, *list(objects.values())):
+        session.store.close()
+
+
+class State(Sharing):
     """Counters and shared objects in one store. All threads of a process share one, and with it their round trips."""
 
     def __init__(
         self, store: Store, *, deadline: float = DEFAULT_DEADLINE, declarations: Declarations | None = None
     ) -> None:
         self._deadline = check_seconds(deadline, "a deadline", LONGEST_DEADLINE)
-        self._counters = _Channel(store, LARGEST_BATCH)
-        # A page is large: it shares a round trip with nothing, and nobody has to remember it.
-        self._pages = _Channel(store, 1)
+        self._counters = Session(store, LARGEST_BATCH)
+        # A page is large, so it shares no round trip.
+        self._pages = Session(store, 1)
         self.declarations = Declarations() if declarations is None else declarations
         self.declarations.use(store)
         self._process = os.getpid()
         self._lock_type = threading.Lock
-        self._opening = threading.Lock()  # guards the making of the channels below
-        self._objects: dict[str, _Channel] = {}
+        self._opening = threading.Lock()  # guards the dict below
+        self._objects: dict[str, Session] = {}
         with _listing:
             _states.add(self)
-        # One that nobody holds any more lets its connections go, as the standard library's do.
+        # A state without references closes its connections, as the standard library's objects do.
         weakref.finalize(self, _close, self._counters, self._objects).atexit = False
 
     @property
     def store(self) -> Store:
-        """Where the counters are."""
+        """The store of the counters."""
         return self._counters.store
 
-    def counter(self, name: str) -> Counter:
-        """The counter of that name. It exists from its first increment on.
-
-        :raises InvalidRequest: if that cannot be a name.
-        """
-        return Counter(name, self.submit)
-
-    def counters(self, *, after: str = "", limit: int = 100) -> Page:
-        """A page of counters in the order of their names.
-
-        :param after: the last name of the page before.
-        :param limit: how many, at most 1000.
-        """
-        return expect(Page, self.submit(Scan(after, limit)))
-
     def submit(self, operation: Operation, *, within: float = inf) -> Result:
-        """Have one operation on the counters applied, exactly once, and return its result.
+        """See `Sharing`.
 
-        :param within: seconds that it may take, where that is less than the state's deadline.
-        :raises CounterServerError: any of its tree; its `outcome` says whether something may have been counted.
+        :param within: seconds that it may take, if less than the state's deadline.
         """
-        self._notice_change()
-        channel = self._pages if isinstance(operation, Scan) else self._counters
-        return channel.submit(operation, self._until(within))
+        session = self._pages if isinstance(operation, Scan) else self._counters
+        return session.request(operation, self._until(within))
+
+    def invoke(self, name: str, operation: Invoke, *, within: float = inf) -> Result:
+        """See `Sharing` and `submit`."""
+        deadline = self._until(within)
+        with self._opening:
+            session = self._objects.get(name)
+            if session is None:
+                declaration = self.declarations.get(name)
+                if declaration is None:
+                    raise NotHosted(
+                        f"{name!r} is declared with a SharedState that was never initialised with this app; call"
+                        " init_app(app)"
+                    )
+                session = Session(hosting(self.store).object(declaration), LARGEST_CALL_BATCH)
+                self._objects[name] = session
+        return session.request(operation, deadline)
 
     def status(self, *, within: float = inf) -> Status | None:
-        """The figures that the store's server tells of itself; None from a store that tells none.
+        """Return the figures of the store's server, or None if the store has none.
 
-        No manager is started for it, and nobody's call waits for it.
+        This starts no manager, and delays no other call.
 
-        :param within: seconds that it may take, where that is less than the state's deadline.
+        :param within: seconds that it may take, if less than the state's deadline.
         :raises DeadlineExceeded: if there is no answer, or no manager.
         :raises AccessDenied: if the store does not let this process in.
         """
-        self._notice_change()
-        if not isinstance(self.store, TellsStatus):
+        deadline = self._until(within)
+        if not isinstance(self.store, ReportsStatus):
             return None
         try:
-            return self.store.status(self._until(within))
+            return self.store.status(deadline)
         except Disconnected as error:
-            raise DeadlineExceeded(f"{self.store} tells nothing of itself: {error}", "not_applied") from error
-
-    def object(self, name: str, cls: type[Kind], *arguments: Any, durable: bool = False, **keywords: Any) -> Kind:
-        """Declare a shared object, and return a handle that calls its public methods, for all processes the same one.
-
-        To be declared before the first use of the state in any process: what starts the manager tells it what to host.
-
-        :param name: what it is known by; all who use it declare the same.
-        :param cls: its class, found by module and qualified name; made as `cls(*arguments, **keywords)`.
-        :param durable: keep its pickled state in the journal, in the same commit as each call.
-        :raises InvalidRequest: if it cannot be hosted.
-        :raises Unsupported: if this store hosts none.
-
-        Each call is atomic, made exactly once, and has the state's deadline. Arguments and results are plain data.
-        """
-        self.declarations.add(name, cls, arguments, keywords, durable=durable)
-        return cast(Kind, SharedObject(name, cls, self.invoke))
-
-    def dict(self, name: str, *, max_entries: int = DEFAULT_ENTRIES, ttl: float | None = None) -> SharedDict:
-        """Declare a shared dict that is bounded, and return a handle on it, for all processes the same one.
-
-        Declared as an `object` is, and kept as one in the manager's memory, not on the disk.
-
-        :param max_entries: the most; when there is no room, the one used least recently goes.
-        :param ttl: seconds that an entry lives after it was set; None for ever.
-        :raises InvalidRequest: if that cannot be.
-        """
-        check_ttl(ttl)  # what cannot be is not declared
-        return SharedDict(self.object(name, BoundedDict, check_entries(max_entries)), ttl)
-
-    def invoke(self, name: str, operation: Invoke, *, within: float = inf) -> Result:
-        """Have a method of a declared object called, exactly once; see `object` and `submit`."""
-        self._notice_change()
-        deadline = self._until(within)
-        with self._opening:
-            channel = self._objects.get(name)
-            if channel is None:
-                declaration = self.declarations.get(name)
-                if declaration is None:
-                    raise NotHosted(f"{name!r} is declared with a SharedState that was not given this app: init_app it")
-                channel = _Channel(hosting(self.store).object(declaration), LARGEST_CALL_BATCH)
-                self._objects[name] = channel
-        return channel.submit(operation, deadline)
-
-    def _until(self, within: float) -> float:
-        return time.monotonic() + min(within, self._deadline)
+            raise DeadlineExceeded(f"{self.store} does not answer: {error}", "not_applied") from error
 
     def close(self) -> None:
         """Close the connections to the store. The next call opens them again."""
-        self._notice_change()
+        self._until(0)
         _close(self._counters, self._objects)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exception: Any) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _notice_change(self) -> None:
-        """Begin again after a fork, or after gevent or eventlet has patched locks and sockets.
+    def _until(self, within: float) -> float:
+        """Return the deadline of a call that begins now.
 
-        A lock or a socket made before the patch stops all greenlets of its thread when one of them waits for it.
+        First begin again after a fork, or after gevent or eventlet has patched locks and sockets: one that was made
+        before the patch would stop all greenlets of a thread when one of them waits for it.
         """
         if self._process != os.getpid() or self._lock_type is not threading.Lock:
             with _noticing:
                 if self._process != os.getpid() or self._lock_type is not threading.Lock:
                     self._begin_again()
+        return time.monotonic() + (within if within < self._deadline else self._deadline)
 
     def _begin_again(self) -> None:
         self._opening = threading.Lock()
-        for channel in (self._counters, self._pages, *self._objects.values()):
-            channel.begin_again()
+        for session in (self._counters, self._pages, *self._objects.values()):
+            session.begin_again()
         self._process, self._lock_type = os.getpid(), threading.Lock  # last: until then other threads wait
 
 
@@ -274,6 +425,6 @@ def _after_fork_in_child() -> None:
         state._begin_again()
 
 
-# For `os.fork`, `multiprocessing` and gunicorn. A server that forks without telling the interpreter, as uWSGI does, is
-# found out by the process id, at the next call.
+# For `os.fork`, `multiprocessing` and gunicorn. uWSGI forks without informing the interpreter, so the next call notices
+# the new process id.
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -14,11 +14,11 @@ from playwright.sync_api import Page, expect, sync_playwright
 from tests.processes import PATIENCE, ROOT
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
-NARROW = 360  # pixels: a small telephone
+NARROW = 360  # pixels: a small phone
 _WIDE = 1280
-LOOKS = [(NARROW, "light"), (NARROW, "dark"), (_WIDE, "light")]  # that each page is looked at in
+LOOKS = [(NARROW, "light"), (NARROW, "dark"), (_WIDE, "light")]  # in which each page is checked
 _AXE = Path(__file__).parent / "axe_core" / "axe.min.js"
-# As root it has no sandbox to be in; and it is to talk to our server, and to nobody else.
+# As root it cannot have a sandbox; and it may talk only to our server.
 _OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 _OPTIONS += ["--disable-component-update", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 
@@ -26,7 +26,7 @@ expect.set_options(timeout=PATIENCE * 1000)
 
 
 class Browser:
-    """Opens pages, each as a new visitor, and remembers what they complained of."""
+    """Opens pages, each as a new visitor, and records their errors."""
 
     def __init__(self, chromium: Chromium) -> None:
         self._chromium = chromium
@@ -40,7 +40,7 @@ class Browser:
         colours: Literal["light", "dark"] = "light",
         javascript: bool = True,
     ) -> Page:
-        """A page of a new visitor's, without cookies, that shows `url`."""
+        """Open `url` as a new visitor, without cookies."""
         context = self._chromium.new_context(
             viewport={"width": width, "height": 900},
             color_scheme=colours,
@@ -69,10 +69,10 @@ class Browser:
 
 
 def accessibility_violations(page: Page) -> list[str]:
-    """What axe-core finds on the page as it is now, a line for each rule that is broken."""
+    """Return the violations that axe-core finds on the page now, one line for each broken rule."""
     page.evaluate(_AXE.read_text())
     found: dict[str, Any] = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
-    assert len(found["passes"]) > 5, "axe has looked at nothing"
+    assert len(found["passes"]) > 5, "axe-core checked nothing"
     return [
         f"{violation['id']}: {violation['help']}: {[node['html'] for node in violation['nodes']]}"
         for violation in found["violations"]
@@ -80,14 +80,14 @@ def accessibility_violations(page: Page) -> list[str]:
 
 
 def overflow(page: Page) -> int:
-    """By how many pixels the page is wider than the window."""
+    """Return by how many pixels the page is wider than the window."""
     width = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert isinstance(width, int)
     return width
 
 
 def screenshot(page: Page, name: str) -> Path:
-    """Write a picture of the whole page into `build/screenshots`."""
+    """Save a picture of the whole page in `build/screenshots`."""
     path = SCREENSHOTS / f"{name}.png"
     page.screenshot(path=path, full_page=True)
     return path
@@ -100,12 +100,12 @@ def press_until(page: Page, key: str, selector: str, most: int = 60) -> None:
         page.keyboard.press(key)
         if wanted.evaluate("element => element === document.activeElement"):
             return
-    raise AssertionError(f"{selector} does not get the focus by {most} times {key}")
+    raise AssertionError(f"{selector} does not have the focus after pressing {key} {most} times")
 
 
 @contextmanager
 def chromium() -> Iterator[Chromium]:
-    """The browser's process; the test is skipped where it is not installed."""
+    """Run the browser's process, or skip the test if Chromium is not installed."""
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("no chromium: install the Debian package chromium")

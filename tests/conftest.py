@@ -1,4 +1,4 @@
-"""Fixtures: managers and servers that are really started, and really gone afterwards."""
+"""Fixtures: real managers and servers, started for a test and gone after it."""
 
 import os
 import signal
@@ -21,18 +21,18 @@ from tests.cutter import Cutter
 from tests.engines import PostgresServer
 from tests.processes import Manager, Server, end_manager
 
-# The programs that tests start keep what they compile; else each of hundreds would compile all of it anew.
+# The programs that tests start cache their bytecode; otherwise each of hundreds would compile everything again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# A shell that runs the tests in the background has them ignore Ctrl-C, and so would the programs that they start.
+# A shell that runs the tests in the background makes them ignore Ctrl-C, and the programs that they start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# How long an example takes says what else the machine has to do.
+# The time of an example depends on the other work of the machine.
 hypothesis.settings.register_profile("counter_server", deadline=None)
 hypothesis.settings.load_profile("counter_server")
 
 
-# What is tested here is the same on every Python: pages, words, faults of disks and engines, programs beside ours.
+# These tests do not depend on Python's version: pages, messages, faults of disks and engines, other programs.
 ONCE = {
     *("test_access", "test_access_of_servers", "test_architecture", "test_bad_requests", "test_badge"),
     *("test_benchmarks", "test_cli", "test_dashboard", "test_demo", "test_doctor", "test_documentation", "test_faults"),
@@ -40,7 +40,7 @@ ONCE = {
     *("test_refused_writes", "test_sql", "test_two_machines", "test_upkeep"),
 }
 
-# The files that take longest, which begin first: so that nobody waits for one of them in the end.
+# The slowest files begin first, so that no worker runs one of them alone at the end.
 LONGEST = [
     *("test_sql", "test_faults", "test_demo", "test_browser_dashboard", "test_stores", "test_supervision"),
     *("test_seed_programs", "test_browser_lab", "test_cli", "test_objects", "test_health", "test_exactly_once"),
@@ -50,20 +50,20 @@ LONGEST = [
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
-    """What a test starts with this ends with it, also when it fails."""
+    """Return a stack that is closed at the end of the test, even if it fails."""
     with ExitStack() as stack:
         yield stack
 
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    """A place for a data directory; it does not exist yet."""
+    """Return a path for a data directory, which does not exist yet."""
     return tmp_path / "data"
 
 
 @pytest.fixture
 def on_demand(data_dir: Path) -> Iterator[str]:
-    """The URL of a manager on `data_dir` that is started by who uses it; afterwards it is ended, and all like it."""
+    """Return the URL of a manager on `data_dir` that its first client starts. All such managers end with the test."""
     yield DataDirectory(data_dir).url
     for lock in data_dir.parent.rglob("manager.lock"):
         end_manager(lock)
@@ -71,7 +71,7 @@ def on_demand(data_dir: Path) -> Iterator[str]:
 
 @pytest.fixture
 def start_manager(stack: ExitStack, data_dir: Path) -> Callable[..., Manager]:
-    """Start a manager on `data_dir`, with options; again after it ended, if a test wants."""
+    """Start a manager on `data_dir`, with options. A test may call it again after the manager ended."""
     return lambda *options: stack.enter_context(Manager(data_dir, *options))
 
 
@@ -83,13 +83,13 @@ def start_server(stack: ExitStack, data_dir: Path) -> Callable[..., Server]:
 
 @pytest.fixture
 def client(app: Flask) -> FlaskClient:
-    """Of the `app` that a file makes."""
+    """Return a client of the test file's `app`."""
     return app.test_client()
 
 
 @pytest.fixture
 def state(app: Flask) -> Iterator[State]:
-    """Of the `app` that a file makes."""
+    """Return the state of the test file's `app`."""
     found = app.extensions["counter_server"]
     assert isinstance(found, State)
     yield found
@@ -108,7 +108,7 @@ def cut(stack: ExitStack) -> Callable[[Path], Cutter]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte."""
+    """Mount a file system of one megabyte."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small file system")
     place = tmp_path / "disk"
@@ -120,23 +120,23 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
-    """One that lives as long as the tests, for those that do not kill it."""
+    """Run one server for all tests that do not kill it."""
     with PostgresServer() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def browser_process() -> Iterator[Chromium]:
-    """Chromium, for the tests of one file: while it runs, this thread has an event loop."""
+    """Run Chromium for the tests of one file. While it runs, this thread has an event loop."""
     with chromium() as process:
         yield process
 
 
 @pytest.fixture
 def browser(browser_process: Chromium, stack: ExitStack) -> Iterator[Browser]:
-    """A browser without any page. What its pages complained of by the end fails the test.
+    """Return a browser without pages. The test fails if one of its pages logs an error.
 
-    It is closed before what `stack` holds ends: a page that polls would complain of its server's end.
+    It closes before the contents of `stack`, because a polling page would report the end of its server.
     """
     browser = Browser(browser_process)
     yield browser
@@ -145,9 +145,9 @@ def browser(browser_process: Chromium, stack: ExitStack) -> Iterator[Browser]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with what takes longest; mark what one Python is enough for.
+    """Sort the slowest files first, and mark the tests that need only one version of Python.
 
-    To trace opcodes by `sys.settrace` crashes CPython 3.12: leave that out.
+    Tracing opcodes with `sys.settrace` crashes CPython 3.12, so those tests are deselected there.
     """
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
@@ -161,9 +161,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where all that tests need is said to be there, a test that leaves itself out has failed."""
+    """Turn a skipped test into a failure if COUNTER_SERVER_TEST_ALL promises that every tool is installed."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("COUNTER_SERVER_TEST_ALL"):
         report.outcome = "failed"
-        report.longrepr = f"skipped, where COUNTER_SERVER_TEST_ALL is set: {report.longreprtext}"
+        report.longrepr = f"skipped although COUNTER_SERVER_TEST_ALL is set: {report.longreprtext}"
     return report

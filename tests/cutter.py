@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Cutter:
-    """A proxy on a free port that cuts each connection after so many bytes of answers, in the middle of one."""
+    """A proxy on a free port that cuts each connection after some bytes of its answers, in the middle of one."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -37,7 +37,7 @@ class Cutter:
                     self._serving.append(thread)
 
     def _pass(self, source: socket.socket, target: socket.socket, most: int | None) -> None:
-        """Pass on bytes, all of them or so many; then there is no connection any more."""
+        """Pass on all bytes, or at most `most`, and then close the connection."""
         passed = 0
         with suppress(OSError):
             while data := source.recv(65536):
@@ -50,7 +50,7 @@ class Cutter:
         for end in (source, target):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-        source.close()  # each end by the one that reads it
+        source.close()  # each end is closed by the thread that reads it
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)

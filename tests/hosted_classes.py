@@ -17,7 +17,7 @@ class SomeObj:
 
 
 class Toolbox:
-    """One method for each thing that can happen in a call."""
+    """An object with one method for each possible outcome of a call."""
 
     kind = "toolbox"
 
@@ -55,7 +55,7 @@ class Toolbox:
 
 
 class Awkward:
-    """Counts its calls, and raises what is hard to tell."""
+    """Counts its calls, and raises errors that are hard to describe."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -113,7 +113,7 @@ class StrangeError(Exception):
 
 
 class Hostile(type):
-    """A class whose every question ends the program."""
+    """A class whose every operation ends the program."""
 
     def _raise(cls, *_: object) -> Any:
         raise SystemExit(6)
@@ -129,7 +129,7 @@ class HostileError(Exception, metaclass=Hostile):
 
 
 class Spoiled:
-    """A durable object whose state a call can make impossible to keep; each call leaves a line in a file."""
+    """A durable object whose state a call can spoil, so that it cannot be stored; each call adds a line to a file."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -161,7 +161,7 @@ class TwoArgumentsError(Exception):
 
 
 class OneWay:
-    """Can be pickled, and not be made again of that."""
+    """An object that can be pickled but not unpickled."""
 
     def __init__(self) -> None:
         self.error = TwoArgumentsError(1, 2)
@@ -171,11 +171,11 @@ class OneWay:
 
 
 class OwnError(Exception):
-    """Not a type that is built in."""
+    """An exception that is not built in."""
 
 
 class Slow:
-    """Its method waits for a file to be there."""
+    """An object whose method waits until a file exists."""
 
     def wait_for(self, path: str) -> str:
         import os
@@ -192,7 +192,7 @@ class Slow:
 
 
 class Refusing:
-    """Cannot be made."""
+    """A class that cannot be instantiated."""
 
     def __init__(self) -> None:
         raise ValueError("not today")
@@ -202,4 +202,4 @@ class Refusing:
 
 
 def not_a_class() -> None:
-    """Something else that can be imported."""
+    """Importable, but not a class."""

@@ -1,5 +1,6 @@
 """Journals whose contents after each commit are known: what damage is looked for in."""
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -31,3 +32,10 @@ def _changes(number: int) -> Changes:
         keys={f"k{number}": KeyRecord(b"f" * 16, number, number)},
         objects={"o": bytes([number]) * 30},
     )
+
+
+class Committing:
+    """A journal whose commits a test makes."""
+
+    def __init__(self, commit: Callable[[Changes], None]) -> None:
+        self.commit = commit

@@ -1,4 +1,4 @@
-"""What people start their apps with, for tests: each serves the app of `app.py` in some directory."""
+"""The launchers that people use, for tests: each serves the app of `app.py` in a directory."""
 
 import os
 import sys
@@ -15,11 +15,11 @@ _UWSGI = Path(sys.prefix) / "bin" / "uwsgi"
 
 @dataclass(frozen=True)
 class Launcher:
-    """A command, to be run where `app.py` is."""
+    """A command that runs in the directory of `app.py`."""
 
     arguments: tuple[str, ...]
     program: str = sys.executable
-    processes: int = 4  # that answer
+    processes: int = 4  # that answer requests
 
 
 LAUNCHERS = {
@@ -46,10 +46,10 @@ LAUNCHERS = {
 
 
 def launch(stack: ExitStack, name: str, directory: Path) -> tuple[Program, str]:
-    """Start one of them in a directory; the program, and the URL that it serves."""
+    """Start a launcher in a directory; return the program and its URL."""
     launcher = LAUNCHERS[name]
     if not Path(launcher.program).exists():
-        pytest.skip(f"{launcher.program} is not installed (pip install uwsgi, which a C compiler builds)")
+        pytest.skip(f"{launcher.program} is not installed: pip install uwsgi (needs a C compiler)")
     environment = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
     program = Program(*launcher.arguments, program=launcher.program, cwd=directory, environment=environment)
     stack.enter_context(program)
@@ -59,7 +59,7 @@ def launch(stack: ExitStack, name: str, directory: Path) -> tuple[Program, str]:
 
 
 def listening_port(group: int) -> int | None:
-    """The port that a process of the group listens on."""
+    """Return the port on which the first process of a group listens."""
     listening = {}
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()

@@ -1,4 +1,4 @@
-"""Do processes leak? Their memory, descriptors and threads, as they were early and late in their lives."""
+"""Detect leaks: compare memory, descriptors and threads of processes early and late in their lives."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -9,32 +9,32 @@ from statistics import median
 from typing import Self
 
 MEBIBYTE = 2**20
-_FEWEST = 16  # samples of a life that is judged: four in a quarter of it
+_FEWEST = 16  # samples that a life needs to be judged: four in each quarter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What a process had at one moment."""
+    """The resources of a process at one moment."""
 
     memory: int  # resident, in bytes
     descriptors: int
     threads: int
-    work: int = 0  # done by then, in the unit of `Bounds.per_work`
+    work: int = 0  # done so far, in the unit of `Bounds.per_work`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """By how much a process may grow between the first and the last quarter of its life."""
+    """The growth that is allowed between the first and the last quarter of a process's life."""
 
     memory: int
     descriptors: int
     threads: int
-    per_work: int = 0  # bytes that it has to keep, for each unit of work
+    per_work: int = 0  # bytes that it must keep for each unit of work
 
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """The median of the first quarter of a life, and that of the last."""
+    """The medians of the first and the last quarter of a life."""
 
     kind: str
     pid: int
@@ -43,7 +43,7 @@ class Growth:
     last: Sample
 
     def over(self, bounds: Bounds) -> list[str]:
-        """What of it is more than may be, in words."""
+        """Describe each resource that grew by more than `bounds`."""
         allowed = bounds.memory + bounds.per_work * (self.last.work - self.first.work)
         return [
             f"{what} of {self.kind} {self.pid} went from {self._told(early)} to {self._told(late)}"
@@ -62,14 +62,14 @@ class Growth:
 
 @dataclass(kw_only=True)
 class Life:
-    """A process, as it was seen."""
+    """The samples of one process."""
 
     kind: str
     pid: int
     samples: list[Sample] = field(default_factory=list)
 
     def growth(self, warm_up: int) -> Growth | None:
-        """Over its life after the first samples, in which it is still beginning; none, if it was too short."""
+        """Return the growth after the `warm_up` samples of a start, or None if the life was too short."""
         seen = self.samples[warm_up:]
         quarter = len(seen) // 4
         if len(seen) < _FEWEST:
@@ -93,11 +93,11 @@ def _middle(samples: list[Sample]) -> Sample:
 
 
 class Watch:
-    """Looks at processes until the block ends.
+    """Samples processes until the block ends.
 
-    :param processes: those that there are now: their pids, and what each is.
-    :param work: how much has been done until now.
-    :param interval: seconds between two looks.
+    :param processes: returns the present processes: the kind of each by its pid.
+    :param work: returns the amount of work done so far.
+    :param interval: seconds between two samples.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Watch:
         self._processes = processes
         self._work = work
         self._interval = interval
-        self._lives: dict[tuple[int, str], Life] = {}  # by pid and when it began, for pids come again
+        self._lives: dict[tuple[int, str], Life] = {}  # by pid and start time, because pids are reused
         self._enough = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -117,7 +117,7 @@ class Watch:
     def _look(self) -> None:
         while not self._enough.wait(self._interval):
             for pid, kind in self._processes().items():
-                with suppress(OSError):  # it has gone since
+                with suppress(OSError):  # it has ended meanwhile
                     began, sample = _look_at(Path(f"/proc/{pid}"), self._work())
                     life = self._lives.setdefault((pid, began), Life(kind=kind, pid=pid))
                     life.samples.append(sample)

@@ -1,4 +1,4 @@
-"""Load for tests, with its history recorded: clients over HTTP, and processes straight at the store."""
+"""Load for tests, with a recorded history: clients over HTTP, and processes that call the store directly."""
 
 import json
 import multiprocessing
@@ -24,17 +24,17 @@ spawn = multiprocessing.get_context("spawn")
 
 
 def open_client(url: str, *, deadline: float = DEFAULT_DEADLINE) -> State:
-    """A state on a manager that the test starts, and starts again, by itself."""
+    """Open a state on a manager that only the test starts and restarts."""
     return open_state(url, deadline=deadline, options=StoreOptions(start=False))
 
 
 def impatient(state: State, seconds: float = 0.5) -> AbstractContextManager[object]:
-    """While the block runs the state's calls may take only so long; those before it had all the time they needed."""
+    """Shorten the deadline of the state's calls while the block runs."""
     return patch.object(state, "_deadline", seconds)
 
 
 def at_once(count: int, work: Callable[[], Answer]) -> list[Answer]:
-    """What `count` threads, begun on a barrier, are each given by `work`; or the first failure of one."""
+    """Run `work` in `count` threads that start on a barrier, and return the results, or raise the first failure."""
     barrier = threading.Barrier(count)
 
     def begin() -> Answer:
@@ -46,7 +46,7 @@ def at_once(count: int, work: Callable[[], Answer]) -> list[Answer]:
 
 
 def visit(url: str, path: str = "/") -> Any:
-    """The JSON content that a fresh client is given."""
+    """Return the JSON content that a new client receives."""
     client = Client(url)
     try:
         status, content = client.request("GET", path)
@@ -57,15 +57,15 @@ def visit(url: str, path: str = "/") -> Any:
 
 
 class HttpLoad(Load):
-    """The package's own load, its failures those of the test."""
+    """The package's own load; its failures fail the test."""
 
     def progress(self, operations: int) -> None:
-        """Wait until so many more operations have ended."""
+        """Wait until `operations` more operations have ended."""
         goal = len(self.history) + operations
         eventually(lambda: len(self.history) >= goal or self.failures, f"{goal} operations")
 
     def finish(self, *, stop: bool = True) -> list[Operation]:
-        """The whole history, when every client has ended."""
+        """Wait for the end of every client, and return the whole history."""
         if stop:
             self.stop()
         self.join()
@@ -75,7 +75,7 @@ class HttpLoad(Load):
 
 
 def store_client(url: str, counter: str, threads: int, each: int, start: Any, results: Any) -> None:
-    """One process straight at the store; its threads share a state."""
+    """Run one process that calls the store directly; its threads share a state."""
     state = open_client(url)
     history: list[Operation] = []
     barrier = threading.Barrier(threads)
@@ -106,16 +106,16 @@ def _keep_asking(counter: Counter, key: str) -> Operation:
 
 
 class StoreLoad:
-    """`processes` x `threads` clients straight at a store, `each` increments per thread, begun on a barrier."""
+    """Clients that call a store directly: `each` increments in each thread of each process, started on a barrier."""
 
     def __init__(self, url: str, counter: str, processes: int, threads: int, each: int) -> None:
-        self._start = spawn.Barrier(processes)  # kept: it must be there when the processes come to unpickle it
+        self._start = spawn.Barrier(processes)  # kept until the processes have unpickled it
         self._clients = []
         for _ in range(processes):
             reader, writer = spawn.Pipe(duplex=False)
             process = spawn.Process(target=store_client, args=(url, counter, threads, each, self._start, writer))
             process.start()
-            writer.close()  # theirs alone: if it dies, reading ends
+            writer.close()  # only the child has it open: if the child dies, reading ends
             self._clients.append((process, reader))
 
     def finish(self) -> list[Operation]:
@@ -129,7 +129,7 @@ class StoreLoad:
 
 
 def logging_client(url: str, counter: str, threads: int, start: Any, stop: Any, log: str) -> None:
-    """One process that may be killed at any moment: what it knows is in its log by then, in single writes."""
+    """Run one process that may be killed at any moment. Its log has everything it knows, one write per line."""
     state = open_client(url, deadline=PATIENCE)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -150,11 +150,11 @@ def logging_client(url: str, counter: str, threads: int, start: Any, stop: Any, 
 
 
 class LoggedLoad:
-    """Like a `StoreLoad`, of processes that may be killed, until it is finished: without keys, each call made once."""
+    """A `StoreLoad` of processes that may be killed. It runs until it is finished, without keys or retries."""
 
     def __init__(self, url: str, counter: str, processes: int, threads: int, directory: Path) -> None:
         self._start = spawn.Barrier(processes)
-        self._stop = spawn.RawValue("b", 0)  # not an event: who is killed as he looks at one leaves it locked
+        self._stop = spawn.RawValue("b", 0)  # not an event: a process killed while it reads an event leaves it locked
         self._logs = [directory / f"client-{number}.log" for number in range(processes)]
         self._processes = [
             spawn.Process(target=logging_client, args=(url, counter, threads, self._start, self._stop, str(log)))
@@ -164,19 +164,19 @@ class LoggedLoad:
             process.start()
 
     def kill_one(self) -> None:
-        """`kill -9` the first that lives."""
+        """Kill the first living process with `kill -9`."""
         victim = next(process for process in self._processes if process.is_alive())
         victim.kill()
         victim.join()
 
     def kill(self) -> None:
-        """Have none of them left."""
+        """Kill all of them."""
         for process in self._processes:
             process.kill()
             process.join()
 
     def finish(self) -> list[Operation]:
-        """The whole history, with those that were never answered."""
+        """Return the whole history, including operations without an answer."""
         self._stop.value = 1
         for process in self._processes:
             process.join()

@@ -1,4 +1,4 @@
-"""Real programs for tests: started, watched by what they print, and gone afterwards, whatever happens."""
+"""Real programs for tests: started, observed through their output, and always gone afterwards."""
 
 import os
 import shutil
@@ -19,11 +19,15 @@ from counter_server.server.prove.processes import children, group_members
 _Found = TypeVar("_Found")
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 30.0  # seconds that any event may take on a busy machine before the test has failed
+PATIENCE = 30.0  # seconds that any event may take on a busy machine before the test fails
 
 
 def eventually(condition: Callable[[], _Found], what: str, seconds: float = PATIENCE) -> _Found:
-    """What `condition` gives, as soon as it is true; fail, saying `what` did not come, when it is not in time."""
+    """Wait until `condition` returns a true value, and return it.
+
+    :param what: names the awaited event in the error.
+    :raises AssertionError: if the event does not occur within `seconds`.
+    """
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
@@ -33,12 +37,12 @@ def eventually(condition: Callable[[], _Found], what: str, seconds: float = PATI
 
 
 def holder(data_dir: Path) -> int | None:
-    """The pid of the manager that holds the lock of a data directory, as the kernel says."""
+    """Return the pid of the manager that holds the lock of a data directory, according to the kernel."""
     try:
         inode = (data_dir / "manager.lock").stat().st_ino
     except FileNotFoundError:
         return None
-    for _ in range(3):  # the kernel tells its locks page by page: who asks while others let go may miss one
+    for _ in range(3):  # the kernel lists locks page by page: a reader may miss one while others are released
         for line in Path("/proc/locks").read_text().splitlines():
             _, kind, _, _, pid, place, *_ = line.replace("-> ", "").split()
             if kind == "FLOCK" and place.rpartition(":")[2] == str(inode):
@@ -47,7 +51,7 @@ def holder(data_dir: Path) -> int | None:
 
 
 def end_manager(lock: Path) -> None:
-    """Kill the manager that holds this lock, if there is one, and wait until it has gone."""
+    """Kill the manager that holds this lock, if any, and wait until it has ended."""
     while (pid := holder(lock.parent)) is not None:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -57,17 +61,17 @@ def end_manager(lock: Path) -> None:
 
 
 def open_in(pid: int) -> set[str]:
-    """The pipes and sockets that a process has open, beside its standard streams."""
+    """Return the pipes and sockets that a process has open, except its standard streams."""
     found = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # it was closed meanwhile
+        with suppress(FileNotFoundError):  # closed meanwhile
             found.add(os.readlink(link) if int(link.name) > 2 else "")
     return {name for name in found if name.startswith(("pipe:", "socket:"))}
 
 
 @contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    """The process is stopped, every thread of it, while the block runs."""
+    """Stop all threads of a process while the block runs."""
 
     def stopped() -> bool:
         try:
@@ -82,12 +86,12 @@ def frozen(pid: int) -> Iterator[None]:
         eventually(stopped, f"the stop of process {pid}")
         yield
     finally:
-        with suppress(ProcessLookupError):  # somebody has killed it
+        with suppress(ProcessLookupError):  # it was killed
             os.kill(pid, signal.SIGCONT)
 
 
 def fill(file: Path) -> None:
-    """Leave no room in its file system."""
+    """Fill the file system of `file`."""
     with file.open("wb", buffering=0) as whole, suppress(OSError):
         while whole.write(b"\0" * 4096):
             pass
@@ -95,9 +99,9 @@ def fill(file: Path) -> None:
 
 
 class Program:
-    """A program in a process group of its own: one of Python's, if no other is named.
+    """A program in its own process group. By default it is Python, with a script of the checkout and its options.
 
-    :param arguments: of the program; of the interpreter, a script of the checkout, and its options.
+    :param arguments: of the program.
     :param descriptors: open files that it inherits.
     """
 
@@ -139,7 +143,7 @@ class Program:
                 self._lines.put(line.rstrip("\n"))
 
     def expect(self, start: str) -> str:
-        """The rest of the first line printed that begins with `start`."""
+        """Wait for a printed line that begins with `start`, and return the rest of it."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             try:
@@ -160,19 +164,19 @@ class Program:
         self._process.send_signal(number)
 
     def wait(self) -> int:
-        """Its exit status, when it has ended."""
+        """Wait for the end of the program and return its exit status."""
         status = self._process.wait(PATIENCE)
         for reader in self._readers:
             reader.join(PATIENCE)
         return status
 
     def stop(self) -> int:
-        """End it as an operator would, and return its exit status."""
+        """Send SIGTERM, as an operator would, and return the exit status."""
         self.send_signal(signal.SIGTERM)
         return self.wait()
 
     def kill(self) -> None:
-        """`kill -9`, of this one process only."""
+        """Kill this process only, with `kill -9`."""
         self._process.kill()
         self._process.wait(PATIENCE)
 
@@ -182,7 +186,7 @@ class Program:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Have nothing of it left: what still runs is killed."""
+        """Kill every remaining process of the group."""
         if self.running:
             self.kill()
         for pid in group_members(self.pid):
@@ -222,5 +226,5 @@ class Server(Program):
             raise
 
     def children(self, kind: str) -> list[int]:
-        """The pids of its worker or manager processes, those of `kind`; told by what they have open."""
+        """Return the pids of its children of one kind, `"worker"` or `"manager"`, recognised by their open files."""
         return children(self.pid, kind)

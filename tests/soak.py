@@ -1,10 +1,10 @@
-"""Everything at once, for some time: a server under load, random faults, and the checker over all of it in the end.
+"""Put a server under load and random faults for some minutes, and check all of it at the end.
 
     python -m tests.soak [--minutes 2] [--seed S] [--clients 16] [--json FILE]
 
-It prints each fault, what was injected in all and how soon service was back, and whether every increment was counted
-exactly once and no process grew. Exit status 0 if so, else 1, with the history saved. The seed gives the same faults in
-the same order; what they meet is another moment each time.
+It prints each fault and its recovery time, then whether every increment was counted exactly once and no process grew.
+The exit status is 0 if both hold; otherwise it is 1 and the history is saved. A seed repeats the order of the faults,
+but not their moments.
 """
 
 import argparse
@@ -37,29 +37,28 @@ from tests.processes import PATIENCE, Server, eventually
 from tests.soak_faults import MOST_HELD, WORKERS, Faults, Injury
 
 COUNTER = "soak"
-WARM_UP = 5  # samples, of one second each: a process that begins imports, and fills its caches
+WARM_UP = 5  # samples, one per second, during which a new process imports and fills its caches
 ASKED_AGAIN = 200  # keys, at most
-# The share of the time after which nothing is killed or replaced any more, so that processes live long enough to be
-# judged; before it some do.
+# After this share of the time no process is killed or replaced, so that some live long enough to be judged.
 PASSING_ONLY = 0.6
 
-# Memory: the interpreter takes it in arenas of 1 MiB and the C library for each thread anew, SQLite has a cache of
-# 2 MiB, and waitress keeps answers that are not taken. Less than a leak of 1 KiB for each request comes to in a minute.
+# Memory: the interpreter allocates arenas of 1 MiB, the C library more for each thread, SQLite has a cache of 2 MiB,
+# and waitress keeps answers that clients do not read. A leak of 1 KiB per request exceeds this within a minute.
 ALLOWANCE = 12 * MEBIBYTE
-# What a manager keeps for each increment with a key, for a day: the key, its fingerprint, the number, and their places.
+# Bytes that a manager keeps for a day for each increment with a key: the key, its fingerprint, the number and overhead.
 PER_KEY = 450
 
 
 def bounds(clients: int) -> dict[str, Bounds]:
-    """By how much each kind of process may grow."""
-    # The connections of the load and of those that hold on may all be at one worker early, and at the other one late.
+    """Return the allowed growth of each kind of process."""
+    # All connections of the load and of held clients may be at one worker early, and at the other one late.
     connections = clients + MOST_HELD
     return {
-        # While it replaces its workers it has 3 for each successor and for each that retires, and from then on the
-        # resource tracker's: 17 in all before, 29 at the most meanwhile, 18 afterwards.
+        # While it replaces its workers it has 3 descriptors for each new and each retiring worker, and afterwards one
+        # more for the resource tracker: 17 before, at most 29 during the replacement, 18 afterwards.
         "supervisor": Bounds(memory=ALLOWANCE, descriptors=12, threads=0),
         "worker": Bounds(memory=ALLOWANCE, descriptors=connections, threads=1),
-        # A thread and a descriptor for each connection: one or two of each worker, and strangers for two seconds.
+        # A thread and a descriptor per connection: one or two for each worker, and strangers for two seconds.
         "manager": Bounds(memory=ALLOWANCE, descriptors=8, threads=8, per_work=PER_KEY),
     }
 
@@ -68,7 +67,7 @@ class Report(msgspec.Struct, kw_only=True):
     """The outcome of a soak. Times are in seconds."""
 
     right: bool
-    found: list[str]  # what was not as it has to be
+    found: list[str]  # everything that was wrong
     seed: int
     seconds: float
     clients: int
@@ -84,7 +83,7 @@ class Report(msgspec.Struct, kw_only=True):
 
 @contextmanager
 def small_disk(directory: Path, megabytes: int) -> Iterator[Path | None]:
-    """A file system in memory of its own, where we may mount one."""
+    """Mount a small file system in memory, and return it, or None without the permission."""
     place = directory / "disk"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=0700", "none", str(place)]
@@ -100,7 +99,7 @@ def small_disk(directory: Path, megabytes: int) -> Iterator[Path | None]:
 class Soak:
     """One run.
 
-    :param told: is given each line of what happens.
+    :param told: receives each line of the log.
     """
 
     def __init__(self, minutes: float, seed: int, clients: int, told: Any = print) -> None:
@@ -116,10 +115,10 @@ class Soak:
         self._url = ""
 
     def run(self) -> tuple[Report, list[Operation]]:
-        """Soak, judge, and leave nothing behind."""
+        """Soak the server, judge the result, and remove all processes and files."""
         with ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
-            # 300 bytes for each of 5,000 increments a second, and room for the journal's log.
+            # 300 bytes for each of 5,000 increments a second, and space for the journal's log.
             disk = stack.enter_context(small_disk(directory, int(64 + 90 * self._minutes)))
             data_dir = (disk or directory) / "data"
 
@@ -167,7 +166,7 @@ class Soak:
             return report, history
 
     def _strike(self, faults: Faults, load: Load) -> None:
-        """One fault after the other, in an order of chance in which each kind comes before one comes again."""
+        """Inject one fault after the other, in random order; each kind occurs once before any repeats."""
         to_come: list[str] = []
         while (elapsed := time.monotonic() - load.began) < self._seconds and not load.failures:
             kinds = faults.passing_here + (list(faults.replacing) if elapsed < PASSING_ONLY * self._seconds else [])
@@ -186,7 +185,7 @@ class Soak:
         return bool(operation.answers)
 
     def _settled(self, history: list[Operation]) -> tuple[list[Operation], int | None]:
-        """The history, with some keys asked for again, and what the counter came to."""
+        """Repeat some keys; return the history with these answers, and the counter's final value."""
         deadline = time.monotonic() + PATIENCE
         answered = [index for index, operation in enumerate(history) if operation.answers]
         with closing(Client(self._url)) as client:
@@ -212,7 +211,7 @@ class Soak:
         return growths, found + [f"no {kind} lived long enough to be judged" for kind in allowed if kind not in judged]
 
     def _ended(self, faults: Faults) -> list[str]:
-        """End the server, and say what was wrong with that."""
+        """Stop the server, and return everything that went wrong."""
         faults.close()
         found = []
         status = faults.server.stop()
@@ -227,19 +226,19 @@ class Soak:
 
 
 def _processes(server: Server) -> dict[int, str]:
-    """The pids of a server's processes, and what each is."""
+    """Return the kind of each of a server's processes, by pid."""
     found = {pid: kind for kind in ("worker", "manager") for pid in server.children(kind)}
     return {server.pid: "supervisor", **found}
 
 
 def machine() -> str:
-    """What it ran on."""
+    """Describe this machine."""
     cores = os.cpu_count()
     return f"Linux {platform.release()}, {cores} cores, Python {platform.python_version()}"
 
 
 def screen(report: Report) -> str:
-    """The report for people."""
+    """Format the report for people."""
     lines = [f"{'fault':<36}{'times':>6}{'median':>10}{'worst':>10}"]
     for kind, count in Counter(injury.kind for injury in report.injuries).most_common():
         times = [i.recovery for i in report.injuries if i.kind == kind and i.recovery is not None]
@@ -265,18 +264,18 @@ def screen(report: Report) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.soak", description="Random faults under load, and the checker over all of it."
+        prog="python -m tests.soak", description="Inject random faults under load, and check the whole history."
     )
     parser.add_argument("--minutes", type=float, default=2.0, help="at least 1 (default: 2)")
-    parser.add_argument("--seed", type=int, default=None, help="of the order of faults (default: a new one)")
-    parser.add_argument("--clients", type=int, default=16, help="that increment (default: 16)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the order of faults (default: random)")
+    parser.add_argument("--clients", type=int, default=16, help="number of clients that increment (default: 16)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
     options = parser.parse_args()
     if options.minutes < 1:
-        parser.error("in less than a minute no process lives long enough to be judged: --minutes 1 or more")
+        parser.error("--minutes must be at least 1: no process lives long enough to be judged in less")
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which leaves nothing behind either
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that cleanup runs
     report, history = Soak(options.minutes, seed, options.clients, lambda line: print(line, flush=True)).run()
     print(screen(report))
     if options.json:
@@ -289,5 +288,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    threading.stack_size(2**18)  # there are many clients
+    threading.stack_size(2**18)  # because there are many clients
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a soak does to a server: each kind of harm, done once, and how long it took until service was back."""
+"""The faults of a soak: each kind is injected once per call, and the recovery is timed."""
 
 import errno
 import os
@@ -30,28 +30,30 @@ DEAF_CLIENTS = 4
 HALF_OPEN = 30
 FLOOD = 300
 STRANGERS = 50
-MOST_HELD = SLOW_CLIENTS + DEAF_CLIENTS + HALF_OPEN  # connections that are left open for some time
+MOST_HELD = SLOW_CLIENTS + DEAF_CLIENTS + HALF_OPEN  # connections that stay open for some time
 
 _INCREMENT = f"POST {path_of('by-faults')}/increment HTTP/1.1\r\nHost: localhost\r\n"
-_LONGEST_FREEZE = 2.0  # seconds; a call waits longer than that for its manager
+_LONGEST_FREEZE = 2.0  # seconds; less than a call waits for its manager
 
 
 @dataclass(frozen=True, kw_only=True)
 class Injury:
-    """One fault, and what came of it."""
+    """One fault and its recovery."""
 
     kind: str
     moment: float  # seconds after the load began
-    recovery: float | None  # seconds until an increment was answered, and what was killed replaced; none: not in time
-    why: str = ""  # it was not
+    recovery: (
+        float | None
+    )  # seconds until killed processes were replaced and an increment was answered; None if too late
+    why: str = ""  # the reason if it did not recover in time
 
 
 class Faults:
-    """A server, and what is done to it.
+    """A server, and the faults injected into it.
 
-    :param start: starts the server, again after it was killed.
-    :param disk: the mount point of the small file system that the data directory is on; none, if it is on a large one.
-    :param increment: makes an increment that returns when it is answered, whether it was before the deadline.
+    :param start: starts the server, at first and after it was killed.
+    :param disk: mount point of the small file system with the data directory; None if it is on a large one.
+    :param increment: makes an increment, and returns whether it was answered before the deadline.
     """
 
     def __init__(
@@ -72,32 +74,32 @@ class Faults:
 
     @property
     def passing_here(self) -> list[str]:
-        """The kinds that kill nothing, of those that can be done."""
+        """Return the faults that kill nothing and are possible here."""
         return [kind for kind in self.passing if kind != DISK_FULL or self._disk is not None]
 
     def strike(self, kind: str, moment: float) -> Injury:
-        """Do it, and return when the server is over it, or is not in time."""
+        """Inject a fault, and return when the server has recovered, or has not recovered in time."""
         harm = {**self.replacing, **self.passing}[kind]
         try:
             self._wait_until_whole()
             since = harm(self)
-        except (AssertionError, OSError, HTTPException) as error:  # what had to come did not, or was no answer
+        except (AssertionError, OSError, HTTPException) as error:  # an expected event or a valid answer is missing
             return Injury(kind=kind, moment=moment, recovery=None, why=repr(error))
         if not self._increment(time.monotonic() + PATIENCE):
             return Injury(kind=kind, moment=moment, recovery=None, why="no increment was answered")
         return Injury(kind=kind, moment=moment, recovery=time.monotonic() - since)
 
     def _wait_until_whole(self) -> None:
-        """Each child is there."""
+        """Wait until every child is running."""
         eventually(lambda: len(self.server.children("worker")) == WORKERS, "the workers")
         eventually(lambda: self.server.children("manager"), "the manager")
 
     def close(self) -> None:
-        """Let go of every connection."""
+        """Close every held connection."""
         for stack in self._held.values():
             stack.close()
 
-    # Each returns the moment from which on the server could recover.
+    # Each of these returns the moment at which the server could begin to recover.
 
     def _kill(self, *pids: int) -> float:
         began = time.monotonic()
@@ -123,7 +125,7 @@ class Faults:
         return began
 
     def _kill_supervisor(self) -> float:
-        """Nothing of it may be left; another is started, as a service manager would."""
+        """Check that no child remains, and start another server, as a service manager would."""
         began = time.monotonic()
         self.server.kill()
         eventually(lambda: not group_members(self.server.pid), "the end of all that it started", seconds=5)
@@ -131,7 +133,7 @@ class Faults:
         return began
 
     def _freeze_worker(self) -> float:
-        """For ever: it has to be replaced."""
+        """Freeze a worker until it is replaced."""
         before = self.server.children("worker")
         victim = self._chance.choice(before)
         began = time.monotonic()
@@ -156,7 +158,7 @@ class Faults:
         return time.monotonic()
 
     def _slow_clients(self) -> float:
-        """They begin a request and go no further; the server cuts them off."""
+        """Begin requests and never complete them; the server cuts them off."""
         held = self._new("slow")
         for number in range(SLOW_CLIENTS):
             begun = _INCREMENT[:20] if number % 2 else f"{_INCREMENT}Content-Length: 100\r\n\r\n"
@@ -164,7 +166,7 @@ class Faults:
         return time.monotonic()
 
     def _deaf_clients(self) -> float:
-        """They ask for more than fits into a socket's buffer, and take nothing of it."""
+        """Request more than a socket's buffer holds, and read nothing."""
         held = self._new("deaf")
         for _ in range(DEAF_CLIENTS):
             self._connect(held, receive=4096).sendall(b"GET /docs HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
@@ -177,7 +179,7 @@ class Faults:
         return time.monotonic()
 
     def _flood(self) -> float:
-        """Half of them end as they should, half are reset, each third with a request that nobody will read."""
+        """Open many connections. Half are closed, half are reset; a third send a request whose answer is never read."""
         with ExitStack() as connections:
             for number in range(FLOOD):
                 connection = self._connect(connections)
@@ -188,16 +190,16 @@ class Faults:
         return time.monotonic()
 
     def _strangers(self) -> float:
-        """They do not know the key: some say nothing, some speak nonsense, some announce two gibibytes."""
+        """Connect to the manager without the key: some send nothing, some nonsense, some announce two gibibytes."""
         words = (b"", os.urandom(200), (2**31 - 1).to_bytes(4, "big"), (2**32 - 1).to_bytes(4, "big"), b"\0\0\0\x05a")
         with ExitStack() as peers:
             for number in range(STRANGERS):
-                with suppress(OSError):  # it need not listen to them
+                with suppress(OSError):  # the manager may close them
                     peers.enter_context(raw(self._data_dir)).sendall(words[number % len(words)])
         return time.monotonic()
 
     def _fill_disk(self) -> float:
-        """Writes are refused, and reads are not."""
+        """Fill the disk, and check that writes are refused and reads are not."""
         assert self._disk is not None
         filler = self._disk / "filler"
         try:
@@ -210,7 +212,7 @@ class Faults:
 
     @staticmethod
     def _fill(filler: Path) -> bool:
-        """What is left, also by what was given back meanwhile."""
+        """Fill the remaining space, including space that was released meanwhile."""
         with filler.open("ab", buffering=0) as file:
             try:
                 while left := shutil.disk_usage(filler.parent).free:
@@ -239,7 +241,7 @@ class Faults:
         eventually(another_answers, "an answer of a new worker")
 
     def _new(self, kind: str) -> ExitStack:
-        """For connections that stay until the next of their kind come."""
+        """Return a stack for connections that stay open until the next of the same kind."""
         self._held[kind].close()
         return self._held[kind]
 

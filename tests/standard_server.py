@@ -1,4 +1,4 @@
-"""A manager as the standard library's documentation shows it, in a process of its own: what ours is compared with.
+"""Run a manager as the standard library's documentation shows it, to compare ours with.
 
 python -m tests.standard_server ADDRESS | --child
 """
@@ -31,7 +31,7 @@ class Counter:
 
 
 class StandardManager(BaseManager):
-    """The recipe."""
+    """The manager of the documentation's recipe."""
 
 
 _counter = Counter()
@@ -41,7 +41,7 @@ def _shared() -> Counter:
     return _counter
 
 
-StandardManager.register("Counter", Counter)  # a new one for each who asks
+StandardManager.register("Counter", Counter)  # a new one for each caller
 StandardManager.register("shared", _shared)
 
 

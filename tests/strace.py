@@ -1,4 +1,4 @@
-"""Faults of the disk, injected between a program and the kernel: a system call that fails, or never returns."""
+"""Disk faults, injected between a program and the kernel: a system call that fails, or never returns."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from tests.processes import PATIENCE, Program, eventually
 
 
 def needed() -> str:
-    """The program's path; a test that needs it is skipped where it is not."""
+    """Return the path of strace, or skip the test if it is not installed."""
     found = shutil.which("strace")
     if found is None:
         pytest.skip("strace is not installed (Debian package strace)")
@@ -23,25 +23,31 @@ def needed() -> str:
 
 
 def faulty(call: str, fault: str, *arguments: str | Path) -> Program:
-    """A program of Python's with a fault of strace's words in its system calls of that name: `error=EIO:when=3`."""
+    """Start Python with a fault in a system call, in strace's syntax, such as `error=EIO:when=3`."""
     options = ["-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}"]
-    if fault.startswith("error="):  # not where it is a signal: strace 6.1 then sends none
-        options.append("--seccomp-bpf")  # stops at those calls only: a start is four times faster
+    if fault.startswith("error="):  # not for a signal, which strace 6.1 then does not send
+        options.append("--seccomp-bpf")  # stops only at these calls: a start is four times faster
     return Program(*options, "-e", f"inject={call}:{fault}", sys.executable, *arguments, program=needed())
 
 
 def killed_at(call: str, when: int, *arguments: str | Path) -> Program:
-    """A program of Python's that is killed as it begins the system call of that name for the `when`th time."""
+    """Start Python, and kill it when it begins a system call for the `when`th time."""
     return faulty(call, f"signal=SIGKILL:when={when}", *arguments)
 
 
 def failing(pid: int, call: str, error: str) -> AbstractContextManager[None]:
-    """While the block runs, every system call of that name, or those, in the process fails so, in all its threads."""
+    """Make system calls fail with `error` in all threads of a process while the block runs.
+
+    :param call: the name of a call, or several.
+    """
     return _injected(pid, call, f"error={error}")
 
 
 def late(pid: int, call: str, seconds: float) -> AbstractContextManager[None]:
-    """While the block runs, every system call of that name, or those, in the process returns so much later."""
+    """Delay the return of system calls of a process while the block runs.
+
+    :param call: the name of a call, or several.
+    """
     return _injected(pid, call, f"delay_exit={round(seconds * 1e6)}")
 
 
@@ -63,5 +69,5 @@ def _injected(pid: int, call: str, fault: str) -> Iterator[None]:
         yield
     finally:
         with suppress(ProcessLookupError):
-            tracer.send_signal(signal.SIGINT)  # lets go of what it watches
+            tracer.send_signal(signal.SIGINT)  # strace detaches
         tracer.wait(PATIENCE)

@@ -16,6 +16,7 @@ from werkzeug.test import TestResponse
 from counter_server.operations import LARGEST, SMALLEST
 from counter_server.server.web import create_app
 from counter_server.state import State
+from counter_server.store import RoundTrip
 
 COUNTERS = "/api/v1/counters"
 LARGEST_BODY = 16 * 1024
@@ -661,7 +662,7 @@ def test_a_failure_of_our_own_shows_nothing_of_itself(
     app: Flask, client: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken:
-        together = False
+        round_trip: RoundTrip = "short"
 
         def apply(self, batch: object, deadline: float) -> NoReturn:
             raise ZeroDivisionError(f"a secret: {batch} by {deadline}")

@@ -1,4 +1,4 @@
-"""The command that measures: from its options to the tables, the JSON and the pictures."""
+"""The benchmark command: from its options to tables, JSON and pictures."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def test_one_shape_is_measured_from_end_to_end(tmp_path: Path) -> None:
         for who in (OURS, PLAIN, "multiprocessing.Value", "AF_UNIX ping-pong"):
             assert figures[case, who]["wrong"] == [0]
             assert figures[case, who]["increments/s"][0] > 100
-    assert figures["2x2", "cachelib file cache"]["wrong"][0] > 0  # it reads, and then it writes
+    assert figures["2x2", "cachelib file cache"]["wrong"][0] > 0  # it reads and then writes
     (bar,) = (one for one in told["bars"] if one["title"].startswith("1x1"))
     assert bar["figure"] == figures["1x1", OURS]["p50 us"][0] / figures["1x1", PLAIN]["p50 us"][0]
     for name in ("store.png", "bars.png"):
@@ -57,7 +57,7 @@ def test_one_shape_is_measured_from_end_to_end(tmp_path: Path) -> None:
             assert len(picture.convert("RGB").getcolors(2**24) or []) > 10
 
 
-def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_peer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     outcome = run("--only", "store", "--shapes", "1x1", "--rounds", "1", "--seconds", "0.1", "--output", tmp_path,
@@ -84,7 +84,7 @@ def test_bars_are_ratios_of_medians() -> None:
     assert not any("HTTP" in title for title in verdicts)
 
 
-def test_a_bar_that_is_missed_is_told_with_its_figure_and_its_reason_in_the_document(tmp_path: Path) -> None:
+def test_the_document_shows_a_missed_bar_with_its_figure_and_reason(tmp_path: Path) -> None:
     results = Results()
     for _ in range(5):
         results.add(Place("store", "2x16", OURS), {"increments/s": 500})
@@ -103,7 +103,7 @@ def test_a_bar_that_is_missed_is_told_with_its_figure_and_its_reason_in_the_docu
     assert (tmp_path / "pictures" / "store.png").read_bytes() == b"a picture"
 
 
-def test_a_document_without_a_place_for_results_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_document_without_markers_is_not_changed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="no place"):
@@ -111,12 +111,12 @@ def test_a_document_without_a_place_for_results_is_left_as_it_is(tmp_path: Path)
     assert page.read_text() == "nothing"
 
 
-def test_each_reason_is_that_of_a_bar() -> None:
+def test_each_reason_belongs_to_a_bar() -> None:
     assert set(WHY) <= {bar.title for bar in bars.BARS}
 
 
-def test_rounds_are_interleaved_in_both_directions_and_bars_have_more_of_them() -> None:
+def test_rounds_alternate_in_direction_and_bars_have_more() -> None:
     assert (in_turn("abc", 0), in_turn("abc", 1)) == ("abc", "cba")
     assert (Plan().rounds(bar=False), Plan().rounds(bar=True), Plan(rounds_asked=1).rounds(bar=True)) == (3, 9, 1)
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least one process"):
         Shape.parse("0x4")

@@ -61,7 +61,7 @@ class Callee:
         self._begun: SimpleQueue[Visit] = SimpleQueue()
         self.visits: list[Visit] = []
 
-    def __call__(self, items: list[int], deadline: float) -> Sequence[str]:
+    def perform(self, items: list[int], deadline: float) -> Sequence[str]:
         visit = Visit(items, deadline)
         self.visits.append(visit)
         self._begun.put(visit)
@@ -74,12 +74,19 @@ class Callee:
         return self._begun.get(timeout=PATIENCE)
 
 
+class Calling:
+    """A callee that is a function."""
+
+    def __init__(self, perform: Callable[[list[int], float], Sequence[str]]) -> None:
+        self.perform = perform
+
+
 class Submitter(threading.Thread):
     """A thread with one item."""
 
     def __init__(self, combiner: Combiner[int, str], item: int, deadline: float = inf) -> None:
         super().__init__(daemon=True)  # one that hangs fails its test, and not the end of all of them
-        self._submit: Callable[[], str] = lambda: combiner.submit(item, deadline)
+        self._submit: Callable[[], str] = lambda: combiner.join(item, deadline)
         self._outcome: str | BaseException | None = None
         self.start()
 
@@ -153,8 +160,8 @@ def test_a_lone_thread_calls_at_once_with_its_own_item_and_deadline() -> None:
         calls.append((list(items), deadline, threading.current_thread()))
         return answers_to(items)
 
-    combiner: Combiner[int, str] = Combiner(call, limit=100)
-    assert [combiner.submit(item, item * 100.0) for item in (1, 2, 3)] == answers_to([1, 2, 3])
+    combiner: Combiner[int, str] = Combiner(Calling(call), limit=100)
+    assert [combiner.join(item, item * 100.0) for item in (1, 2, 3)] == answers_to([1, 2, 3])
     this = threading.current_thread()
     assert calls == [([1], 100.0, this), ([2], 200.0, this), ([3], 300.0, this)]
 
@@ -167,7 +174,7 @@ def test_threads_that_wait_at_the_same_time_share_a_call_and_each_gets_its_own_a
 
     def run(item: int) -> None:
         barrier.wait(PATIENCE)
-        answers[item] = combiner.submit(item)
+        answers[item] = combiner.join(item)
 
     threads = [threading.Thread(target=run, args=(item,), daemon=True) for item in range(32)]
     for thread in threads:
@@ -197,14 +204,14 @@ def test_many_threads_in_no_order_each_get_their_own_answers_in_calls_that_never
         busy.release()
         return answers_to(items)
 
-    combiner: Combiner[int, str] = Combiner(call, limit=8)
+    combiner: Combiner[int, str] = Combiner(Calling(call), limit=8)
     barrier = threading.Barrier(32)
     wrong: list[tuple[int, str]] = []
 
     def run(start: int) -> None:
         barrier.wait(PATIENCE)
         for item in range(start, start + 100):
-            answer = combiner.submit(item)
+            answer = combiner.join(item)
             if answer != f"answer to {item}":
                 wrong.append((item, answer))
 
@@ -226,13 +233,13 @@ def test_threads_that_come_straight_back_go_together_and_do_not_take_turns_in_ha
         time.sleep(0.001)  # a round trip
         return answers_to(items)
 
-    combiner: Combiner[int, str] = Combiner(call, limit=100, together=True)
+    combiner: Combiner[int, str] = Combiner(Calling(call), limit=100, together=True)
     barrier = threading.Barrier(16)
 
     def run() -> None:
         barrier.wait(PATIENCE)
         for item in range(100):
-            combiner.submit(item)
+            combiner.join(item)
 
     with ThreadPoolExecutor(16) as threads:
         for done in [threads.submit(run) for _ in range(16)]:
@@ -541,7 +548,7 @@ class Script:
     """Calls that bring about, on the way, that other threads come; and never execute an item twice."""
 
     def __init__(self, *, place: int, gives_up: str, together: bool) -> None:
-        self.combiner: Combiner[int, str] = Combiner(self._call, limit=100, together=together)
+        self.combiner: Combiner[int, str] = Combiner(Calling(self._call), limit=100, together=together)
         self.others: list[Submitter] = []
         self.ended = threading.Event()  # the interrupted thread has come back
         self.executed: Counter[int] = Counter()
@@ -619,7 +626,7 @@ def test_interrupts_at_any_moment_leave_nobody_waiting_and_execute_nothing_twice
             stack.callback(script.ended.set)
             try:
                 with interrupt:
-                    answer = script.combiner.submit(100, time.monotonic() + PATIENCE)
+                    answer = script.combiner.join(100, time.monotonic() + PATIENCE)
             except (KeyboardInterrupt, DeadlineExceeded, ValueError):
                 pass
         if interrupt.place is None:
@@ -701,7 +708,7 @@ def test_whatever_fails_every_thread_comes_back_in_time_and_nothing_is_executed_
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     print(f"seed {seed}")  # shown with a failure
     unreliable = Unreliable(random.Random(seed))
-    combiner: Combiner[int, str] = Combiner(unreliable, limit=5, together=together)
+    combiner: Combiner[int, str] = Combiner(Calling(unreliable), limit=5, together=together)
     barrier = threading.Barrier(16)
     outcomes: dict[int, str | BaseException] = {}
 
@@ -711,7 +718,7 @@ def test_whatever_fails_every_thread_comes_back_in_time_and_nothing_is_executed_
         for item in range(number * 1000, number * 1000 + 60):
             seconds = chance.choice([-0.001, 0.0005, 0.001, 0.002, 0.005, PATIENCE])
             try:
-                outcomes[item] = combiner.submit(item, time.monotonic() + seconds)
+                outcomes[item] = combiner.join(item, time.monotonic() + seconds)
             except BaseException as error:  # noqa: BLE001 - an interrupt is one of the outcomes
                 outcomes[item] = error
 
@@ -737,4 +744,4 @@ def test_whatever_fails_every_thread_comes_back_in_time_and_nothing_is_executed_
     kinds = Counter(type(outcome).__name__ for outcome in outcomes.values())
     assert {"str", "DeadlineExceeded", "KeyboardInterrupt", "ValueError"} <= set(kinds), kinds
     unreliable.reliable = True
-    assert combiner.submit(99_999, time.monotonic() + PATIENCE) == "answer to 99999"
+    assert combiner.join(99_999, time.monotonic() + PATIENCE) == "answer to 99999"

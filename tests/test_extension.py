@@ -14,8 +14,8 @@ from flask import Flask
 
 from counter_server import SharedState
 from counter_server.errors import CounterServerError, InvalidRequest
-from counter_server.handles import Counter
-from counter_server.stores.manager import ManagerStore
+from counter_server.manager.client import StateProxy
+from counter_server.state import Counter
 from tests.processes import Manager
 
 STORE = "COUNTER_SERVER_STORE"
@@ -45,7 +45,7 @@ def directory_of(app: Flask) -> Path:
     """The data directory that the app's store looks into."""
     with app.app_context():
         store = SharedState().state.store
-    assert isinstance(store, ManagerStore)
+    assert isinstance(store, StateProxy)
     return store.directory.path
 
 
@@ -179,7 +179,7 @@ def test_it_holds_no_reference_to_the_app() -> None:
     assert state() is None
     with memory_app(shared).app_context():
         assert counter.increment() == 1
-    assert vars(shared) == {"_declarations": {}}
+    assert vars(shared) == {"declarations": {}}
     assert isinstance(counter, Counter)
 
 

@@ -62,9 +62,9 @@ from counter_server.ledger import Ledger
 from counter_server.operations import Batch, Increment
 
 journal = Journal(pathlib.Path(sys.argv[1]))
-ledger = Ledger(journal.load(), journal.commit)
+ledger = Ledger(journal.load(), journal)
 for sequence in range(1, 5):
-    ((value,),) = ledger.apply([Batch(b"w" * 16, sequence, [Increment("a", key=f"k{sequence}")])])
+    ((value,),) = ledger.perform([Batch(b"w" * 16, sequence, [Increment("a", key=f"k{sequence}")])])
     print(f"answered {value}", flush=True)
 journal.close()
 """
@@ -85,9 +85,9 @@ def survives_a_kill(path: Path, call: str, when: int, backup: Path | None) -> bo
         assert value in (answered, answered + 1)
         assert [known.value for known in contents.keys.values()] == list(range(1, value + 1))
         # The one that was never answered is sent again, and counted once.
-        ledger = Ledger(contents, journal.commit)
+        ledger = Ledger(contents, journal)
         again = Batch(b"w" * 16, answered + 1, [Increment("a", key=f"k{answered + 1}")])
-        assert ledger.apply([again]) == [[answered + 1]]
+        assert ledger.perform([again]) == [[answered + 1]]
         ledger.show(journal.check)
     return status != 0
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from flask.testing import FlaskClient
@@ -389,7 +389,7 @@ def test_a_status_holds_nobody_up_and_is_held_up_by_nobody(start_manager: Callab
     manager = start_manager()
     with open_client(manager.url, deadline=30) as state:
         state.counter("c").increment()
-        proxy = state.store.proxy  # type: ignore[attr-defined]
+        proxy = cast(Any, state.store)
         with ThreadPoolExecutor(1) as thread, proxy._calling:  # as a call of the state's has it, until its commit
             told = thread.submit(state.status).result(PATIENCE)
         assert told is not None

@@ -14,7 +14,9 @@ from counter_server.ledger import Changes, Ledger
 from counter_server.operations import Batch, Get, Increment, Result
 from counter_server.server.prove.history import Operation, violations
 from counter_server.session import Session
+from counter_server.store import RoundTrip
 from counter_server.stores import Store
+from tests.journals import Committing
 
 
 def op(key: str, invoked: float, returned: float = inf, *answers: int) -> Operation:
@@ -61,7 +63,7 @@ class CrashingStore:
     A crash begins anew with what the journal holds. `commit` stands between ledger and journal, for the bugs.
     """
 
-    together = False
+    round_trip: RoundTrip = "short"
 
     def __init__(self, path: Path, chance: random.Random, commit: Callable[["CrashingStore", Changes], None]) -> None:
         self.path = path
@@ -77,16 +79,16 @@ class CrashingStore:
 
     def _begin(self) -> None:
         self.journal = Journal(self.path, "process")
-        self.ledger = Ledger(self.journal.load(), lambda changes: self._commit(self, changes))
+        self.ledger = Ledger(self.journal.load(), Committing(lambda changes: self._commit(self, changes)))
 
     def apply(self, batch: Batch, deadline: float) -> list[Result]:  # noqa: ARG002 - it never waits
         if batch.sequence == 0:
-            return self.ledger.read(batch)
+            return self.ledger.apply(batch)
         if self.chance.random() < 0.2:
             self.crash()
             raise Disconnected("crashed before it", sent=True)
         try:
-            answer = self.ledger.apply([batch])[0]
+            answer = self.ledger.perform([batch])[0]
         except Crash:
             self.crash()
             raise Disconnected("crashed in the middle", sent=True) from None
@@ -137,7 +139,7 @@ def run(store: CrashingStore, *, keys: bool, patience: float) -> tuple[list[Oper
     :param patience: seconds that the session may resend; with 0 the client itself asks again, in a new batch.
     """
     seam: Store = store
-    session = Session(seam)
+    session = Session(seam, 1)
     history = []
     for number in range(60):
         key = f"op-{number}"
@@ -145,14 +147,14 @@ def run(store: CrashingStore, *, keys: bool, patience: float) -> tuple[list[Oper
         invoked = time.monotonic()
         while True:
             try:
-                (result,) = session.apply([operation], time.monotonic() + patience)
+                (result,) = session.perform([operation], time.monotonic() + patience)
                 break
             except CounterServerError:
                 continue
         value = result if isinstance(result, int) else getattr(result, "value", None)
         assert isinstance(value, int), result
         history.append(Operation(key, invoked, time.monotonic(), (value,)))
-    (final,) = session.apply([Get("c")], time.monotonic() + 5)
+    (final,) = session.perform([Get("c")], time.monotonic() + 5)
     assert isinstance(final, int)
     return history, final
 

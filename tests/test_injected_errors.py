@@ -17,8 +17,7 @@ from counter_server import combiner, journal, ledger, objects
 from counter_server.errors import BatchRefused
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
-from counter_server.manager import server, services
-from counter_server.manager.services import LedgerService
+from counter_server.manager import server
 from counter_server.objects import declare
 from counter_server.operations import (
     Batch,
@@ -34,11 +33,11 @@ from counter_server.operations import (
 from counter_server.settings import Caps
 from tests.hosted_classes import SomeObj
 
-FILES = {module.__file__ for module in (combiner, journal, ledger, objects, server, services)}
+FILES = {module.__file__ for module in (combiner, journal, ledger, objects, server)}
 LOCKING = {"try:", "finally:", "self._lock.release()"}
 CLIENT = b"c" * 16
 
-Apply = Callable[[Batch], list[Result]]
+Apply = Callable[..., list[Result]]
 
 
 class Ended(BaseException):
@@ -83,13 +82,13 @@ def error_at(line: int, error: type[BaseException]) -> Iterator[list[str]]:
 
 
 def counters(kept: Journal) -> Apply:
-    return LedgerService(Ledger(kept.load(), kept.commit, caps=Caps()), end).apply
+    return Ledger(kept.load(), kept, caps=Caps(), fail=end).apply
 
 
 def hosted_object(kept: Journal) -> Apply:
     contents = kept.load()
     declaration = declare("obj", SomeObj, (0,), {}, durable=True)
-    return server._host(declaration, Ledger(contents), kept, contents, Caps(), []).methods["apply"].function
+    return server._host(declaration, Ledger(contents), kept, contents, Caps()).applies.apply
 
 
 def numbers(results: list[Result]) -> list[int]:

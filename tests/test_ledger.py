@@ -19,7 +19,6 @@ from counter_server.operations import (
     Delete,
     Get,
     Increment,
-    Invoke,
     Operation,
     Page,
     Refusal,
@@ -28,6 +27,7 @@ from counter_server.operations import (
     Scan,
     Set,
 )
+from tests.journals import Committing
 from tests.processes import PATIENCE
 
 ANN = b"ann".ljust(16)
@@ -55,13 +55,13 @@ class Caller:
 
 
 def results_of(ledger: Ledger, batch: Batch) -> list[Result]:
-    (answer,) = ledger.apply([batch])
+    (answer,) = ledger.perform([batch])
     assert not isinstance(answer, BatchRefused), answer
     return answer
 
 
 def refused(ledger: Ledger, batch: Batch) -> bool:
-    return isinstance(ledger.apply([batch])[0], BatchRefused)
+    return isinstance(ledger.perform([batch])[0], BatchRefused)
 
 
 def code_of(result: Result) -> str:
@@ -70,7 +70,7 @@ def code_of(result: Result) -> str:
 
 
 def read(ledger: Ledger, *operations: Operation) -> list[Result]:
-    return ledger.read(Batch(READER, 0, list(operations)))
+    return ledger.apply(Batch(READER, 0, list(operations)))
 
 
 def everything(ledger: Ledger) -> dict[str, int]:
@@ -100,7 +100,7 @@ def disk() -> Disk:
 
 @pytest.fixture
 def ledger(disk: Disk) -> Ledger:
-    return Ledger(commit=disk.commit)
+    return Ledger(journal=disk)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_refused_increment_does_not_make_the_counter(call: Caller) -> None:
     assert code_of(call.one(Increment("a", 2, maximum=1))) == "limit"
     assert call(Get("a")) == [None]
     assert everything(call.ledger) == {}
-    assert len(call.ledger) == 0
+    assert call.ledger.sizes[0] == 0
 
 
 def test_one_refused_operation_leaves_the_others_of_its_batch_applied(call: Caller) -> None:
@@ -193,7 +193,7 @@ def test_a_counter_is_set_read_and_removed(call: Caller) -> None:
 def test_batches_of_one_commit_see_each_other_in_order(ledger: Ledger, disk: Disk) -> None:
     ann: list[Operation] = [Increment("a"), Get("a")]
     bob: list[Operation] = [Increment("a"), Get("a"), Delete("a"), Get("a")]
-    assert ledger.apply([Batch(ANN, 1, ann), Batch(BOB, 1, bob), Batch(ANN, 2, [Increment("a", 9)])]) == [
+    assert ledger.perform([Batch(ANN, 1, ann), Batch(BOB, 1, bob), Batch(ANN, 2, [Increment("a", 9)])]) == [
         [1, 1],
         [2, 2, True, None],
         [9],
@@ -246,26 +246,6 @@ def test_a_page_begins_after_a_name_whether_or_not_there_is_such_a_counter(call:
         [],
         ["a", "c"],
     ]
-
-
-def test_a_page_shows_what_the_same_commit_has_made_changed_and_removed(call: Caller) -> None:
-    call(Set("b", 2), Set("d", 4), Set("f", 6))
-    page = call(Set("a", 1), Set("c", 3), Delete("d"), Set("f", 60), Set("g", 7), Set("h", 8), Delete("h"), Scan())[-1]
-    assert page == Page([("a", 1), ("b", 2), ("c", 3), ("f", 60), ("g", 7)], more=False)
-    assert read(call.ledger, Scan()) == [page]
-
-
-def test_pages_of_counters_that_the_same_commit_makes_and_removes_are_cut_where_they_should_be(call: Caller) -> None:
-    call(Set("b", 2), Set("d", 4))
-    assert call(Set("a", 1), Delete("b"), Set("c", 3), Set("e", 5), Scan("", 2), Scan("c", 1), Scan("d", 1))[-3:] == [
-        Page([("a", 1), ("c", 3)], more=True),
-        Page([("d", 4)], more=True),
-        Page([("e", 5)], more=False),
-    ]
-    assert call(Set("d", 4), Delete("e"), Scan("c", 1))[-1] == Page([("d", 4)], more=False)
-
-
-# Keys
 
 
 def test_a_key_that_comes_again_is_answered_with_the_same_number_and_counts_once(call: Caller) -> None:
@@ -344,16 +324,16 @@ def test_expired_keys_are_removed_and_those_that_were_used_anew_are_not(clock: C
 
 
 def test_the_last_batch_sent_again_is_answered_as_before_and_not_executed(call: Caller) -> None:
-    first = call(Increment("a"), Get("a"), Scan(), Delete("b"), Increment("a", 1, maximum=1))
+    first = call(Increment("a"), Get("a"), Delete("b"), Increment("a", 1, maximum=1))
     Caller(call.ledger, BOB)(Increment("a", 10))
     for _ in range(3):
-        assert call.resend(Increment("a"), Get("a"), Scan(), Delete("b"), Increment("a", 1, maximum=1)) == first
+        assert call.resend(Increment("a"), Get("a"), Delete("b"), Increment("a", 1, maximum=1)) == first
     assert everything(call.ledger) == {"a": 11}
 
 
 def test_a_batch_that_comes_twice_in_one_commit_is_executed_once(ledger: Ledger) -> None:
     batch = Batch(ANN, 1, [Increment("a")])
-    assert ledger.apply([batch, batch, Batch(BOB, 1, [Increment("a")]), batch]) == [[1], [1], [2], [1]]
+    assert ledger.perform([batch, batch, Batch(BOB, 1, [Increment("a")]), batch]) == [[1], [1], [2], [1]]
     assert everything(ledger) == {"a": 2}
 
 
@@ -381,7 +361,7 @@ def test_a_client_that_is_not_known_begins_with_1(ledger: Ledger) -> None:
 
 
 def test_a_refused_batch_does_not_disturb_the_others_of_its_commit(ledger: Ledger) -> None:
-    first, second, third = ledger.apply(
+    first, second, third = ledger.perform(
         [Batch(ANN, 1, [Increment("a")]), Batch(BOB, 2, [Increment("a", 10)]), Batch(ANN, 2, [Increment("a")])]
     )
     assert (first, third) == ([1], [2])
@@ -429,8 +409,8 @@ def test_a_client_that_writes_just_when_it_would_be_forgotten_is_not_forgotten(c
 
 
 def test_all_that_has_expired_is_forgotten_after_some_commits_and_never_all_in_one(clock: Clock, disk: Disk) -> None:
-    ledger = Ledger(commit=disk.commit)
-    ledger.apply([Batch(number.to_bytes(16, "big"), 1, [Increment("a")]) for number in range(1, 2501)])
+    ledger = Ledger(journal=disk)
+    ledger.perform([Batch(number.to_bytes(16, "big"), 1, [Increment("a")]) for number in range(1, 2501)])
     clock.now += CLIENT_LIFETIME + 1
     call = Caller(ledger)
     removed: list[int] = []
@@ -447,7 +427,7 @@ def test_all_that_has_expired_is_forgotten_after_some_commits_and_never_all_in_o
 def test_a_clock_that_starts_anew_neither_forgets_nor_revives(clock: Clock, disk: Disk) -> None:
     """As after a restart of the machine: the contents are those of before, the clock is not."""
     kept = Contents()
-    first = Caller(Ledger(kept, disk.commit))
+    first = Caller(Ledger(kept, disk))
     first(Increment("a", key="k"))
     clock.now += 1000
     first(Increment("a"))
@@ -457,7 +437,7 @@ def test_a_clock_that_starts_anew_neither_forgets_nor_revives(clock: Clock, disk
         contents.clients.update({client: record for client, record in changes.clients.items() if record is not None})
         contents.keys.update({key: known for key, known in changes.keys.items() if known is not None})
     clock.now = 3.0
-    second = Caller(Ledger(contents, disk.commit), BOB)
+    second = Caller(Ledger(contents, disk), BOB)
     second(Increment("b"))
     record = disk.committed[-1].clients[BOB]
     assert record is not None
@@ -481,7 +461,7 @@ def test_nothing_is_readable_before_it_is_committed_and_reads_do_not_wait(disk: 
             committing.set()
             assert go_on.wait(PATIENCE)
 
-    ledger = Ledger(commit=commit)
+    ledger = Ledger(journal=Committing(commit))
     call = Caller(ledger)
     call(Increment("a"))
     results: list[list[Result]] = []
@@ -494,7 +474,7 @@ def test_nothing_is_readable_before_it_is_committed_and_reads_do_not_wait(disk: 
         reader.start()
         reader.join(PATIENCE)
         assert seen == [[1, None, Page([("a", 1)], more=False)]], "a read waited for a commit, or saw it before its end"
-        assert len(ledger) == 1
+        assert ledger.sizes[0] == 1
         assert not results
     finally:
         go_on.set()
@@ -512,7 +492,7 @@ def test_the_batches_of_other_threads_wait_for_the_commit_and_then_follow(disk: 
             committing.set()
             assert go_on.wait(PATIENCE)
 
-    ledger = Ledger(commit=commit)
+    ledger = Ledger(journal=Committing(commit))
     results: list[Result] = []
     ann = threading.Thread(target=lambda: results.append(Caller(ledger, ANN).one(Increment("a"))))
     bob = threading.Thread(target=lambda: results.append(Caller(ledger, BOB).one(Increment("a"))))
@@ -533,7 +513,7 @@ def test_a_stopped_ledger_has_ended_its_commit_and_begins_no_other_one_and_reads
         assert go_on.wait(PATIENCE)
         disk.commit(changes)
 
-    ledger = Ledger(commit=commit)
+    ledger = Ledger(journal=Committing(commit))
     under_way = threading.Thread(target=Caller(ledger, ANN), args=(Increment("a"),), daemon=True)
     under_way.start()
     assert committing.wait(PATIENCE)
@@ -556,9 +536,9 @@ def test_a_stopped_ledger_has_ended_its_commit_and_begins_no_other_one_and_reads
 def test_a_full_disk_refuses_writes_answers_reads_changes_nothing_and_heals(call: Caller, disk: Disk) -> None:
     call(Increment("a"), Set("b", 5))
     disk.error = StorageFull("no room")
-    results = call(Increment("a"), Get("a"), Set("b", 6), Delete("b"), Get("b"), Scan(), Increment("c", key="k"))
-    assert [code_of(results[number]) for number in (0, 2, 3, 6)] == ["storage_full"] * 4
-    assert [results[1], results[4], results[5]] == [1, 5, Page([("a", 1), ("b", 5)], more=False)]
+    results = call(Increment("a"), Get("a"), Set("b", 6), Delete("b"), Get("b"), Increment("c", key="k"))
+    assert [code_of(results[number]) for number in (0, 2, 3, 5)] == ["storage_full"] * 4
+    assert [results[1], results[4]] == [1, 5]
     assert everything(call.ledger) == {"a": 1, "b": 5}
     disk.error = None
     assert call(Increment("a"), Increment("c", key="k")) == [2, 1]
@@ -642,7 +622,6 @@ OPERATIONS: st.SearchStrategy[list[Operation]] = st.lists(
         st.builds(Set, NAMES, st.sampled_from([0, 1, -2, LARGEST, SMALLEST])),
         st.builds(Delete, NAMES),
         st.builds(Get, NAMES),
-        st.builds(Scan, st.one_of(st.just(""), NAMES), st.integers(1, 5)),
     ),
     min_size=1,
     max_size=6,
@@ -674,12 +653,10 @@ class Model:
         return results
 
     def is_answered_from_memory(self, operation: Operation) -> bool:
-        return isinstance(operation, Get | Scan) or (isinstance(operation, Increment) and operation.key in self.keys)
+        return isinstance(operation, Get) or (isinstance(operation, Increment) and operation.key in self.keys)
 
     def execute(self, operation: Operation) -> Result:
         match operation:
-            case Invoke():
-                raise AssertionError("counters have no methods")
             case Get(name):
                 return self.counters.get(name)
             case Set(name, value):
@@ -687,9 +664,6 @@ class Model:
                 return value
             case Delete(name):
                 return self.counters.pop(name, None) is not None
-            case Scan(after, limit):
-                names = sorted(name for name in self.counters if name > after)
-                return Page([(name, self.counters[name]) for name in names[:limit]], more=len(names) > limit)
             case Increment(name, by, minimum, maximum, key):
                 request = Increment(name, by, minimum, maximum)
                 if key in self.keys:
@@ -703,6 +677,8 @@ class Model:
                 if key is not None:
                     self.keys[key] = (request, value)
                 return value
+            case _:
+                raise AssertionError(f"no batch of writes holds {operation}")
 
 
 def without_words(result: Result) -> Result:
@@ -716,12 +692,12 @@ class LedgerAgainstModel(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.disk = Disk()
-        self.ledger = Ledger(commit=self.disk.commit)
+        self.ledger = Ledger(journal=self.disk)
         self.model = Model()
 
     def check(self, batches: list[Batch], *, full: bool = False) -> None:
         expected = [self.model.apply(batch, full=full) for batch in batches]
-        answers = self.ledger.apply(batches)
+        answers = self.ledger.perform(batches)
         found = [None if isinstance(a, BatchRefused) else [without_words(result) for result in a] for a in answers]
         assert found == expected
 
@@ -771,14 +747,14 @@ class LedgerAgainstModel(RuleBasedStateMachine):
     def send_to_a_broken_disk(self, client: bytes, operations: list[Operation]) -> None:
         self.disk.error = RuntimeError("broken")
         with pytest.raises(RuntimeError):
-            self.ledger.apply([Batch(client, self.next_sequence(client), operations)])
+            self.ledger.perform([Batch(client, self.next_sequence(client), operations)])
         self.disk.error = None
 
     @invariant()
     def what_is_readable_is_what_the_model_holds(self) -> None:
         if hasattr(self, "ledger"):
             assert everything(self.ledger) == self.model.counters
-            assert len(self.ledger) == len(self.model.counters)
+            assert self.ledger.sizes[0] == len(self.model.counters)
 
     @invariant()
     def what_was_committed_is_what_is_readable(self) -> None:

@@ -27,10 +27,10 @@ from counter_server.ledger import Changes, Ledger
 from counter_server.manager import client as client_module
 from counter_server.manager.client import StateProxy
 from counter_server.manager.directory import DataDirectory
-from counter_server.manager.services import LedgerService
 from counter_server.manager.wire import HANDSHAKE_SECONDS, LARGEST_FRAME, Connection, connect
 from counter_server.operations import Batch, Increment
 from counter_server.status import Status
+from tests.journals import Committing
 from tests.load import at_once, impatient, open_client
 from tests.processes import PATIENCE, Manager, Program, eventually, frozen
 from tests.standard_server import KEY, StandardManager
@@ -59,7 +59,7 @@ def status(state: State) -> Status:
 
 def connection_of(state: State) -> str:
     """The kernel's name for the socket that this process's state uses."""
-    return os.readlink(f"/proc/self/fd/{cast(Any, state.store).proxy._connection.fileno()}")
+    return os.readlink(f"/proc/self/fd/{cast(Any, state.store)._connection.fileno()}")
 
 
 # Interrupted calls
@@ -114,7 +114,7 @@ def check_that_an_interrupted_call_shifts_no_reply(
 
 def test_an_interrupted_call_shifts_no_later_reply(manager: Manager, state: State) -> None:
     state.counter("c").increment()
-    descriptor = cast(Any, state.store).proxy._connection.fileno()
+    descriptor = cast(Any, state.store)._connection.fileno()
     with open_client(manager.url) as other:
         check_that_an_interrupted_call_shifts_no_reply(
             manager.pid, descriptor, state.counter("c").increment, lambda: other.counter("c").value
@@ -258,43 +258,37 @@ def test_batches_of_workers_that_wait_at_the_same_time_share_a_commit() -> None:
         begun.set()
         assert go_on.wait(PATIENCE)
 
-    def fail(error: BaseException) -> NoReturn:
-        raise error
-
-    service = LedgerService(Ledger(commit=commit), fail)
+    ledger = Ledger(journal=Committing(commit))
     answers: list[object] = []
 
     def send() -> None:
-        answers.extend(service.apply(Batch(os.urandom(16), 1, [Increment("c")])))
+        answers.extend(ledger.apply(Batch(os.urandom(16), 1, [Increment("c")])))
 
     threads = [threading.Thread(target=send) for _ in range(64)]
     threads[0].start()
     assert begun.wait(PATIENCE)  # its commit is under way
     for thread in threads[1:]:
         thread.start()
-    eventually(lambda: len(service._combiner._waiting) == 63, "63 batches waiting behind one")
+    eventually(lambda: len(ledger._combiner._waiting) == 63, "63 batches waiting behind one")
     go_on.set()
     for thread in threads:
         thread.join()
     assert sorted(cast(list[int], answers)) == list(range(1, 65))
-    assert (service.operations, service.batches, service.commits) == (64, 64, 2)
+    assert (ledger.operations, ledger.batches, ledger.commits) == (64, 64, 2)
 
 
 def test_in_memory_each_batch_has_a_commit_of_its_own_and_none_is_lost() -> None:
-    def fail(error: BaseException) -> NoReturn:
-        raise error
-
-    service = LedgerService(Ledger(), fail, in_memory=True)
+    ledger = Ledger()
     answers: list[object] = []
 
     def send() -> None:
         client = os.urandom(16)
         for sequence in range(1, 101):
-            answers.extend(service.apply(Batch(client, sequence, [Increment("c")])))
+            answers.extend(ledger.apply(Batch(client, sequence, [Increment("c")])))
 
     at_once(8, send)
     assert sorted(cast(list[int], answers)) == list(range(1, 801))
-    assert (service.operations, service.batches, service.commits) == (800, 800, 800)
+    assert (ledger.operations, ledger.batches, ledger.commits) == (800, 800, 800)
 
 
 # Peers that mean no good

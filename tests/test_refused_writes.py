@@ -90,11 +90,11 @@ from counter_server.operations import Batch, Increment
 
 journal = Journal(pathlib.Path(sys.argv[1]))
 journal.count_start()
-ledger = Ledger(journal.load(), journal.commit)
+ledger = Ledger(journal.load(), journal)
 print("began", flush=True)
 for sequence in range(1, 4):
     counters = [Increment(f"{number:0200}", key=f"{sequence}-{number}") for number in range(30)]  # on several pages
-    (results,) = ledger.apply([Batch(b"w" * 16, sequence, counters)])
+    (results,) = ledger.perform([Batch(b"w" * 16, sequence, counters)])
     print("answered" if isinstance(results[0], int) else "refused", flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -110,7 +110,7 @@ def stays_refused(path: Path, fault: str) -> list[str]:
         contents = journal.load()
         assert set(contents.counters.values()) == {told.count("answered")} - {0}
         assert len(contents.keys) == 30 * told.count("answered")
-        ledger = Ledger(contents, journal.commit)
+        ledger = Ledger(contents, journal)
         ledger.show(journal.check)
     return told
 

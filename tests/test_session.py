@@ -19,6 +19,7 @@ from counter_server.errors import (
 from counter_server.ledger import CLIENT_LIFETIME, Ledger
 from counter_server.operations import Batch, Get, Increment, Operation, Refusal, Replayed, Result, Scan
 from counter_server.session import Session
+from counter_server.store import RoundTrip
 from tests.processes import PATIENCE
 from tests.test_combiner import InterruptedAt
 
@@ -50,7 +51,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class FakeStore:
     """Answers each call with the next of its steps, and keeps what it was sent."""
 
-    together = False
+    round_trip: RoundTrip = "short"
 
     def __init__(self, *steps: Step) -> None:
         self._steps = list(steps)
@@ -125,9 +126,9 @@ def write(name: str = "a") -> list[Operation]:
 
 def test_batches_are_numbered_from_1_and_have_one_client_of_16_bytes() -> None:
     store = FakeStore(answers(1), answers(2), answers(3))
-    session = Session(store)
+    session = Session(store, 1000)
     deadline = in_time()
-    assert [session.apply(write(), deadline) for _ in range(3)] == [[1], [2], [3]]
+    assert [session.perform(write(), deadline) for _ in range(3)] == [[1], [2], [3]]
     assert store.numbers == [1, 2, 3]
     assert store.clients == [0, 0, 0]
     assert len(store.batches[0].client) == 16
@@ -136,27 +137,27 @@ def test_batches_are_numbered_from_1_and_have_one_client_of_16_bytes() -> None:
 
 def test_two_sessions_are_two_clients() -> None:
     store = FakeStore(answers(1), answers(2))
-    Session(store).apply(write(), in_time())
-    Session(store).apply(write(), in_time())
+    Session(store, 1000).perform(write(), in_time())
+    Session(store, 1000).perform(write(), in_time())
     assert store.clients == [0, 1]
 
 
 def test_reads_go_without_a_number_and_do_not_use_one_up() -> None:
     store = FakeStore(answers(1), answers(1, 2), answers(2), answers(3, 4))
-    session = Session(store)
+    session = Session(store, 1000)
     reads: list[Operation] = [Get("a"), Scan()]
     mixed: list[Operation] = [Get("a"), Increment("a")]
     for operations in (write(), reads, write(), mixed):
-        session.apply(operations, in_time())
+        session.perform(operations, in_time())
     assert store.numbers == [1, 0, 2, 3]
 
 
 def test_a_batch_that_broke_after_it_was_sent_is_sent_again_as_it_was() -> None:
     store = FakeStore(SENT, NOT_SENT, SENT, answers(1), answers(2))
-    session = Session(store)
-    assert session.apply(write(), in_time()) == [1]
+    session = Session(store, 1000)
+    assert session.perform(write(), in_time()) == [1]
     assert store.batches[1:4] == store.batches[:1] * 3
-    assert session.apply(write(), in_time()) == [2]
+    assert session.perform(write(), in_time()) == [2]
     assert store.numbers == [1, 1, 1, 1, 2]
     assert store.clients == [0] * 5
 
@@ -175,7 +176,7 @@ def test_a_batch_that_broke_after_it_was_sent_is_sent_again_as_it_was() -> None:
 def test_an_exceeded_deadline_says_what_happened(steps: list[Step], operations: list[Operation], outcome: str) -> None:
     store = FakeStore(*steps)
     with pytest.raises(DeadlineExceeded) as caught:
-        Session(store).apply(operations, too_late())
+        Session(store, 1000).perform(operations, too_late())
     assert caught.value.outcome == outcome
     assert "fake://" in str(caught.value)
 
@@ -183,7 +184,7 @@ def test_an_exceeded_deadline_says_what_happened(steps: list[Step], operations: 
 def test_a_batch_sent_once_and_then_not_again_until_its_deadline_is_unknown(clock: Clock) -> None:
     store = FakeStore(SENT, *[NOT_SENT] * 1000)
     with pytest.raises(DeadlineExceeded) as caught:
-        Session(store).apply(write(), 0.05)
+        Session(store, 1000).perform(write(), 0.05)
     assert caught.value.outcome == "unknown"
     assert len(store.batches) > 1
 
@@ -191,7 +192,7 @@ def test_a_batch_sent_once_and_then_not_again_until_its_deadline_is_unknown(cloc
 def test_a_deadline_is_kept_while_the_batch_is_sent_again_and_again(clock: Clock) -> None:
     store = FakeStore(*[NOT_SENT] * 1000)
     with pytest.raises(DeadlineExceeded):
-        Session(store).apply(write(), 1.0)
+        Session(store, 1000).perform(write(), 1.0)
     assert clock.now == 1.0, "it should neither give up early nor pause beyond the deadline"
     assert len(store.batches) == len(clock.pauses) + 1
     growing = clock.pauses[:6]
@@ -204,30 +205,30 @@ def test_a_deadline_is_kept_while_the_batch_is_sent_again_and_again(clock: Clock
 def test_what_is_told_is_not_that_the_last_try_was_cut_short_by_the_deadline(clock: Clock) -> None:
     deadline = 0.01
     cut_short = lasts_until(deadline, Disconnected("the manager did not answer", sent=False), clock)
-    session = Session(FakeStore(fails(Disconnected("no room for another", sent=False)), cut_short))
+    session = Session(FakeStore(fails(Disconnected("no room for another", sent=False)), cut_short), 1000)
     with pytest.raises(DeadlineExceeded, match="no room for another"):
-        session.apply(write(), deadline)
+        session.perform(write(), deadline)
     clock.now = 0.0
-    session = Session(FakeStore(cut_short))
+    session = Session(FakeStore(cut_short), 1000)
     with pytest.raises(DeadlineExceeded, match="the manager did not answer"):
-        session.apply(write(), deadline)
+        session.perform(write(), deadline)
 
 
 def test_what_is_told_is_how_the_last_try_ended_where_that_had_its_time(clock: Clock) -> None:
     deadline = 1.0
     waited = lasts_until(deadline, Disconnected("the manager did not answer", sent=True), clock)
-    session = Session(FakeStore(fails(Disconnected("the connection broke", sent=True)), waited))
+    session = Session(FakeStore(fails(Disconnected("the connection broke", sent=True)), waited), 1000)
     with pytest.raises(DeadlineExceeded, match="the manager did not answer"):
-        session.apply(write(), deadline)
+        session.perform(write(), deadline)
 
 
 def test_after_a_batch_that_was_never_sent_its_number_is_used_by_the_next() -> None:
     store = FakeStore(answers(1), NOT_SENT, answers(2))
-    session = Session(store)
-    session.apply(write(), in_time())
+    session = Session(store, 1000)
+    session.perform(write(), in_time())
     with pytest.raises(DeadlineExceeded):
-        session.apply(write("never sent"), too_late())
-    assert session.apply(write(), in_time()) == [2]
+        session.perform(write("never sent"), too_late())
+    assert session.perform(write(), in_time()) == [2]
     assert store.numbers == [1, 2, 2]
     assert store.clients == [0, 0, 0]
 
@@ -235,23 +236,23 @@ def test_after_a_batch_that_was_never_sent_its_number_is_used_by_the_next() -> N
 def test_after_a_batch_of_unknown_outcome_another_list_is_sent_by_a_new_client() -> None:
     """Under the old one's next number the abandoned batch might be applied, or answered in its place."""
     store = FakeStore(answers(1), SENT, answers(2))
-    session = Session(store)
-    session.apply(write(), in_time())
+    session = Session(store, 1000)
+    session.perform(write(), in_time())
     with pytest.raises(DeadlineExceeded):
-        session.apply(write("unknown"), too_late())
-    assert session.apply(write(), in_time()) == [2]
+        session.perform(write("unknown"), too_late())
+    assert session.perform(write(), in_time()) == [2]
     assert store.numbers == [1, 2, 1]
     assert store.clients == [0, 0, 1]
 
 
 def test_after_a_batch_of_unknown_outcome_the_same_list_is_sent_again_under_its_number() -> None:
     store = FakeStore(SENT, answers(1), answers(2))
-    session = Session(store)
+    session = Session(store, 1000)
     operations = write()
     with pytest.raises(DeadlineExceeded):
-        session.apply(operations, too_late())
-    assert session.apply(operations, in_time()) == [1]
-    assert session.apply(write(), in_time()) == [2]
+        session.perform(operations, too_late())
+    assert session.perform(operations, in_time()) == [1]
+    assert session.perform(write(), in_time()) == [2]
     assert store.batches[0] == store.batches[1]
     assert store.numbers == [1, 1, 2]
 
@@ -259,12 +260,12 @@ def test_after_a_batch_of_unknown_outcome_the_same_list_is_sent_again_under_its_
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), RuntimeError("broken")], ids=repr)
 def test_an_interrupted_batch_is_sent_again_under_its_number_when_the_same_list_comes(error: BaseException) -> None:
     store = FakeStore(fails(error), answers(1), answers(2))
-    session = Session(store)
+    session = Session(store, 1000)
     operations = write()
     with pytest.raises(type(error)):
-        session.apply(operations, in_time())
-    assert session.apply(operations, in_time()) == [1]
-    assert session.apply(write(), in_time()) == [2]
+        session.perform(operations, in_time())
+    assert session.perform(operations, in_time()) == [1]
+    assert session.perform(write(), in_time()) == [2]
     assert store.batches[0] == store.batches[1]
     assert store.numbers == [1, 1, 2]
     assert store.clients == [0, 0, 0]
@@ -273,36 +274,36 @@ def test_an_interrupted_batch_is_sent_again_under_its_number_when_the_same_list_
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), RuntimeError("broken")], ids=repr)
 def test_after_an_interrupted_batch_another_list_is_sent_by_a_new_client(error: BaseException) -> None:
     store = FakeStore(fails(error), answers(1))
-    session = Session(store)
+    session = Session(store, 1000)
     abandoned = write()
     with pytest.raises(type(error)):
-        session.apply(abandoned, in_time())
+        session.perform(abandoned, in_time())
     same_words_in_another_list = list(abandoned)
-    assert session.apply(same_words_in_another_list, in_time()) == [1]
+    assert session.perform(same_words_in_another_list, in_time()) == [1]
     assert store.numbers == [1, 1]
     assert store.clients == [0, 1]
 
 
 def test_a_list_that_is_finished_is_answered_again_without_the_store() -> None:
     store = FakeStore(answers(1), answers(2))
-    session = Session(store)
+    session = Session(store, 1000)
     operations = write()
-    assert session.apply(operations, in_time()) == [1]
-    assert session.apply(operations, too_late()) == [1]
+    assert session.perform(operations, in_time()) == [1]
+    assert session.perform(operations, too_late()) == [1]
     assert store.numbers == [1]
-    assert session.apply(write(), in_time()) == [2]
+    assert session.perform(write(), in_time()) == [2]
     assert store.numbers == [1, 2]
 
 
 @pytest.mark.parametrize("before", [[], [NOT_SENT]], ids=["at-once", "after-an-attempt-that-never-left"])
 def test_a_refusal_after_an_answer_is_proof_of_a_rollback(before: list[Step]) -> None:
     store = FakeStore(answers(1), *before, REFUSED, answers(1))
-    session = Session(store)
-    session.apply(write(), in_time())
+    session = Session(store, 1000)
+    session.perform(write(), in_time())
     with pytest.raises(StateLost) as caught:
-        session.apply(write(), in_time())
+        session.perform(write(), in_time())
     assert caught.value.outcome == "not_applied"
-    assert session.apply(write(), in_time()) == [1]
+    assert session.perform(write(), in_time()) == [1]
     assert store.clients == [0] * (len(before) + 2) + [1]
 
 
@@ -313,11 +314,11 @@ def test_a_refusal_after_an_answer_is_proof_of_a_rollback(before: list[Step]) ->
 )
 def test_a_client_that_the_store_may_have_forgotten_becomes_a_new_one(answer: Step, idle: float, clock: Clock) -> None:
     store = FakeStore(answer, REFUSED, answers(2), answers(3))
-    session = Session(store)
-    session.apply(write(), in_time())
+    session = Session(store, 1000)
+    session.perform(write(), in_time())
     clock.now += idle
-    assert session.apply(write("b"), inf) == [2]
-    assert session.apply(write(), inf) == [3]
+    assert session.perform(write("b"), inf) == [2]
+    assert session.perform(write(), inf) == [3]
     assert store.numbers == [1, 2, 1, 2]
     assert store.clients == [0, 0, 1, 1]
     assert store.batches[2].operations == store.batches[1].operations
@@ -326,40 +327,40 @@ def test_a_client_that_the_store_may_have_forgotten_becomes_a_new_one(answer: St
 def test_a_refused_batch_counts_as_never_sent_when_it_has_another_number() -> None:
     store = FakeStore(REFUSED, NOT_SENT)
     with pytest.raises(DeadlineExceeded) as caught:
-        Session(store).apply(write(), too_late())
+        Session(store, 1000).perform(write(), too_late())
     assert caught.value.outcome == "not_applied"
     store = FakeStore(REFUSED, REFUSED, answers(1))
-    assert Session(store).apply(write(), in_time()) == [1]
+    assert Session(store, 1000).perform(write(), in_time()) == [1]
     assert store.clients == [0, 1, 2]
 
 
 def test_a_refusal_of_what_was_sent_before_leaves_the_outcome_unknown_and_is_not_sent_again() -> None:
     store = FakeStore(answers(1), SENT, REFUSED, answers(2))
-    session = Session(store)
-    session.apply(write(), in_time())
+    session = Session(store, 1000)
+    session.perform(write(), in_time())
     with pytest.raises(OutcomeUnknown) as caught:
-        session.apply(write(), in_time())
+        session.perform(write(), in_time())
     assert caught.value.outcome == "unknown"
     assert store.numbers == [1, 2, 2]
-    assert session.apply(write(), in_time()) == [2]
+    assert session.perform(write(), in_time()) == [2]
     assert store.numbers == [1, 2, 2, 1]
     assert store.clients == [0, 0, 0, 1]
 
 
 def test_a_refusal_of_a_batch_that_was_interrupted_leaves_the_outcome_unknown() -> None:
     store = FakeStore(fails(KeyboardInterrupt()), REFUSED)
-    session = Session(store)
+    session = Session(store, 1000)
     operations = write()
     with pytest.raises(KeyboardInterrupt):
-        session.apply(operations, in_time())
+        session.perform(operations, in_time())
     with pytest.raises(OutcomeUnknown):
-        session.apply(operations, in_time())
+        session.perform(operations, in_time())
 
 
 def test_a_new_client_that_broke_after_sending_has_sent_its_batch() -> None:
     store = FakeStore(REFUSED, SENT, REFUSED)
     with pytest.raises(OutcomeUnknown):
-        Session(store).apply(write(), in_time())
+        Session(store, 1000).perform(write(), in_time())
     assert store.clients == [0, 1, 1]
 
 
@@ -369,12 +370,12 @@ def test_a_store_that_cannot_go_on_says_so_and_whether_it_may_have_counted(
     steps: list[Step], outcome: str, error: type[CounterServerError]
 ) -> None:
     store = FakeStore(*steps, fails(error("begun anew")), answers(1))
-    session = Session(store)
+    session = Session(store, 1000)
     with pytest.raises(error) as caught:
-        session.apply(write(), in_time())
+        session.perform(write(), in_time())
     assert caught.value.outcome == outcome
     assert error.outcome == "not_applied"
-    assert session.apply(write(), in_time()) == [1]
+    assert session.perform(write(), in_time()) == [1]
     assert store.numbers[-1] == 1
     assert store.clients[-1] == 1
 
@@ -382,16 +383,16 @@ def test_a_store_that_cannot_go_on_says_so_and_whether_it_may_have_counted(
 def test_reads_that_meet_a_store_without_its_memory_were_never_counted() -> None:
     store = FakeStore(SENT, fails(StateLost("begun anew")))
     with pytest.raises(StateLost) as caught:
-        Session(store).apply([Get("a")], in_time())
+        Session(store, 1000).perform([Get("a")], in_time())
     assert caught.value.outcome == "not_applied"
 
 
 def test_a_renewed_session_is_another_client_and_begins_with_1() -> None:
     store = FakeStore(answers(1), answers(2))
-    session = Session(store)
-    session.apply(write(), in_time())
-    session.renew()
-    session.apply(write(), in_time())
+    session = Session(store, 1000)
+    session.perform(write(), in_time())
+    session.begin_again()
+    session.perform(write(), in_time())
     assert store.numbers == [1, 1]
     assert store.clients == [0, 1]
 
@@ -399,7 +400,7 @@ def test_a_renewed_session_is_another_client_and_begins_with_1() -> None:
 class RememberingStore(FakeStore):
     """A store that keeps its promise, and loses some answers on the way."""
 
-    together = False
+    round_trip: RoundTrip = "short"
 
     def __init__(self, lost: set[int]) -> None:
         super().__init__()
@@ -411,7 +412,7 @@ class RememberingStore(FakeStore):
         self.deadlines.append(deadline)
         if len(self.batches) in self._lost:
             raise Disconnected("lost on the way there", sent=True)
-        answer = self._ledger.read(batch) if batch.sequence == 0 else self._ledger.apply([batch])[0]
+        answer = self._ledger.apply(batch) if batch.sequence == 0 else self._ledger.perform([batch])[0]
         if len(self.batches) + 100 in self._lost:
             raise Disconnected("lost on the way back", sent=True)
         if isinstance(answer, BatchRefused):
@@ -421,8 +422,8 @@ class RememberingStore(FakeStore):
 
 def test_whatever_answers_are_lost_each_list_counts_once() -> None:
     for lost in ({1}, {101}, {2}, {102}, {1, 102}, {101, 102}, {1, 2, 103}, {101, 2, 103, 104}):
-        session = Session(RememberingStore(lost))
-        assert [session.apply(write(), in_time()) for _ in range(4)] == [[1], [2], [3], [4]], lost
+        session = Session(RememberingStore(lost), 1000)
+        assert [session.perform(write(), in_time()) for _ in range(4)] == [[1], [2], [3], [4]], lost
 
 
 @pytest.mark.traces_opcodes
@@ -431,18 +432,18 @@ def test_an_interrupt_at_any_moment_counts_nothing_twice_and_gives_nobody_anothe
     for lost in (set[int](), {2}, {102}):
         moment = 0
         for moment in range(1, 1000):
-            session = Session(RememberingStore(lost))
-            assert session.apply(write(), in_time()) == [1]
+            session = Session(RememberingStore(lost), 1000)
+            assert session.perform(write(), in_time()) == [1]
             operations = write()
             interrupt = InterruptedAt(session_module, moment)
             try:
                 with interrupt:
-                    session.apply(operations, in_time())
+                    session.perform(operations, in_time())
             except KeyboardInterrupt:
                 pass
             # As the combiner does: another thread of the call goes on with the same list.
-            assert session.apply(operations, in_time()) == [2], interrupt.place
-            assert session.apply(write(), in_time()) == [3], interrupt.place
+            assert session.perform(operations, in_time()) == [2], interrupt.place
+            assert session.perform(write(), in_time()) == [3], interrupt.place
             if interrupt.place is None:
                 break
         assert 5 < moment < 999
@@ -452,15 +453,15 @@ def test_an_interrupt_at_any_moment_counts_nothing_twice_and_gives_nobody_anothe
 def test_an_interrupt_at_any_moment_and_then_another_list_counts_nothing_twice() -> None:
     moment = 0
     for moment in range(1, 1000):
-        session = Session(RememberingStore(set()))
+        session = Session(RememberingStore(set()), 1000)
         interrupt = InterruptedAt(session_module, moment)
         try:
             with interrupt:
-                session.apply(write("given up"), in_time())
+                session.perform(write("given up"), in_time())
         except KeyboardInterrupt:
             pass
-        assert session.apply(write(), in_time()) == [1], interrupt.place
-        assert session.apply([Increment("a"), Get("given up")], in_time()) in ([2, 1], [2, None]), interrupt.place
+        assert session.perform(write(), in_time()) == [1], interrupt.place
+        assert session.perform([Increment("a"), Get("given up")], in_time()) in ([2, 1], [2, None]), interrupt.place
         if interrupt.place is None:
             break
     assert 5 < moment < 999

@@ -5,16 +5,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 
 import pytest
 
 from counter_server import open_state
 from counter_server.errors import InvalidRequest, KeyReused, LimitReached
-from counter_server.handles import Counter
 from counter_server.manager.directory import DataDirectory
 from counter_server.operations import LARGEST, SMALLEST, Batch, Get, Page, Result
-from counter_server.state import State
+from counter_server.state import Counter, State
 from counter_server.stores import open_store
 from counter_server.stores.memory import MemoryStore
 from tests.processes import PATIENCE
@@ -254,7 +254,7 @@ class WatchedStore(MemoryStore):
         self.go_on.set()
         self._owner = os.getpid()
 
-    def apply(self, batch: Batch, deadline: float) -> list[Result]:
+    def apply(self, batch: Batch, deadline: float = inf, /) -> list[Result]:
         self.clients.append(batch.client)
         self.deadlines.append(deadline)
         if os.getpid() == self._owner:
@@ -328,13 +328,13 @@ def test_a_child_works_while_another_thread_of_the_parent_leads_a_call_and_other
     assert sorted(numbers) == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("lock", ["combiner", "ledger's commit", "ledger's memory"])
+@pytest.mark.parametrize("lock", ["session", "ledger's commit", "ledger's memory"])
 def test_a_child_works_though_a_thread_of_the_parent_held_a_lock_at_the_fork(state: State, lock: str) -> None:
     """Nobody is left in the child to release it. The locks are held for moments only, so they are reached for here."""
     assert isinstance(state.store, MemoryStore)
-    ledger = state.store._ledger
+    ledger = state.store
     locks = {
-        "combiner": state._counters._combiner._lock,
+        "session": state._counters._alone,
         "ledger's commit": ledger._writing,
         "ledger's memory": ledger._memory,
     }

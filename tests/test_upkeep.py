@@ -19,6 +19,7 @@ from counter_server.journal import Journal
 from counter_server.journal_file import SCHEMA, examine
 from counter_server.ledger import Changes, ClientRecord, Contents, KeyRecord, Ledger
 from counter_server.operations import Batch, Increment, Result
+from tests.journals import Committing
 from tests.load import open_client
 from tests.processes import PATIENCE, ROOT, Manager, fill
 
@@ -185,7 +186,7 @@ def test_a_backup_during_commits_is_consistent(kept: Journal, tmp_path: Path, mo
     """The backup copies one page at a time, so that many commits happen in its pauses."""
     monkeypatch.setattr(journal, "_BACKUP_PAGES", 1)
     kept.commit(Changes(1.0, counters={f"{number:0200}": number for number in range(500)}))
-    ledger = Ledger(kept.load(), kept.commit)
+    ledger = Ledger(kept.load(), kept)
     stop = threading.Event()
     done = 0
     seen: list[int] = []  # number of applied batches at each pause
@@ -203,7 +204,7 @@ def test_a_backup_during_commits_is_consistent(kept: Journal, tmp_path: Path, mo
             if stop.is_set():
                 return
             name = f"{(sequence * 7) % 500:0200}"
-            ledger.apply([Batch(b"w" * 16, sequence, [Increment(name), Increment("first"), Increment("last")])])
+            ledger.perform([Batch(b"w" * 16, sequence, [Increment(name), Increment("first"), Increment("last")])])
             done = sequence
 
     worker = threading.Thread(target=work)
@@ -272,9 +273,9 @@ def examine_closed(kept: Journal) -> Contents:
 
 
 def test_a_difference_between_memory_and_disk_is_found(kept: Journal) -> None:
-    ledger = Ledger(kept.load(), kept.commit)
+    ledger = Ledger(kept.load(), kept)
     client = os.urandom(16)
-    ledger.apply([Batch(client, 1, [Increment("a"), Increment("b", key="k")])])
+    ledger.perform([Batch(client, 1, [Increment("a"), Increment("b", key="k")])])
     ledger.show(kept.check)
     for counters, clients, keys, words in [
         ({"a": 2, "b": 1}, None, None, "it has 1 for 'a', and the memory 2"),
@@ -299,16 +300,16 @@ def test_refusals_remembered_only_in_memory_are_not_damage(kept: Journal) -> Non
             raise StorageFull("no room")
         kept.commit(changes)
 
-    ledger = Ledger(kept.load(), commit)
+    ledger = Ledger(kept.load(), Committing(commit))
     client = os.urandom(16)
     full = False
     answers: list[Result] = []
     for sequence in (1, 2):
-        (results,) = ledger.apply([Batch(client, sequence, [Increment("a")])])
+        (results,) = ledger.perform([Batch(client, sequence, [Increment("a")])])
         assert isinstance(results, list)
         answers += results
         full = True
-    ledger.apply([Batch(os.urandom(16), 1, [Increment("a")])])
+    ledger.perform([Batch(os.urandom(16), 1, [Increment("a")])])
     assert answers[0] == 1
     ledger.show(kept.check)
 

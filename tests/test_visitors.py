@@ -16,8 +16,8 @@ from flask.testing import FlaskClient
 from counter_server import SharedState
 from counter_server.dicts import BoundedDict
 from counter_server.errors import InvalidRequest, LimitReached, StateLost
+from counter_server.extension import VisitorCounter
 from counter_server.operations import LARGEST, SMALLEST
-from counter_server.visitors import VisitorCounter
 from tests.launchers import listening_port
 from tests.load import at_once
 from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, holder
@@ -228,7 +228,7 @@ def test_after_a_kill_of_the_manager_visitors_begin_anew_and_one_is_told(on_dema
     one, two = app.test_client(), app.test_client()
     assert [increment(one), increment(one), increment(two)] == [1, 2, 1]
     end_manager(data_dir / "manager.lock")
-    with pytest.raises(StateLost, match="begins anew"):
+    with pytest.raises(StateLost, match="begins again"):
         increment(one)
     assert [increment(one), increment(two), value(one)] == [1, 1, 1]
     with app.app_context():

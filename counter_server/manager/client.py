@@ -1,4 +1,4 @@
-"""The client's end: a proxy that finds its manager again, by name, within a deadline."""
+"""The client's end of `manager://`: a proxy that is a `Store`, and finds its manager again by name."""
 
 import threading
 import time
@@ -13,11 +13,18 @@ from ..errors import AccessDenied, BatchRefused, DirectoryHeld, Disconnected, No
 from ..objects import Declaration
 from ..operations import Batch, Result
 from ..status import Status
+from ..store import Finding, RoundTrip
 from .directory import DataDirectory
 from .starter import Starter
 from .wire import SERIALIZER, Connection, connect, object_ident
 
 _LOOK_SECONDS = 0.01
+
+_DURABILITY = {
+    "commit": Finding("ok", "durability commit: a number is on the disk before it is answered"),
+    "process": Finding("may lose", "durability process: survives kill -9; a power cut may lose the last moments"),
+    "none": Finding("may lose", "durability none: in memory only; a restart of the manager begins at 0"),
+}
 
 _decode_results = msgpack.Decoder(list[Result]).decode
 _decode_status = msgpack.Decoder(Status).decode
@@ -33,54 +40,83 @@ _decode_reply = msgpack.Decoder(_Reply).decode
 
 
 class StateProxy(BaseProxy):
-    """A `BaseProxy` of the ledger, or of a shared object, in the manager of a data directory.
+    """A `Store` in the manager process of a data directory: its ledger, or one shared object.
 
-    One connection for the process, made when first needed and again after it broke. What differs from the standard
-    proxy is what it does when something goes wrong: any exception between sending and receiving closes the
-    connection, so a late reply is never read as the answer to the next call; every step has a deadline; and a
-    restarted manager is found by the object's name, its state recognised by the epoch.
+    It has one connection for the process, made when it is first needed, and again after it broke. It differs from the
+    standard proxy when something goes wrong. Any exception between sending and receiving closes the connection, so a
+    late reply is never read as the answer to the next call. Every step has a deadline. And it finds a restarted manager
+    by the object's name, and recognises the state by its epoch.
+
+    :param starter: starts a manager if there is none.
+    :param declaration: of the shared object; without it, the proxy is for the ledger.
     """
 
+    round_trip: RoundTrip = "short"
     _id: str
     _token: Token
 
     def __init__(
         self, directory: DataDirectory, starter: Starter | None = None, declaration: Declaration | None = None
     ) -> None:
-        self._directory = directory
-        self._declaration = declaration  # of the shared object; without one it is the ledger
-        self._starter = starter  # of a manager, where there is none
-        self._connection: Connection | None = None  # that is ready for a call
-        self._latest: Connection | None = None  # that was made, in a call or not: what a child of a fork has to close
+        self.directory = directory
+        self._declaration = declaration
+        self._starter = starter
+        self._connection: Connection | None = None  # ready for a call
+        self._latest: Connection | None = None  # ready or in a call; the child of a fork must close it
         self._epoch: str | None = None
         self._calling = threading.Lock()  # guards the three above, through a whole call
         ident = "ledger" if declaration is None else object_ident(declaration.name)
         token = Token(ident, str(directory.socket), ident)
-        # No key here: it is read from the directory at each connection, so a new one is found too.
+        # No key here: each connection reads it from the directory, so a new one is found too.
         super().__init__(token, SERIALIZER, authkey=b"", incref=False)
 
+    def __str__(self) -> str:
+        return self.directory.url
+
     def _incref(self) -> None:
-        """Nothing to count: hosted objects live as long as the manager. (The standard fork hook calls this.)"""
+        """Do nothing: hosted objects live as long as the manager. The standard fork hook calls this."""
+
+    def object(self, declaration: Declaration) -> "StateProxy":
+        """See `HostsObjects`."""
+        return StateProxy(self.directory, self._starter, declaration)
 
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
+        """See `Store`."""
         return _decode_results(self._callmethod("apply", (batch,), deadline=deadline))
 
     def status(self, deadline: float) -> Status:
-        told = self._callmethod("status", deadline=deadline)
+        """See `ReportsStatus`."""
+        # On a connection of its own: the other one may be waiting for a commit.
+        with closing(StateProxy(self.directory)) as proxy:
+            figures = proxy._callmethod("status", deadline=deadline)
         try:
-            return _decode_status(told)
-        except ValidationError as error:  # one that was started before an upgrade serves on
-            raise Unsupported(f"the manager of {self._directory} is of another version: it tells {error}") from error
+            return _decode_status(figures)
+        except ValidationError as error:  # the manager was started before an upgrade
+            raise Unsupported(f"the manager of {self.directory} is of another version: {error}") from error
+
+    def findings(self, deadline: float) -> list[Finding]:
+        """See `Examined`."""
+        status = self.status(deadline)
+        manager = f"the manager, pid {status.pid}, epoch {status.epoch}, has {status.counters} counters"
+        slow = [
+            Finding(
+                "problem",
+                f"{call.object}.{call.method} has run for {call.seconds:.0f} s, and its other callers wait:"
+                " end it, or the manager",
+            )
+            for call in status.slow_calls
+        ]
+        return [Finding("ok", f"{manager} in {self.directory}"), _DURABILITY[status.durability], *slow]
 
     def ask(self, method: str, arguments: tuple[Any, ...], deadline: float) -> Any:
-        """Call a method of the manager's own; the answer is plain data.
+        """Call one of the manager's own methods, and return its answer as plain data.
 
         :raises BatchRefused: with the manager's reason, if it could not do it.
         """
         return _decode(self._callmethod(method, arguments, deadline=deadline))
 
     def await_end(self, deadline: float) -> None:
-        """Wait until the manager closes the connection: it has nothing to say that was not asked.
+        """Wait until the manager closes the connection.
 
         :raises TimeoutError: if it does not by `deadline`.
         """
@@ -90,7 +126,7 @@ class StateProxy(BaseProxy):
                 with suppress(EOFError, ConnectionResetError):
                     self._connection.recv_bytes()
 
-    def _callmethod(  # type: ignore[override]
+    def _callmethod(  # type: ignore[override] # the standard one knows no deadline
         self, methodname: str, args: tuple[Any, ...] = (), kwds: dict[str, Any] | None = None, *, deadline: float
     ) -> Raw:
         """Call a method of the hosted object and return its result, still encoded.
@@ -98,10 +134,22 @@ class StateProxy(BaseProxy):
         :raises Disconnected: if there is no answer by `deadline`, or no manager.
         """
         with self._calling:
-            connection = self._connected(deadline)
-            self._connection = None  # until the whole reply is here: whatever strikes, nobody reads it as another's
+            connection = self._connection
+            if connection is None:
+                connection = self._connect(deadline)
+            self._connection = None  # until the whole reply is here, so that no other call can read it
+            sent = True  # until proven otherwise: a signal's handler may raise just after the last byte has left
             try:
-                reply = self._exchange(connection, (self._id, methodname, args, kwds or {}), deadline)
+                connection.set_deadline(deadline)
+                try:
+                    connection.send((self._id, methodname, args, kwds or {}))
+                except (BrokenPipeError, ConnectionResetError):
+                    sent = False  # the manager is gone, and never executes a frame that it did not receive whole
+                    raise
+                reply = _decode_reply(connection.recv_bytes())
+            except (OSError, EOFError, ValidationError) as error:
+                connection.close()
+                raise Disconnected(_explain(error, self.directory), sent=sent) from error
             except BaseException:
                 connection.close()
                 raise
@@ -110,73 +158,56 @@ class StateProxy(BaseProxy):
             return reply.content
         raise BatchRefused(_decode(reply.content))
 
-    def _exchange(self, connection: Connection, call: tuple[Any, ...], deadline: float) -> _Reply:
-        connection.set_deadline(deadline)
-        try:
-            connection.send(call)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            # The manager is gone, and a frame that did not reach it whole is never executed. Any other error may come
-            # from a signal's handler, a moment after the last byte has left.
-            raise Disconnected(_explain(error, self._directory), sent=False) from error
-        except OSError as error:
-            raise Disconnected(_explain(error, self._directory), sent=True) from error
-        try:
-            return _decode_reply(connection.recv_bytes())
-        except (OSError, EOFError, ValidationError) as error:
-            raise Disconnected(_explain(error, self._directory), sent=True) from error
+    def _connect(self, deadline: float) -> Connection:
+        """Return a new connection to the object.
 
-    def _connected(self, deadline: float) -> Connection:
-        """The connection, made anew where there is none.
-
-        :raises Disconnected: where there is no manager, or it does not answer.
+        :raises Disconnected: if there is no manager, or it does not answer.
         """
-        if self._connection is not None:
-            return self._connection
-        try:
-            return self._greeted(deadline)
-        except (OSError, EOFError, ValidationError) as error:
-            raise Disconnected(_explain(error, self._directory), sent=False) from error
-
-    def _greeted(self, deadline: float) -> Connection:
-        """A new connection, to the object that is meant."""
         try:
             connection = self._connect_or_start(deadline)
+            try:
+                self._greet(connection)
+            except BaseException:
+                connection.close()
+                raise
         except AuthenticationError as error:
             raise AccessDenied(
-                f"the manager of {self._directory} does not accept this key; nothing was counted"
+                f"the manager of {self.directory} does not accept this key; nothing was counted"
             ) from error
-        try:
-            connection.send((None, "accept_connection", (self._id, self._declaration), {}))
-            kind, epoch = connection.recv()
-            if kind == "#FULL":
-                raise Disconnected(f"the manager of {self._directory} lets nobody else in: {epoch}", sent=False)
-            if kind == "#AWAY":
-                raise Disconnected(f"{epoch}, and ends for one that hosts {self._declaration}", sent=False)
-            if kind != "#RETURN":
-                raise NotHosted(
-                    f"{epoch}, and not {self._declaration} as it is declared here: it was started by another program,"
-                    f" or before that was declared or changed; 'counter-server stop --data-dir {self._directory}'"
-                    " ends it, or name another data directory"
-                )
-            known, self._epoch = self._epoch, epoch
-            if known not in (None, epoch):
-                raise StateLost(
-                    f"the manager of {self._directory} has started again without its memory: {self._id} begins anew"
-                )
-        except BaseException:
-            connection.close()
-            raise
+        except (OSError, EOFError, ValidationError) as error:
+            raise Disconnected(_explain(error, self.directory), sent=False) from error
         self._latest = connection
         return connection
 
+    def _greet(self, connection: Connection) -> None:
+        connection.send((None, "accept_connection", (self._id, self._declaration), {}))
+        kind, epoch = connection.recv()
+        match kind:
+            case "#RETURN":
+                known, self._epoch = self._epoch, epoch
+                if known not in (None, epoch):
+                    raise StateLost(
+                        f"the manager of {self.directory} has started again without its memory: {self._id} begins again"
+                    )
+            case "#FULL":
+                raise Disconnected(f"the manager of {self.directory} accepts no more clients: {epoch}", sent=False)
+            case "#AWAY":
+                raise Disconnected(f"{epoch}, and ends for one that hosts {self._declaration}", sent=False)
+            case _:
+                raise NotHosted(
+                    f"{epoch}, and not {self._declaration} as declared here: another program started it, or started it"
+                    " before that was declared or changed; end it with"
+                    f" 'counter-server stop --data-dir {self.directory}', or name another data directory"
+                )
+
     def _connect_or_start(self, deadline: float) -> Connection:
         try:
-            return self._connect_to(self._directory, deadline)
+            return self._connect_to(self.directory, deadline)
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
             if self._starter is None:
                 raise
-        self._starter.start(self._directory, deadline)
-        return self._connect_to(self._directory, deadline)
+        self._starter.start(self.directory, deadline)
+        return self._connect_to(self.directory, deadline)
 
     @staticmethod
     def _connect_to(directory: DataDirectory, deadline: float) -> Connection:
@@ -199,16 +230,16 @@ class StateProxy(BaseProxy):
 
 
 def end_manager(directory: DataDirectory, seconds: float, *, for_another: bool = False) -> int | None:
-    """Have the manager of a directory end in order; return its pid when it has ended, None if there was none.
+    """End the manager of a directory in order; return its pid when it has ended, None if there was none.
 
-    It is asked through its socket, so no other process can be meant.
+    The request goes through its socket, so it cannot reach another process.
 
-    :param for_another: only if it was started on demand, for a manager that is to take its place.
-    :raises DirectoryHeld: if it goes on, saying why and what to do.
+    :param for_another: only if it was started on demand, so that another manager can take its place.
+    :raises DirectoryHeld: if it continues, with the reason and the remedy.
     """
     deadline = time.monotonic() + seconds
     pid = directory.manager_pid()
-    while pid is None and directory.is_held() and time.monotonic() < deadline:  # it is just starting, or ending
+    while pid is None and directory.is_held() and time.monotonic() < deadline:  # it is starting, or ending
         time.sleep(_LOOK_SECONDS)
         pid = directory.manager_pid()
     if not directory.is_held():
@@ -219,12 +250,12 @@ def end_manager(directory: DataDirectory, seconds: float, *, for_another: bool =
             proxy.ask("end", (for_another,), deadline)
             proxy.await_end(deadline)
         except BatchRefused as error:
-            raise DirectoryHeld(f"{who} goes on: {error}") from error
+            raise DirectoryHeld(f"{who} continues: {error}") from error
         except (Disconnected, TimeoutError) as error:
             if directory.is_held() and directory.manager_pid() in (pid, None):
                 raise DirectoryHeld(
-                    f"{who} was asked to end and has not: {error}; it may be stopped, busy or of another version:"
-                    " if it stays so, 'kill -9' ends it, and nothing that is on the disk is lost"
+                    f"{who} was asked to end and has not: {error}; it may be stopped, busy or of another version;"
+                    " if it does not end, 'kill -9' ends it, and loses nothing that is on the disk"
                 ) from error
     return pid
 

@@ -1,4 +1,4 @@
-"""The manager process: it holds the ledger, and answers the proxies of the workers."""
+"""The manager process: it holds the ledger and the shared objects, and answers the workers' proxies."""
 
 import _thread
 import gc
@@ -14,79 +14,89 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from math import inf
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from multiprocessing.managers import BaseManager, Server
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from msgspec import MsgspecError, msgpack
 
 from ..errors import BatchRefused, StartupError
 from ..journal import Journal
-from ..ledger import Contents, Ledger, results_of
+from ..ledger import Contents, Ledger
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
 from ..settings import DEFAULT_CAPS, Caps, Durability
+from ..status import SlowCall, Status
+from ..store import Applies
 from .client import end_manager
 from .directory import DataDirectory, keep_from_children
 from .ending import Lifeline, end_main_thread, end_when_idle, end_with, fail, keep_found, stop
-from .services import LedgerService, StatusService, UpkeepService, report_slow_calls
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
 
 log = logging.getLogger(__name__)
 
-_MOST_GREETED = 100  # connections over the cap that are told so; those beyond are closed without a word, or a thread
-_SWITCH_SECONDS = 0.0001  # a method computes for this long before another thread has its turn; Python's own is 5 ms
-_SECONDS_TO_SUCCEED = 10.0  # that one on demand may take to start or to end
-_OTHER_DESCRIPTORS = 64  # that a manager has open beside its connections, and what its shared objects may open
+_MOST_GREETED = 100  # connections above the maximum that get an explanation; others are closed at once
+_SWITCH_SECONDS = 0.0001  # for which a method computes before another thread's turn; Python's default is 5 ms
+_SECONDS_TO_SUCCEED = 10.0  # in which a manager on demand starts or ends
+_OTHER_DESCRIPTORS = 64  # open beside the connections: its own, and its shared objects
+SLOW_SECONDS = 10.0  # after which a running call of a shared object is reported
+_LOOK_SECONDS = 1.0
 
 _decode_call = msgpack.Decoder(Call).decode
+_decode_batch = msgpack.Decoder(tuple[Batch]).decode
 _decode_greeting = msgpack.Decoder(tuple[str, Declaration | None]).decode
 
 
-class Method(NamedTuple):
-    """A function that proxies may call, and how its arguments are decoded and so validated."""
-
-    function: Callable[..., Any]
-    decode: Callable[[bytes], tuple[Any, ...]]
-
-
 class Hosted(NamedTuple):
-    """One object that proxies can reach by its name: a counter's ledger, or a shared object."""
+    """An object that proxies reach by its name: the ledger of the counters, or a shared object."""
 
-    methods: dict[str, Method]
-    epoch: str  # of its state: another one means that what was there before is lost
+    applies: Applies
+    epoch: str  # identifies its state: it changes when some of the state is lost
     declaration: Declaration | None = None
+
+
+class NotMade:
+    """Takes the place of a shared object that could not be made: it refuses every call by name."""
+
+    def __init__(self, reason: StartupError) -> None:
+        self._refusal = Refusal("not_made", str(reason))
+
+    def apply(self, batch: Batch, _deadline: float) -> list[Result]:
+        return [self._refusal] * len(batch.operations)
 
 
 class StateServer(Server):
     """The standard library's manager server, with objects by name, typed arguments and time limits.
 
-    A client can call the methods of what is hosted, and nothing else: not create, not shut down, not read a
-    traceback. A peer that breaks the rules loses its connection and is told nothing.
+    A client can call `apply` of the hosted objects and the four methods of `Upkeep`, and nothing else: it can create
+    nothing, shut nothing down and read no traceback. A peer that breaks the rules loses its connection, and gets no
+    reason.
     """
 
-    public: list[str] = ["accept_connection"]  # noqa: RUF012 - the standard class spells it so
+    public: list[str] = ["accept_connection"]  # noqa: RUF012 - the standard class declares it so
     authkey: bytes
     listener: Listener
     hosted: dict[str, Hosted]
+    upkeep: "Upkeep"
     mutex: threading.Lock
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._connections: set[Connection] = set()
-        self._welcomed = 0  # among them, those that were let in
-        self._users: set[Connection] = set()  # connections to shared objects, among these
+        self._welcomed = 0  # of these, after the greeting
+        self._users: set[Connection] = set()  # of these, to shared objects
         self.most_connections = Caps.connections
         self.gives_way = False
-        self.is_supervised = False
-        self.keeps_place = ""  # why it does not end for another manager
         self._idle_since = time.monotonic()
 
     def idle_for(self) -> float:
-        """Return the seconds since there was a client, as far as is known.
+        """Return the seconds since the last client, as far as is known.
 
-        A method that never returns keeps the connection of a client that has gone: that one is not counted.
+        A method that never returns keeps the connection of a client that has gone. Such a connection does not count.
         """
         with self.mutex:
             if _is_any_there(self._connections):
@@ -95,21 +105,17 @@ class StateServer(Server):
 
     @property
     def connections(self) -> int:
-        """Return how many connections there are."""
+        """The number of connections."""
         return len(self._connections)
 
-    def _add(self, connection: Connection) -> None:
-        with self.mutex:
-            self._connections.add(connection)
-
     def _remove(self, connection: Connection) -> None:
-        """Count a connection no longer, before it is closed: a closed one's descriptor may be another's."""
+        """Stop counting a connection, before it is closed: another one may reuse its descriptor."""
         with self.mutex:
             self._connections.discard(connection)
             self._idle_since = time.monotonic()
 
     def accepter(self) -> None:
-        """Accept connections, each for a thread of its own. Where there can be no thread, the next try may have one."""
+        """Accept connections, each for a thread of its own. If no thread can start, the next attempt may succeed."""
         while True:
             try:
                 connection = self.listener.accept()
@@ -118,9 +124,10 @@ class StateServer(Server):
             if len(self._connections) >= self.most_connections + _MOST_GREETED:
                 connection.close()
                 continue
-            self._add(connection)
+            with self.mutex:
+                self._connections.add(connection)
             try:
-                # Not `threading.Thread`: its `start` waits for ever if the new thread dies without memory.
+                # Not `threading.Thread`: its `start` waits for ever if the new thread dies of a lack of memory.
                 _thread.start_new_thread(self.handle_request, (connection,))
             except RuntimeError as error:
                 log.warning("a connection was closed: %s", error)
@@ -145,7 +152,7 @@ class StateServer(Server):
         except EOFError:
             log.debug("a client has gone")
         except (OSError, AuthenticationError, AssertionError, MsgspecError, ValueError) as error:
-            # AssertionError and ValueError: the standard handshake's words for a peer that talks nonsense.
+            # The standard handshake raises AssertionError and ValueError if the peer sends nonsense.
             log.warning("a connection was closed: %s: %s", type(error).__name__, error)
         except MemoryError as error:
             fail(error)
@@ -154,16 +161,13 @@ class StateServer(Server):
             conn.close()
 
     def _welcome(self, conn: Any, hosted: Hosted) -> None:
-        uses = hosted.declaration is not None
         with self.mutex:
             is_room = self._welcomed < self.most_connections
             self._welcomed += is_room
-            if is_room and uses:
+            if is_room and hosted.declaration is not None:
                 self._users.add(conn)
         if not is_room:
-            conn.send(
-                ("#FULL", f"it has {self.most_connections:,} connections, the most that --max-connections allows")
-            )
+            conn.send(("#FULL", f"it has {self.most_connections:,} connections, the maximum of --max-connections"))
             return
         try:
             conn.send(("#RETURN", hosted.epoch))
@@ -174,28 +178,14 @@ class StateServer(Server):
                 self._users.discard(conn)
 
     def _turn_away(self, conn: Any) -> None:
-        """Say that it hosts something else; if nobody uses any of that, make way for a one that has this."""
+        """Report what this manager hosts; if no client uses any of it, make way for another manager."""
         with self.mutex:
             makes_way = self.gives_way and not _is_any_there(self._users)
-        conn.send(("#AWAY" if makes_way else "#ERROR", self._what_is_hosted()))
+        names = [str(hosted.declaration) for hosted in self.hosted.values() if hosted.declaration]
+        reason = f"the manager (pid {os.getpid()}) hosts {', '.join(names) or 'counters only'}"
+        conn.send(("#AWAY" if makes_way else "#ERROR", reason))
         if makes_way:
             end_main_thread()
-
-    def _what_is_hosted(self) -> str:
-        names = [str(hosted.declaration) for hosted in self.hosted.values() if hosted.declaration]
-        return f"the manager (pid {os.getpid()}) hosts {', '.join(names) or 'counters only'}"
-
-    def end(self, for_another: bool) -> bool:  # noqa: FBT001 - as it comes over the wire
-        """End in order, for whoever asks; for another manager, only where this one was started on demand.
-
-        :raises BatchRefused: with the reason, if it goes on.
-        """
-        if self.is_supervised:
-            raise BatchRefused(f"it runs under a supervisor (pid {os.getppid()} there): end that")
-        if for_another and self.keeps_place:
-            raise BatchRefused(self.keeps_place)
-        end_main_thread()
-        return True
 
     def serve_client(self, conn: Any) -> None:
         """Answer calls, one after the other, until the client goes or breaks the rules."""
@@ -203,30 +193,138 @@ class StateServer(Server):
         while True:
             connection.await_frame()
             call = _decode_call(connection.recv_bytes())
-            hosted = self.hosted.get(call.ident or "")
-            method = hosted and hosted.methods.get(call.method)
-            if not method:
-                raise PermissionError(f"{call.method!r} of {call.ident!r} is not offered")
-            arguments = method.decode(call.arguments)
             try:
-                reply = ("#RETURN", method.function(*arguments))
+                if call.method == "apply" and call.ident in self.hosted:
+                    (batch,) = _decode_batch(call.arguments)
+                    result: Any = self.hosted[call.ident].applies.apply(batch, inf)
+                elif call.method in _UPKEEP and call.ident == "ledger":
+                    result = getattr(self.upkeep, call.method)(*_UPKEEP[call.method].decode(call.arguments))
+                else:
+                    raise PermissionError(f"{call.method!r} of {call.ident!r} is not offered")
+                reply = ("#RETURN", result)
             except BatchRefused as error:
                 reply = ("#ERROR", str(error))
             connection.set_deadline(time.monotonic() + FRAME_SECONDS)
             connection.send(reply)
 
 
+@dataclass(kw_only=True)
+class Upkeep:
+    """The manager's own methods, for its operator: only this process may open the journal.
+
+    Each raises `BatchRefused` with the reason, if it cannot do its work.
+    """
+
+    server: StateServer
+    ledger: Ledger
+    journal: Journal | None
+    durability: Durability
+    epoch: str
+    objects: Sequence[HostedObject]
+    declared: int  # shared objects, including objects that could not be made
+    keeps_place: str  # why it does not end for another manager; empty if it does
+    supervisor: int | None  # pid
+    began: float = field(default_factory=time.monotonic)
+
+    def status(self) -> Status:
+        """Return the manager's figures."""
+        counters, clients, keys = self.ledger.sizes
+        return Status(
+            pid=os.getpid(),
+            epoch=self.epoch,
+            durability=self.durability,
+            uptime=time.monotonic() - self.began,
+            starts=self.journal.starts if self.journal else 1,
+            counters=counters,
+            objects=self.declared,
+            clients=clients,
+            keys=keys,
+            connections=self.server.connections,
+            batches=self.ledger.batches,
+            operations=self.ledger.operations,
+            commits=self.ledger.commits,
+            commit_seconds=self.ledger.commit_seconds,
+            journal_bytes=self.journal.size if self.journal else 0,
+            slow_calls=list(_slow_calls(self.objects).values()),
+        )
+
+    def check(self) -> tuple[int, int, int]:
+        """Compare the whole journal with memory; return how many counters, clients and keys there are."""
+        try:
+            self.ledger.show(self._durable().check)
+        except StartupError as error:
+            raise BatchRefused(str(error)) from error
+        return self.ledger.sizes
+
+    def back_up(self, target: bytes) -> int:
+        """Copy the journal into a new file, and return its bytes."""
+        try:
+            return self._durable().back_up(Path(os.fsdecode(target)))
+        except (StartupError, ValueError) as error:  # ValueError: it is not a path
+            raise BatchRefused(str(error)) from error
+
+    def _durable(self) -> Journal:
+        if self.journal is None:
+            raise StartupError("the counters are in memory only (durability none): there is no journal")
+        return self.journal
+
+    def end(self, for_another: bool) -> bool:  # noqa: FBT001 - the wire has no keywords for it
+        """End in order; for another manager, only if this one was started on demand."""
+        if self.supervisor is not None:
+            raise BatchRefused(f"it runs under a supervisor (pid {self.supervisor} there): end that")
+        if for_another and self.keeps_place:
+            raise BatchRefused(self.keeps_place)
+        end_main_thread()
+        return True
+
+
+_UPKEEP: dict[str, msgpack.Decoder[Any]] = {
+    "status": msgpack.Decoder(tuple[()]),
+    "check": msgpack.Decoder(tuple[()]),
+    "back_up": msgpack.Decoder(tuple[bytes]),
+    "end": msgpack.Decoder(tuple[bool]),
+}
+
+
+def _slow_calls(objects: Sequence[HostedObject]) -> dict[tuple[str, float], SlowCall]:
+    """Return the calls that have run for long, each by its object's name and its start."""
+    now = time.monotonic()
+    return {
+        (hosted.declaration.name, began): SlowCall(hosted.declaration.name, method, now - began)
+        for hosted in objects
+        for method, began in [hosted.running or ("", now)]
+        if now - began > SLOW_SECONDS
+    }
+
+
+def _report_slow_calls(objects: Sequence[HostedObject], is_ending: threading.Event) -> None:
+    """Log each call that runs for long, once, until the manager is ending."""
+    reported: set[tuple[str, float]] = set()
+    while not is_ending.wait(_LOOK_SECONDS):
+        found = _slow_calls(objects)
+        for key in found.keys() - reported:
+            call = found[key]
+            log.warning(
+                "%s.%s has run for %.0f seconds and still runs; other calls of %s wait for it",
+                *(call.object, call.method, call.seconds, call.object),
+            )
+        reported = set(found)
+
+
 def _is_any_there(connections: Iterable[Connection]) -> bool:
     """Return whether the client of any of these open connections is still there."""
-    there = select.poll()  # asked for no event, it tells of the ends of connections alone
+    there = select.poll()  # without an event, it reports only closed connections
     count = 0
-    for count, connection in enumerate(connections, 1):  # noqa: B007 - how many there were
+    for count, connection in enumerate(connections, 1):  # noqa: B007 - the number of connections
         there.register(connection, 0)
     return len(there.poll(0)) < count
 
 
 class StateManager(BaseManager):
-    """`BaseManager` with our server. The address is a socket's path; `spawn` is named, whatever the default is."""
+    """`BaseManager` with our server.
+
+    :param address: a socket's path.
+    """
 
     _Server = StateServer
 
@@ -248,16 +346,16 @@ def serve(
     declarations: Sequence[Declaration] = (),
     caps: Caps = DEFAULT_CAPS,
 ) -> NoReturn:
-    """Be the manager of `directory` until a signal comes. Ends the process.
+    """Run the manager of `directory` until a signal comes, and end the process.
 
     :param ready: called when clients can connect.
-    :param lifeline: if it is given, only its end ends the manager, and no signal: a supervisor that was told to stop
-        together with its children still has requests to finish first.
-    :param idle_timeout: seconds without any client after which to end. A manager whose counters are in its memory alone
-        (durability `none`) never ends so: they would be lost.
+    :param lifeline: a connection to the supervisor. With it, only its end ends the manager, and no signal: if one
+        signal stops supervisor and children together, the supervisor still has requests to finish.
+    :param idle_timeout: seconds without clients after which to end. With durability `none` the manager never ends this
+        way, because its counters would be lost.
     :param declarations: the shared objects to host, beside the counters. No client can add any.
-    :param caps: what it takes at the most.
-    :raises StartupError: if the directory, its lock, journal or socket cannot be had.
+    :param caps: the maximum of everything that clients can add.
+    :raises StartupError: if the directory, its lock, its journal or its socket cannot be used.
     """
     os.umask(0o077)
     threading.excepthook = _end_without_memory
@@ -271,7 +369,7 @@ def serve(
         keep_from_children(lifeline.fileno())
         threading.Thread(target=end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
-    starting = ExitStack()  # until this one is ready, nobody starts another on demand
+    starting = ExitStack()  # until this manager is ready, no client starts another one
     if idle_timeout is None:
         starting.enter_context(directory.starting(_SECONDS_TO_SUCCEED))
         end_manager(directory, _SECONDS_TO_SUCCEED, for_another=True)
@@ -280,8 +378,8 @@ def serve(
             journal = _open_journal(directory, durability, caps)
             contents = journal.load() if journal else Contents()
             if journal:
-                journal.count_start()  # not before it was found whole: a damaged one is left as it is
-            ledger = Ledger(contents, journal.commit, caps=caps) if journal else Ledger(contents, caps=caps)
+                journal.count_start()  # after the check, so that a damaged journal is not changed
+            ledger = Ledger(contents, journal, caps=caps, fail=fail)
         epoch = journal.epoch if journal else secrets.token_hex(16)
         directory.remove_stale_socket()
         try:
@@ -289,32 +387,24 @@ def serve(
         except OSError as error:
             raise StartupError(f"the socket {directory.socket} cannot be made: {error.strerror or error}") from error
         server.most_connections = _room_for(caps.connections)
-        service = LedgerService(ledger, fail, in_memory=journal is None)
-        shared: list[HostedObject] = []
-        told = StatusService(
+        server.hosted = {"ledger": Hosted(ledger, epoch)}
+        objects: list[HostedObject] = []
+        for declaration in declarations:
+            hosted = _host(declaration, ledger, journal, contents, caps)
+            server.hosted[object_ident(declaration.name)] = hosted
+            if isinstance(hosted.applies, HostedObject):
+                objects.append(hosted.applies)
+        server.upkeep = Upkeep(
+            server=server,
             ledger=ledger,
-            service=service,
             journal=journal,
             durability=durability,
             epoch=epoch,
-            objects=len(declarations),
-            hosted=shared,
-            connections=lambda: server.connections,
+            objects=objects,
+            declared=len(declarations),
+            keeps_place=_why_it_keeps_its_place(idle_timeout, journal),
+            supervisor=os.getppid() if lifeline is not None else None,
         )
-        upkeep = UpkeepService(ledger, journal)
-        nothing = msgpack.Decoder(tuple[()]).decode
-        methods = {
-            "apply": Method(service.apply, msgpack.Decoder(tuple[Batch]).decode),
-            "end": Method(server.end, msgpack.Decoder(tuple[bool]).decode),
-            "status": Method(told.status, nothing),
-            "check": Method(upkeep.check, nothing),
-            "back_up": Method(upkeep.back_up, msgpack.Decoder(tuple[bytes]).decode),
-        }
-        server.hosted = {"ledger": Hosted(methods, epoch)}
-        for declaration in declarations:
-            server.hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, caps, shared)
-        server.is_supervised = lifeline is not None
-        server.keeps_place = _why_it_keeps_its_place(idle_timeout, journal)
         if idle_timeout is not None and journal is not None:
             server.gives_way = True
             threading.Thread(
@@ -325,14 +415,14 @@ def serve(
             target=keep_found, args=(directory, server.listener, is_held, journal, is_ending), daemon=True
         )
         keeping.start()
-        threading.Thread(target=report_slow_calls, args=(shared, is_ending), name="slow calls", daemon=True).start()
+        threading.Thread(target=_report_slow_calls, args=(objects, is_ending), name="slow calls", daemon=True).start()
         try:
             ready()
             starting.close()
             server.serve_forever()
         finally:
             is_ending.set()
-            keeping.join()  # it would have what is taken away here found again
+            keeping.join()  # otherwise it would restore the socket that is removed here
             if server.listener.is_found:
                 with suppress(FileNotFoundError):
                     directory.socket.unlink()
@@ -344,14 +434,14 @@ def serve(
 
 
 def _end_without_memory(uncaught: threading.ExceptHookArgs) -> None:
-    """Report what ended a thread; without memory, end the process: it would be there, and serve nobody."""
+    """Report the error that ended a thread. Without memory, end the process, which could serve no client."""
     threading.__excepthook__(uncaught)
     if issubclass(uncaught.exc_type, MemoryError):
         fail(uncaught.exc_value or MemoryError())
 
 
 def _why_it_keeps_its_place(idle_timeout: float | None, journal: Journal | None) -> str:
-    """Return why it does not end for another manager; nothing where it does."""
+    """Return why the manager does not end for another one; empty if it does."""
     if idle_timeout is None:
         return (
             "it was started by hand: 'counter-server run --attach' with the same --data-dir uses it,"
@@ -362,48 +452,30 @@ def _why_it_keeps_its_place(idle_timeout: float | None, journal: Journal | None)
     return ""
 
 
-def _host(
-    declaration: Declaration,
-    ledger: Ledger,
-    journal: Journal | None,
-    contents: Contents,
-    caps: Caps,
-    shared: list[HostedObject],
-) -> Hosted:
-    """Make a shared object, from what the journal holds of it where it is durable, and add it to `shared`."""
+def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, contents: Contents, caps: Caps) -> Hosted:
+    """Make a shared object, from its content in the journal if it is durable."""
+    name = declaration.name
     epoch = journal.epoch if declaration.durable and journal else secrets.token_hex(16)
-    decode = msgpack.Decoder(tuple[Batch]).decode
     try:
         if declaration.durable and journal is None:
-            raise StartupError(f"the shared object {declaration} cannot be kept with durability 'none'")
+            raise StartupError(f"the shared object {declaration} cannot be durable with durability 'none'")
         hosted = HostedObject(
             declaration,
             ledger.now,
-            commit=journal.commit if journal else None,
-            state=contents.objects.get(declaration.name),
-            clients={
-                client: record for client, record in contents.clients.items() if record.object == declaration.name
-            },
+            journal=journal,
+            state=contents.objects.get(name),
+            clients={client: record for client, record in contents.clients.items() if record.object == name},
             most_clients=caps.clients,
             fail=fail,
         )
-    except StartupError as error:
-        # What cannot be made is refused by name; counters and other objects go on.
+    except StartupError as error:  # counters and other objects go on
         log.error("%s", error)
-        refusal = Refusal("not_made", str(error))
-        refuse = Method(lambda batch: [refusal] * len(batch.operations), decode)
-        return Hosted({"apply": refuse}, epoch, declaration)
-
-    shared.append(hosted)
-
-    def apply(batch: Batch) -> list[Result]:
-        return results_of(hosted.apply(batch))
-
-    return Hosted({"apply": Method(apply, decode)}, epoch, declaration)
+        return Hosted(NotMade(error), epoch, declaration)
+    return Hosted(hosted, epoch, declaration)
 
 
 def _room_for(connections: int) -> int:
-    """So many connections, or those that this process may have descriptors for; it asks for as many as it needs."""
+    """Raise the limit of descriptors as needed; return how many connections the process can have, at most as asked."""
     wanted = connections + _MOST_GREETED + _OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
@@ -415,7 +487,7 @@ def _room_for(connections: int) -> int:
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """What is made in the block stays: it is not looked through for garbage, neither as it grows nor later."""
+    """Keep the garbage collector from examining what the block makes, now and later, because it stays."""
     gc.disable()
     try:
         yield

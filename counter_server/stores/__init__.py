@@ -1,13 +1,13 @@
-"""One file per store; `open_store` picks by the URL's scheme and imports only that one."""
+"""One file per store. `open_store` chooses by the URL's scheme, and imports only that file."""
 
 from collections.abc import Callable
 
 from ..errors import InvalidRequest
 from ..objects import Declaration
 from ..settings import DEFAULT_STORE_OPTIONS, StoreOptions, default_data_dir
-from .base import Examined, Finding, HostsObjects, Store, TellsStatus
+from ..store import Examined, Finding, HostsObjects, ReportsStatus, Store
 
-__all__ = ["Examined", "Finding", "HostsObjects", "Store", "TellsStatus", "open_store"]
+__all__ = ["Examined", "Finding", "HostsObjects", "ReportsStatus", "Store", "open_store"]
 
 
 def open_store(
@@ -15,22 +15,22 @@ def open_store(
     options: StoreOptions = DEFAULT_STORE_OPTIONS,
     declared: Callable[[str], list[Declaration]] = lambda _url: [],
 ) -> Store:
-    """The store that `url` names. Nothing is connected yet.
+    """Return the store of `url`. Nothing is connected yet.
 
-    :param declared: tells, of a URL, the shared objects that a manager is to host, if it is started from here.
+    :param declared: returns, for a URL, the shared objects of a manager that is started from here.
     :raises InvalidRequest: if there is no such store.
     """
     scheme, separator, _ = url.partition(":")
     match scheme if separator else "":
         case "manager":
+            from ..manager.client import StateProxy
             from ..manager.directory import DataDirectory
             from ..manager.starter import Starter
-            from .manager import ManagerStore
 
             starter = None
             if options.start:
                 starter = Starter(durability=options.durability, idle_timeout=options.idle_timeout, declared=declared)
-            return ManagerStore(DataDirectory.from_url(url, default_data_dir(options.instance_path)), starter)
+            return StateProxy(DataDirectory.from_url(url, default_data_dir(options.instance_path)), starter)
         case "redis" | "rediss" | "valkey" | "valkeys" | "unix":
             from .redis import RedisStore
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..errors import AccessDenied, Disconnected, InvalidRequest, OutcomeUnknown, StateLost, StorageFull
 from ..operations import LARGEST, Batch, Increment, Operation, Result
+from ..store import Finding, RoundTrip
 from . import memcached_protocol as protocol
-from .base import Finding
 
 try:
     from pymemcache.client.base import Client
@@ -50,7 +50,7 @@ class MemcachedStore:
     :raises InvalidRequest: if it cannot be one.
     """
 
-    together = True
+    round_trip: RoundTrip = "long"
 
     def __init__(self, url: str) -> None:
         self._server, prefix, self._name = protocol.parse(url)

@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from ..errors import InvalidRequest
 from ..operations import LARGEST, Delete, Get, Increment, Operation, Refusal, Result, Scan, Set
-from .base import Finding
+from ..store import Finding
 
 _DEFAULT_PREFIX = "counter_server"
 _DEFAULT_PORT = 11211

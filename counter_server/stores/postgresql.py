@@ -23,7 +23,7 @@ from sqlalchemy.engine import URL
 from ..errors import AccessDenied, Disconnected, InvalidRequest, OutcomeUnknown, StartupError, StorageFull
 from ..ledger import Changes, ClientRecord, Contents, KeyRecord
 from ..operations import Batch, Increment, Result
-from .base import Finding
+from ..store import Finding
 from .postgresql_findings import QUERY, judge
 from .tables import VERSION, Found, Marks, TablesMissing, Wanted, check_version, creation
 

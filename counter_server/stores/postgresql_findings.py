@@ -6,7 +6,7 @@ https://www.postgresql.org/docs/current/runtime-config-replication.html.
 
 from collections.abc import Mapping
 
-from .base import Finding
+from ..store import Finding
 
 QUERY = """
 SELECT name, setting FROM pg_settings

@@ -28,7 +28,7 @@ from ..errors import (
 )
 from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, KEY_REUSED, beyond_bounds
 from ..operations import Batch, Delete, Get, Increment, Operation, Page, Refusal, Replayed, Result, Scan, Set
-from .base import Finding
+from ..store import Finding, RoundTrip
 from .redis_findings import SETTINGS, eviction, judge
 
 try:
@@ -76,7 +76,7 @@ class RedisStore:
     :raises InvalidRequest: if it cannot be one.
     """
 
-    together = True
+    round_trip: RoundTrip = "long"
 
     def __init__(self, url: str) -> None:
         if "://" not in url:

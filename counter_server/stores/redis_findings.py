@@ -6,7 +6,7 @@ https://redis.io/docs/latest/operate/oss_and_stack/management/replication/.
 
 from collections.abc import Mapping
 
-from .base import Finding
+from ..store import Finding
 
 SETTINGS = ("appendfsync", "no-appendfsync-on-rewrite", "save", "min-replicas-to-write")
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from ..errors import StateLost, StorageFull
-from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, Changes, Ledger, results_of
-from ..operations import Batch, Increment, Operation, Result
-from .base import Finding
+from ..errors import BatchRefused, StateLost, StorageFull
+from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, Answer, Changes, Ledger
+from ..operations import Batch, Increment, Operation, Refusal, Result
+from ..store import Finding, RoundTrip
 from .tables import Found, TablesMissing, Wanted, parse_url, shown
 
 _FORGET_EVERY = 10.0  # seconds between looks for what has expired
@@ -92,7 +92,7 @@ class SqlStore:
     :raises InvalidRequest: if it cannot be one.
     """
 
-    together = True
+    round_trip: RoundTrip = "long"
 
     def __init__(self, url: str) -> None:
         parsed = parse_url(url)
@@ -121,12 +121,10 @@ class SqlStore:
             if not any(isinstance(operation, Increment) and operation.key for operation in batch.operations):
                 raise
 
-            def refuse(_changes: Changes, full: StorageFull = full) -> None:
-                raise full
-
-            # A key that was applied is answered with its number, also where nothing can be written.
+            # A key that was applied is answered with its number, even if nothing can be written.
             found = self._read(batch, deadline)
-            return results_of(Ledger(found.contents, refuse, lambda: found.now).apply([batch])[0])
+            refusal = Refusal("storage_full", str(full))
+            return _results(Ledger(found.contents).answer(batch, Changes(found.now), refusal))
 
     def _read(self, batch: Batch, deadline: float) -> Found:
         with self._connection(deadline) as connection:
@@ -136,7 +134,7 @@ class SqlStore:
 
     def _apply(self, batch: Batch, deadline: float) -> list[Result]:
         if batch.sequence == 0:
-            return Ledger(self._read(batch, deadline).contents).read(batch)
+            return Ledger(self._read(batch, deadline).contents).apply(batch)
         with self._connection(deadline) as connection:
             self._forget(connection)
             if self._epoch and all(_is_plain(operation) for operation in batch.operations):
@@ -145,13 +143,13 @@ class SqlStore:
                     return results
             found = self._found(connection, connection.begin, Wanted.by(batch))
             self._check_epoch(found)
-            commits: list[Changes] = []
-            answer = Ledger(found.contents, commits.append, lambda: found.now).apply([batch])[0]
-            if batch.client in commits[0].clients:
-                connection.commit(commits[0])
+            changes = Changes(found.now)
+            answer = Ledger(found.contents).answer(batch, changes)
+            if batch.client in changes.clients:
+                connection.commit(changes)
             else:  # refused, or answered again
                 connection.end()
-            return results_of(answer)
+            return _results(answer)
 
     def _found(self, connection: Connection, find: Callable[[Wanted], Found], wanted: Wanted) -> Found:
         try:
@@ -229,6 +227,12 @@ class SqlStore:
     def close(self) -> None:
         while self._idle:
             self._idle.pop().close()
+
+
+def _results(answer: Answer) -> list[Result]:
+    if isinstance(answer, BatchRefused):
+        raise answer
+    return answer
 
 
 def _is_plain(operation: Operation) -> bool:

@@ -19,7 +19,7 @@ from ..errors import AccessDenied, Disconnected, InvalidRequest, OutcomeUnknown,
 from ..journal_file import refusal
 from ..ledger import Changes, ClientRecord, Contents, KeyRecord
 from ..operations import Batch, Result
-from .base import Finding
+from ..store import Finding
 from .tables import VERSION, Found, Marks, TablesMissing, Wanted, check_version, creation
 
 _Given = TypeVar("_Given")

@@ -1,7 +1,7 @@
-"""Everything that is measured, in one run:  python -m tests.benchmarks
+"""Measure everything in one run:  python -m tests.benchmarks
 
-Store, HTTP, growth and start-up, side by side and interleaved; the peers start by themselves from what is installed.
-Prints tables and says which bars fall short; writes JSON and pictures. Exit status 1 if ours gave a wrong number.
+Measures store, HTTP, growth and start-up, side by side and interleaved, and starts every peer that is installed. Prints
+tables and the missed bars; writes JSON and pictures. The exit status is 1 if ours returned a wrong number.
 """
 
 import argparse
@@ -22,13 +22,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         "python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=LEVELS, action="append", help="a level; again for several")
-    parser.add_argument("--rounds", type=int, help="of each measurement; default 3, and 9 where a bar is judged by it")
+    parser.add_argument("--only", choices=LEVELS, action="append", help="a level; may be repeated")
+    parser.add_argument("--rounds", type=int, help="of each measurement (default: 3, or 9 if a bar depends on it)")
     parser.add_argument(
         "--seconds", type=float, default=Plan.seconds, help="of each measurement (default: %(default)s)"
     )
     parser.add_argument("--shapes", type=Shape.parse, nargs="+", default=[], help="processes x threads, such as 2x16")
-    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME", help="whose names have that in them")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME", help="measure only names that contain NAME")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "benchmarks", help="a directory")
     parser.add_argument("--document", action="store_true", help="write the results into docs/performance.md")
     options = parser.parse_args()
@@ -41,14 +41,14 @@ def main() -> int:
 
 
 def _say(what: str) -> None:
-    """On one line of a terminal; in a file every line would be one too many."""
+    """Show progress on one line of a terminal; print nothing into a file."""
     if sys.stderr.isatty():
         width = os.get_terminal_size(sys.stderr.fileno()).columns
         print(f"\r{what[: width - 1]:<{width - 1}}", end="\r" if not what else "", file=sys.stderr, flush=True)
 
 
 def _report(results: Results, output: Path, *, document: bool) -> int:
-    # Here, and not above: the processes of the load import this module, and need none of it.
+    # Imported here, because the processes of the load import this module and need none of these.
     from tests.benchmarks import bars, pictures, report
     from tests.benchmarks.document import write
 

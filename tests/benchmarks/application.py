@@ -1,8 +1,8 @@
-"""The application that is measured over HTTP, behind the same server as ours.
+"""The application of the HTTP measurements, behind the same server as ours.
 
     python -m tests.benchmarks.application STORE_URL --workers 2 [--plain-redis]
 
-The smallest that counts: all that differs between two of them is what the view asks for the number.
+It is the smallest that counts. Two of them differ only in the source of the number.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from counter_server.settings import ServerSettings
 
 
 def create_app(url: str) -> Flask:
-    """Counts with ours."""
+    """Create the app that counts with ours."""
     app = Flask(__name__)
     app.config.update(COUNTER_SERVER_STORE=url, COUNTER_SERVER_START=False)
     counter = SharedState(app).counter("hot")
@@ -39,7 +39,7 @@ def create_app(url: str) -> Flask:
 
 
 def create_plain_app(url: str) -> Flask:
-    """Counts with redis-py."""
+    """Create the app that counts with redis-py."""
     app = Flask(__name__)
     redis: Any = Redis.from_url(url)
 
@@ -55,7 +55,7 @@ def create_plain_app(url: str) -> Flask:
 
 
 def work(sock: socket.socket, app: Flask, threads: int) -> None:
-    """Serve for ever, as our own workers do."""
+    """Serve for ever, like our own workers."""
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     Worker(sock, ServerSettings(threads=threads), app).run(lambda: None)
 
@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--plain-redis", action="store_true")
     options = parser.parse_args()
     app = (create_plain_app if options.plain_redis else create_app)(options.url)
-    # A socket for each worker, among which the kernel spreads the connections. From one that all share, a single worker
-    # often takes every one of a crowd, and then the figures would tell of that.
+    # The kernel spreads connections among the workers' sockets. If they shared one socket, a single worker would often
+    # accept a whole crowd, and the figures would show that effect.
     sockets = listen(0, options.workers)
     for sock in sockets:
         if os.fork() == 0:

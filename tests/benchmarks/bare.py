@@ -1,4 +1,4 @@
-"""The least that serves: Flask and waitress, as their documents show it. Measured for how long it takes to start."""
+"""The smallest server: Flask and waitress, as their documents show it. Its start is measured."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The bars: how far ahead of whom, or how near to which limit, ours has to be; each from the medians of one run."""
+"""The bars: required ratios of ours to peers and limits, each from the medians of one run."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ VOLATILE, DURABLE = "ours, none", "ours, commit"
 
 @dataclass(frozen=True)
 class Bar:
-    """What is asked for."""
+    """A required figure."""
 
     title: str
     limit: float
     figure: Callable[[Results], float]
-    places: tuple[tuple[Place, str], ...]  # what it is computed from
-    at_least: bool = True  # else at most
+    places: tuple[tuple[Place, str], ...]  # from which the figure is computed
+    at_least: bool = True  # otherwise at most
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How it came out."""
+    """The result for one bar."""
 
     bar: Bar
     figure: float | None  # None: not measured
-    rounds: int = 0  # of the place that has the fewest
+    rounds: int = 0  # of the place with the fewest
 
     @property
     def reached(self) -> bool:
@@ -49,7 +49,7 @@ class Verdict:
 
 
 def judge(results: Results) -> list[Verdict]:
-    """All bars that have anything to do with what was measured."""
+    """Judge all bars of the measured levels."""
     levels = {place.level for place in results.figures}
     return [_verdict(bar, results) for bar in BARS if all(place.level in levels for place, _ in bar.places)]
 
@@ -124,7 +124,7 @@ def _latency() -> Iterator[Bar]:
 
 
 def _below(title: str, ours: str, peers: Iterable[str]) -> Bar:
-    """Of those that are there."""
+    """Return a bar for the ratio of ours to the lowest figure of the measured peers."""
     places = [(_store("2x16", peer), "p99 us") for peer in peers]
     mine = (_store("2x16", ours), "p99 us")
 

@@ -1,4 +1,4 @@
-"""What a run measured, as a part of docs/performance.md between two markers."""
+"""Writes the results of a run into docs/performance.md, between two markers."""
 
 import shutil
 import textwrap
@@ -10,7 +10,7 @@ from tests.benchmarks.reasons import WHY
 from tests.benchmarks.report import figure_of, limit_of, measured_on, rows
 from tests.benchmarks.results import Results
 
-BEGIN = "<!-- measured: begin (python -m tests.benchmarks --document writes what stands here) -->"
+BEGIN = "<!-- measured: begin (written by python -m tests.benchmarks --document) -->"
 END = "<!-- measured: end -->"
 _LEVELS = {"store": "Store", "http": "HTTP", "growth": "Growth", "startup": "Start-up"}
 
@@ -18,7 +18,7 @@ _LEVELS = {"store": "Store", "http": "HTTP", "growth": "Growth", "startup": "Sta
 def write(document: Path, results: Results, verdicts: list[Verdict], pictures: Iterable[Path]) -> None:
     """Put the results into `document`, and the pictures into `pictures` beside it.
 
-    :raises ValueError: if it has no such place.
+    :raises ValueError: if the markers are missing.
     """
     text = document.read_text()
     head, begin, rest = text.partition(BEGIN)
@@ -34,7 +34,7 @@ def write(document: Path, results: Results, verdicts: list[Verdict], pictures: I
 
 def _lines(results: Results, verdicts: list[Verdict], pictures: list[str]) -> Iterator[str]:
     yield _wrapped(f"Measured on {measured_on(results.load)}.") + "\n"
-    yield "| bar | is to be | is | |"
+    yield "| bar | limit | measured | |"
     yield "| --- | ---: | ---: | --- |"
     for verdict in verdicts:
         words = verdict.words if verdict.reached else f"**{verdict.words}**"

@@ -1,8 +1,8 @@
-"""Our stores on other people's engines, each beside that engine's own ways to count, in one run.
+"""Measure our stores on other engines, each beside its engine's own ways to count, in one run.
 
     python -m tests.benchmarks.engines [--rounds 3] [--seconds 1] [--shapes 2x16]
 
-As in the command for everything: rounds are interleaved, medians are told, and every value that comes back is checked.
+As in the command for everything, rounds are interleaved, figures are medians, and every returned value is checked.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from tests.engines import DURABLE, MemcachedServer, PostgresServer, RedisServer
 
 
 def open_transaction(url: str) -> Increment:
-    """psycopg as it is by itself: a transaction that is begun, and committed."""
+    """Open psycopg with its defaults: each increment begins and commits a transaction."""
 
     def count(connection: Any) -> int:
         with connection.transaction():
@@ -44,7 +44,7 @@ def open_transaction(url: str) -> Increment:
 
 
 def open_sqlalchemy(url: str) -> Increment:
-    """As most apps do it."""
+    """Open SQLAlchemy the way most apps do."""
     engine = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), pool_size=64)
     statement = sqlalchemy.text(UPDATE)
 

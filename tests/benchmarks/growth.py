@@ -1,4 +1,4 @@
-"""What grows with what: latency with counters, with clients and with workers; memory, journal and recovery."""
+"""The level of growth: latency by counters, clients and workers; memory, journal and recovery by counters."""
 
 import os
 import random
@@ -29,7 +29,7 @@ _THREADS = 4  # of each worker
 
 
 def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
-    """All of it."""
+    """Measure all of it."""
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for durability in DURABILITIES:
@@ -44,12 +44,12 @@ def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
 
 
 def place(what: str, number: int, durability: str) -> Place:
-    """How the results name one of the steps of what grows."""
+    """Return the results' name for one step of a growth."""
     return Place("growth", what, f"ours, {durability}: {number:,}")
 
 
 def _counters(plan: Plan, results: Results, say: Callable[[str], None], durability: str, root: Path) -> None:
-    """Managers with more and more counters, side by side."""
+    """Measure managers with more and more counters, side by side."""
     root.mkdir()
     who = f"ours, {durability}"
     with ExitStack() as stack:
@@ -78,14 +78,14 @@ def _counters(plan: Plan, results: Results, say: Callable[[str], None], durabili
 
 
 def _one_client(url: str, counters: int, seconds: float) -> dict[str, float]:
-    """One client that increments any of the counters, one after the other."""
+    """Measure one client that increments random counters, one after the other."""
     names = [name_of(random.randrange(counters)) for _ in range(10_000)]
     with closing(open_store(url)) as store:
         return _took([store.apply], names, seconds)
 
 
 def _took(asks: Sequence[Callable[[Batch, float], object]], names: Sequence[str], seconds: float) -> dict[str, float]:
-    """Ask in turn, each a client of its own."""
+    """Measure calls in turn, each callable with its own client."""
     clients = [os.urandom(16) for _ in asks]
     sequences = [0] * len(asks)
     took: list[float] = []
@@ -99,7 +99,7 @@ def _took(asks: Sequence[Callable[[Batch, float], object]], names: Sequence[str]
         took.append(time.perf_counter() - before)
 
     for number in range(len(asks)):
-        ask(number)  # they connect
+        ask(number)  # connects
     took.clear()
     end, number = time.monotonic() + seconds, 0
     while time.monotonic() < end:
@@ -109,7 +109,7 @@ def _took(asks: Sequence[Callable[[Batch, float], object]], names: Sequence[str]
 
 
 def _clients(plan: Plan, results: Results, say: Callable[[str], None], url: str) -> None:
-    """More and more connections, used in turn: the manager has a thread for each."""
+    """Measure more and more connections, used in turn; the manager has a thread for each."""
     with ExitStack() as stack:
         asks = {
             clients: [stack.enter_context(closing(open_store(url))).apply for _ in range(clients)]
@@ -132,7 +132,7 @@ def _workers(plan: Plan, results: Results, say: Callable[[str], None], durabilit
 
 
 def _recovery(directory: Path) -> float:
-    """Milliseconds from the `kill -9` of a manager until the next one, started by the client, has counted."""
+    """Return the milliseconds from the `kill -9` of a manager to an increment by the next one."""
     with open_state(f"manager://{directory}", deadline=PATIENCE) as state:
         counter = state.counter(name_of(0))
         before = counter.increment()
@@ -157,5 +157,5 @@ def _status(url: str) -> Status:
 
 
 def _memory(pid: int) -> int:
-    """Bytes that a process has in memory."""
+    """Return the resident memory of a process in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

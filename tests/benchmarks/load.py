@@ -1,4 +1,4 @@
-"""Load on a store: processes of many threads that count as fast as they can, and a check of every number they get."""
+"""Load on a store: processes with many threads count as fast as they can, and every number is checked."""
 
 import multiprocessing
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-# Each client is a fresh process, forked from one that has imported everything and has no thread.
+# Each client is a new process, forked from one that has imported everything and has no threads.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.benchmarks.peers"])
 
@@ -16,7 +16,7 @@ Increment = Callable[[], int]
 
 
 class Shape(NamedTuple):
-    """A load of so many processes, with so many threads in each of them."""
+    """The size of a load: processes, and threads in each of them."""
 
     processes: int
     threads: int
@@ -29,25 +29,25 @@ class Shape(NamedTuple):
         processes, _, threads = text.partition("x")
         shape = cls(int(processes), int(threads))
         if min(shape) < 1:
-            raise ValueError(f"a shape has at least one process and one thread, not {text}")
+            raise ValueError(f"a shape needs at least one process and one thread, not {text}")
         return shape
 
 
 @dataclass
 class Peer:
-    """A store to be measured: how a client reaches it, and where it listens."""
+    """A store to measure: how a client opens it, and its place."""
 
     name: str
     open: Callable[[Any], Increment]
     place: Any
-    one_writer: bool = False  # is measured with one process of one thread, in every shape
-    commits: Callable[[Any], int] | None = None  # how many there were so far
-    last: int = 0  # the number that was given last
+    one_writer: bool = False  # measured with one process of one thread in every shape
+    commits: Callable[[Any], int] | None = None  # returns the number so far
+    last: int = 0  # the last returned number
 
 
 @contextmanager
 def running(target: Callable[..., None], *arguments: Any) -> Iterator[None]:
-    """A server of Python's, in a process of its own; its last argument is a pipe that is told when it is ready."""
+    """Run a Python server in its own process. Its last argument is a pipe to which it sends when it is ready."""
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(*arguments, writer))
     process.start()
@@ -63,7 +63,7 @@ def running(target: Callable[..., None], *arguments: Any) -> Iterator[None]:
 def client(
     open_one: Callable[[Any], Increment], place: Any, threads: int, seconds: float, start: Any, results: Any
 ) -> None:
-    """One process of the load: `threads` threads, each incrementing for `seconds`."""
+    """Run one process of the load: `threads` threads that increment for `seconds`."""
     increment = open_one(place)
     first = increment()
     values: list[list[int]] = [[] for _ in range(threads)]
@@ -83,7 +83,7 @@ def client(
                 before = clock()
                 mine.append(increment())
                 took.append(clock() - before)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the run is told
+        except Exception as error:  # noqa: BLE001 - reported to the run
             errors.append(error)
 
     workers = [threading.Thread(target=work, args=pair) for pair in zip(values, times, strict=True)]
@@ -108,7 +108,7 @@ def client(
 
 
 def measure(peer: Peer, shape: Shape, seconds: float) -> dict[str, float]:
-    """The figures of one round. "wrong" is how many of the numbers that were due nobody was given."""
+    """Measure one round, and return its figures. "wrong" counts the expected numbers that no client received."""
     processes, threads = (1, 1) if peer.one_writer else shape
     start, results = context.Barrier(processes), context.SimpleQueue()
     before = peer.commits(peer.place) if peer.commits else 0

@@ -1,4 +1,4 @@
-"""The level of HTTP: requests per second, how long each took, and the processor time that it cost."""
+"""The level of HTTP: requests per second, their latency and their processor time."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from tests.processes import PATIENCE, Manager, Program
 
 WORKERS = (1, 2, 4)
 CONNECTIONS = (32, 256)
-BAR = (2, 32)  # what the bars are about: the workers that there are by default on two cores
+BAR = (2, 32)  # for the bars: the default number of workers on two cores
 CEILING = "memory:// (wrong)"
 PLAIN_REDIS = "view with redis-py"
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -30,19 +30,19 @@ _UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6, "m": 6e7}
 
 
 def case_of(workers: int, connections: int) -> str:
-    """How the results name it."""
+    """Return the results' name for a case."""
     return f"{workers} worker{'' if workers == 1 else 's'}, {connections} connections"
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What the application counts with, running."""
+    """A running store with which the application counts."""
 
     name: str
     url: str
     pid: int | None = None  # of its server
     plain_redis: bool = False
-    shared: bool = True  # by all workers, so that the total can be checked
+    shared: bool = True  # by all workers, so the total can be checked
 
 
 class Application(Program):
@@ -60,17 +60,17 @@ class Application(Program):
             raise
 
     def total(self) -> int:
-        """The number that was given last."""
+        """Return the last returned number."""
         with urllib.request.urlopen(f"{self.url}/value", timeout=PATIENCE) as answer:  # noqa: S310 - our own
             return int(json.load(answer)["number"])
 
     def processor_seconds(self) -> float:
-        """That its workers and the engine's server have used so far."""
+        """Return the processor time that its workers and the engine's server have used so far."""
         return sum(map(_processor_seconds, [self.pid, *([self.engine.pid] if self.engine.pid else [])]))
 
 
 def _processor_seconds(pid: int) -> float:
-    """Of a process and of all that come from it."""
+    """Return the processor time of a process and its descendants."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return (int(fields[11]) + int(fields[12])) / _TICK + sum(_processor_seconds(int(child)) for child in children)
@@ -100,7 +100,7 @@ def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
 
 
 def _engines(plan: Plan, results: Results, stack: ExitStack, root: Path) -> list[Engine]:
-    """Those that could be started; what is missing is noted."""
+    """Start the engines that are installed, and note the missing ones."""
 
     def manager(durability: str) -> Engine:
         server = stack.enter_context(Manager(root / durability, "--durability", durability))
@@ -133,8 +133,8 @@ def _engines(plan: Plan, results: Results, stack: ExitStack, root: Path) -> list
 
 
 def measure(wrk: str, application: Application, connections: int, seconds: float) -> dict[str, float]:
-    """The figures of one round. "wrong" is by how many the total differs from the answers."""
-    whole = math.ceil(seconds)  # wrk knows no shorter time
+    """Measure one round, and return its figures. "wrong" is the difference between the total and the answers."""
+    whole = math.ceil(seconds)  # wrk accepts only whole seconds
     before, used = application.total(), application.processor_seconds()
     output = subprocess.run(
         [wrk, "--latency", "--timeout", "30s", "-t1", f"-c{connections}", f"-d{whole}s", f"{application.url}/"],
@@ -149,7 +149,7 @@ def measure(wrk: str, application: Application, connections: int, seconds: float
     refused = sum(int(number) for number in re.findall(r"Non-2xx or 3xx responses: (\d+)", output))
     if "Socket errors" in output:
         raise RuntimeError(f"{application.engine.name}: {output}")
-    # What was under way when wrk left was counted, and read by nobody.
+    # Requests in progress when wrk ended were counted, but their answers were not read.
     beyond = counted - int(requests)
     wrong = (max(-beyond, beyond - connections, 0) if application.engine.shared else 0) + refused
     return {
@@ -162,6 +162,6 @@ def measure(wrk: str, application: Application, connections: int, seconds: float
 
 
 def _latency(output: str, percentile: str) -> float:
-    """In microseconds."""
+    """Return a latency in microseconds."""
     (found,) = re.findall(rf"^ +{percentile} +([\d.]+)([a-z]+)$", output, re.MULTILINE)
     return float(found[0]) * _UNITS[found[1]]

@@ -1,9 +1,9 @@
-"""How long every page and every answer of the API takes, with 100,000 counters.
+"""Measure every page and every request of the API, with 100,000 counters.
 
     python -m tests.benchmarks.pages [--counters 100000] [--rounds 50]
 
-A real server, one client, one connection; the routes are taken in turn, and medians are told, because machines are
-noisy. Which routes there are, the application itself says. Exit status 1 if one takes more than 50 ms.
+It uses a real server, one client and one connection, and takes the routes from the application. Routes are requested in
+turn and reported as medians, because machines are noisy. The exit status is 1 if one takes more than 50 ms.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BROWSER = {"Accept": "text/html"}
 
 
 class Request(NamedTuple):
-    """What is asked for again and again."""
+    """A request that is repeated."""
 
     method: str
     path: str
@@ -43,7 +43,7 @@ def name_of(number: int) -> str:
 
 
 def fill(url: str, counters: int) -> None:
-    """Make the counters, through the store alone, in as few batches as may be."""
+    """Create the counters, directly in the store, in as few batches as possible."""
     client = os.urandom(16)
     with closing(open_store(url)) as store:
         for sequence, first in enumerate(range(0, counters, LARGEST_BATCH), 1):
@@ -52,7 +52,7 @@ def fill(url: str, counters: int) -> None:
 
 
 def requests(counters: int) -> Iterator[Request]:
-    """A request for each route that reads; then the dashboard's and the API's at their heaviest; then what writes."""
+    """Yield a request for each route that reads, then the heaviest ones of dashboard and API, then writes."""
     middle = quote(name_of(counters // 2), safe="/")
     for rule in create_app({"COUNTER_SERVER_STORE": "memory://"}).url_map.iter_rules():
         if rule.methods and "GET" in rule.methods and rule.endpoint != "static":
@@ -72,7 +72,7 @@ def requests(counters: int) -> Iterator[Request]:
 
 
 def ask(connection: HTTPConnection, request: Request) -> tuple[float, int, int]:
-    """Milliseconds until all of the answer was there, its status, and its bytes."""
+    """Return the milliseconds until the answer was complete, its status and its size in bytes."""
     headers = {**BROWSER, **({"Content-Type": request.content_type} if request.body else {})}
     began = time.perf_counter()
     connection.request(request.method, request.path, request.body or None, headers)
@@ -82,7 +82,7 @@ def ask(connection: HTTPConnection, request: Request) -> tuple[float, int, int]:
 
 
 def measure(url: str, wanted: list[Request], rounds: int) -> bool:
-    """Print a table of all requests; whether all of them were within the limit, and answered as they should be."""
+    """Print a table of all requests; return whether all were answered without error and within the limit."""
     times: dict[Request, list[float]] = {request: [] for request in wanted}
     answers: dict[Request, tuple[int, int]] = {}
     with closing(HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)) as connection:

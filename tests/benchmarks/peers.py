@@ -1,6 +1,6 @@
-"""Who is measured at the level of the store: ours, everybody else's ways to count, and two limits.
+"""The contestants at the level of the store: ours, other ways to count, and two limits.
 
-Each starts by itself, from what is installed, in a directory of its own. What is not installed is named.
+Each starts in its own directory if it is installed; missing ones are named.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ UPDATE = "UPDATE plain SET value = value + 1 WHERE name = 'hot' RETURNING value"
 TABLE = "CREATE TABLE plain (name text PRIMARY KEY, value bigint NOT NULL)"
 ROW = "INSERT INTO plain VALUES ('hot', 0)"
 MOST_CLIENTS = 200
-PAGE = 4096  # bytes: the least that SQLite writes
+PAGE = 4096  # bytes: the smallest write of SQLite
 LIMIT_COMMIT = "append and fdatasync, one writer"
 
 
@@ -50,7 +50,7 @@ def open_plain(place: Any) -> Increment:
 
 
 def open_value_and_lock(proxies: tuple[Any, Any]) -> Increment:
-    """The other recipe: a Value and a Lock of the standard library's own manager."""
+    """Count by the other recipe: a Value and a Lock of the standard library's own manager."""
     value, lock = proxies
 
     def increment() -> int:
@@ -73,7 +73,7 @@ def commits_of_ours(url: str) -> int:
 
 
 def for_each_thread(connect: Callable[[], Any], count: Callable[[Any], int]) -> Increment:
-    """An increment over a connection that each thread has for itself."""
+    """Return an increment that uses a separate connection in each thread."""
     local = threading.local()
 
     def increment() -> int:
@@ -99,7 +99,7 @@ def open_memcached(url: str) -> Increment:
 
 
 def open_postgres(url: str, statement: str = UPDATE) -> Increment:
-    """The quickest there is: a statement that is prepared, a transaction of its own, one round trip."""
+    """Count the quickest way: a prepared statement, its own transaction, one round trip."""
     return for_each_thread(
         lambda: psycopg.connect(url, autocommit=True).cursor(),
         lambda cursor: int(cursor.execute(statement, prepare=True).fetchone()[0]),
@@ -107,7 +107,7 @@ def open_postgres(url: str, statement: str = UPDATE) -> Increment:
 
 
 def open_sqlite(path: str, synchronous: str = "FULL") -> Increment:
-    """WAL, as ours, with SQLite's own way to wait."""
+    """Count in WAL mode, like ours, with SQLite's own busy timeout."""
 
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(path, timeout=60, isolation_level=None)
@@ -135,7 +135,7 @@ def open_cachelib(directory: str) -> Increment:
     from cachelib import FileSystemCache
 
     cache = FileSystemCache(directory)
-    return lambda: int(cache.inc("hot") or 0)  # None, and so no number, where another one held the file
+    return lambda: int(cache.inc("hot") or 0)  # None, so no number, if another process held the file
 
 
 def open_shared_memory(value: Any) -> Increment:
@@ -151,7 +151,7 @@ def serve_pyro(path: str, ready: Any) -> None:
     import Pyro5
     import Pyro5.api
 
-    # A thread for each client, and none is refused. (pyright takes the default for the type.)
+    # A thread for each client, so that it refuses none. (pyright takes the default for the type.)
     Pyro5.config.THREADPOOL_SIZE = MOST_CLIENTS  # pyright: ignore[reportAttributeAccessIssue]
     with Pyro5.api.Daemon(unixsocket=path) as daemon:
         daemon.register(Pyro5.api.expose(Counter)(), "counter")
@@ -166,7 +166,7 @@ def open_pyro(path: str) -> Increment:
 
 
 def serve_ping_pong(path: str, ready: Any) -> None:
-    """Answers each message with the next number: a call for each increment, and nothing else to do."""
+    """Answer each message with the next number: one call per increment and no other work."""
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
         listener.bind(path)
         listener.listen(MOST_CLIENTS)
@@ -200,7 +200,7 @@ def open_ping_pong(path: str) -> Increment:
 
 
 def open_append(path: str) -> Increment:
-    """A page for each commit, at the end of a file; its number is how many there are."""
+    """Append one page per commit to a file; the number is the count of pages."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def commit() -> int:
@@ -213,14 +213,14 @@ def open_append(path: str) -> Increment:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One that can be measured, when it was started."""
+    """A way to count that can be started and measured."""
 
     name: str
-    start: Callable[[ExitStack, Path], Any]  # gives the place that `open` takes
+    start: Callable[[ExitStack, Path], Any]  # returns the place for `open`
     open: Callable[[Any], Increment]
     needs: str | None = None  # a module of the extra `benchmark`
-    networked: bool = False  # somebody else's, and reached over a socket
-    durable: bool = False  # on disk before it is answered
+    networked: bool = False  # another project's, and reached over a socket
+    durable: bool = False  # on disk before it answers
     one_writer: bool = False
     commits: Callable[[Any], int] | None = None
 
@@ -273,7 +273,7 @@ def _value_and_lock(stack: ExitStack, _root: Path) -> tuple[Any, Any]:
 
 
 def _served(target: Callable[..., None]) -> Callable[[ExitStack, Path], str]:
-    """On a socket file."""
+    """Start a server on a socket file."""
 
     def start(stack: ExitStack, root: Path) -> str:
         address = _file(stack, root)
@@ -319,7 +319,7 @@ CONTESTANTS = [
 
 
 def start_all(wanted: Iterable[Contestant], stack: ExitStack, root: Path) -> tuple[list[Peer], dict[str, str]]:
-    """Those that could be started, ready to be measured, and why the others could not."""
+    """Start the wanted contestants; return the running ones, and the reason for each missing one."""
     peers, missing = [], {}
     for number, one in enumerate(wanted):
         if one.needs and importlib.util.find_spec(one.needs) is None:
@@ -327,7 +327,7 @@ def start_all(wanted: Iterable[Contestant], stack: ExitStack, root: Path) -> tup
             continue
         try:
             place = one.start(stack, root / str(number))
-        except pytest.skip.Exception as reason:  # how the servers of the tests say that they are not installed
+        except pytest.skip.Exception as reason:  # raised by the tests' servers if they are not installed
             missing[one.name] = str(reason.msg)
             continue
         peers.append(Peer(one.name, one.open, place, one.one_writer, one.commits))

@@ -1,4 +1,4 @@
-"""The pictures: who counts how fast, what grows, and how far each bar is."""
+"""The pictures: rates, growth, and the bars."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from tests.benchmarks.bars import Verdict
 from tests.benchmarks.results import Results
 
-# Of Okabe and Ito: people who see fewer colours can tell them apart.
+# From the palette of Okabe and Ito, which colour-blind people can distinguish.
 OURS, OTHERS, SHORT = "#0072B2", "#999999", "#D55E00"
 _DPI = 100
 
 
 def draw(results: Results, verdicts: list[Verdict], directory: Path) -> list[Path]:
-    """Write a PNG for each level that was measured, and one for the bars."""
+    """Write a PNG for each measured level, and one for the bars."""
     directory.mkdir(parents=True, exist_ok=True)
     files = []
     for level, figure in (("store", "increments/s"), ("http", "requests/s"), ("startup", "ms")):
@@ -34,7 +34,7 @@ def draw(results: Results, verdicts: list[Verdict], directory: Path) -> list[Pat
 
 
 def _rates(panels: dict[str, dict[str, float]], name: str, file: Path) -> Path:
-    """A panel for each case: a bar for each who was measured."""
+    """Draw a panel for each case, with a bar for each contestant."""
     rows = max(map(len, panels.values()))
     figure = Figure(figsize=(9, len(panels) * (0.2 * rows + 0.6) + 0.2), dpi=_DPI, layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False).flatten()
@@ -55,7 +55,7 @@ def _colour(who: str) -> str:
 
 
 def _growth(results: Results, file: Path) -> Path:
-    """The median of a call against what there is more and more of."""
+    """Draw the median of a call against each growing number."""
     lines: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for level, case, medians in results.tables():
         if level == "growth":
@@ -76,7 +76,7 @@ def _growth(results: Results, file: Path) -> Path:
 
 
 def _bars(verdicts: list[Verdict], file: Path) -> Path:
-    """Each figure beside its limit, which is 1; to the right is better."""
+    """Draw each figure relative to its limit, which is 1; further right is better."""
     heights = [
         (v.figure / v.bar.limit if v.bar.at_least else v.bar.limit / v.figure) if v.figure else 0.0 for v in verdicts
     ]
@@ -88,6 +88,6 @@ def _bars(verdicts: list[Verdict], file: Path) -> Path:
     panel.margins(x=0.25, y=0.01)
     panel.invert_yaxis()
     panel.tick_params(labelsize=7)
-    panel.set_title("the bars: 1 is what was asked for, and more is better", fontsize=8, loc="left")
+    panel.set_title("the bars: 1 is the limit, and more is better", fontsize=8, loc="left")
     figure.savefig(file)
     return file

@@ -1,8 +1,8 @@
-"""How long service is away when the manager is killed: from `kill -9` to the next increment that is answered over HTTP.
+"""Measure recovery: the time from `kill -9` of the manager to the next increment answered over HTTP.
 
     python -m tests.benchmarks.recovery [--counters 1 1000 1000000] [--kills 5] [--json]
 
-A real server of two workers on durability commit, with so many counters in its journal; one client, which asks at once.
+It uses a real server of two workers with durability commit and counters in its journal, and one client.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tests.processes import PATIENCE, Server, eventually
 
 
 def recoveries(counters: int, kills: int) -> list[float]:
-    """Seconds, of each kill."""
+    """Return the seconds of recovery of each kill."""
     with tempfile.TemporaryDirectory() as directory:
         data_dir = Path(directory, "data")
         with Server("--workers", "2", "--data-dir", data_dir) as server, closing(Client(server.url)) as client:
@@ -34,7 +34,7 @@ def recoveries(counters: int, kills: int) -> list[float]:
 
 
 def _recovery(server: Server, client: Client, key: str) -> float:
-    time.sleep(STABLE_SECONDS + 0.5)  # one that is killed while it is young is taken for part of a crash loop
+    time.sleep(STABLE_SECONDS + 0.5)  # a manager killed earlier would count as part of a crash loop
     (manager,) = server.children("manager")
     killed = time.monotonic()
     os.kill(manager, signal.SIGKILL)
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.recovery")
     parser.add_argument("--counters", type=int, nargs="+", default=[1, 1000, 1_000_000])
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="the seconds of each kill, by the number of counters")
+    parser.add_argument("--json", action="store_true", help="print the seconds of each kill, by the number of counters")
     options = parser.parse_args()
     found = {}
     for counters in options.counters:

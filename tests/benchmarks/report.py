@@ -1,4 +1,4 @@
-"""The report: tables for people, JSON for programs, and what it was measured on."""
+"""The report: tables for people, JSON for programs, and a description of the machine."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ _PROGRAMS = ("redis-server", "memcached", "postgres", "wrk")
 
 
 def versions() -> dict[str, str]:
-    """Of what took part, and is installed."""
+    """Return the versions of the installed participants."""
     found = {"sqlite": sqlite3.sqlite_version}
     for name in _DISTRIBUTIONS:
         try:
@@ -42,13 +42,13 @@ def versions() -> dict[str, str]:
 
 
 def measured_on(load: float) -> str:
-    """In a sentence."""
+    """Describe machine, load and versions in a sentence."""
     told = ", ".join(f"{name} {number}" for name, number in versions().items())
-    return f"{machine()}, under a load of {load:.1f} when it began; {told}"
+    return f"{machine()}, with a load of {load:.1f} at the start; {told}"
 
 
 def as_json(results: Results, verdicts: list[Verdict]) -> bytes:
-    """All that is known, each figure of every round."""
+    """Encode everything, with each figure of every round."""
     content = {
         "machine": machine(),
         "load": results.load,
@@ -64,7 +64,7 @@ def as_json(results: Results, verdicts: list[Verdict]) -> bytes:
 
 
 def spelled(name: str, figure: float | None) -> str:
-    """A figure with the digits that mean something; nothing, where there is none."""
+    """Format a figure with its significant digits; empty for None."""
     if figure is None:
         return ""
     digits = 0 if name == "wrong" or abs(figure) >= 100 else 1
@@ -72,7 +72,7 @@ def spelled(name: str, figure: float | None) -> str:
 
 
 def rows(medians: dict[str, dict[str, float]]) -> Iterator[list[str]]:
-    """The head of a table, then a line for each who was measured. Nobody was given a wrong number: no such column."""
+    """Yield the head of a table, then a line for each contestant; omit the column "wrong" if all numbers were right."""
     names = list(dict.fromkeys(name for figures in medians.values() for name in figures))
     names = [name for name in names if name != "wrong" or any(figures.get("wrong") for figures in medians.values())]
     yield ["", *names]
@@ -81,20 +81,20 @@ def rows(medians: dict[str, dict[str, float]]) -> Iterator[list[str]]:
 
 
 def limit_of(verdict: Verdict) -> str:
-    """In words."""
+    """Return the limit of a bar in words."""
     return f"{'at least' if verdict.bar.at_least else 'at most'} {verdict.bar.limit:g}"
 
 
 def figure_of(verdict: Verdict) -> str:
-    """With two decimals, as the bars have."""
+    """Return the figure of a bar with two decimals."""
     return "-" if verdict.figure is None else f"{verdict.figure:.2f}"
 
 
 def print_tables(results: Results, verdicts: list[Verdict]) -> None:
-    """For people, on standard output."""
+    """Print the tables on standard output."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = _WIDTH  # of a file: nothing is cut
+        console.width = _WIDTH  # in a file nothing is cut
     for level, case, medians in results.tables():
         head, *lines = rows(medians)
         table = Table(title=f"{level}: {case}", title_justify="left")
@@ -105,8 +105,8 @@ def print_tables(results: Results, verdicts: list[Verdict]) -> None:
         console.print(table)
     if verdicts:
         table = Table(title="bars", title_justify="left")
-        for name in ("bar", "is to be", "is", ""):
-            table.add_column(name, justify="right" if name == "is" else "left")
+        for name in ("bar", "limit", "measured", ""):
+            table.add_column(name, justify="right" if name == "measured" else "left")
         for verdict in verdicts:
             colour = "green" if verdict.reached else "yellow" if verdict.figure is None else "bold red"
             table.add_row(verdict.bar.title, limit_of(verdict), figure_of(verdict), f"[{colour}]{verdict.words}")
@@ -114,5 +114,5 @@ def print_tables(results: Results, verdicts: list[Verdict]) -> None:
     for name, reason in results.missing.items():
         console.print(f"missing  {name}: {reason}", markup=False)
     for place, wrong in results.wrong().items():
-        console.print(f"wrong  {' '.join(place)}: {wrong:,} numbers were due, and given to nobody", markup=False)
+        console.print(f"wrong  {' '.join(place)}: {wrong:,} expected numbers were not received", markup=False)
     console.print(measured_on(results.load), markup=False)

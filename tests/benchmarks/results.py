@@ -1,4 +1,4 @@
-"""What was measured: figures of each round, and their medians."""
+"""The results: figures of each round, and their medians."""
 
 import os
 import statistics
@@ -9,32 +9,38 @@ from typing import NamedTuple
 
 
 class Place(NamedTuple):
-    """Who was measured, at what."""
+    """A contestant in one case of one level."""
 
     level: str  # "store", "http", "growth", "startup"
-    case: str  # a shape, or what else was varied
+    case: str  # a shape, or another varied quantity
     who: str
 
 
 @dataclass
 class Results:
-    """All of one run. A figure is named with its unit: "increments/s", "p50 us"."""
+    """All results of one run. The name of a figure includes its unit: "increments/s", "p50 us"."""
 
     figures: dict[Place, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
-    load: float = field(default_factory=lambda: os.getloadavg()[0])  # of the machine, before
-    missing: dict[str, str] = field(default_factory=dict)  # what was not there to be measured, and why
+    load: float = field(default_factory=lambda: os.getloadavg()[0])  # of the machine before the run
+    missing: dict[str, str] = field(default_factory=dict)  # the reason by the name of each missing contestant
 
     def add(self, place: Place, figures: Mapping[str, float]) -> None:
-        """The figures of one more round."""
+        """Add the figures of one more round."""
         for name, figure in figures.items():
             self.figures[place][name].append(figure)
 
     def median(self, place: Place, figure: str) -> float:
-        """:raises KeyError: if that was not measured."""
+        """Return the median of all rounds.
+
+        :raises KeyError: if it was not measured.
+        """
         return statistics.median(self._rounds(place, figure))
 
     def rounds(self, place: Place, figure: str) -> int:
-        """How many there were; :raises KeyError: if there was none."""
+        """Return the number of rounds.
+
+        :raises KeyError: if it was not measured.
+        """
         return len(self._rounds(place, figure))
 
     def _rounds(self, place: Place, figure: str) -> list[float]:
@@ -44,7 +50,7 @@ class Results:
         return found
 
     def wrong(self) -> dict[Place, int]:
-        """Where numbers were given to several or to nobody, and how many in all rounds."""
+        """Return the count of wrong numbers over all rounds, for each place with any."""
         return {
             place: int(sum(figures["wrong"]))
             for place, figures in self.figures.items()
@@ -52,7 +58,7 @@ class Results:
         }
 
     def tables(self) -> Iterator[tuple[str, str, dict[str, dict[str, float]]]]:
-        """Level, case, and the medians of everybody who was measured there, in the order of the measurements."""
+        """Yield each level and case with the medians of its contestants, in the order of measurement."""
         cases: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(dict)
         for (level, case, who), figures in self.figures.items():
             cases[level, case][who] = {name: statistics.median(rounds) for name, rounds in figures.items()}

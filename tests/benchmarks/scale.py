@@ -1,8 +1,8 @@
-"""What `docs/scale.py` reckons with, measured here: what a call costs on each engine, alone and beside others.
+"""Measure the input of `docs/scale.py`: the time of a call on each engine, alone and beside others.
 
     python -m tests.benchmarks.scale [--seconds 1]
 
-All on this machine, clients and servers: an engine with a machine of its own goes further.
+Clients and servers share this machine; an engine with its own machine goes further.
 """
 
 import argparse
@@ -28,7 +28,7 @@ COMPANY = 16
 
 
 def alone(url: str, company: int, seconds: float) -> float:
-    """Seconds that a call of so many increments takes, when there is no other: the median."""
+    """Return the median seconds of a call with `company` increments, without other calls."""
     store, client, took = open_store(url), os.urandom(16), []
     for sequence, _ in enumerate(_until(seconds), 1):
         began = time.perf_counter()
@@ -57,7 +57,7 @@ def caller(url: str, counter: str, seconds: float, start: Any, results: Any) -> 
 
 
 def together(url: str, seconds: float, *, one_counter: bool) -> float:
-    """Seconds between the calls of several processes, on one counter or each on its own."""
+    """Return the seconds between calls of several processes, on one counter or each on its own."""
     start, results = context.Barrier(CALLERS), context.SimpleQueue()
     counters = ["hot"] * CALLERS if one_counter else [f"own-{number}" for number in range(CALLERS)]
     processes = [context.Process(target=caller, args=(url, name, seconds, start, results)) for name in counters]
@@ -70,7 +70,7 @@ def together(url: str, seconds: float, *, one_counter: bool) -> float:
 
 
 def threaded(url: str, seconds: float) -> float:
-    """Increments per second of one process with as many threads as a call takes along."""
+    """Return the increments per second of one process with `COMPANY` threads."""
     counts = [0] * COMPANY
     with open_state(url) as state:
         counter = state.counter("hot")
@@ -92,7 +92,7 @@ def threaded(url: str, seconds: float) -> float:
 
 
 def figures(url: str, seconds: float) -> list[float]:
-    """The five of `docs/scale.py`, in microseconds."""
+    """Return the five figures for `docs/scale.py`, in microseconds."""
     call, large, company = alone(url, 1, seconds), alone(url, 256, seconds), alone(url, COMPANY, seconds)
     operation = max(large - call, 0.0) / 255
     thread = max(1 / threaded(url, seconds) - company / COMPANY, 0.0)
@@ -102,7 +102,7 @@ def figures(url: str, seconds: float) -> list[float]:
 
 @contextmanager
 def engines() -> Iterator[dict[str, str]]:
-    """The URL of each engine, by the name that the page gives it."""
+    """Start all engines; yield the URL of each by its name in `docs/scale.md`."""
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         managers = {one: stack.enter_context(Manager(root / one, "--durability", one)) for one in ("none", "commit")}

@@ -1,4 +1,4 @@
-"""How long it takes from the command to the first answer, beside the least that serves."""
+"""The level of start-up: the time from the command to the first answer, beside the smallest server."""
 
 import socket
 import tempfile
@@ -33,7 +33,7 @@ def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
 
 
 def _until_answered(arguments: list[str | Path], port: int) -> float:
-    """Milliseconds."""
+    """Start a program; return the milliseconds until its first answer."""
     began = time.perf_counter()
     with Program(*arguments) as program:
         while time.perf_counter() < began + PATIENCE:

@@ -1,4 +1,4 @@
-"""The level of the store: increments per second and how long each took, of ours and of everybody else's."""
+"""The level of the store: increments per second and their latency, of ours and of the peers."""
 
 import tempfile
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from tests.benchmarks.plan import Plan, in_turn
 from tests.benchmarks.results import Place, Results
 
 SHAPES = [Shape(1, 1), Shape(4, 1), Shape(4, 4), Shape(2, 16), Shape(2, 64)]
-BARS = (Shape(1, 1), Shape(2, 16))  # what the bars are about
+BARS = (Shape(1, 1), Shape(2, 16))  # for the bars
 
 
 def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
-    """Measure all in turn, round by round, shape by shape."""
+    """Measure all contestants in turn, round by round, shape by shape."""
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         say("starting the peers")

@@ -7,7 +7,7 @@ Whatever comes, the connection is served or closed, only valid batches change an
 
 import socket
 from types import SimpleNamespace
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from tests.fuzz.fuzzing import fuzz, instrumented
 
@@ -16,23 +16,15 @@ instrumented(["counter_server.manager.server", "counter_server.operations", "cou
 from msgspec import MsgspecError, msgpack  # noqa: E402 - after the instrumentation
 
 from counter_server.ledger import Ledger  # noqa: E402
-from counter_server.manager.server import Hosted, Method, StateServer  # noqa: E402
-from counter_server.manager.services import LedgerService  # noqa: E402
+from counter_server.manager.server import Hosted, StateServer  # noqa: E402
 from counter_server.manager.wire import Connection  # noqa: E402
-from counter_server.operations import LARGEST, SMALLEST, Batch, check_name  # noqa: E402
-
-_decode_batch = msgpack.Decoder(tuple[Batch]).decode
-
-
-def _fail(error: BaseException) -> NoReturn:
-    raise error
+from counter_server.operations import LARGEST, SMALLEST, check_name  # noqa: E402
 
 
 def serve(data: bytes) -> tuple[Ledger, bytes]:
     """A fresh ledger that a client has sent `data` to, and what it was answered."""
     ledger = Ledger()
-    hosted = Hosted({"apply": Method(LedgerService(ledger, _fail).apply, _decode_batch)}, "epoch")
-    server = cast(Any, SimpleNamespace(hosted={"ledger": hosted}))
+    server = cast(Any, SimpleNamespace(hosted={"ledger": Hosted(ledger, "epoch")}))
     theirs, ours = socket.socketpair()
     connection = Connection(ours)
     with theirs:

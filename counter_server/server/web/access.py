@@ -19,7 +19,7 @@ from werkzeug.wrappers import Response
 
 from ...errors import NotHosted, Unsupported
 from ...extension import SharedState
-from ...handles import forgetful
+from ...state import forgetful
 from ...windows import Attempts
 from . import operators
 from .hosts import is_loopback

@@ -10,8 +10,8 @@ from werkzeug.exceptions import NotFound
 
 from ...errors import InvalidRequest
 from ...extension import SharedState
-from ...handles import expect
 from ...operations import LARGEST_PAGE, LONGEST_KEY, Assignment, Get, Increment, Integer, Replayed, Step
+from ...state import expect
 from .access import operators_only
 from .described import Answer, described
 from .forms import read_body, read_query

@@ -9,8 +9,8 @@ from werkzeug.exceptions import Forbidden
 
 from ...errors import CounterServerError, InvalidRequest
 from ...extension import SharedState
-from ...handles import expect
 from ...operations import Get, check_name
+from ...state import expect
 from . import problems
 from .badge_picture import PALETTE, draw
 from .described import Answer, described

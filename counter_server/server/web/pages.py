@@ -8,8 +8,7 @@ from flask import Blueprint, Response, flash, render_template, request
 from werkzeug.exceptions import ServiceUnavailable
 
 from ...errors import Unsupported
-from ...extension import SharedState
-from ...visitors import VisitorCounter
+from ...extension import SharedState, VisitorCounter
 from .forms import is_prefetch
 from .visits import LastVisits
 

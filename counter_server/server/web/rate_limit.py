@@ -14,7 +14,7 @@ from werkzeug.exceptions import TooManyRequests
 
 from ...errors import CounterServerError, DeadlineExceeded, InvalidRequest, Unsupported
 from ...extension import SharedState
-from ...handles import forgetful
+from ...state import forgetful
 
 if TYPE_CHECKING:
     from limits import RateLimitItem

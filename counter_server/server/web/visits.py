@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ...errors import CounterServerError, Unsupported
 from ...extension import SharedState
-from ...handles import forgetful
+from ...state import forgetful
 from ...windows import Recent
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,98 @@
+"""The seam between a session and an engine: `apply`, which the manager's ledger and objects have too."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from .objects import Declaration
+from .operations import Batch, Result
+from .status import Status
+
+RoundTrip = Literal["none", "short", "long"]
+
+
+class Applies(Protocol):
+    """Applies batches exactly once.
+
+    An engine that cannot applies them at most once: it raises `OutcomeUnknown`, never `Disconnected`, for a batch that
+    may have reached it.
+    """
+
+    def apply(self, batch: Batch, deadline: float, /) -> list[Result]:
+        """Execute `batch`, or repeat its answer, in one atomic step.
+
+        The last sequence remembered of the batch's client decides. The same sequence gets the remembered results and
+        executes nothing. The next one (1 from an unknown client) is executed and remembered. Any other is refused.
+        Sequence 0 has only reads, and is just read.
+
+        One thread at a time calls this with writes. A batch of reads may come at the same time.
+
+        :param deadline: in `time.monotonic` seconds.
+        :raises Disconnected: if there is no answer; the caller may send the same batch again.
+        :raises BatchRefused: if the sequence does not follow; nothing was executed.
+        :raises StateLost: if the store has started again without its memory.
+        """
+        ...
+
+
+class Store(Applies, Protocol):
+    """An engine, as a session uses it."""
+
+    # How long a call takes: nothing worth sharing, less or more than it takes to wake the threads that wait for it.
+    round_trip: RoundTrip
+
+    def after_fork(self) -> None:
+        """In the child of a fork, forget the parent's connections without disturbing them."""
+        ...
+
+    def close(self) -> None:
+        """Close the connections. The next call opens them again."""
+        ...
+
+    def __str__(self) -> str:
+        """Return the store's URL for messages, without secrets."""
+        ...
+
+
+@runtime_checkable
+class HostsObjects(Protocol):
+    """A store that can host shared objects."""
+
+    def object(self, declaration: Declaration) -> Store:
+        """Return a store for the calls of one shared object."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence about a store's server that decides whether numbers can be lost."""
+
+    level: Literal["ok", "may lose", "problem"]
+    sentence: str
+
+
+@runtime_checkable
+class Examined(Protocol):
+    """A store that can report what its server promises."""
+
+    def findings(self, deadline: float) -> list[Finding]:
+        """Ask the live server, and change nothing.
+
+        :param deadline: in `time.monotonic` seconds.
+        :raises Disconnected: if there is no answer.
+        :raises CounterServerError: if the server does not let this process in.
+        """
+        ...
+
+
+@runtime_checkable
+class ReportsStatus(Protocol):
+    """A store whose server has figures about itself."""
+
+    def status(self, deadline: float) -> Status:
+        """Return the server's figures. This starts and changes nothing, and delays no other call.
+
+        :param deadline: in `time.monotonic` seconds.
+        :raises Disconnected: if there is no answer.
+        :raises CounterServerError: if the server does not let this process in.
+        """
+        ...
