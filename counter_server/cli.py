@@ -139,7 +139,7 @@ main.add_command(prove)
 @_web(
     "--trusted-proxy",
     "TRUSTED_PROXIES",
-    "Proxies that set X-Forwarded-*",
+    "Proxies setting X-Forwarded-*",
     "COUNT",
     type=click.IntRange(0, 16),
     default=0,
