@@ -137,12 +137,7 @@ main.add_command(prove)
 @_setting("log_format", "json: one object a line, requests too.", type=click.Choice(settings.LOG_FORMATS))
 @_web("--allow-host", "ALLOWED_HOSTS", "A host name for browsers besides localhost; may be repeated.", multiple=True)
 @_web(
-    "--trusted-proxy",
-    "TRUSTED_PROXIES",
-    "Proxies that set X-Forwarded headers.",
-    "COUNT",
-    type=click.IntRange(0, 16),
-    default=0,
+    "--trusted-proxy", "TRUSTED_PROXIES", "Number of proxies in front.", "COUNT", type=click.IntRange(0, 16), default=0
 )
 @_web("--lab/--no-lab", "LAB", "Serve /lab, which shows the race (default: only on a loopback address).", default=None)
 @_web("--badge", "BADGES", "A counter that /badge/NAME.svg?count=1 increments; may be repeated.", multiple=True)
