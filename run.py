@@ -3,6 +3,6 @@
 import sys
 
 if __name__ == "__main__":
-    from counter_server.cli import main  # here, as the child processes import this file, too
+    from counter_server.cli import main  # here, because child processes import this file too
 
     main(["run", *sys.argv[1:]], prog_name="counter-server")

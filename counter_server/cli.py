@@ -23,7 +23,7 @@ from .operations import LARGEST_PAGE, Get
 from .server.demo.command import demo
 from .server.prove.command import prove
 from .state import State, declared_for, open_state
-from .stores import Examined, Finding, open_store
+from .stores import Finding, open_store
 
 Command = Callable[..., None]
 
@@ -181,7 +181,7 @@ def manager(
     """Run the manager alone, for any number of applications of this user."""
     from .manager.server import serve
     from .manager.starter import detach, prepare_to_host
-    from .server.logs import configure
+    from .output import configure
 
     configure("manager", "text", logging.WARNING)
     directory = _directory(data_dir)
@@ -369,8 +369,6 @@ def examine(url: str, seconds: float) -> tuple[str, list[Finding]]:
     """
     store = open_store(url, settings.StoreOptions(start=False))
     try:
-        if not isinstance(store, Examined):
-            return str(store), [Finding("problem", "this store cannot be examined")]
         return str(store), store.findings(time.monotonic() + seconds)
     except (CounterServerError, Disconnected) as error:
         return str(store), [Finding("problem", str(error))]

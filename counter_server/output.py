@@ -1,15 +1,15 @@
-"""Standard output and standard error that never wait for their reader.
+"""Standard output, standard error and the log of our processes. None of them ever waits for a reader.
 
-A pipe that nobody reads, a terminal that is stopped and a full disk would stop every process that writes a line. Here a
-line is written at once if that needs no waiting. If not, it waits in a queue for a thread that writes it. Lines that do
-not fit into the queue, or cannot be written, are dropped and counted. The log says how many as soon as it can be
-written again.
+An unread pipe, a stopped terminal or a full disk would block every process that writes a line. Here a line is written
+at once if that cannot block. Otherwise it waits in a queue for a thread that writes it. Lines that do not fit into the
+queue, or cannot be written, are dropped and counted. The log reports the count as soon as it can be written again.
 """
 
 import _thread
 import atexit
 import fcntl
 import io
+import json
 import logging
 import os
 import stat
@@ -20,123 +20,159 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import Any
 
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from .settings import LogFormat
 
 log = logging.getLogger(__name__)
 
-_MOST_BYTES = 2**20  # that wait to be written
+_MAX_QUEUED_BYTES = 2**20
 _DRAIN_SECONDS = 1.0
+_STANDARD_ATTRIBUTES = {*vars(logging.makeLogRecord({})), "asctime", "message", "taskName"}  # of a log record
 
 
-class _Output(io.RawIOBase):
-    """A descriptor, as the lower half of a text stream. `write` takes all, at once."""
+def configure(process: str, form: LogFormat, level: int = logging.INFO) -> None:
+    """Protect the output of this process and its forks from slow readers, and set up its log on standard error.
+
+    :param process: ``supervisor``, ``manager`` or ``worker``.
+    """
+    _protect()
+    pid = "" if process == "supervisor" else f" {os.getpid()}"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.flush = lambda: None  # type: ignore[method-assign] # flushing the stream would wait for its reader
+    handler.setFormatter(
+        _JSON(process) if form == "json" else _Text(f"%(asctime)s {process}{pid} %(levelname)s %(message)s")
+    )
+    logging.basicConfig(level=level, handlers=[handler], force=True)  # a fork has its parent's handlers
+
+
+class _JSON(logging.Formatter):
+    """A JSON object a line. The fields that a call passed as `extra` stand beside the standard ones."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = {"process": process, "pid": os.getpid()}
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {"message": record.getMessage(), **self._process, "logger": record.name, "level": record.levelname}
+        if record.exc_info:
+            fields["exc_info"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            fields["stack_info"] = self.formatStack(record.stack_info)
+        fields |= {name: value for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES}
+        fields["time"] = datetime.fromtimestamp(record.created, UTC).isoformat()
+        return json.dumps(fields, default=str)
+
+
+class _Text(logging.Formatter):
+    """Text in which a logged value cannot fake another line: control characters are escaped, tracebacks indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name of the standard library
+        return _escaped(super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None  # another formatter may have cached it
+        first, *others = super().format(record).split("\n")
+        return "\n    ".join([first, *map(_escaped, others)])
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Output(io.FileIO):
+    """A descriptor under a text stream. `write` always takes the whole line."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._name = "standard output" if descriptor == 1 else "standard error"
-        self._begin()
-        os.register_at_fork(after_in_child=self._begin)
+        super().__init__(descriptor, "w", closefd=False)
+        self._reset()
+        os.register_at_fork(after_in_child=self._reset)
 
-    def _begin(self) -> None:
-        """Start with nothing to write. A fork has no thread, and what waits there is its parent's to write."""
+    def _reset(self) -> None:
+        """Begin with an empty queue: a fork lacks the thread, and its parent writes the lines that are queued."""
         self._changed = threading.Condition()
-        self._waiting: deque[bytes] = deque()  # the first is being written
-        self._bytes = 0
+        self._queue: deque[bytes] = deque()  # the first is being written
+        self._queued_bytes = 0
         self._dropped = 0
-        self._stuck = False  # nothing was written since `drain` last waited in vain
+        self._stuck = False  # nothing was written since `drain` last timed out
         self._has_writer = False
 
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self._descriptor)
-
-    def write(self, data: "ReadableBuffer", /) -> int:
+    def write(self, data: Any, /) -> int:
         line = bytes(data)
         with self._changed:
-            if not (self._waiting or self._dropped) and self._has_room(line):
-                self._dropped += not self._write_one(line)
-                return len(line)
-            if self._bytes + len(line) > _MOST_BYTES or not self._ensure_writer():
+            if not (self._queue or self._dropped) and self._has_room(len(line)):
+                self._dropped += not self._write_now(line)
+            elif self._queued_bytes + len(line) > _MAX_QUEUED_BYTES:
                 self._dropped += 1
-                return len(line)
-            self._waiting.append(line)
-            self._bytes += len(line)
-            self._changed.notify_all()
+            else:
+                self._queue.append(line)
+                self._queued_bytes += len(line)
+                self._changed.notify_all()
+                if not self._has_writer:
+                    with suppress(RuntimeError):  # no room for a thread: the next line tries again
+                        # `threading.Thread.start` would hang if the new thread dies without memory.
+                        _thread.start_new_thread(self._write_queue, ())
+                        self._has_writer = True
         return len(line)
 
-    def _has_room(self, line: bytes) -> bool:
-        """Return whether writing the line surely needs no waiting: to a file, or to a pipe that is far from full.
+    def _has_room(self, size: int) -> bool:
+        """Return whether a write cannot block: to a file, or to a pipe that is far from full.
 
-        Other processes write to the same pipe, so the room that is seen may be gone a moment later.
+        Other processes write to the same pipe, so its room may be gone a moment later.
         """
         try:
-            mode = os.fstat(self._descriptor).st_mode
+            mode = os.fstat(self.fileno()).st_mode
             if stat.S_ISFIFO(mode):
-                waiting = int.from_bytes(fcntl.ioctl(self._descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
-                return waiting + len(line) <= fcntl.fcntl(self._descriptor, fcntl.F_GETPIPE_SZ) // 4
-            return stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and not os.isatty(self._descriptor))
+                unread = int.from_bytes(fcntl.ioctl(self.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
+                return unread + size <= fcntl.fcntl(self.fileno(), fcntl.F_GETPIPE_SZ) // 4
+            return stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and not self.isatty())
         except OSError:
             return False
 
-    def _ensure_writer(self) -> bool:
-        """Start the thread that writes, if none runs; return whether one does: there may be no room for another."""
-        if not self._has_writer:
-            with suppress(RuntimeError):
-                # Not `threading.Thread`: its `start` waits for ever if the new thread dies without memory.
-                _thread.start_new_thread(self._write_all, ())
-                self._has_writer = True
-        return self._has_writer
-
     def drain(self, now: Callable[[], float] = time.monotonic, seconds: float = _DRAIN_SECONDS) -> None:
-        """Wait a moment until all is written. As the interpreter ends, too, when this module's names are gone."""
+        """Wait a moment until the queue is empty. The defaults outlive this module's names at interpreter exit."""
         deadline = now() + seconds
         with self._changed:
-            while self._waiting and not self._stuck:
+            while self._queue and not self._stuck:
                 left = deadline - now()
                 self._stuck = left <= 0
                 self._changed.wait(max(left, 0))
 
-    def _write_all(self) -> None:
+    def _write_queue(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting:
+                while not self._queue:
                     self._changed.wait()
-                line = self._waiting[0]
-            written = self._write_one(line)
+                line = self._queue[0]
+            written = self._write_now(line)
             with self._changed:
-                self._waiting.popleft()
+                self._queue.popleft()
+                self._queued_bytes -= len(line)
                 self._stuck = False
-                self._bytes -= len(line)
                 self._dropped += not written
-                told = self._dropped if written and not self._waiting else 0
-                self._dropped -= told
+                reported = self._dropped if written and not self._queue else 0
+                self._dropped -= reported
                 self._changed.notify_all()
-            if told:
-                log.warning("%d lines to %s were dropped: it was not read, or was full", told, self._name)
+            if reported:
+                name = "standard output" if self.fileno() == 1 else "standard error"
+                log.warning("%d lines to %s were dropped: its reader was too slow, or it was full", reported, name)
 
-    def _write_one(self, line: bytes) -> bool:
+    def _write_now(self, line: bytes) -> bool:
         try:
             while line:
-                line = line[os.write(self._descriptor, line) :]
-        except OSError:  # the disk is full, or the reader has gone: it is counted, and nobody can be told now
+                line = line[os.write(self.fileno(), line) :]
+        except OSError:  # the disk is full, or the reader is gone
             return False
         return True
 
 
-class _Text(io.TextIOWrapper):
-    """A text stream over an output, whose lines are on their way at once. Only `flush` waits for them, for a moment."""
+class _Stream(io.TextIOWrapper):
+    """A text stream that passes each line on at once. `flush` waits a moment until it is written."""
 
     def __init__(self, output: _Output) -> None:
-        # The output takes all that is written at once, as the buffer does that is expected here.
-        super().__init__(output, "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
+        # An output needs no buffer, as it always takes the whole line.
+        super().__init__(output, "utf-8", "backslashreplace", line_buffering=True)
         self._output = output
 
     def flush(self) -> None:
@@ -144,16 +180,15 @@ class _Text(io.TextIOWrapper):
         self._output.drain()
 
 
-def protect() -> None:
-    """Have this process and its forks never wait for a reader of their standard output and standard error."""
+def _protect() -> None:
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next file to be opened would take its place, and get the log
+        except OSError:  # closed: the next file to be opened would take its number, and receive the log
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - it takes no keyword
-    if not isinstance(sys.stderr, _Text):
-        sys.stdout, sys.stderr = _Text(_Output(1)), _Text(_Output(2))
-        for name in ("stdout", "stderr"):  # the standard manager server puts these back
-            setattr(sys, f"__{name}__", getattr(sys, name))
-        atexit.register(sys.stdout.flush)  # at Python's own flush, later, no thread runs any more
-        atexit.register(sys.stderr.flush)
+    if not isinstance(sys.stderr, _Stream):
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            stream = _Stream(_Output(descriptor))
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)  # the standard manager server restores these
+            atexit.register(stream.flush)  # Python's own flush comes later, when no thread runs any more

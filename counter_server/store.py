@@ -34,11 +34,28 @@ class Applies(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One sentence about a store's server that decides whether numbers can be lost."""
+
+    level: Literal["ok", "may lose", "problem"]
+    sentence: str
+
+
 class Store(Applies, Protocol):
     """An engine, as a session uses it."""
 
     # How long a call takes: nothing worth sharing, less or more than it takes to wake the threads that wait for it.
     round_trip: RoundTrip
+
+    def findings(self, deadline: float, /) -> list[Finding]:
+        """Ask the live server what it promises, and change nothing.
+
+        :param deadline: in `time.monotonic` seconds.
+        :raises Disconnected: if there is no answer.
+        :raises CounterServerError: if the server does not let this process in.
+        """
+        ...
 
     def after_fork(self) -> None:
         """In the child of a fork, forget the parent's connections without disturbing them."""
@@ -59,28 +76,6 @@ class HostsObjects(Protocol):
 
     def object(self, declaration: Declaration) -> Store:
         """Return a store for the calls of one shared object."""
-        ...
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence about a store's server that decides whether numbers can be lost."""
-
-    level: Literal["ok", "may lose", "problem"]
-    sentence: str
-
-
-@runtime_checkable
-class Examined(Protocol):
-    """A store that can report what its server promises."""
-
-    def findings(self, deadline: float) -> list[Finding]:
-        """Ask the live server, and change nothing.
-
-        :param deadline: in `time.monotonic` seconds.
-        :raises Disconnected: if there is no answer.
-        :raises CounterServerError: if the server does not let this process in.
-        """
         ...
 
 

@@ -16,7 +16,7 @@ from werkzeug.test import TestResponse
 from counter_server.operations import LARGEST, SMALLEST
 from counter_server.server.web import create_app
 from counter_server.state import State
-from counter_server.store import RoundTrip
+from counter_server.store import Finding, RoundTrip
 
 COUNTERS = "/api/v1/counters"
 LARGEST_BODY = 16 * 1024
@@ -663,6 +663,9 @@ def test_a_failure_of_our_own_shows_nothing_of_itself(
 ) -> None:
     class Broken:
         round_trip: RoundTrip = "short"
+
+        def findings(self, _deadline: float) -> list[Finding]:
+            return []
 
         def apply(self, batch: object, deadline: float) -> NoReturn:
             raise ZeroDivisionError(f"a secret: {batch} by {deadline}")

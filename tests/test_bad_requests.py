@@ -20,8 +20,7 @@ from waitress.server import create_server
 
 from counter_server.manager.directory import DataDirectory
 from counter_server.operations import Batch, Delete, Increment
-from counter_server.server.channel import Channel
-from counter_server.server.refusal import LARGEST_HEAD, LARGEST_REQUEST
+from counter_server.server.worker import LARGEST_HEAD, LARGEST_REQUEST, Channel
 from tests.load import open_client
 from tests.processes import PATIENCE, Server, eventually, open_in
 from tests.test_api import BAD, BEFORE, COUNTERS, INCREMENT, JSON, Bad

@@ -1,4 +1,4 @@
-"""The supervisor's children: what they hold of it, what becomes of them without room, and whose code they run."""
+"""The supervisor's children: the descriptors that they inherit, starts without room, and the code that they run."""
 
 import os
 import resource
@@ -21,7 +21,7 @@ def all_are_back(server: Server, workers: int) -> bool:
 
 @contextmanager
 def with_descriptors(pid: int, most: int) -> Iterator[None]:
-    """A process may number its open files up to `most` while the block runs."""
+    """Limit the descriptors of a process to numbers below `most` while the block runs."""
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, before[1]))
     try:
@@ -30,11 +30,11 @@ def with_descriptors(pid: int, most: int) -> Iterator[None]:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
-def test_a_child_has_of_its_supervisor_and_siblings_the_listening_socket_and_nothing_else(
+def test_a_child_shares_only_the_listening_socket_with_its_supervisor_and_siblings(
     start_server: StartServer,
 ) -> None:
     server = start_server("--workers", "3")
-    for kind in ("manager", "worker"):  # so that some are started when all the others are there
+    for kind in ("manager", "worker"):  # so that some start while all others run
         (victim, *_) = server.children(kind)
         os.kill(victim, signal.SIGKILL)
         eventually(lambda victim=victim: all_are_back(server, 3) and not Path(f"/proc/{victim}").exists(), "another")  # type: ignore[misc]
@@ -57,23 +57,21 @@ def test_without_room_for_another_process_it_is_tried_again_and_those_that_are_t
     numbers = {int(link.name) for link in Path(f"/proc/{server.pid}/fd").iterdir()}
     _first, second, *_ = (number for number in range(1000) if number not in numbers)
     victim, other = server.children("worker")
-    with with_descriptors(
-        server.pid, second
-    ):  # with what the dead one leaves enough for some of what the next one needs
+    with with_descriptors(server.pid, second):  # the dead one leaves room for a part of what the next one needs
         os.kill(victim, signal.SIGKILL)
         eventually(
-            lambda: sum("cannot be started for now: [Errno 24]" in line for line in server.errors) >= 2, "two trials"
+            lambda: sum("cannot be started for now: [Errno 24]" in line for line in server.errors) >= 2, "two attempts"
         )
         assert server.children("worker") == [other]
         assert [increment(server.url) for _ in range(5)] == [2, 3, 4, 5, 6]
-        assert open_in(server.pid) < used  # nothing is left of the trials
+        assert open_in(server.pid) < used  # the attempts left nothing open
     eventually(lambda: all_are_back(server, 2), "another worker")
     assert increment(server.url) == 7
     assert not any("Traceback" in line for line in server.errors)
     assert server.stop() == 0
 
 
-# Opens so many files that the next one has a number for which `select` has no place; then becomes the server.
+# Opens more files than `select` can number, and then becomes the server.
 _MANY = """
 import os, resource, sys
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -84,7 +82,7 @@ os.execv(sys.executable, [sys.executable, "run.py", "--port", "0", *sys.argv[1:]
 """
 
 
-def test_descriptors_with_large_numbers_are_as_good_as_others(stack: ExitStack, data_dir: Path) -> None:
+def test_descriptors_beyond_1024_work(stack: ExitStack, data_dir: Path) -> None:
     server = stack.enter_context(Program("-c", _MANY, "--workers", "1", "--data-dir", data_dir))
     url = server.expect("Serving on ")
     assert [increment(url) for _ in range(5)] == [1, 2, 3, 4, 5]
@@ -92,7 +90,7 @@ def test_descriptors_with_large_numbers_are_as_good_as_others(stack: ExitStack, 
     assert server.errors == []
 
 
-def test_after_workers_of_new_code_a_manager_of_new_code_is_started(start_server: StartServer) -> None:
+def test_after_workers_with_new_code_the_next_manager_has_new_code_too(start_server: StartServer) -> None:
     server = start_server("--workers", "1")
     (manager,), (worker,) = server.children("manager"), server.children("worker")
 
@@ -110,7 +108,7 @@ def test_after_workers_of_new_code_a_manager_of_new_code_is_started(start_server
     assert increment(server.url) == 1
 
 
-def test_a_supervisor_has_no_more_open_after_a_second_replacement_than_after_the_first(
+def test_replacing_the_workers_again_leaves_no_more_descriptors_open(
     start_server: StartServer,
 ) -> None:
     server = start_server("--workers", "2")

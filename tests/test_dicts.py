@@ -484,9 +484,9 @@ def test_two_dicts_with_one_name_are_the_same_and_must_have_one_size(state: Stat
     one, other = state.dict("d", max_entries=5), state.dict("d", max_entries=5, ttl=60)
     one["k"] = 1
     assert other["k"] == 1
-    with pytest.raises(InvalidRequest, match="has that name already"):
+    with pytest.raises(InvalidRequest, match="already has that name"):
         state.dict("d", max_entries=6)
-    with pytest.raises(InvalidRequest, match="has that name already"):
+    with pytest.raises(InvalidRequest, match="already has that name"):
         state.dict("d")
     other["l"] = 2
     assert sorted(one) == ["k", "l"]

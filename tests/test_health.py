@@ -24,7 +24,7 @@ from counter_server.journal import Journal
 from counter_server.ledger import Changes, Contents
 from counter_server.manager import client as client_module
 from counter_server.manager.directory import DataDirectory
-from counter_server.server.processes import Processes
+from counter_server.server.supervisor import Processes
 from counter_server.server.web import create_app
 from counter_server.status import Process, Status
 from tests.engines import MemcachedServer, PostgresServer, RedisServer

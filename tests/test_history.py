@@ -14,7 +14,7 @@ from counter_server.ledger import Changes, Ledger
 from counter_server.operations import Batch, Get, Increment, Result
 from counter_server.server.prove.history import Operation, violations
 from counter_server.session import Session
-from counter_server.store import RoundTrip
+from counter_server.store import Finding, RoundTrip
 from counter_server.stores import Store
 from tests.journals import Committing
 
@@ -64,6 +64,9 @@ class CrashingStore:
     """
 
     round_trip: RoundTrip = "short"
+
+    def findings(self, _deadline: float) -> list[Finding]:
+        return []
 
     def __init__(self, path: Path, chance: random.Random, commit: Callable[["CrashingStore", Changes], None]) -> None:
         self.path = path

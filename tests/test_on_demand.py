@@ -208,7 +208,7 @@ def test_a_manager_in_the_background_returns_when_clients_can_connect(on_demand:
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode != 0
     assert again.stderr.startswith(
-        f"Error: the manager of {data_dir} (pid {holder(data_dir)}) goes on: it was started by"
+        f"Error: the manager of {data_dir} (pid {holder(data_dir)}) continues: it was started by"
     )
 
 

@@ -1,4 +1,4 @@
-"""What nobody reads, or cannot be written, stops nothing: the log, standard output, words to a service manager."""
+"""A slow or dead reader stops nothing: neither of the log, of standard output, nor of service notifications."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import sys
 import termios
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
+from datetime import datetime, timedelta
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -36,7 +37,7 @@ DEAF = {
 
 @pytest.fixture
 def terminal() -> Iterator[int]:
-    """A terminal whose output is stopped, as by Ctrl-S."""
+    """Return a terminal whose output is stopped, as by Ctrl-S."""
     master, slave = pty.openpty()
     termios.tcflow(slave, termios.TCOOFF)
     yield slave
@@ -66,7 +67,7 @@ def test_a_server_whose_output_nobody_takes_serves(
     assert increments(port, ENOUGH) == list(range(1, ENOUGH + 1))
     manager = holder(data_dir)
     assert manager is not None
-    os.kill(manager, signal.SIGKILL)  # which the supervisor says, and starts another
+    os.kill(manager, signal.SIGKILL)  # the supervisor logs it and starts another
     assert increments(port, 1) == [ENOUGH + 1]
     assert server.stop() == 0
 
@@ -89,7 +90,7 @@ def test_a_manager_whose_output_nobody_takes_serves(
 def test_the_log_says_how_many_lines_were_dropped(stack: ExitStack) -> None:
     script = """
 import logging, sys
-from counter_server.server.logs import configure
+from counter_server.output import configure
 configure("worker", "json")
 for number in range(20_000):
     logging.getLogger("x").info("%d %s", number, "x" * 100)
@@ -108,24 +109,24 @@ logging.getLogger("x").info("the last")
         os.close(writer)
         theirs.close()
         program.expect("all said")
-        told = 0
+        reported = 0
         seen = 0
         for line in lines:
             message = json.loads(line)["message"]
             if "were dropped" in message:
-                told += int(message.split()[0])
+                reported += int(message.split()[0])
                 ours.close()
             else:
                 seen += 1
     assert program.wait() == 0
-    assert told > 0
-    assert seen + told == 20_001
+    assert reported > 0
+    assert seen + reported == 20_001
 
 
 def test_nothing_that_is_logged_looks_like_another_line(stack: ExitStack) -> None:
     script = """
 import logging
-from counter_server.server.logs import configure
+from counter_server.output import configure
 configure("worker", "text")
 forged = "a\\n2026-01-01 00:00:00,000 worker 1 INFO forged\\r\\x1b[31m\\u2028\\x85\\u202e\\udc80"
 logging.getLogger("waitress").warning("path %s", forged)
@@ -139,6 +140,32 @@ except ValueError:
     assert all("forged" not in line or not line.startswith("2026-01") for line in program.errors), program.errors
     assert all(line.isprintable() for line in program.errors)
     assert program.errors[0].endswith(r"INFO forged\r\x1b[31m\u2028\x85\u202e\udc80")
+
+
+def test_the_json_log_has_extra_fields_tracebacks_and_values_that_json_does_not_know(stack: ExitStack) -> None:
+    script = """
+import logging, os
+from counter_server.output import configure
+configure("worker", "json")
+try:
+    raise ValueError("no\\nway")
+except ValueError:
+    logging.getLogger("a.b").error("%s \\udc80", "ü", exc_info=True, extra={"request_id": "7", "place": {os}})
+"""
+    program = stack.enter_context(Program("-c", script))
+    assert program.wait() == 0
+    (line,) = map(json.loads, program.errors)
+    assert line.pop("exc_info").endswith("ValueError: no\nway")
+    assert datetime.fromisoformat(line.pop("time")).utcoffset() == timedelta(0)
+    assert line.pop("place").startswith("{<module 'os'")
+    assert line == {
+        "message": "ü \udc80",
+        "process": "worker",
+        "pid": program.pid,
+        "logger": "a.b",
+        "level": "ERROR",
+        "request_id": "7",
+    }
 
 
 def test_a_service_manager_that_reads_nothing_holds_nothing_up(
@@ -172,7 +199,7 @@ def zombies(parent: int) -> list[int]:
 
 
 def test_orphans_are_reaped_and_do_not_disturb(stack: ExitStack, data_dir: Path) -> None:
-    """The supervisor is given them as the first process of a container is: it is made their subreaper here."""
+    """The supervisor gets them like the first process of a container: here it is made their subreaper."""
     script = """
 import ctypes, os, subprocess, sys
 assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0

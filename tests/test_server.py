@@ -25,7 +25,7 @@ StartServer = Callable[..., Server]
 
 
 def ask(url: str, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
-    """One request on a connection of its own: the status, the headers and the text of the answer."""
+    """Send one request on a new connection; return the status, the headers and the text of the answer."""
     with closing(HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)) as connection:
         connection.request(method, path, body, {"Connection": "close", **(headers or {})})
         response = connection.getresponse()
@@ -41,7 +41,7 @@ def increment(url: str, name: str = "x") -> int:
 
 
 def visit(url: str) -> tuple[int, int]:
-    """The number of this visit, and the worker process that counted it."""
+    """Return the number of this visit, and the worker process that counted it."""
     status, _, text = ask(url, "GET", "/")
     assert status == 200, text
     number, worker = re.search(r'data-number="(\d+)"', text), re.search(r"worker process (\d+)", text)
@@ -58,7 +58,7 @@ def address(server: Server) -> tuple[str, int]:
 
 
 def half_a_post(stack: ExitStack, server: Server) -> socket.socket:
-    """A connection on which a worker waits for the body of an increment: it has answered that it does."""
+    """Open a connection on which a worker waits for the body of an increment: it has sent 100 Continue."""
     connection = stack.enter_context(socket.create_connection(address(server), timeout=PATIENCE))
     head = f"POST {INCREMENT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     connection.sendall(f"{head}Content-Length: 9\r\nExpect: 100-continue\r\n\r\n".encode())
@@ -83,7 +83,7 @@ def assert_no_process_left(program: Program) -> None:
 
 
 def assert_not_started(program: Program, *reasons: str) -> None:
-    """It ended by itself, with a line for each of the reasons and no traceback, and left nothing running."""
+    """Check that it exited by itself, printed a line with each reason and no traceback, and left no process."""
     assert program.wait() == 1, program.errors
     assert program.output == []
     for reason in reasons:
@@ -95,7 +95,7 @@ def assert_not_started(program: Program, *reasons: str) -> None:
 
 @pytest.fixture(scope="module")
 def any_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the tests that do it no harm."""
+    """Return one server for all tests that do not harm it."""
     with Server("--workers", "2", "--data-dir", tmp_path_factory.mktemp("server") / "data") as server:
         yield server
 
@@ -103,7 +103,7 @@ def any_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 # Starting
 
 
-def test_it_says_where_it_serves_on_a_line_of_its_own_and_the_first_request_is_answered(
+def test_it_prints_its_url_on_one_line_and_answers_the_first_request(
     start_server: StartServer,
 ) -> None:
     server = start_server()
@@ -112,7 +112,7 @@ def test_it_says_where_it_serves_on_a_line_of_its_own_and_the_first_request_is_a
     assert visit(server.url)[0] == 1
 
 
-def test_a_port_that_was_asked_for_is_the_port(stack: ExitStack, data_dir: Path) -> None:
+def test_it_serves_on_the_requested_port(stack: ExitStack, data_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = stack.enter_context(Program("run.py", "--port", str(port), "--data-dir", data_dir))
@@ -120,7 +120,7 @@ def test_a_port_that_was_asked_for_is_the_port(stack: ExitStack, data_dir: Path)
     assert increment(f"http://127.0.0.1:{port}") == 1
 
 
-def test_an_ipv6_address_is_printed_as_a_url_has_it(stack: ExitStack, start_server: StartServer) -> None:
+def test_an_ipv6_address_is_printed_in_brackets(stack: ExitStack, start_server: StartServer) -> None:
     try:
         stack.enter_context(socket.create_server(("::1", 0), family=socket.AF_INET6))
     except OSError:
@@ -131,7 +131,7 @@ def test_an_ipv6_address_is_printed_as_a_url_has_it(stack: ExitStack, start_serv
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_as_many_workers_as_asked_for_and_one_manager(start_server: StartServer, workers: int) -> None:
+def test_it_starts_the_requested_workers_and_one_manager(start_server: StartServer, workers: int) -> None:
     server = start_server("--workers", str(workers))
     assert len(server.children("worker")) == workers
     assert len(server.children("manager")) == 1
@@ -190,7 +190,7 @@ def test_a_visitors_counter_is_one_for_all_workers_and_two_tabs_lose_nothing(sta
 
 
 @pytest.mark.parametrize("name", ["счётчик", "two words", "50%", "a?b", "a/b", "a//b", "/a", "a/", "//"])
-def test_names_come_through_the_whole_server(any_server: Server, name: str) -> None:
+def test_unusual_names_work_through_the_whole_server(any_server: Server, name: str) -> None:
     path = f"{COUNTERS}/{quote(name, safe='')}"
     status, _, text = ask(any_server.url, "PUT", path, b'{"value": 5}', {"Content-Type": "application/json"})
     assert (status, json.loads(text)) == (200, {"counter": name, "value": 5})
@@ -216,7 +216,7 @@ def test_names_come_through_the_whole_server(any_server: Server, name: str) -> N
         ("GET", "/", {"Sec-Purpose": "prefetch"}, 503),
     ],
 )
-def test_what_the_application_refuses_is_refused_through_the_whole_server(
+def test_the_whole_server_refuses_each_request_that_the_application_refuses(
     any_server: Server, method: str, path: str, headers: dict[str, str], expected: int
 ) -> None:
     before = ask(any_server.url, "GET", COUNTERS)[2]
@@ -227,7 +227,7 @@ def test_what_the_application_refuses_is_refused_through_the_whole_server(
     assert ask(any_server.url, "GET", COUNTERS)[2] == before
 
 
-def test_a_store_without_a_manager_of_ours_is_served_without_one(stack: ExitStack) -> None:
+def test_a_store_without_a_manager_starts_none(stack: ExitStack) -> None:
     server = stack.enter_context(Server("--workers", "1", "--store", "memory://"))
     assert [increment(server.url) for _ in range(3)] == [1, 2, 3]
     assert server.children("manager") == []
@@ -240,7 +240,7 @@ def test_the_store_option_names_the_data_directory_too(stack: ExitStack, data_di
 
 
 @pytest.mark.parametrize("name", ["größe", "100%25", "a?b #c"])
-def test_a_data_directory_of_any_name_is_served(stack: ExitStack, tmp_path: Path, name: str) -> None:
+def test_a_data_directory_can_have_any_name(stack: ExitStack, tmp_path: Path, name: str) -> None:
     server = stack.enter_context(Server("--workers", "1", "--data-dir", tmp_path / name))
     assert increment(server.url) == 1
     assert (tmp_path / name / "journal.sqlite3").exists()
@@ -250,7 +250,7 @@ def test_a_data_directory_of_any_name_is_served(stack: ExitStack, tmp_path: Path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_status_0_and_the_count_goes_on_when_it_is_started_again(
+def test_a_signal_ends_it_with_status_0_and_the_next_start_continues_the_count(
     start_server: StartServer, number: signal.Signals
 ) -> None:
     first = start_server()
@@ -288,10 +288,10 @@ def test_a_request_that_is_open_when_the_signal_comes_is_answered(stack: ExitSta
     assert increment(start_server().url) == 8
 
 
-def test_a_request_is_answered_also_when_the_signal_goes_to_every_process(
+def test_an_open_request_is_answered_even_if_every_process_gets_the_signal(
     stack: ExitStack, start_server: StartServer
 ) -> None:
-    """As systemd sends it, unless told otherwise."""
+    """systemd sends it to all of them by default."""
     server = start_server("--workers", "2")
     connection = half_a_post(stack, server)
     os.killpg(server.pid, signal.SIGTERM)
@@ -316,7 +316,7 @@ def test_while_it_stops_new_connections_are_refused(stack: ExitStack, start_serv
         except ConnectionRefusedError:
             return server.running
 
-    # Well before the open request would be given up.
+    # Well before the server would give the open request up.
     eventually(refused, "the refusal of a new connection while a request is still open", seconds=5)
     connection.sendall(b": 7}")
     assert read_all(connection).startswith("HTTP/1.1 200 ")
@@ -332,7 +332,7 @@ def test_a_second_signal_ends_it_at_once(stack: ExitStack, start_server: StartSe
     eventually(lambda: len(server.children("worker")) < 2, "the end of the worker that had nothing to do")
     assert server.running
     server.send_signal(number)
-    assert server.wait() == 128 + number  # and not 0, as after waiting for the open request
+    assert server.wait() == 128 + number  # it would be 0 after the open request
     assert_no_process_left(server)
     with suppress(ConnectionResetError):
         assert read_all(connection) == ""
@@ -362,7 +362,7 @@ def test_ctrl_c_while_a_child_is_still_importing_shows_no_traceback(
         "    time.sleep(0.5)\n"
     )
     server = stack.enter_context(Server("--data-dir", data_dir, environment={"PYTHONPATH": str(tmp_path)}))
-    server.send_signal(signal.SIGHUP)  # has successors started, which are new interpreters
+    server.send_signal(signal.SIGHUP)  # starts successors, which are new interpreters
     eventually((tmp_path / "importing").exists, "the start of a child")
     os.killpg(server.pid, signal.SIGINT)
     assert server.wait() == 0, server.errors
@@ -378,12 +378,12 @@ def test_no_process_outlives_a_killed_supervisor(start_server: StartServer) -> N
     assert increment(server.url) == 1
     server.kill()
     assert_no_process_left(server)
-    with pytest.raises(ConnectionError):  # refused, or reset by one that is about to have gone
+    with pytest.raises(ConnectionError):  # refused, or reset by a process that is ending
         increment(server.url)
     assert increment(start_server().url) == 2
 
 
-def test_no_process_outlives_a_supervisor_that_was_killed_with_a_request_open(
+def test_no_process_outlives_a_supervisor_that_is_killed_during_a_request(
     stack: ExitStack, start_server: StartServer
 ) -> None:
     server = start_server("--workers", "2")
@@ -409,7 +409,7 @@ def test_a_killed_worker_is_replaced_and_the_numbers_go_on(start_server: StartSe
     assert increment(server.url) == 1
     os.kill(killed, signal.SIGKILL)
     eventually(lambda: not alive(killed, server), "the end of the killed worker")
-    assert increment(server.url) == 2  # the other one is there meanwhile
+    assert increment(server.url) == 2  # by the other worker
     (new,) = eventually(lambda: set(server.children("worker")) - {other}, "a new worker")
     with ThreadPoolExecutor(16) as pool:
         eventually(
@@ -428,7 +428,7 @@ def test_all_workers_killed_at_once_are_replaced(start_server: StartServer) -> N
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     eventually(lambda: not any(alive(pid, server) for pid in killed), "the end of the killed workers")
-    assert increment(server.url) == 2  # it waits in the socket's queue until one is there
+    assert increment(server.url) == 2  # it waits in the socket's queue for a new worker
     eventually(lambda: len(server.children("worker")) == 2, "two new workers")
 
 
@@ -440,12 +440,12 @@ def test_a_killed_manager_is_replaced_the_numbers_go_on_and_the_workers_stay(sta
         (killed,) = server.children("manager")
         os.kill(killed, signal.SIGKILL)
         eventually(lambda killed=killed: not alive(killed, server), "the end of the killed manager")  # type: ignore[misc]
-    assert increment(server.url) == 4  # it waits until one is there
+    assert increment(server.url) == 4  # it waits for a new manager
     eventually(lambda: len(server.children("manager")) == 1, "a new manager")
     assert sorted(server.children("worker")) == workers
 
 
-def test_a_server_whose_every_child_was_killed_goes_on(start_server: StartServer) -> None:
+def test_a_server_survives_the_death_of_all_its_children(start_server: StartServer) -> None:
     server = start_server("--workers", "2")
     assert increment(server.url) == 1
     killed = server.children("worker") + server.children("manager")
@@ -470,13 +470,13 @@ def test_a_server_whose_every_child_was_killed_goes_on(start_server: StartServer
         ("http://[", "http://["),
     ],
 )
-def test_a_store_that_there_is_not_stops_the_start_and_is_named(stack: ExitStack, url: str, says: str) -> None:
+def test_an_invalid_store_url_is_reported_at_the_start(stack: ExitStack, url: str, says: str) -> None:
     server = stack.enter_context(Program("run.py", "--port", "0", "--workers", "2", "--store", url))
     assert_not_started(server, says)
 
 
 @pytest.mark.parametrize("name", ["session.key", "manager.key", "journal.sqlite3"])
-def test_a_damaged_file_stops_the_start_and_is_named(
+def test_a_damaged_file_is_reported_at_the_start_and_left_alone(
     stack: ExitStack, data_dir: Path, start_server: StartServer, name: str
 ) -> None:
     first = start_server("--workers", "1")
@@ -491,10 +491,10 @@ def test_a_damaged_file_stops_the_start_and_is_named(
     assert increment(start_server("--workers", "1").url) == 2
 
 
-def test_a_child_that_is_slow_to_end_after_it_failed_stops_the_start_all_the_same(
+def test_a_failed_child_that_is_slow_to_exit_stops_the_start_too(
     stack: ExitStack, tmp_path: Path, data_dir: Path
 ) -> None:
-    # A process that ends closes its files first and is gone only some time later; this makes the time long.
+    # A process closes its files first and exits a moment later; this makes the moment long.
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, os, sys, time\n"
         "def end():\n"
@@ -519,7 +519,7 @@ def test_a_directory_with_a_manager_stops_the_start_naming_that_one(
     assert manager.running
 
 
-def test_a_second_server_on_a_directory_ends_and_the_first_goes_on(
+def test_a_second_server_on_a_directory_exits_and_the_first_goes_on(
     stack: ExitStack, data_dir: Path, start_server: StartServer
 ) -> None:
     first = start_server()
@@ -531,7 +531,7 @@ def test_a_second_server_on_a_directory_ends_and_the_first_goes_on(
     assert increment(first.url) == 1
 
 
-def test_a_second_server_on_a_port_ends_and_the_first_goes_on(
+def test_a_second_server_on_a_port_exits_and_the_first_goes_on(
     stack: ExitStack, tmp_path: Path, start_server: StartServer
 ) -> None:
     first = start_server()

@@ -19,7 +19,7 @@ from counter_server.errors import (
 from counter_server.ledger import CLIENT_LIFETIME, Ledger
 from counter_server.operations import Batch, Get, Increment, Operation, Refusal, Replayed, Result, Scan
 from counter_server.session import Session
-from counter_server.store import RoundTrip
+from counter_server.store import Finding, RoundTrip
 from tests.processes import PATIENCE
 from tests.test_combiner import InterruptedAt
 
@@ -52,6 +52,9 @@ class FakeStore:
     """Answers each call with the next of its steps, and keeps what it was sent."""
 
     round_trip: RoundTrip = "short"
+
+    def findings(self, _deadline: float) -> list[Finding]:
+        return []
 
     def __init__(self, *steps: Step) -> None:
         self._steps = list(steps)
@@ -401,6 +404,9 @@ class RememberingStore(FakeStore):
     """A store that keeps its promise, and loses some answers on the way."""
 
     round_trip: RoundTrip = "short"
+
+    def findings(self, _deadline: float) -> list[Finding]:
+        return []
 
     def __init__(self, lost: set[int]) -> None:
         super().__init__()

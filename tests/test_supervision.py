@@ -1,4 +1,4 @@
-"""The server keeps serving: workers replaced under load, frozen ones too; slow and idle clients; and systemd."""
+"""The server keeps serving: replaced and frozen workers, slow and idle clients, systemd, and the log."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def address(url: str) -> tuple[str, int]:
 
 
 class KeepAliveLoad:
-    """Clients that keep their connection, ask again and again, and tolerate no failure: only a close that was told."""
+    """Clients that keep their connections, send request after request, and accept no failure but an announced close."""
 
     def __init__(self, url: str, clients: int) -> None:
         self._netloc = urlsplit(url).netloc
@@ -56,11 +56,11 @@ class KeepAliveLoad:
         self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
 
     def _ask(self) -> None:
-        connection = HTTPConnection(self._netloc, timeout=PATIENCE)  # opened again by itself where it was told to close
+        connection = HTTPConnection(self._netloc, timeout=PATIENCE)  # it reconnects after "Connection: close"
         answered = time.monotonic()
         try:
             while not self._enough.is_set():
-                if time.monotonic() - answered > 1:  # one that was told to close, meanwhile it may be closed
+                if time.monotonic() - answered > 1:  # the server may have closed it meanwhile
                     connection.close()
                 connection.request("POST", INCREMENT)
                 response = connection.getresponse()
@@ -69,7 +69,7 @@ class KeepAliveLoad:
                     raise AssertionError(f"{response.status}: {body!r}")
                 self.values.append(json.loads(body)["value"])
                 answered = time.monotonic()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is a request that failed
+        except Exception as error:  # noqa: BLE001 - any error is a failed request
             self.failures.append(f"{type(error).__name__}: {error}")
         finally:
             connection.close()
@@ -110,7 +110,7 @@ def test_sighup_replaces_every_worker_under_load_and_no_request_fails(start_serv
 
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where there is a file of that name, no successor of a worker of a server that was started meanwhile lives."""
+    """Return a path; while a file exists there, the successors of workers die at once."""
     broken = tmp_path / "broken"
     (tmp_path / "sitecustomize.py").write_text(
         f"import os, sys\nif os.path.exists({str(broken)!r}) and '--multiprocessing-fork' in sys.orig_argv:\n"
@@ -124,7 +124,7 @@ def test_a_crash_loop_is_slowed_down_and_ends_with_one_line_that_says_why(stack:
     data_dir = tmp_path / "data"
     server = stack.enter_context(Server("--workers", "1", "--data-dir", data_dir))
     assert increment(server.url) == 1
-    (data_dir / "manager.key").write_bytes(os.urandom(32))  # which the manager does not accept
+    (data_dir / "manager.key").write_bytes(os.urandom(32))  # the manager refuses it
     os.kill(server.children("worker")[0], signal.SIGKILL)
     eventually(lambda: not server.running, "the end of the server", seconds=60)
     assert server.wait() == 1
@@ -167,20 +167,20 @@ def test_a_frozen_worker_is_replaced_and_the_others_serve_meanwhile(start_server
     assert other in server.children("worker")
 
 
-def test_workers_are_not_blamed_when_the_supervisor_itself_was_stopped(start_server: StartServer) -> None:
-    """With everything stopped together, as a laptop that sleeps, nobody could give a sign of life."""
+def test_workers_are_not_killed_after_the_supervisor_itself_was_stopped(start_server: StartServer) -> None:
+    """A sleeping laptop stops everything together, so a worker could not give a sign of life."""
     server = start_server("--workers", "1", "--frozen-after", "5")
     (worker,) = server.children("worker")
     stopped = threading.Event()
     with frozen(worker), frozen(server.pid):
-        stopped.wait(8)  # longer than a worker may be silent: here it is the seconds that count
+        stopped.wait(8)  # longer than a worker may be silent
     with KeepAliveLoad(server.url, 1) as load:
         eventually(lambda: len(load.values) > 200, "answers")
     assert server.children("worker") == [worker]
     assert not any("sign of life" in line for line in server.errors)
 
 
-# Clients that hold on
+# Slow and idle clients
 
 
 def test_a_thousand_idle_connections_and_fifty_slow_ones_do_not_stop_service(
@@ -195,7 +195,7 @@ def test_a_thousand_idle_connections_and_fifty_slow_ones_do_not_stop_service(
     assert [increment(server.url) for _ in range(100)] == list(range(1, 101))
 
 
-def test_a_request_that_comes_byte_by_byte_is_cut_off_in_the_end_and_counts_nothing(
+def test_a_request_that_arrives_byte_by_byte_is_cut_off_and_counts_nothing(
     stack: ExitStack, start_server: StartServer
 ) -> None:
     server = start_server("--workers", "1", "--request-timeout", "1.5")
@@ -216,8 +216,8 @@ def test_a_request_that_comes_byte_by_byte_is_cut_off_in_the_end_and_counts_noth
     assert increment(server.url) == 1
 
 
-def test_no_fresh_connection_is_taken_for_one_whose_client_reads_nothing(start_server: StartServer) -> None:
-    """The worker looks at its connections every second: at any moment some of these have an answer yet to be sent."""
+def test_a_new_connection_is_not_mistaken_for_one_whose_client_reads_nothing(start_server: StartServer) -> None:
+    """The worker checks its connections every second, and at any moment some have an unsent answer."""
     server = start_server("--workers", "1")
     with ThreadPoolExecutor(8) as pool:
         values = list(pool.map(lambda _: increment(server.url), range(3000)))
@@ -236,9 +236,7 @@ def notifications(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
         yield listener
 
 
-def test_the_service_manager_is_told_what_the_server_does(
-    start_server: StartServer, notifications: socket.socket
-) -> None:
+def test_the_service_manager_is_notified_of_each_state(start_server: StartServer, notifications: socket.socket) -> None:
     server = start_server("--workers", "1")
     assert notifications.recv(100) == b"READY=1"
     server.send_signal(signal.SIGHUP)
@@ -250,17 +248,17 @@ def test_the_service_manager_is_told_what_the_server_does(
 
 
 def activated(bound: socket.socket, data_dir: Path) -> Program:
-    """A server to which the socket is handed as its descriptor 3, as sd_listen_fds(3) says."""
+    """Start a server that inherits the socket as descriptor 3, as sd_listen_fds(3) specifies."""
     descriptor = bound.fileno()
     command = 'exec 3<&"$1"; shift; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
     arguments = ["-c", command, "bash", str(descriptor), sys.executable, "run.py", "--workers", "1"]
     return Program(*arguments, "--data-dir", data_dir, program="bash", descriptors=(descriptor,))
 
 
-def test_a_socket_that_the_service_manager_has_bound_is_served_on(
+def test_it_serves_on_a_socket_that_the_service_manager_has_bound(
     stack: ExitStack, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Connections that came before the server are answered."""
+    """Connections from before the start are answered."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]
         early = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE))
@@ -277,7 +275,7 @@ def test_a_socket_that_the_service_manager_has_bound_is_served_on(
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
-def test_an_inherited_socket_that_cannot_be_served_on_is_refused_in_one_line(
+def test_an_unusable_inherited_socket_is_reported_in_one_line(
     stack: ExitStack, data_dir: Path, kind: socket.SocketKind
 ) -> None:
     with socket.socket(socket.AF_INET, kind) as bound:
@@ -290,11 +288,11 @@ def test_an_inherited_socket_that_cannot_be_served_on_is_refused_in_one_line(
 # The log
 
 
-def test_the_log_is_json_on_request_a_line_for_each_request_with_its_id_pid_and_outcome(
+def test_the_json_log_has_a_line_for_each_request_with_id_pid_and_outcome(
     start_server: StartServer,
 ) -> None:
     server = start_server("--workers", "2", "--log-format", "json")
-    told = {}
+    answered = {}
     for path, given in [
         (INCREMENT, {}),
         (INCREMENT, {"X-Request-ID": "of-a-proxy.7"}),
@@ -305,10 +303,10 @@ def test_the_log_is_json_on_request_a_line_for_each_request_with_its_id_pid_and_
             connection.request("POST", path, headers=given)
             response = connection.getresponse()
             response.read()
-        told[response.getheader("X-Request-ID")] = (response.status, given.get("X-Request-ID"))
-    assert len(told) == 4
-    assert told["of-a-proxy.7"] == (200, "of-a-proxy.7")
-    assert 'not "acceptable"' not in told
+        answered[response.getheader("X-Request-ID")] = (response.status, given.get("X-Request-ID"))
+    assert len(answered) == 4
+    assert answered["of-a-proxy.7"] == (200, "of-a-proxy.7")
+    assert 'not "acceptable"' not in answered
     (worker, *_) = workers = server.children("worker")
     os.kill(worker, signal.SIGKILL)
 
@@ -317,7 +315,7 @@ def test_the_log_is_json_on_request_a_line_for_each_request_with_its_id_pid_and_
 
     eventually(lambda: any(line["process"] == "supervisor" for line in lines()), "a line of the supervisor's")
     requests = [line for line in lines() if line["logger"] == "counter_server.server.web.request_log"]
-    assert [(line["request_id"], line["status"]) for line in requests] == [(key, told[key][0]) for key in told]
+    assert [(line["request_id"], line["status"]) for line in requests] == [(key, answered[key][0]) for key in answered]
     assert [line["outcome"] for line in requests] == ["answered"] * 3 + ["not_applied"]
     assert {line["pid"] for line in requests} <= set(workers)
     assert {line["path"] for line in requests} == {INCREMENT, "/api/v1/counters/\0/increment"}

@@ -125,7 +125,7 @@ def test_counters_with_durability_none_can_neither_be_copied_nor_checked(
     for command in (["backup", tmp_path / "b"], ["check"]):
         done = Done(*command, "--data-dir", data_dir)
         assert done.status == 1
-        assert "in memory alone" in done.errors
+        assert "in memory only" in done.errors
 
 
 def test_a_backup_beside_the_log_of_another_journal_is_refused(state: State, data_dir: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class StateProxy(BaseProxy):
             raise Unsupported(f"the manager of {self.directory} is of another version: {error}") from error
 
     def findings(self, deadline: float) -> list[Finding]:
-        """See `Examined`."""
+        """See `Store`."""
         status = self.status(deadline)
         manager = f"the manager, pid {status.pid}, epoch {status.epoch}, has {status.counters} counters"
         slow = [

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from math import inf
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
@@ -69,19 +68,28 @@ class NotMade:
         return [self._refusal] * len(batch.operations)
 
 
+_OWN: dict[str, msgpack.Decoder[Any]] = {
+    "status": msgpack.Decoder(tuple[()]),
+    "check": msgpack.Decoder(tuple[()]),
+    "back_up": msgpack.Decoder(tuple[bytes]),
+    "end": msgpack.Decoder(tuple[bool]),
+}
+
+
 class StateServer(Server):
     """The standard library's manager server, with objects by name, typed arguments and time limits.
 
-    A client can call `apply` of the hosted objects and the four methods of `Upkeep`, and nothing else: it can create
-    nothing, shut nothing down and read no traceback. A peer that breaks the rules loses its connection, and gets no
-    reason.
+    A client can call `apply` of the hosted objects, and four methods of the server itself, which are for its operator.
+    It can create nothing, and reads no traceback. A peer that breaks the rules loses its connection, without a reason.
     """
 
     public: list[str] = ["accept_connection"]  # noqa: RUF012 - the standard class declares it so
     authkey: bytes
     listener: Listener
     hosted: dict[str, Hosted]
-    upkeep: "Upkeep"
+    ledger: Ledger
+    journal: Journal | None
+    durability: Durability
     mutex: threading.Lock
 
     def __init__(self, *arguments: Any) -> None:
@@ -90,8 +98,10 @@ class StateServer(Server):
         self._welcomed = 0  # of these, after the greeting
         self._users: set[Connection] = set()  # of these, to shared objects
         self.most_connections = Caps.connections
-        self.gives_way = False
-        self._idle_since = time.monotonic()
+        self.gives_way = False  # to another manager, when no client uses its objects
+        self.keeps_place = ""  # why it does not end for another manager, if it does not
+        self.supervisor: int | None = None  # pid
+        self._idle_since = self._began = time.monotonic()
 
     def idle_for(self) -> float:
         """Return the seconds since the last client, as far as is known.
@@ -102,11 +112,6 @@ class StateServer(Server):
             if _is_any_there(self._connections):
                 self._idle_since = time.monotonic()
             return time.monotonic() - self._idle_since
-
-    @property
-    def connections(self) -> int:
-        """The number of connections."""
-        return len(self._connections)
 
     def _remove(self, connection: Connection) -> None:
         """Stop counting a connection, before it is closed: another one may reuse its descriptor."""
@@ -197,8 +202,8 @@ class StateServer(Server):
                 if call.method == "apply" and call.ident in self.hosted:
                     (batch,) = _decode_batch(call.arguments)
                     result: Any = self.hosted[call.ident].applies.apply(batch, inf)
-                elif call.method in _UPKEEP and call.ident == "ledger":
-                    result = getattr(self.upkeep, call.method)(*_UPKEEP[call.method].decode(call.arguments))
+                elif call.method in _OWN and call.ident == "ledger":
+                    result = getattr(self, call.method)(*_OWN[call.method].decode(call.arguments))
                 else:
                     raise PermissionError(f"{call.method!r} of {call.ident!r} is not offered")
                 reply = ("#RETURN", result)
@@ -207,46 +212,39 @@ class StateServer(Server):
             connection.set_deadline(time.monotonic() + FRAME_SECONDS)
             connection.send(reply)
 
-
-@dataclass(kw_only=True)
-class Upkeep:
-    """The manager's own methods, for its operator: only this process may open the journal.
-
-    Each raises `BatchRefused` with the reason, if it cannot do its work.
-    """
-
-    server: StateServer
-    ledger: Ledger
-    journal: Journal | None
-    durability: Durability
-    epoch: str
-    objects: Sequence[HostedObject]
-    declared: int  # shared objects, including objects that could not be made
-    keeps_place: str  # why it does not end for another manager; empty if it does
-    supervisor: int | None  # pid
-    began: float = field(default_factory=time.monotonic)
-
     def status(self) -> Status:
         """Return the manager's figures."""
         counters, clients, keys = self.ledger.sizes
         return Status(
             pid=os.getpid(),
-            epoch=self.epoch,
+            epoch=self.hosted["ledger"].epoch,
             durability=self.durability,
-            uptime=time.monotonic() - self.began,
+            uptime=time.monotonic() - self._began,
             starts=self.journal.starts if self.journal else 1,
             counters=counters,
-            objects=self.declared,
+            objects=len(self.hosted) - 1,
             clients=clients,
             keys=keys,
-            connections=self.server.connections,
+            connections=len(self._connections),
             batches=self.ledger.batches,
             operations=self.ledger.operations,
             commits=self.ledger.commits,
             commit_seconds=self.ledger.commit_seconds,
             journal_bytes=self.journal.size if self.journal else 0,
-            slow_calls=list(_slow_calls(self.objects).values()),
+            slow_calls=list(self.slow_calls().values()),
         )
+
+    def slow_calls(self) -> dict[tuple[str, float], SlowCall]:
+        """Return the calls that have run for long, each by its object's name and its start."""
+        now = time.monotonic()
+        found = {}
+        for hosted in self.hosted.values():
+            if isinstance(hosted.applies, HostedObject) and (running := hosted.applies.running):
+                method, began = running
+                if now - began > SLOW_SECONDS:
+                    name = hosted.applies.declaration.name
+                    found[name, began] = SlowCall(name, method, now - began)
+        return found
 
     def check(self) -> tuple[int, int, int]:
         """Compare the whole journal with memory; return how many counters, clients and keys there are."""
@@ -278,30 +276,11 @@ class Upkeep:
         return True
 
 
-_UPKEEP: dict[str, msgpack.Decoder[Any]] = {
-    "status": msgpack.Decoder(tuple[()]),
-    "check": msgpack.Decoder(tuple[()]),
-    "back_up": msgpack.Decoder(tuple[bytes]),
-    "end": msgpack.Decoder(tuple[bool]),
-}
-
-
-def _slow_calls(objects: Sequence[HostedObject]) -> dict[tuple[str, float], SlowCall]:
-    """Return the calls that have run for long, each by its object's name and its start."""
-    now = time.monotonic()
-    return {
-        (hosted.declaration.name, began): SlowCall(hosted.declaration.name, method, now - began)
-        for hosted in objects
-        for method, began in [hosted.running or ("", now)]
-        if now - began > SLOW_SECONDS
-    }
-
-
-def _report_slow_calls(objects: Sequence[HostedObject], is_ending: threading.Event) -> None:
+def _report_slow_calls(server: StateServer, is_ending: threading.Event) -> None:
     """Log each call that runs for long, once, until the manager is ending."""
     reported: set[tuple[str, float]] = set()
     while not is_ending.wait(_LOOK_SECONDS):
-        found = _slow_calls(objects)
+        found = server.slow_calls()
         for key in found.keys() - reported:
             call = found[key]
             log.warning(
@@ -388,23 +367,12 @@ def serve(
             raise StartupError(f"the socket {directory.socket} cannot be made: {error.strerror or error}") from error
         server.most_connections = _room_for(caps.connections)
         server.hosted = {"ledger": Hosted(ledger, epoch)}
-        objects: list[HostedObject] = []
         for declaration in declarations:
             hosted = _host(declaration, ledger, journal, contents, caps)
             server.hosted[object_ident(declaration.name)] = hosted
-            if isinstance(hosted.applies, HostedObject):
-                objects.append(hosted.applies)
-        server.upkeep = Upkeep(
-            server=server,
-            ledger=ledger,
-            journal=journal,
-            durability=durability,
-            epoch=epoch,
-            objects=objects,
-            declared=len(declarations),
-            keeps_place=_why_it_keeps_its_place(idle_timeout, journal),
-            supervisor=os.getppid() if lifeline is not None else None,
-        )
+        server.ledger, server.journal, server.durability = ledger, journal, durability
+        server.keeps_place = _why_it_keeps_its_place(idle_timeout, journal)
+        server.supervisor = os.getppid() if lifeline is not None else None
         if idle_timeout is not None and journal is not None:
             server.gives_way = True
             threading.Thread(
@@ -415,7 +383,7 @@ def serve(
             target=keep_found, args=(directory, server.listener, is_held, journal, is_ending), daemon=True
         )
         keeping.start()
-        threading.Thread(target=_report_slow_calls, args=(objects, is_ending), name="slow calls", daemon=True).start()
+        threading.Thread(target=_report_slow_calls, args=(server, is_ending), name="slow calls", daemon=True).start()
         try:
             ready()
             starting.close()

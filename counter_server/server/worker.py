@@ -1,43 +1,90 @@
-"""A worker process: waitress on the inherited socket, until it is told to stop or its parent ends."""
+"""A worker process: waitress on the inherited socket, until a signal stops it or the supervisor ends.
+
+It extends internals of waitress: the channel, the parser, the receiver of chunks, the error task and the dispatcher.
+All of this was written against the source of waitress 3.0.2; pyproject.toml keeps the version below 3.1.
+"""
+
+# waitress has no types.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportIndexIssue=false
 
 import logging
 import os
+import re
 import resource
 import select
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
-from types import FrameType
 from typing import Any, NoReturn
 
+import msgspec
 from flask import Flask
-from waitress import wasyncore
-from waitress.server import create_server
 
+from ..errors import Outcome, StartupError
 from ..extension import SharedState
+from ..output import configure
 from ..settings import ServerSettings
-from .application import Application
-from .channel import Channel, Dispatcher, channels
-from .logs import configure
-from .refusal import LARGEST_HEAD, LARGEST_REQUEST
+from .web import create_app
+from .web.health import LIVEZ
+from .web.problems import Problem
 
-log = logging.getLogger(__name__)
+try:
+    from waitress import channel, parser, receiver, server, task, utilities, wasyncore
+except ImportError as error:
+    raise StartupError("the server needs waitress: pip install 'counter-server[server]'") from error
 
 BACKLOG = 1024  # connections that may wait to be accepted, over all workers
-DRAIN_SECONDS = 10.0  # for requests under way, when asked to stop
-LINGER_SECONDS = 2.0  # for clients that keep a connection, when it is replaced: the next answer on it is the last
+DRAIN_SECONDS = 10.0  # for open requests, when asked to stop
+LINGER_SECONDS = 2.0  # for idle connections of a worker that is replaced: the next answer on one is its last
 BEAT_SECONDS = 1.0  # between signs of life
-_MOST_CONNECTIONS = 4000
-_SPARE_DESCRIPTORS = 100  # for all else that a worker opens
-# Answers up to this many bytes are sent whole, by waitress's loop, when their thread has done with them. Were they sent
-# by the thread, in parts, each part would give the GIL to the loop, which then turns and turns on a socket that the
-# thread has yet to empty: 20 turns and 600 us of processor time for a request that waits for a store, in place of 1
-# turn and 200 us.
+LARGEST_HEAD = 2**16  # bytes
+LARGEST_REQUEST = 2**20  # bytes; the application's own limit is lower
+_MAX_CONNECTIONS = 4000
+_OTHER_DESCRIPTORS = 100
+_MAX_PIPELINED = 16  # their answers fit into the buffer, so no thread waits for a client that does not read
+# waitress's loop sends answers of up to this size whole. Their thread would send them in parts, and each would hand the
+# GIL to the loop, which spins until the thread goes on: 600 us of processor time for a request, instead of 200.
 _SEND_BYTES = 18_000
+
+
+def work(
+    sock: socket.socket, settings: ServerSettings, config: Mapping[str, Any], app: Flask | None, lifeline: Connection
+) -> None:
+    """Run a worker process.
+
+    :param app: made by the supervisor, if this is its fork.
+    :param lifeline: receives a message when this worker is ready, and then every second. It ends with the supervisor.
+    """
+    configure("worker", settings.log_format)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # under load a queue is normal
+    app = app or create_app(config)
+    worker = Worker(sock, settings, app)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: worker.stop())
+    signal.signal(signal.SIGHUP, lambda _number, _frame: worker.stop(linger=LINGER_SECONDS))
+    threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
+    with app.app_context():
+        _ = SharedState().counter("visits").value  # raises an error if the store does not answer
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
+    poller = select.poll()
+    poller.register(lifeline, select.POLLOUT)
+
+    def beat() -> None:
+        if poller.poll(0):  # a stopped supervisor does not read
+            lifeline.send(None)
+
+    lifeline.send(None)
+    worker.run(beat)
+
+
+def _end_with(lifeline: Connection) -> NoReturn:
+    with suppress(EOFError, OSError):
+        lifeline.recv()
+    os._exit(1)
 
 
 class Worker:
@@ -46,133 +93,237 @@ class Worker:
     def __init__(self, sock: socket.socket, settings: ServerSettings, app: Flask) -> None:
         self._request_timeout = settings.request_timeout
         self._stopping = False
-        self._linger = 0.0  # seconds
-        self._most = _connection_limit()
-        self._map: dict[int, Any] = {}
-        self._app = app
-        self._server: Any = create_server(
+        self._linger = 0.0
+        self._max_connections = _connection_limit()
+        connections: dict[int, Any] = {}
+        self._poll = partial(wasyncore.loop, use_poll=True, map=connections, count=1)
+        self._server: Any = server.create_server(
             app,
-            map=self._map,
+            map=connections,
             sockets=[sock],
-            _dispatcher=Dispatcher(settings.threads),
+            threads=settings.threads,
             backlog=BACKLOG,
-            connection_limit=self._most,
+            connection_limit=self._max_connections,
             max_request_header_size=LARGEST_HEAD,
             max_request_body_size=LARGEST_REQUEST,
-            asyncore_use_poll=True,
             send_bytes=_SEND_BYTES,
-            # It takes them away where they are not its own to trust; those of a declared proxy are the application's.
+            # The application reads the headers of trusted proxies itself.
             clear_untrusted_proxy_headers=not app.config.get("COUNTER_SERVER_TRUSTED_PROXIES"),
             ident="counter_server",
         )
         self._server.channel_class = Channel
+        self._server.add_task = self._add_task
         self._server.ending = False
+        self._probes: Any = task.ThreadedTaskDispatcher()
+        self._probes.set_thread_count(1)
+
+    def _add_task(self, connection: "Channel") -> None:
+        """Queue its next request. Probes have their own thread, so that a busy worker answers them."""
+        dispatcher = self._probes if connection.is_probe else self._server.task_dispatcher
+        dispatcher.add_task(connection)
 
     def stop(self, *, linger: float = 0.0) -> None:
-        """Have `run` finish the requests under way and return. Safe in a signal handler.
-
-        :param linger: seconds in which connections that clients keep are still answered, once, and told to close.
-        """
+        """Make `run` finish open requests and return; for `linger` seconds, idle connections get one last answer."""
         self._linger = linger
         self._stopping = True
         self._server.pull_trigger()
 
-    def check(self) -> None:
-        """Make one round trip to the store.
-
-        :raises CounterServerError: if there is none.
-        """
-        with self._app.app_context():
-            _ = SharedState().counter("visits").value  # which every store can tell; not every one can list
-
     def run(self, beat: Callable[[], None]) -> None:
-        """Serve until `stop`, then finish what was begun.
-
-        :param beat: called every second, as long as this process is not stuck.
-        """
+        """Serve until `stop`, and call `beat` every second."""
         next_beat = 0.0
         while not self._stopping:
-            self._poll(BEAT_SECONDS)
+            self._poll(timeout=BEAT_SECONDS)
             now = time.monotonic()
             if now >= next_beat:
                 next_beat = now + BEAT_SECONDS
                 beat()
-                self._tidy(now)
-        # The other workers go on accepting on the same socket; this process only lets go of its copy.
+                self._close_overdue(now)
+        # This closes a copy of the socket: the other workers go on accepting.
         wasyncore.dispatcher.close(self._server)
         self._server.ending = True
         ending = time.monotonic()
-        while self._unfinished(time.monotonic() - ending):
-            self._poll(0.1)
+        while connections := list(self._server.active_channels.values()):  # a copy: other threads close some
+            elapsed = time.monotonic() - ending
+            drained = elapsed > DRAIN_SECONDS or all(connection.idle for connection in connections)
+            if drained and elapsed > self._linger:
+                break
+            self._poll(timeout=0.1)
+        self._probes.shutdown()
         self._server.task_dispatcher.shutdown()
 
-    def _poll(self, seconds: float) -> None:
-        wasyncore.loop(timeout=seconds, use_poll=True, map=self._map, count=1)
-
-    def _tidy(self, now: float) -> None:
-        """Close what was coming, or not taken, for too long; for want of room, also what was idle for longest."""
-        connections = channels(self._server)
-        for channel in connections:
-            if max(channel.coming_for(now), channel.stalled_for(now)) > self._request_timeout:
-                channel.give_up()
-        excess = len(connections) - self._most * 9 // 10
-        if excess > 0:
-            for channel in sorted((c for c in connections if c.idle), key=lambda c: c.last_activity)[:excess]:
-                channel.give_up()
-
-    def _unfinished(self, seconds: float) -> bool:
-        """Whether there is still something to wait for, so long after the end began."""
-        connections = channels(self._server)
-        if seconds < self._linger and connections:
-            return True
-        return seconds < DRAIN_SECONDS and any(not channel.idle for channel in connections)
+    def _close_overdue(self, now: float) -> None:
+        """Close connections whose clients send or read too slowly, and the longest idle ones if there are too many."""
+        connections = list(self._server.active_channels.values())
+        for connection in connections:
+            if connection.is_overdue(now, self._request_timeout):
+                connection.handle_close()
+        excess = max(len(connections) - self._max_connections * 9 // 10, 0)
+        for connection in sorted((c for c in connections if c.idle), key=lambda c: c.last_activity)[:excess]:
+            connection.handle_close()
 
 
 def _connection_limit() -> int:
-    """How many connections there is room for: descriptors, as many as this process may have."""
+    wanted = _MAX_CONNECTIONS + _OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_CONNECTIONS + _SPARE_DESCRIPTORS
-    if soft < wanted:
-        soft = min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(min(soft - _SPARE_DESCRIPTORS, _MOST_CONNECTIONS), _SPARE_DESCRIPTORS)
+    soft = max(soft, min(wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(min(soft, wanted) - _OTHER_DESCRIPTORS, _OTHER_DESCRIPTORS)
 
 
-def work(sock: socket.socket, settings: ServerSettings, application: Application, lifeline: Connection) -> None:
-    """The life of a worker process.
+class Chunks(receiver.ChunkedReceiver):  # type: ignore[misc] # waitress has no types
+    """A chunked body that consists of sizes and data only.
 
-    :param lifeline: is told when the first request would be answered, and from then on every second; its end means that
-        the supervisor has gone.
+    The receiver of waitress also accepts a lone LF after a size, empty lines, extensions and any trailer. Other
+    programs read those differently, which lets a client smuggle a request past them.
     """
-    configure("worker", settings.log_format)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue under load is what the threads are for
-    worker = Worker(sock, settings, application.app)
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        worker.stop()
+    # Each match begins with the end of the chunk before it; the first chunk gets one for free.
+    _CHUNK = re.compile(rb"\r\n(?!0+\r)([0-9A-Fa-f]{1,16})\r\n")
+    _LAST = re.compile(rb"\r\n0{1,16}\r\n\r\n")
+    _INCOMPLETE = re.compile(rb"\r?|\r\n[0-9A-Fa-f]{0,16}\r?|\r\n0{1,16}\r\n\r?")
 
-    def retire(_number: int, _frame: FrameType | None) -> None:
-        worker.stop(linger=LINGER_SECONDS)
+    completed: bool
+    error: Any
+    _missing = 0  # bytes of the current chunk
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGHUP, retire)
-    threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
-    worker.check()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
+    def __init__(self, buffer: Any) -> None:
+        super().__init__(buffer)
+        self._unread = bytearray(b"\r\n")
 
-    poller = select.poll()
-    poller.register(lifeline, select.POLLOUT)
+    def received(self, s: bytes) -> int:
+        self._unread += s
+        while not self.completed and self.error is None:
+            data = bytes(self._unread[: self._missing])
+            self.buf.append(data)
+            self._missing -= len(data)
+            del self._unread[: len(data)]
+            if self._missing or self._INCOMPLETE.fullmatch(self._unread):
+                break
+            if last := self._LAST.match(self._unread):
+                self.completed = True
+                del self._unread[: last.end()]
+            elif chunk := self._CHUNK.match(self._unread):
+                self._missing = int(chunk[1], 16)
+                del self._unread[: chunk.end()]
+                if len(self) + self._missing >= LARGEST_REQUEST:
+                    self.error = utilities.RequestEntityTooLarge(f"exceeds max_body of {LARGEST_REQUEST}")
+            else:
+                self.error = utilities.BadRequest(
+                    "a chunk must be its size in hexadecimal digits and its data, each with CR LF"
+                )
+        return len(s) - len(self._unread) if self.completed else len(s)
 
-    def beat() -> None:
-        if poller.poll(0):  # a supervisor that is stopped does not read
-            lifeline.send(None)
 
-    lifeline.send(None)
-    worker.run(beat)
+class Parser(parser.HTTPRequestParser):  # type: ignore[misc]
+    """Refuses also requests whose end or host other programs might read differently (RFC 9112)."""
+
+    # A lone CR or LF (except a CR at the end of the data, whose LF may follow), or a line that begins with a space.
+    _MALFORMED = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|(?:\A|\n)[ \t\v\f]")
+    _FIRST_LINE = re.compile(rb"[^ ]+ (?:/|(?i:https?)://|\*(?= |\Z))[!\"$-~]*(?: HTTP/1\.[01])?")
+    _TRANSFER_ENCODING = re.compile(rb"^transfer-encoding:[ \t]*(.*?)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+    _ENDS_CHUNKED = re.compile(rb"(?:(?!chunked)[^,]+,[ \t]*)*chunked", re.IGNORECASE)  # waitress answers others by 501
+
+    body_rcv: Any
+    path = ""  # until the first line is parsed
+
+    def received(self, data: bytes) -> int:
+        """Read what belongs to the request, and return its number of bytes."""
+        if self.body_rcv is None:
+            head = self.header_plus + data
+            end = utilities.find_double_newline(head)
+            # Checked here, because waitress strips the head and finds its end in its own way.
+            if self._MALFORMED.search(head, max(len(self.header_plus) - 1, 0), end if end >= 0 else len(head)):
+                self.error = utilities.BadRequest(
+                    "each line must end with CR LF, contain neither, and not begin with a space"
+                )
+                self.completed = True
+                return len(data)
+        taken = int(super().received(data))
+        if self.completed:  # waitress would still send 100 Continue, and wait for a body
+            self.expect_continue = False
+        return taken
+
+    def parse_header(self, header_plus: bytes) -> None:
+        first_line, _, headers = header_plus.partition(b"\r\n")
+        if not self._FIRST_LINE.fullmatch(first_line):
+            raise parser.ParsingError(
+                "the first line must be a method, a path or URL, and HTTP/1.1, with single spaces"
+            )
+        encodings = self._TRANSFER_ENCODING.findall(headers)
+        if len(encodings) > 1 or not all(map(self._ENDS_CHUNKED.fullmatch, encodings)):
+            raise parser.ParsingError("only one Transfer-Encoding is allowed, and it must end with chunked")
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # from Python's parsers of numbers and URLs
+            raise parser.ParsingError(str(error)) from None
+        if encodings and ("CONTENT_LENGTH" in self.headers or self.version != "1.1"):
+            raise parser.ParsingError("Transfer-Encoding is not allowed with Content-Length, or before HTTP/1.1")
+        if "," in self.headers.get("HOST", "" if self.version != "1.1" else ","):
+            raise parser.ParsingError("exactly one Host header is required")
+        if self.proxy_scheme:  # then the host of the URL counts (RFC 9112, 3.2.2)
+            host = self.headers.setdefault("HOST", self.proxy_netloc)
+            if not host or host.lower() != self.proxy_netloc.lower():
+                raise parser.ParsingError("the URL and the Host header name different hosts")
+        if self.chunked:
+            self.body_rcv = Chunks(self.body_rcv.getbuf())
 
 
-def _end_with(lifeline: Connection) -> NoReturn:
-    """The supervisor's end of it is closed by the kernel, however that ends. Nobody is left to drain for."""
-    with suppress(EOFError, OSError):
-        lifeline.recv()
-    os._exit(1)
+class Refusal(task.ErrorTask):  # type: ignore[misc]
+    """Answers malformed requests, and failures of the application, with a problem document."""
+
+    def execute(self) -> None:
+        error: Any = self.request.error
+        outcome: Outcome = "unknown" if error.code == 500 else "not_applied"
+        body = msgspec.json.encode(Problem("about:blank", error.reason, error.code, str(error.body)[:200], outcome))
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers = [
+            ("Content-Type", "application/problem+json"),
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+        ]
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class Channel(channel.HTTPChannel):  # type: ignore[misc]
+    """A client's connection with limits. Once `server.ending` is true, its next answer closes it."""
+
+    parser_class = Parser
+    error_task_class = Refusal
+
+    _progress: Any = None
+    _progressed = 0.0  # when `is_overdue` last saw progress
+
+    def received(self, data: bytes) -> bool:
+        taken = bool(super().received(data))
+        with self.requests_lock:
+            if len(self.requests) > _MAX_PIPELINED:
+                # The last answer announces the close, so the client knows that the others were not applied.
+                self.requests[_MAX_PIPELINED - 1].headers["CONNECTION"] = "close"
+                del self.requests[_MAX_PIPELINED:]
+        return taken
+
+    def service(self) -> None:
+        if self.server.ending:
+            self.requests[0].headers["CONNECTION"] = "close"  # waitress then closes after the answer
+        super().service()
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether the next request asks if this process is alive."""
+        request = self.requests[0]
+        path = "/" + request.path.lstrip("/") if request.error is None else ""  # as waitress reads it
+        return path == LIVEZ and request.command in ("GET", "HEAD")
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request has begun and no answer is left to send."""
+        return not (self.requests or self.request is not None or self.total_outbufs_len)
+
+    def is_overdue(self, now: float, seconds: float) -> bool:
+        """Return whether the client has made no progress for `seconds`, as seen by calls of this every second."""
+        progress = (self.request, self.total_outbufs_len and self.last_activity)
+        if self.requests or self.idle or progress != self._progress:
+            self._progress, self._progressed = progress, now
+        return now - self._progressed > seconds

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from ..errors import InvalidRequest
 from ..objects import Declaration
 from ..settings import DEFAULT_STORE_OPTIONS, StoreOptions, default_data_dir
-from ..store import Examined, Finding, HostsObjects, ReportsStatus, Store
+from ..store import Finding, HostsObjects, ReportsStatus, Store
 
-__all__ = ["Examined", "Finding", "HostsObjects", "ReportsStatus", "Store", "open_store"]
+__all__ = ["Finding", "HostsObjects", "ReportsStatus", "Store", "open_store"]
 
 
 def open_store(

@@ -14,6 +14,10 @@ class _InMemory:
     def __str__(self) -> str:
         return "memory://"
 
+    def findings(self, deadline: float) -> list[Finding]:  # noqa: ARG002 - it never waits
+        """See `Store`."""
+        return [Finding("may lose", "memory:// ends with its process, and each process counts alone: for tests only")]
+
 
 class MemoryObject(_InMemory, HostedObject):
     """The store of one shared object's calls."""
@@ -29,9 +33,3 @@ class MemoryStore(_InMemory, Ledger):
     def object(self, declaration: Declaration) -> MemoryObject:
         """See `HostsObjects`."""
         return MemoryObject(declaration, self.now)
-
-    def findings(self, deadline: float) -> list[Finding]:  # noqa: ARG002 - it never waits
-        """See `Examined`."""
-        return [
-            Finding("may lose", "memory:// ends with its process, and each process counts on its own: for tests only")
-        ]

@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import median
 
 from counter_server.manager.directory import DataDirectory
-from counter_server.server.child import STABLE_SECONDS
 from counter_server.server.prove.load import Client
 from counter_server.server.prove.processes import group_members
+from counter_server.server.supervisor import STABLE_SECONDS
 from tests.benchmarks.pages import fill
 from tests.processes import PATIENCE, Server, eventually
 

@@ -51,7 +51,7 @@ SERVERS = {
     "threaded": Server("development server, threaded", _python("threaded")),
     "processes": Server("development server, processes=10", _python("processes")),
     # One process accepts as many connections as it can: with one socket for all, it may be that one gets every client.
-    "waitress": Server("waitress, 4 processes", _python("waitress"), 4, sockets=4),
+    "waitress": Server("waitress, 4 processes", _python("waitress"), 4, sockets=4, needs=("waitress",)),
     "gunicorn": Server("gunicorn, 4 workers", _gunicorn("-w", "4"), 4, needs=("gunicorn",)),
     "preload": Server("gunicorn, 4 workers, preloaded", _gunicorn("-w", "4", "--preload"), 4, needs=("gunicorn",)),
     "gevent": Server("gunicorn, 1 gevent worker", _gunicorn("-k", "gevent"), needs=_GEVENT),

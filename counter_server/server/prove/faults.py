@@ -16,7 +16,7 @@ from threading import Thread
 
 from ...errors import StartupError
 from ...manager.starter import python_command, python_environment
-from ..child import STABLE_SECONDS
+from ..supervisor import STABLE_SECONDS
 from .load import PATIENCE, Client
 from .processes import children, group_members
 

@@ -1,10 +1,12 @@
 """The web application: the seed's page, and a JSON API for the counters."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from flask import Flask
 
+from ...errors import StartupError
 from ...extension import SharedState, state_of
 from . import (
     access,
@@ -48,6 +50,8 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
         - ``SECRET_KEY``: signs cookies; without it, one that is kept in the data directory.
     :raises StartupError: if one of these cannot be, or the data directory cannot be had.
     """
+    if find_spec("prometheus_client") is None:
+        raise StartupError("the server needs prometheus-client: pip install 'counter-server[server]'")
     app = Flask(__name__)
     app.config.update(MAX_CONTENT_LENGTH=_LARGEST_BODY, SESSION_COOKIE_SAMESITE="Lax")
     app.config.update(config or {})
