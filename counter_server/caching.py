@@ -41,7 +41,7 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
     :param threshold: the maximum number of entries.
     :param default_timeout: seconds, or a `timedelta`; 0 means forever.
     :param deadline: seconds that each call may take; later it raises `CounterServerError`.
-    :param options: whether and how to start a manager if none is running.
+    :param options: whether and how to start a manager on demand.
     :raises InvalidRequest: if the URL, the name or the threshold is not acceptable.
     """
 

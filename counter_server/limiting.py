@@ -41,7 +41,7 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
     :param wrap_exceptions: raise `limits.errors.StorageError` instead of `CounterServerError`.
     :param name: identifies the windows in the manager; storages with the same name share their budgets.
     :param deadline: seconds that each call may take.
-    :param options: whether and how to start a manager if none is running.
+    :param options: whether and how to start a manager on demand.
     :raises InvalidRequest: if the URL, the name or the deadline is not acceptable.
     """
 

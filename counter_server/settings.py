@@ -49,7 +49,7 @@ def default_data_dir(instance_path: str = "instance") -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
-    """How to reach a store, and how to start its manager if none is running."""
+    """How to reach a store, and whether and how to start its manager on demand."""
 
     instance_path: str = "instance"  # contains the data directory, unless the URL or the environment names one
     start: bool = True  # whether to start a manager on demand
