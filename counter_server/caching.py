@@ -1,4 +1,4 @@
-"""A cache that all workers share, behind the interface of cachelib: for Flask-Caching, Flask-Session, and by itself.
+"""A cache that all workers share, with the interface of cachelib: for Flask-Caching, Flask-Session, or directly.
 
 `CACHE_TYPE = "counter_server.caching.ManagerCache"`, or `SESSION_CACHELIB = ManagerCache("manager:///...")`.
 """
@@ -17,8 +17,7 @@ try:
     from cachelib.serializers import BaseSerializer
 except ImportError as error:
     raise ImportError("a cache needs cachelib: pip install 'counter-server[cache]'") from error
-try:
-    # Flask-Caching asks a class of its own for `factory`; it is a `cachelib.BaseCache` too.
+try:  # Flask-Caching wants its own base class, which is a `cachelib.BaseCache` too
     from flask_caching.backends.base import BaseCache as _Base
 except ImportError:
     _Base = BaseCache  # type: ignore[assignment, misc]
@@ -27,26 +26,23 @@ if TYPE_CHECKING:
     from flask import Flask
 
 DEFAULT_NAME = "cache"
-FLASK_CACHING_NAME = "flask-caching"  # of a cache that Flask-Caching makes: to clear it is not to end sessions
+FLASK_CACHING_NAME = "flask-caching"  # another one, so that clearing Flask-Caching's cache ends no sessions
 
 
-class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either one
-    """A `cachelib.BaseCache` in the manager process: one for all workers, and `add`, `inc` and `dec` really are atomic.
+class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of two base classes
+    """A `cachelib.BaseCache` in the manager process, shared by all workers. `add`, `inc` and `dec` are atomic.
 
-    An entry expires exactly when its timeout is over. When there is no room, the one used least recently goes; never a
-    live one while there is an expired one. Values are serialised here, by `serializer`; the manager never
-    unpickles them. Integers and floats are kept as they are, so that the manager can add to them.
+    An entry expires exactly when its timeout is over. A new entry without room replaces the entry that was used least
+    recently; expired entries go first. If the manager is killed, the cache is empty. Values are pickled by `serializer`
+    in this process; only integers and floats are sent as they are, for the manager to add to.
 
-    :param url: where: `manager:///absolute/data/directory`; or a `State`, to share its connections.
-    :param name: what the cache is known by in the manager; caches of one name are the same, and are declared alike.
-    :param threshold: the most entries.
-    :param default_timeout: seconds, or a `timedelta`; 0 is for ever.
-    :param deadline: seconds that each call may take; a `State` has its own.
-    :param options: whether and how a manager is started where there is none; a `State` has its own.
-    :raises InvalidRequest: if there is no such store, or the threshold cannot be.
-
-    Each method raises `CounterServerError` where the manager cannot be reached. An entry that was lost with a killed
-    manager is just not there: a cache may forget.
+    :param url: `manager:///absolute/data/directory`; or a `State`, with its connections, deadline and options.
+    :param name: identifies the cache in the manager; caches with the same name share their entries.
+    :param threshold: the maximum number of entries.
+    :param default_timeout: seconds, or a `timedelta`; 0 means forever.
+    :param deadline: seconds that each call may take; later it raises `CounterServerError`.
+    :param options: whether and how to start a manager on demand.
+    :raises InvalidRequest: if the URL, the name or the threshold is not acceptable.
     """
 
     serializer = BaseSerializer()
@@ -68,11 +64,7 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either 
 
     @classmethod
     def factory(cls, app: "Flask", config: dict[str, Any], args: list[Any], kwargs: dict[str, Any]) -> Self:
-        """What Flask-Caching calls: a cache where the app's configuration has its shared state.
-
-        ``CACHE_THRESHOLD`` is the most entries; ``CACHE_ARGS`` and ``CACHE_OPTIONS`` are the class's own. The name is
-        ``flask-caching`` where they give none.
-        """
+        """Make the cache for Flask-Caching: ``CACHE_ARGS`` and ``CACHE_OPTIONS`` go to the class."""
         options = {"threshold": config["CACHE_THRESHOLD"], **kwargs}
         if not args and "url" not in options:
             options["url"] = state_of(app)
@@ -91,12 +83,9 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either 
             raise pickle.PicklingError(f"{type(value).__qualname__} cannot be serialised; the log says why")
         return packed
 
-    def _unpack(self, packed: Any) -> Any:
-        return packed if packed is None or type(packed) in (int, float) else self.serializer.loads(packed)
-
     def get(self, key: str) -> Any:
-        found = self._entries.find(_plain(key))
-        return self._unpack(found[0]) if found else None
+        (packed,) = self._entries.find(_plain(key)) or (None,)
+        return packed if packed is None or type(packed) in (int, float) else self.serializer.loads(packed)
 
     def set(self, key: str, value: Any, timeout: int | timedelta | None = None) -> bool:
         self._entries.set(_plain(key), self._pack(value), self._seconds(timeout))
@@ -116,21 +105,16 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - either 
         return True
 
     def inc(self, key: str, delta: int = 1) -> Any:
-        """Add to a number in one atomic step; as a `set` does, it renews the entry with the default timeout.
-
-        :raises TypeError: if the value or `delta` is not a number.
-        """
+        """Add to a number, or raise `TypeError`. Like `set`, this renews the entry with the default timeout."""
         return self._entries.incr(_plain(key), delta, self._seconds(None), renew=True)
 
     def dec(self, key: str, delta: int = 1) -> Any:
-        """Subtract; all else is as for `inc`."""
         return self.inc(key, -delta)
 
     def close(self) -> None:
-        """Close the connections, those of a `State` that was given too. The next call opens them again."""
+        """Close the connections, including a given `State`'s. The next call opens them again."""
         self._state.close()
 
 
 def _plain(key: Any) -> Any:
-    """The string itself, where a key is one of a class of its own."""
-    return str.__str__(key) if isinstance(key, str) else key
+    return str.__str__(key) if isinstance(key, str) else key  # a subclass of str is not plain data

@@ -3,98 +3,121 @@
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from .errors import CounterServerError, DirectoryHeld, InvalidRequest, StartupError
+from . import settings
+from .errors import BatchRefused, CounterServerError, DirectoryHeld, Disconnected, InvalidRequest, StartupError
 from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
 from .objects import Declaration
-from .options import caps_options, of_the_manager
+from .operations import LARGEST_PAGE, Get
 from .server.demo.command import demo
 from .server.prove.command import prove
-from .settings import (
-    DATA_DIR_VARIABLE,
-    DEFAULT_DEADLINE,
-    DEFAULT_STORE,
-    DURABILITIES,
-    LOG_FORMATS,
-    STORE_VARIABLE,
-    Caps,
-    Durability,
-    ServerSettings,
-    StoreOptions,
-    check_seconds,
-    default_data_dir,
-)
 from .state import State, declared_for, open_state
+from .stores import Finding, open_store
 
-_DEFAULTS = ServerSettings()
-_IDLE_SECONDS = 1.0
+Command = Callable[..., None]
+
+_DEFAULTS = settings.ServerSettings()
+_ON_OUR_OWN = settings.StoreOptions(idle_timeout=1.0)  # an app may soon want a manager that hosts its objects
 _SECONDS_TO_STOP = 10.0
+_SECONDS_OF_UPKEEP = 3600.0  # for the manager to read or copy all its data
+_SMALLEST_JOURNAL = 2**20  # bytes
+_CAPS = {
+    "counters": "Maximum number of counters. Beyond it, only existing ones can be changed.",
+    "keys": "Maximum number of idempotency keys, remembered for 24 hours each. Beyond it, new ones are refused.",
+    "clients": "Maximum number of remembered client processes. Beyond it, the longest idle is forgotten.",
+    "journal_bytes": "Maximum size of the journal. Beyond it, writes are refused, and reads go on.",
+    "connections": "Maximum number of connections. Beyond it, new ones wait.",
+}
 
 
-class _HeldException(click.ClickException):
-    """Tells a starter that there is a manager already, from one that cannot start at all."""
-
-    exit_code = EXIT_HELD
-
-
-class _OneLine(click.Group):
-    """A group whose commands tell our errors in one line, exit status 1."""
+class _Group(click.Group):
+    """Reports the errors of this package in one line. The exit status is 1, or 75 if there is another manager."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except CounterServerError as error:
-            raise (_HeldException if isinstance(error, DirectoryHeld) else click.ClickException)(str(error)) from error
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(EXIT_HELD if isinstance(error, DirectoryHeld) else 1)
 
 
-class _WithNumber(click.Command):
-    """A command whose last argument is a number, which may be negative: -5 is no option."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "--" not in args:
-            negative = [arg for arg in args if arg[:1] == "-" and arg[1:].isdigit()]
-            args = [arg for arg in args if arg not in negative] + (["--", *negative] if negative else [])
-        return super().parse_args(ctx, args)
+def _directory(data_dir: str | None) -> DataDirectory:
+    return DataDirectory(settings.default_data_dir() if data_dir is None else data_dir)
 
 
-def _store_url(store: str | None, data_dir: str | None) -> str:
-    """The URL that the two options, or their environment variables, name together."""
-    if data_dir is not None:
-        if store is not None and store != DEFAULT_STORE:
-            raise InvalidRequest("--data-dir names a manager's directory, and --store something else: give one of them")
-        return DataDirectory(data_dir).url
-    return store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
+def _url(store: str | None, data_dir: str | None) -> str:
+    if data_dir is None:
+        return store or os.environ.get(settings.STORE_VARIABLE) or settings.DEFAULT_STORE
+    if store not in (None, settings.DEFAULT_STORE):
+        raise InvalidRequest("--data-dir names a manager's directory, and --store something else: give one of them")
+    return DataDirectory(data_dir).url
 
 
-store_option = click.option(
-    "--store", metavar="URL", help="Where the counters are (default: manager://, a data directory)."
-)
-data_dir_option = click.option(
+def _setting(name: str, said: str, **attributes: Any) -> Callable[[Command], Command]:
+    """Make the option for a field of `ServerSettings`."""
+    return click.option(f"--{name.replace('_', '-')}", default=getattr(_DEFAULTS, name), help=said, **attributes)
+
+
+def _web(option: str, name: str, said: str, metavar: str = "NAME", **attributes: Any) -> Callable[[Command], Command]:
+    """Make the option for a name in the web application's configuration."""
+    return click.option(option, f"COUNTER_SERVER_{name}", help=said, metavar=metavar, **attributes)
+
+
+_data_dir_option = click.option(
     "--data-dir",
     metavar="DIR",
-    help=f"The manager's data directory (default: ${DATA_DIR_VARIABLE}, else instance/counter-server here).",
+    help=f"The manager's data directory (default: ${settings.DATA_DIR_VARIABLE}, else ./instance/counter-server).",
 )
-start_option = click.option(
-    "--start/--no-start",
-    default=True,
-    show_default=True,
-    help="Whether to start a manager where there is none; it ends when nobody uses it.",
-)
-durability_option = click.option(
-    "--durability",
-    type=click.Choice(DURABILITIES),
-    default=_DEFAULTS.durability,
-    show_default=True,
-    help="commit: on disk before it is answered; process: survives kill -9, not a power cut; none: memory only.",
+_store_option = click.option(
+    "--store", metavar="URL", help="The URL of the store (default: manager://, in the data directory)."
 )
 
 
-@click.group(cls=_OneLine, context_settings={"help_option_names": ["-h", "--help"]})
+def _with_state(command: Command) -> Command:
+    """Add the options of a store to a command, which is called with its `state`."""
+
+    @_data_dir_option
+    @_store_option
+    @click.option("--start/--no-start", default=True, help="Start a manager if none is running; it exits when unused.")
+    @wraps(command)
+    def with_state(*, data_dir: str | None, store: str | None, start: bool, **arguments: Any) -> None:
+        command(open_state(_url(store, data_dir), options=replace(_ON_OUR_OWN, start=start)), **arguments)
+
+    return with_state
+
+
+def _with_manager_options(command: Command) -> Command:
+    """Add the options of a manager to a command, which is called with its `durability` and `caps`."""
+
+    @wraps(command)
+    def with_caps(**arguments: Any) -> None:
+        command(caps=settings.Caps(**{name: arguments.pop(f"max_{name}") for name in _CAPS}), **arguments)
+
+    for name, said in reversed(_CAPS.items()):
+        click.option(
+            f"--max-{name.replace('_', '-')}",
+            type=click.IntRange(_SMALLEST_JOURNAL if name == "journal_bytes" else 1),
+            default=getattr(settings.Caps, name),
+            envvar=f"COUNTER_SERVER_MAX_{name.upper()}",
+            show_envvar=True,
+            help=said,
+        )(with_caps)
+    said = "commit: on disk before the answer; process: survives kill -9, not a power cut; none: in memory only."
+    return _setting("durability", said, type=click.Choice(settings.DURABILITIES))(with_caps)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="counter-server")
 def main() -> None:
     """Shared state for Flask workers: every increment is counted exactly once."""
@@ -105,112 +128,55 @@ main.add_command(prove)
 
 
 @main.command()
-@click.option("--host", default=_DEFAULTS.host, show_default=True, help="The address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=_DEFAULTS.port, show_default=True, help="0: a free one.")
-@click.option("--workers", type=click.IntRange(1, 512), default=_DEFAULTS.workers, show_default=True)
-@click.option(
-    "--threads", type=click.IntRange(1, 512), default=_DEFAULTS.threads, show_default=True, help="In each worker."
+@_setting("host", "The address to listen on.")
+@_setting("port", "The port to listen on; 0 picks a free one.", type=click.IntRange(0, 65535))
+@_setting("workers", "Number of worker processes.", type=click.IntRange(1, 512))
+@_setting("threads", "Number of threads in each worker.", type=click.IntRange(1, 512))
+@_setting("request_timeout", "Seconds to receive a whole request.", type=click.FloatRange(0, min_open=True))
+@_setting("frozen_after", "Seconds without a sign of life before a worker is replaced.", type=click.FloatRange(2))
+@_setting("log_format", "json: one object a line, requests too.", type=click.Choice(settings.LOG_FORMATS))
+@_web("--allow-host", "ALLOWED_HOSTS", "A host name for browsers besides localhost; may be repeated.", multiple=True)
+@_web(
+    "--trusted-proxy", "TRUSTED_PROXIES", "Number of proxies in front.", "COUNT", type=click.IntRange(0, 16), default=0
 )
-@click.option(
-    "--request-timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=_DEFAULTS.request_timeout,
-    show_default=True,
-    help="Seconds in which a request has to be here whole; then its connection is closed.",
-)
-@click.option(
-    "--frozen-after",
-    type=click.FloatRange(2),
-    default=_DEFAULTS.frozen_after,
-    show_default=True,
-    help="Seconds without a sign of life after which a worker is replaced.",
-)
-@click.option(
-    "--log-format",
-    type=click.Choice(LOG_FORMATS),
-    default=_DEFAULTS.log_format,
-    show_default=True,
-    help="json: an object a line, one for each request too.",
-)
-@click.option(
-    "--allow-host",
-    "COUNTER_SERVER_ALLOWED_HOSTS",
-    multiple=True,
-    metavar="NAME",
-    help="A name besides localhost by which browsers may ask; may be given again. On loopback others are refused.",
-)
-@click.option(
-    "--trusted-proxy",
-    "COUNTER_SERVER_TRUSTED_PROXIES",
-    type=click.IntRange(0, 16),
-    default=0,
-    show_default=True,
-    metavar="COUNT",
-    help="How many proxies stand before it, and set X-Forwarded-For, -Proto and -Host.",
-)
-@click.option(
-    "--lab/--no-lab",
-    "COUNTER_SERVER_LAB",
-    default=None,
-    help="Whether /lab shows what goes wrong without this (default: if only this machine can connect).",
-)
-@click.option(
-    "--badge",
-    "COUNTER_SERVER_BADGES",
-    multiple=True,
-    metavar="NAME",
-    help="A counter that /badge/NAME.svg?count=1 counts; may be given again. Badges of others only read.",
-)
-@click.option(
-    "--rate-limit",
-    "COUNTER_SERVER_RATE_LIMIT",
-    metavar="LIMIT",
-    help="How often each address may ask the API and the badges, such as 100/minute.",
-)
-@data_dir_option
-@durability_option
-@caps_options
-@store_option
-@click.option("--attach", is_flag=True, help="Use the manager that runs already, and start none.")
-def run(data_dir: str | None, store: str | None, durability: str, *, attach: bool, **options: Any) -> None:
+@_web("--lab/--no-lab", "LAB", "Serve /lab, which shows the race (default: only on a loopback address).", default=None)
+@_web("--badge", "BADGES", "A counter that /badge/NAME.svg?count=1 increments; may be repeated.", multiple=True)
+@_web("--rate-limit", "RATE_LIMIT", "API and badge requests from one address, such as 100/minute.", "LIMIT")
+@_data_dir_option
+@_store_option
+@_with_manager_options
+@click.option("--attach", is_flag=True, help="Use a running manager instead of starting one.")
+def run(data_dir: str | None, store: str | None, *, attach: bool, **options: Any) -> None:
     """Serve the web application: one manager process, several workers, one port.
 
-    COUNTER_SERVER_TOKEN in the environment is the operators' token: who has it may set and delete counters.
+    Set COUNTER_SERVER_TOKEN in the environment to the operators' token: anyone with this token may set and delete
+    counters.
     """
     from .server.supervisor import Supervisor
 
-    url = _store_url(store, data_dir)
-    for option in of_the_manager() if attach or not url.startswith("manager:") else []:
-        raise InvalidRequest(f"{option} is for a manager that this command starts; it starts none")
-    web = {name: options.pop(name) for name in list(options) if name.isupper()}  # named as the app's configuration is
-    settings = ServerSettings(store=url, durability=cast(Durability, durability), web=web, attach=attach, **options)
-    os.environ["PYTHONSAFEPATH"] = "1"  # else a worker of new code would run the working directory's modules first
-    sys.exit(Supervisor(settings).run())
+    url = _url(store, data_dir)
+    if attach or not url.startswith("manager:"):
+        for name in ["durability", *(f"max_{name}" for name in _CAPS)]:
+            if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                option = f"--{name.replace('_', '-')}"
+                raise InvalidRequest(f"{option} is for a manager that this command starts, and it starts none: omit it")
+    web = {name: options.pop(name) for name in list(options) if name.isupper()}  # named as the app's configuration
+    served = settings.ServerSettings(store=url, web=web, attach=attach, **options)
+    os.environ["PYTHONSAFEPATH"] = "1"  # or a worker of new code would run the working directory's modules first
+    sys.exit(Supervisor(served).run())
 
 
 @main.command()
-@data_dir_option
-@durability_option
-@click.option("--idle-timeout", type=float, metavar="SECONDS", help="End when there was no client for so long.")
+@_data_dir_option
+@_with_manager_options
+@click.option("--idle-timeout", "idle", type=float, metavar="SECONDS", help="Exit after SECONDS without clients.")
 @click.option(
-    "--hosting",
-    metavar="APP",
-    help="Host the shared objects that APP declares: module, module:app or module:create_app().",
+    "--hosting", metavar="APP", help="Host the shared objects of an app: module, module:app or module:create_app()."
 )
-@click.option(
-    "--host-objects", is_flag=True, hidden=True, help="Declarations of shared objects come on standard input."
-)
-@click.option("--background", is_flag=True, help="Return when clients can connect, and leave it running.")
-@caps_options
+@click.option("--host-objects", "piped", is_flag=True, hidden=True, help="Read declarations of objects from stdin.")
+@click.option("--background", is_flag=True, help="Return when clients can connect, and leave the manager running.")
 def manager(
-    data_dir: str | None,
-    durability: str,
-    idle_timeout: float | None,
-    hosting: str | None,
-    *,
-    caps: Caps,
-    background: bool,
-    host_objects: bool,
+    data_dir: str | None, idle: float | None, hosting: str | None, *, background: bool, piped: bool, **options: Any
 ) -> None:
     """Run the manager alone, for any number of applications of this user."""
     from .manager.server import serve
@@ -218,8 +184,8 @@ def manager(
     from .output import configure
 
     configure("manager", "text", logging.WARNING)
-    directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
-    timeout = None if idle_timeout is None else check_seconds(idle_timeout, "an idle timeout")
+    directory = _directory(data_dir)
+    timeout = None if idle is None else settings.check_seconds(idle, "an idle timeout")
     declarations = _declared_by(hosting, directory) if hosting else []
     detached = detach(directory) if background else None
 
@@ -228,20 +194,13 @@ def manager(
         if detached:
             detached()
 
-    if host_objects:
+    if piped:
         declarations = prepare_to_host(sys.stdin.buffer.read())
-    serve(
-        directory,
-        cast(Durability, durability),
-        ready=ready,
-        idle_timeout=timeout,
-        declarations=declarations,
-        caps=caps,
-    )
+    serve(directory, ready=ready, idle_timeout=timeout, declarations=declarations, **options)
 
 
 def _declared_by(module: str, directory: DataDirectory) -> list[Declaration]:
-    """What a module declares for a directory when it is imported, from here or from wherever else Python looks."""
+    """Import an app, from the working directory first, and return the shared objects it declares for a directory."""
     from flask.cli import ScriptInfo
 
     from .manager.starter import begin_to_host
@@ -252,7 +211,7 @@ def _declared_by(module: str, directory: DataDirectory) -> list[Declaration]:
         ScriptInfo(app_import_path=module).load_app()
     except (Exception, click.ClickException) as error:
         message = error.message if isinstance(error, click.ClickException) else f"{type(error).__name__}: {error}"
-        raise StartupError(f"no app can be had from {module}: {message.strip()}") from error
+        raise StartupError(f"the app {module} cannot be loaded: {message.strip()}") from error
     declarations = declared_for(directory.url)
     if not declarations:
         raise StartupError(f"{module} declares no shared objects for {directory}: does its app use that directory?")
@@ -260,12 +219,12 @@ def _declared_by(module: str, directory: DataDirectory) -> list[Declaration]:
 
 
 @main.command()
-@data_dir_option
+@_data_dir_option
 def stop(data_dir: str | None) -> None:
-    """End the manager of a directory in order: what is durable stays, and the next use starts another."""
+    """Stop a directory's manager cleanly. Durable data is kept, and the next use starts another manager."""
     from .manager.client import end_manager
 
-    directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
+    directory = _directory(data_dir)
     try:
         pid = end_manager(directory, _SECONDS_TO_STOP)
     except DirectoryHeld as error:
@@ -277,110 +236,141 @@ def stop(data_dir: str | None) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@data_dir_option
+@_data_dir_option
 def backup(file: Path, data_dir: str | None) -> None:
-    """Copy all that is durable into a new FILE, while a manager goes on, or without one.
+    """Copy all durable data into a new FILE, whether or not a manager is running.
 
-    To put it back, copy it to journal.sqlite3 in the data directory while no manager runs; no journal.sqlite3-wal may
-    stand beside it. Numbers that were given out since the backup are given out again.
+    To restore it, copy FILE to journal.sqlite3 in the data directory while no manager is running, and remove
+    journal.sqlite3-wal if it exists. Numbers that were returned after the backup will be returned again.
     """
-    from .upkeep import back_up
+    from .journal import Journal
 
-    click.echo(back_up(DataDirectory(default_data_dir() if data_dir is None else data_dir), file))
+    directory, target = _directory(data_dir), Path(os.path.abspath(file))
+    if directory.is_held():
+        size = _ask_manager(directory, "back_up", os.fsencode(target))
+    else:
+        with _unused(directory), closing(Journal(directory.journal)) as journal:
+            size = journal.back_up(target)
+    click.echo(f"{target}: {size:,} bytes, of {directory.journal}")
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@data_dir_option
+@_data_dir_option
 def check(file: Path | None, data_dir: str | None) -> None:
-    """Look whether the journal is whole, or the backup FILE. Exit status 0 if it is, else 1."""
-    from . import upkeep
+    """Check the journal, or the backup FILE, for damage. Exit status 0 if there is none, else 1.
 
-    directory = DataDirectory(default_data_dir() if data_dir is None else data_dir)
-    click.echo(upkeep.check(directory) if file is None else upkeep.check_file(file))
+    If a manager is running, its memory is compared with the journal.
+    """
+    from .journal_file import examine as examine_file
+
+    directory = _directory(data_dir)
+    path = file or directory.journal
+    memory = ""
+    if file is None and directory.is_held():
+        counters, clients, keys = _ask_manager(directory, "check")
+        memory = "; the manager's memory is the same"
+    else:
+        with nullcontext() if file else _unused(directory):
+            found = examine_file(path)
+        counters, clients, keys = len(found.counters), len(found.clients), len(found.keys)
+    click.echo(f"{path} is whole: {counters:,} counters, {keys:,} idempotency keys, {clients:,} clients{memory}")
+
+
+def _unused(directory: DataDirectory) -> AbstractContextManager[object]:
+    if not directory.journal.exists():
+        raise StartupError(f"{directory} contains no journal")
+    return directory.hold()
+
+
+def _ask_manager(directory: DataDirectory, method: str, *arguments: bytes) -> Any:
+    from .manager.client import StateProxy
+
+    with closing(StateProxy(directory)) as proxy:
+        try:
+            return proxy.ask(method, arguments, time.monotonic() + _SECONDS_OF_UPKEEP)
+        except BatchRefused as error:
+            raise StartupError(str(error)) from error
+        except Disconnected as error:
+            raise StartupError(f"the manager of {directory} did not answer: {error}") from error
 
 
 @main.command()
 @click.argument("name")
-@click.option("--by", type=int, default=1, show_default=True)
-@click.option("--minimum", type=int, help="The result may not be less.")
-@click.option("--maximum", type=int, help="The result may not be more.")
-@click.option("--key", help="An idempotency key: the same again is counted once.")
-@data_dir_option
-@store_option
-@start_option
-def increment(name: str, by: int, minimum: int | None, maximum: int | None, key: str | None, **where: Any) -> None:
+@click.option("--by", type=int, default=1, help="Amount to add; negative to subtract.")
+@click.option("--minimum", type=int, help="The smallest allowed result.")
+@click.option("--maximum", type=int, help="The largest allowed result.")
+@click.option("--key", help="An idempotency key: repeated requests with the same key are counted once.")
+@_with_state
+def increment(state: State, name: str, **arguments: Any) -> None:
     """Add to a counter and print the result."""
-    click.echo(_state(**where).counter(name).increment(by, minimum=minimum, maximum=maximum, key=key))
+    click.echo(state.counter(name).increment(**arguments))
 
 
 @main.command()
 @click.argument("name")
-@data_dir_option
-@store_option
-@start_option
-def get(name: str, **where: Any) -> None:
+@_with_state
+def get(state: State, name: str) -> None:
     """Print a counter's value."""
-    from .operations import Get
-
-    value = _state(**where).submit(Get(name))
+    value = state.submit(Get(name))
     if value is None:
         raise click.ClickException(f"there is no counter {name!r}")
     click.echo(value)
 
 
-@main.command("set", cls=_WithNumber)
+@main.command("set", context_settings={"ignore_unknown_options": True})  # -5 is a VALUE
 @click.argument("name")
 @click.argument("value", type=int)
-@data_dir_option
-@store_option
-@start_option
-def set_(name: str, value: int, **where: Any) -> None:
-    """Give a counter a value and print it."""
-    click.echo(_state(**where).counter(name).set(value))
+@_with_state
+def set_(state: State, name: str, value: int) -> None:
+    """Set a counter to VALUE and print it."""
+    if name.startswith("--"):
+        raise click.NoSuchOption(name)
+    click.echo(state.counter(name).set(value))
 
 
 @main.command()
 @click.argument("name")
-@data_dir_option
-@store_option
-@start_option
-def delete(name: str, **where: Any) -> None:
+@_with_state
+def delete(state: State, name: str) -> None:
     """Remove a counter."""
-    if not _state(**where).counter(name).delete():
+    if not state.counter(name).delete():
         raise click.ClickException(f"there is no counter {name!r}")
 
 
 @main.command("list")
-@data_dir_option
-@store_option
-@start_option
-def list_(**where: Any) -> None:
-    """Print every counter and its value, a line each, separated by a tab."""
-    state = _state(**where)
-    page = state.counters(limit=1000)
-    while True:
+@_with_state
+def list_(state: State) -> None:
+    """Print every counter and its value, one a line, separated by a tab."""
+    page = state.counters(limit=LARGEST_PAGE)
+    while page.counters:
         for name, value in page.counters:
             click.echo(f"{name}\t{value}")
-        if not page.more:
-            return
-        page = state.counters(after=page.counters[-1][0], limit=1000)
+        page = state.counters(after=page.counters[-1][0], limit=LARGEST_PAGE)
 
 
 @main.command()
-@data_dir_option
-@store_option
-def doctor(store: str | None, data_dir: str | None) -> None:
-    """Ask the store's server what decides whether numbers can be lost. Exit status 0 if nothing of that kind is so."""
-    from .doctor import examine
-
-    name, findings = examine(_store_url(store, data_dir), DEFAULT_DEADLINE)
+@_data_dir_option
+@_store_option
+def doctor(data_dir: str | None, store: str | None) -> None:
+    """Ask the store's server whether it can lose numbers. Exit status 0 if no risk was found."""
+    name, findings = examine(_url(store, data_dir), settings.DEFAULT_DEADLINE)
     click.echo(name)
     for finding in findings:
         click.echo(f"{finding.level:<8}  {finding.sentence}")
     sys.exit(1 if any(finding.level != "ok" for finding in findings) else 0)
 
 
-def _state(*, store: str | None, data_dir: str | None, start: bool) -> State:
-    # A manager for one command hosts nobody's objects: it is to be gone before an app that declares some comes along.
-    return open_state(_store_url(store, data_dir), options=StoreOptions(start=start, idle_timeout=_IDLE_SECONDS))
+def examine(url: str, seconds: float) -> tuple[str, list[Finding]]:
+    """Return the store's name and the findings about its server. No manager is started.
+
+    :param seconds: the time limit.
+    :raises InvalidRequest: if there is no such store.
+    """
+    store = open_store(url, settings.StoreOptions(start=False))
+    try:
+        return str(store), store.findings(time.monotonic() + seconds)
+    except (CounterServerError, Disconnected) as error:
+        return str(store), [Finding("problem", str(error))]
+    finally:
+        store.close()

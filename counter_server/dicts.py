@@ -1,7 +1,4 @@
-"""A bounded dict with expiry, one for all workers.
-
-`SharedDict` is what a worker holds; `BoundedDict` is what it reaches, a shared object in the manager.
-"""
+"""A bounded dict with expiry, shared by all workers: a `SharedDict` calls a `BoundedDict` in the manager."""
 
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -10,28 +7,23 @@ from typing import Any, NamedTuple
 
 from cachetools import TLRUCache
 
-from . import plain
 from .errors import InvalidRequest, LimitReached
+from .operations import encode_plain
 from .settings import check_seconds
 
 DEFAULT_ENTRIES = 10_000
+Limit = float | None  # a bound, or a time to live in seconds; None: unlimited
 
 
 def check_entries(number: object) -> int:
-    """`number`, if it can be the most entries of a dict.
-
-    :raises InvalidRequest: if it cannot.
-    """
+    """Return `number`, or raise `InvalidRequest` unless a dict can have this many entries."""
     if type(number) is not int or number < 1:
         raise InvalidRequest(f"the most entries of a dict is an int, 1 or more, not {number!r}")
     return number
 
 
-def check_ttl(seconds: object) -> float | None:
-    """`seconds`, if an entry can live so long; None is for ever.
-
-    :raises InvalidRequest: if it cannot.
-    """
+def check_ttl(seconds: object) -> Limit:
+    """Return `seconds`, or raise `InvalidRequest` unless it can be a time to live. None means forever."""
     return None if seconds is None else check_seconds(seconds, "a ttl")
 
 
@@ -44,91 +36,81 @@ def _expires(_key: Hashable, entry: _Entry, _now: float) -> float:
     return entry.expires
 
 
-def _spread(key: Hashable) -> int:
-    """A hash by which any two keys can be parted: Python's own is the same for many numbers, as 1 and 2**61."""
-    return hash(key if isinstance(key, (str, bytes)) else (key, plain.encode(key, "a key")))
-
-
 class BoundedDict:
-    """At most so many entries, each with a time to live; for one thread at a time, as in a `HostedObject`.
+    """A dict with a maximum number of entries, each with a time to live. Not thread-safe: `HostedObject` locks it.
 
-    An entry is there until its time is over, and not an instant longer. Where a new one has no room, the one that was
-    used least recently goes: read or written; never one that lives while there is one that does not. A time to
-    live, `ttl`, is in seconds, None for ever. (The rules are those of `cachetools.TLRUCache`.)
+    An entry is removed exactly when its time to live, `ttl`, is over. If a new entry has no room, it replaces the entry
+    that was read or written least recently; expired entries go first. (`cachetools.TLRUCache` has the same rules.)
 
-    :param max_entries: 1 or more.
-    :param timer: a clock that never goes back, in seconds.
+    :param timer: a monotonic clock, in seconds.
     """
 
-    def __init__(self, max_entries: int, timer: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, max_entries: float, timer: Callable[[], float] = time.monotonic) -> None:
         self._timer = timer
         self._entries: TLRUCache[Any, _Entry] = TLRUCache(max_entries, _expires, timer)
 
-    def _until(self, ttl: float | None) -> float:
-        return inf if ttl is None else self._timer() + ttl
-
     def find(self, key: Any) -> tuple[Any, ...]:
-        """The value, alone, of a key that is there; else nothing."""
+        """Return a tuple of the key's value, or an empty tuple."""
         entry = self._entries.get(key)
         return () if entry is None else (entry.value,)
 
     def has(self, key: Any) -> bool:
         return key in self._entries
 
-    def set(self, key: Any, value: Any, ttl: float | None) -> None:
-        self._entries[key] = _Entry(value, self._until(ttl))
+    def left(self, key: Any) -> float:
+        """Return the seconds until a key expires; 0 if it does not exist."""
+        entry = self._entries.get(key)
+        return 0.0 if entry is None else entry.expires - self._timer()
 
-    def add(self, key: Any, value: Any, ttl: float | None) -> bool:
-        """Set what is not there; whether that was so."""
+    def set(self, key: Any, value: Any, ttl: Limit) -> None:
+        self._entries[key] = _Entry(value, inf if ttl is None else self._timer() + ttl)
+
+    def add(self, key: Any, value: Any, ttl: Limit) -> bool:
+        """Set a key that does not exist. Return whether it was set."""
         if key in self._entries:
             return False
         self.set(key, value, ttl)
         return True
 
-    def setdefault(self, key: Any, default: Any, ttl: float | None) -> Any:
+    def setdefault(self, key: Any, default: Any, ttl: Limit) -> Any:
         entry = self._entries.get(key)
         if entry is not None:
             return entry.value
         self.set(key, default, ttl)
-        return default  # not read again: its time may be over by now
+        return default  # not read again: it may have expired
 
     def remove(self, key: Any) -> tuple[Any, ...]:
-        """What was there, as it is found."""
+        """Remove a key. Return a tuple of its value, or an empty tuple."""
         entry = self._entries.pop(key, None)
         return () if entry is None else (entry.value,)
 
     def delete(self, key: Any) -> bool:
-        """Remove it; whether it was there."""
+        """Remove a key. Return whether it existed."""
         return self._entries.pop(key, None) is not None
 
     def incr(
-        self,
-        key: Any,
-        by: float,
-        ttl: float | None,
-        minimum: float | None = None,
-        maximum: float | None = None,
-        *,
-        renew: bool = False,
+        self, key: Any, by: float, ttl: Limit, minimum: Limit = None, maximum: Limit = None, *, renew: bool = False
     ) -> float | None:
-        """Add to a number, 0 where there is none, and return the result; out of bounds it is None, and nothing is done.
+        """Add to a number, which starts at 0, and return the result, or None if it would lie outside the bounds.
 
-        :param ttl: of an entry that is made; with `renew` of any.
-        :raises TypeError: if either is not a number.
+        :param ttl: for a new entry; with `renew` for any.
+        :raises TypeError: if the value or `by` is not a number.
         """
-        if not isinstance(by, (int, float)):  # else two lists would be one
-            raise TypeError(f"a number can be added, not {type(by).__name__}")
+        if not isinstance(by, (int, float)):  # or two lists would be concatenated
+            raise TypeError(f"by must be a number, not {type(by).__name__}")
         entry = self._entries.get(key)
         number: float = (0 if entry is None else entry.value) + by
-        # Said so that not a number, which is neither less nor more, lies within no bounds.
+        # A NaN, which is neither less nor more than any number, lies outside all bounds.
         if not ((minimum is None or number >= minimum) and (maximum is None or number <= maximum)):
             return None
-        expires = self._until(ttl) if entry is None or renew else entry.expires
-        self._entries[key] = _Entry(number, expires)
+        if entry is None or renew:
+            self.set(key, number, ttl)
+        else:
+            self._entries[key] = _Entry(number, entry.expires)
         return number
 
-    def renew(self, key: Any, default: Any, ttl: float | None) -> Any:
-        """Read, and let it live so long from now on. What is not there is not made."""
+    def renew(self, key: Any, default: Any, ttl: Limit) -> Any:
+        """Read a key and restart its time to live. A key that does not exist is not created."""
         entry = self._entries.get(key)
         if entry is None:
             return default
@@ -136,10 +118,10 @@ class BoundedDict:
         return entry.value
 
     def keys(self, part: int, parts: int) -> list[Any] | None:
-        """The keys of one of so many parts, by their hash; None if that is too much for one answer."""
+        """Return the keys whose hash falls into one of several parts, or None if they are too large for one answer."""
         found = [key for key in self._entries if parts == 1 or _spread(key) % parts == part]
         try:
-            plain.encode(found, "keys")
+            encode_plain(found, "keys")
         except InvalidRequest:
             return None
         return found
@@ -151,71 +133,55 @@ class BoundedDict:
         self._entries.clear()
 
 
+def _spread(key: Hashable) -> int:
+    # Python's own hash cannot separate all keys: it is the same for 1 and 2**61.
+    return hash(key if isinstance(key, (str, bytes)) else (key, encode_plain(key, "a key")))
+
+
 class SharedDict:
-    """A handle on a bounded dict with expiry, one for all workers; see `State.dict`.
+    """A handle on a bounded dict with expiry, shared by all workers; see `State.dict`.
 
     Each method is one call: atomic, made exactly once, with the deadline of the state. Keys and values are plain
-    data, and keys hashable, as in any dict.
-
-    :param hosted: a handle on the shared object.
-    :param ttl: seconds that an entry lives after it was set, where none are given; None for ever.
+    data, and keys are hashable. Entries expire after the dict's `ttl`, or their own; None means never.
     """
 
-    def __init__(self, hosted: BoundedDict, ttl: float | None) -> None:
+    def __init__(self, hosted: BoundedDict, ttl: Limit) -> None:
         self._hosted = hosted
         self._ttl = check_ttl(ttl)
 
     def __repr__(self) -> str:
         return f"<SharedDict of {self._hosted!r}>"
 
-    def _seconds(self, ttl: float | None) -> float | None:
+    def _seconds(self, ttl: Limit) -> Limit:
         return self._ttl if ttl is None else check_ttl(ttl)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """The value of `key`, or `default`. Reading does not make an entry live longer."""
-        found = self._hosted.find(key)
-        return found[0] if found else default
+        """Return the value of `key`, or `default`. Reading does not extend an entry's time to live."""
+        return _value(self._hosted.find(key) or (default,), key)
 
-    def set(self, key: Any, value: Any, *, ttl: float | None = None) -> None:
-        """Set a value, which lives for `ttl` seconds from now, or as the dict's do."""
+    def set(self, key: Any, value: Any, *, ttl: Limit = None) -> None:
+        """Set a value, which expires after `ttl` seconds."""
         self._hosted.set(key, value, self._seconds(ttl))
 
-    def setdefault(self, key: Any, default: Any = None, *, ttl: float | None = None) -> Any:
-        """The value of `key`, which is set to `default` if it is not there."""
+    def setdefault(self, key: Any, default: Any = None, *, ttl: Limit = None) -> Any:
+        """Return the value of `key`. If it does not exist, set it to `default`."""
         return self._hosted.setdefault(key, default, self._seconds(ttl))
 
     def pop(self, key: Any, *default: Any) -> Any:
-        """Remove `key` and return its value, or `default`.
+        """Remove `key` and return its value or `default`, or raise `KeyError` if there is neither."""
+        return _value(self._hosted.remove(key) or default, key)
 
-        :raises KeyError: if it is not there and there is no default.
-        """
-        found = self._hosted.remove(key) or default
-        if not found:
-            raise KeyError(key)
-        return found[0]
+    def incr(self, key: Any, by: float = 1, *, minimum: Limit = None, maximum: Limit = None, ttl: Limit = None) -> Any:
+        """Add `by` to a number, which starts at 0, and return the result. Its time to live is not extended.
 
-    def incr(
-        self,
-        key: Any,
-        by: float = 1,
-        *,
-        minimum: float | None = None,
-        maximum: float | None = None,
-        ttl: float | None = None,
-    ) -> Any:
-        """Add `by` to a number, 0 where there is none, and return the result. Its time to live goes on as before.
-
-        :param minimum: the result may not be less.
-        :param maximum: the result may not be more.
-        :param ttl: seconds that it lives, if it is made.
+        :param ttl: seconds after which a new number expires.
         :raises LimitReached: if the result would lie outside the bounds; nothing is changed.
         :raises TypeError: if the value is not a number.
         """
-        number = self._hosted.incr(key, by, self._seconds(ttl), minimum, maximum)
-        return within_bounds(number, key)
+        return within_bounds(self._hosted.incr(key, by, self._seconds(ttl), minimum, maximum), key)
 
     def keys(self) -> list[Any]:
-        """All keys, in no order. Where they are too many for one answer, those set meanwhile may be missing."""
+        """Return all keys, in no order. If they need several answers, keys set meanwhile may be missing."""
         found: list[Any] = []
         parts = [(0, 1)]
         while parts:
@@ -228,7 +194,6 @@ class SharedDict:
         return found
 
     def clear(self) -> None:
-        """Remove all entries."""
         self._hosted.clear()
 
     def __len__(self) -> int:
@@ -241,10 +206,7 @@ class SharedDict:
         return iter(self.keys())
 
     def __getitem__(self, key: Any) -> Any:
-        found = self._hosted.find(key)
-        if not found:
-            raise KeyError(key)
-        return found[0]
+        return _value(self._hosted.find(key), key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.set(key, value)
@@ -254,11 +216,14 @@ class SharedDict:
             raise KeyError(key)
 
 
-def within_bounds(number: float | None, key: Any) -> float:
-    """What an increment has given.
+def _value(found: tuple[Any, ...], key: Any) -> Any:
+    if not found:
+        raise KeyError(key)
+    return found[0]
 
-    :raises LimitReached: if it was out of bounds.
-    """
+
+def within_bounds(number: float | None, key: Any) -> float:
+    """Return the result of an increment, or raise `LimitReached` if there is none."""
     if number is None:
         raise LimitReached(f"the result for {key!r} would lie outside the bounds; nothing was changed")
     return number

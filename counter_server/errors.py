@@ -1,30 +1,30 @@
-"""What can go wrong, and whether anything was counted when it did.
+"""All errors of this package, and whether anything was counted when they occurred.
 
-Every error carries `outcome`, and there are only two:
+Every error carries an `outcome`, which is one of two words:
 
-- ``"not_applied"``: nothing was counted; trying again is safe.
-- ``"unknown"``: it may or may not have been counted, exactly once at the most; ask again with the
-  same idempotency key, or read the counter.
+- ``"not_applied"``: nothing was counted, and trying again is safe.
+- ``"unknown"``: the call was counted at most once. To find out, repeat it with the same idempotency key, or read the
+  counter.
 
 The tree::
 
     CounterServerError
-    ├── InvalidRequest        a name, number, bound or key that is not acceptable (also a ValueError)
-    ├── LimitReached          the result would lie outside the bounds that the caller gave
-    ├── KeyReused             an idempotency key that was used for another request
-    ├── DeadlineExceeded      no answer in time; the outcome says whether it may have been applied
-    ├── OutcomeUnknown        the store has no memory of a batch that may have reached it
-    ├── StateLost             the store started again without its memory (durability `none`)
-    ├── StorageFull           the store cannot write; reads go on, and it heals by itself
-    ├── AccessDenied          the store refused the key, or the user, of this process
-    ├── Unsupported           the store cannot do this, by name
-    ├── NotHosted             the manager that runs does not have this object, or has another of its name
-    └── StartupError          a server, manager or data directory that cannot be used as asked
-        └── DirectoryHeld     the data directory has a manager, which is another process
+    ├── InvalidRequest        an unacceptable name, number, bound or key (also a ValueError)
+    ├── LimitReached          the result would lie outside the caller's bounds
+    ├── KeyReused             the idempotency key was used for another request
+    ├── DeadlineExceeded      no answer in time; the outcome says whether the call may have been applied
+    ├── OutcomeUnknown        the store no longer remembers a batch that may have reached it
+    ├── StateLost             the store restarted without its memory (durability `none`)
+    ├── StorageFull           the store cannot write; reads go on, and writes do when there is room again
+    ├── AccessDenied          the store refused this process's key or user
+    ├── Unsupported           the store does not have this feature
+    ├── NotHosted             the running manager does not host this object, or hosts another one under its name
+    └── StartupError          a server, manager or data directory cannot be used as requested
+        └── DirectoryHeld     another process is the manager of the data directory
 
-`RemoteError` stands beside the tree: the call was made, once, and its own error is the answer.
+`RemoteError` is not part of the tree: the call was made, once, and the error is its result.
 
-`Disconnected` and `BatchRefused` are between a store and its session; users never see them.
+`Disconnected` and `BatchRefused` are internal to a store and its session; users never see them.
 """
 
 from typing import Literal
@@ -33,70 +33,69 @@ Outcome = Literal["not_applied", "unknown"]
 
 
 class CounterServerError(Exception):
-    """The base of every error that this package raises on purpose."""
+    """The base of all errors that this package raises on purpose.
+
+    :param outcome: if it differs from the usual outcome of its class.
+    """
 
     outcome: Outcome = "not_applied"
 
+    def __init__(self, message: str, outcome: Outcome | None = None) -> None:
+        super().__init__(message)
+        if outcome is not None:
+            self.outcome = outcome
+
 
 class InvalidRequest(CounterServerError, ValueError):
-    """A name, number, bound or key that is not acceptable. Nothing was sent."""
+    """A name, number, bound or key is not acceptable. Nothing was sent."""
 
 
 class LimitReached(CounterServerError):
-    """The result would lie outside the bounds that the caller gave, or outside 64 bits."""
+    """The result would lie outside the caller's bounds, or outside 64 bits."""
 
 
 class KeyReused(CounterServerError):
-    """This idempotency key belongs to another request."""
+    """The idempotency key belongs to another request."""
 
 
 class DeadlineExceeded(CounterServerError):
-    """No answer before the deadline.
+    """There was no answer before the deadline. The outcome is ``"not_applied"`` if the operation was never sent."""
 
-    :param outcome: ``"not_applied"`` if the operation was never sent, else ``"unknown"``.
-    """
-
-    def __init__(self, message: str, outcome: Outcome) -> None:
-        super().__init__(message, outcome)
-        self.message = message
-        self.outcome = outcome
-
-    def __str__(self) -> str:
-        return self.message
+    outcome: Outcome = "unknown"
 
 
 class OutcomeUnknown(CounterServerError):
-    """The store no longer knows a batch that may have reached it before."""
+    """The store no longer remembers a batch that may have reached it."""
 
     outcome: Outcome = "unknown"
 
 
 class StateLost(CounterServerError):
-    """The store started again without its memory; the next call begins in the new epoch."""
+    """The store restarted without its memory. The next call counts from the beginning."""
 
 
 class StorageFull(CounterServerError):
-    """The store takes no writes: no room, or read-only. Nothing was changed, reads go on, and it heals by itself."""
+    """The store is full or read-only. Nothing was changed; reads go on, and writes do when there is room again."""
 
 
 class AccessDenied(CounterServerError):
-    """The store refused the key, or the user, of this process."""
+    """The store refused this process's key or user."""
 
 
 class Unsupported(CounterServerError):
-    """The store in use cannot do this."""
+    """The store does not have this feature."""
 
 
 class NotHosted(CounterServerError):
-    """The manager that runs was started without this object, or with another one of its name."""
+    """The running manager was started without this object, or with another one under its name."""
 
 
 class RemoteError(Exception):
-    """A method of a shared object raised an error of a type that is not built in. The call was made, once.
+    """A method of a shared object raised an exception that is not built in. The method was called once.
 
-    :param name: the error's type, qualified.
+    :param name: the exception's type, qualified.
     :param text: its message.
-    :param remote_traceback: where it was raised, as text.
+    :param remote_traceback: the traceback in the manager process.
     """
 
     def __init__(self, name: str, text: str, remote_traceback: str) -> None:
@@ -110,23 +109,23 @@ class RemoteError(Exception):
 
 
 class StartupError(CounterServerError):
-    """A server, a manager or a data directory that cannot be used as asked."""
+    """A server, a manager or a data directory cannot be used as requested."""
 
 
 class DirectoryHeld(StartupError):
-    """The data directory has a manager, which is another process."""
+    """Another process is the manager of the data directory."""
 
 
 class Stopped(SystemExit):
-    """A signal asks this process to end. It is not an error of the code that it interrupts."""
+    """A signal asks this process to exit. The interrupted code did nothing wrong."""
 
 
 class BatchRefused(Exception):
-    """The store's definite answer that a batch's sequence does not follow: nothing was executed."""
+    """The store refused a batch because its sequence does not follow. Nothing was executed."""
 
 
 class Disconnected(Exception):
-    """The way to the store broke, or is not there.
+    """The connection to the store broke, or could not be made.
 
     :param sent: whether any part of the batch may have left this process.
     """

@@ -1,7 +1,7 @@
-"""Shared objects: plain Python objects, each behind a lock of its own, whose methods are called exactly once.
+"""Shared objects: plain Python objects, each with its own lock, whose methods are called exactly once.
 
-A slow method holds up its own object only. What a durable one has done is in the journal, as a pickle of the object
-in the same transaction as the memory of the call, before anybody is told.
+A slow method delays only calls of its own object. The state of a durable object is pickled into the journal, in the
+same transaction as the memory of the call, before the caller gets an answer.
 """
 
 import builtins
@@ -20,76 +20,64 @@ from typing import Any, NoReturn
 
 from msgspec import Struct
 
-from . import plain
 from .errors import BatchRefused, InvalidRequest, StartupError, Stopped, StorageFull
 from .ledger import Changes, ClientRecord, Clients, Commits, raise_error
-from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
+from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name, decode_plain, encode_plain
 from .settings import LONGEST_DEADLINE
 
-LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still under the frame limit
-LARGEST_STATE = 2**20  # bytes, of a durable object's pickle
-_TELL = reprlib.Repr()  # of an object's arguments in a message: not all of a long one
-_LONGEST_TEXT = 10_000  # bytes of an error's message, and of its traceback
+LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still below the frame limit
+LARGEST_STATE = 2**20  # bytes of a durable object's pickle
+_LONGEST_TEXT = 10_000  # bytes of an exception's message, and of its traceback
+_SHORT = reprlib.Repr()  # shortens long arguments in messages
 _PARSING = threading.Lock()
-# By identity: a class that is not built in may have any name, and a metaclass that raises when it is compared.
-_BUILT_IN = {
-    id(kind): name
-    for name, kind in vars(builtins).items()
-    if isinstance(kind, type) and issubclass(kind, BaseException)
-}
+# By identity: the class of an exception may have any name, and a metaclass that raises when it is compared.
+_BUILT_IN = {id(kind): name for name, kind in vars(builtins).items() if isinstance(kind, type)}
 
 
 class Declaration(Struct, frozen=True, array_like=True):
-    """What is to be hosted: which class, by module and qualified name, made with which arguments (encoded)."""
+    """A shared object to host: its class, by module and qualified name, and its encoded arguments."""
 
     name: str
     module: str
     qualname: str
     arguments: bytes
     durable: bool = False
-    source: bytes = b""  # digest of the class's source: an object of what the class was before is another one
+    source: bytes = b""  # digest of the class's source: a changed class makes another object
 
     def __str__(self) -> str:
-        positional, by_keyword = plain.decode(self.arguments)
-        arguments = ", ".join(
-            [*map(_TELL.repr, positional), *(f"{name}={_TELL.repr(value)}" for name, value in by_keyword.items())]
-        )
-        made = f"{self.module}.{self.qualname}({arguments})"
-        return f"{self.name} = {made}{', durable' if self.durable else ''}"
+        positional, keywords = decode_plain(self.arguments)
+        arguments = [*map(_SHORT.repr, positional), *(f"{key}={_SHORT.repr(keywords[key])}" for key in keywords)]
+        durable = ", durable" if self.durable else ""
+        return f"{self.name} = {self.module}.{self.qualname}({', '.join(arguments)}){durable}"
 
 
 def declare(
     name: str, cls: type, arguments: tuple[Any, ...], keywords: dict[str, Any], *, durable: bool
 ) -> Declaration:
-    """The declaration of an object that `cls(*arguments, **keywords)` makes.
+    """Return the declaration of a shared object `cls(*arguments, **keywords)`.
 
-    :raises InvalidRequest: if another process could not find the class, or the arguments are not plain data.
+    :raises InvalidRequest: if another process could not import the class, or the arguments are not plain data.
     """
     check_name(name)
     if not isinstance(cls, type):
         raise InvalidRequest(f"a shared object is declared with its class, not {cls!r}")
     if "<" in cls.__qualname__:
-        raise InvalidRequest(
-            f"{cls.__qualname__} cannot be imported by the manager: define the class at the top of a module"
-        )
-    packed = plain.encode((arguments, keywords), f"the arguments of {cls.__qualname__}")
-    return Declaration(name, cls.__module__, cls.__qualname__, packed, durable, _digest(cls))
-
-
-def _digest(cls: type) -> bytes:
+        raise InvalidRequest(f"the manager cannot import {cls.__qualname__}: define it at the top level of a module")
+    packed = encode_plain((arguments, keywords), f"the arguments of {cls.__qualname__}")
     try:
-        return blake2b(_source(cls).encode(errors="surrogatepass"), digest_size=16).digest()
-    except (OSError, TypeError):  # there is no source
-        return b""
+        source = blake2b(_source(cls).encode(errors="surrogatepass"), digest_size=16).digest()
+    except (OSError, TypeError):  # it has no source
+        source = b""
+    return Declaration(name, cls.__module__, cls.__qualname__, packed, durable, source)
 
 
 def _source(cls: type) -> str:
-    """The source of a class, which `inspect` finds by parsing its module: in Python 3.11 (to 3.11.7) that fails when
-    a collection of garbage lets another thread parse meanwhile (CPython's issue gh-106905)."""
+    # `inspect` parses the class's module, which Python 3.11 (to 3.11.7) cannot do safely in two threads: a garbage
+    # collection in one breaks the other (CPython's issue gh-106905).
     with _PARSING:
         try:
             return inspect.getsource(cls)
-        except SystemError:  # a thread of the app's was parsing
+        except SystemError:  # a thread of the app was parsing
             return inspect.getsource(cls)
 
 
@@ -101,11 +89,11 @@ def _find(module: str, qualname: str) -> Any:
 
 
 class Busy(OSError):
-    """An object was busy with another call for longer than any caller waits. Nothing was called."""
+    """An object was busy with another call until every caller had given up. Nothing was called."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds a class of the declared module also where its name was another one: `__main__`, or before it was moved."""
+    """Finds a class in its declared module if it is not in its pickled module: `__main__`, or before a move."""
 
     def __init__(self, state: bytes, declaration: Declaration) -> None:
         super().__init__(io.BytesIO(state))
@@ -119,16 +107,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 class HostedObject:
-    """One shared object, in the process that holds it.
+    """One shared object, in the process that hosts it.
 
-    :param journal: makes `Changes` durable, for a durable object.
-    :param state: its pickle, where it was there before.
-    :param clients: what is remembered of its clients, in the order of their last use.
-    :param clock: the time that `clients` are remembered by.
-    :param most_clients: that are remembered.
-    :param fail: ends the process, with an error after which memory may differ from what was committed. Called before
-        another call can begin.
-    :raises StartupError: if it cannot be made; with the reason.
+    :param clock: the time of `clients`, in seconds.
+    :param journal: makes the changes of a durable object durable.
+    :param state: its pickle, if it existed before.
+    :param clients: the remembered clients, in the order of their last use.
+    :param fail: ends the process, before the next call, after an error that may have separated memory from disk.
+    :raises StartupError: if the object cannot be made.
     """
 
     def __init__(
@@ -148,12 +134,12 @@ class HostedObject:
         self._clients = Clients(dict(clients or {}), most_clients, declaration.name)
         self._fail = fail
         self._state = b""
-        self.running: tuple[str, float] | None = None  # the method that is being called, and since when
+        self.running: tuple[str, float] | None = None  # the method of the current call, and when the call began
         try:
             if state is not None and self._journal is not None:
                 self._object = self._unpickled(state)
             else:
-                arguments, keywords = plain.decode(declaration.arguments)
+                arguments, keywords = decode_plain(declaration.arguments)
                 self._object = _find(declaration.module, declaration.qualname)(*arguments, **keywords)
             if self._journal is not None:
                 self._state = state or self._pickled()
@@ -165,13 +151,12 @@ class HostedObject:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """A new lock: in the child of a fork nobody is left to release the old one."""
         self._lock = threading.Lock()  # held through a batch of calls and its commit
 
     def apply(self, batch: Batch, deadline: float = inf, /) -> list[Result]:  # noqa: ARG002 - its caller waits no longer
         """Make a batch's calls, in order, or repeat its answer; see `Store.apply`."""
-        if not self._lock.acquire(timeout=LONGEST_DEADLINE):  # nobody waits longer for the answer
-            raise Busy(f"{self.declaration.name} is still busy with another call; this one was not made")
+        if not self._lock.acquire(timeout=LONGEST_DEADLINE):  # no caller waits longer
+            raise Busy(f"{self.declaration.name} is still busy with another call; this call was not made")
         try:
             changes = Changes(self._clock())
             answered = self._clients.answer(batch, changes)
@@ -199,13 +184,12 @@ class HostedObject:
             return results
         except BatchRefused:
             raise
-        except BaseException as error:  # noqa: BLE001 - what is refused is returned; after all else memory may differ
+        except BaseException as error:  # noqa: BLE001 - refusals are returned; memory may differ after any other error
             self._fail(error)
         finally:
             self._lock.release()
 
     def _call_all(self, batch: Batch, changes: Changes) -> list[Result]:
-        """Make the calls. One that leaves a durable object in a state that cannot be kept is undone, it alone."""
         if self._journal is None:
             return [self._call(operation) for operation in batch.operations]
         results: list[Result] = []
@@ -215,7 +199,7 @@ class HostedObject:
             try:
                 new = self._pickled()
                 if new != state:
-                    self._unpickled(new)  # what cannot be loaded again is not kept
+                    self._unpickled(new)  # a state that cannot be loaded again is not kept
                     state = new
             except (InvalidRequest, StartupError) as error:
                 self._object = self._unpickled(state)
@@ -225,26 +209,19 @@ class HostedObject:
         return results
 
     def _unpickled(self, state: bytes) -> Any:
-        """What was pickled here, or by an earlier manager into a file of this user alone.
-
-        :raises StartupError: if its class refuses to be made of it.
-        """
+        # It was pickled here, or by an earlier manager into a file of this user alone.
         try:
             return _Unpickler(state, self.declaration).load()
         except BaseException as error:
-            raise StartupError(
-                f"{self.declaration} cannot be made of what was kept of it: {_described(error)}"
-            ) from error
+            raise StartupError(f"{self.declaration} cannot be restored from its state: {_described(error)}") from error
 
     def _pickled(self) -> bytes:
         try:
             state = pickle.dumps(self._object, pickle.HIGHEST_PROTOCOL)
         except BaseException as error:
-            raise InvalidRequest(
-                f"{self.declaration} cannot be pickled, and so not be durable: {_described(error)}"
-            ) from error
+            raise InvalidRequest(f"{self.declaration} is durable but cannot be pickled: {_described(error)}") from error
         if len(state) > LARGEST_STATE:
-            raise InvalidRequest(f"{self.declaration} has a state of {len(state)} bytes; at most {LARGEST_STATE}")
+            raise InvalidRequest(f"{self.declaration} has a state of {len(state)} bytes, over {LARGEST_STATE}")
         return state
 
     def _call(self, operation: object) -> Result:
@@ -254,18 +231,18 @@ class HostedObject:
         try:
             if not callable(getattr(type(self._object), operation.method, None)):
                 return Refusal("unsupported", f"{self.declaration} has no public method {operation.method!r}")
-            arguments, keywords = plain.decode(operation.arguments)
+            arguments, keywords = decode_plain(operation.arguments)
             value = getattr(self._object, operation.method)(*arguments, **keywords)
             try:
-                return Returned(plain.encode(value, f"the result of {self.declaration.qualname}.{operation.method}"))
+                return Returned(encode_plain(value, f"the result of {self.declaration.qualname}.{operation.method}"))
             except InvalidRequest as error:
                 raise InvalidRequest(f"{error}; the call was made, and its result is lost") from None
-        except BaseException as error:  # noqa: BLE001 - it is for the method's caller, whatever it is
+        except BaseException as error:  # noqa: BLE001 - any error belongs to the method's caller
             return _raised(error)
 
 
 def _raised(error: BaseException) -> Raised:
-    """Describe a method's error. Nothing may fail here: the call was made, and has to be remembered."""
+    # Nothing may fail here: the call was made, and has to be remembered.
     kind = type(error)
     built_in = _BUILT_IN.get(id(kind))
     name = built_in or _text(lambda: f"{kind.__module__}.{kind.__qualname__}")
@@ -274,9 +251,9 @@ def _raised(error: BaseException) -> Raised:
     arguments = None
     if built_in and isinstance(error, Exception):
         try:
-            arguments = plain.encode(error.args, "an error")
+            arguments = encode_plain(error.args, "an error")
         except InvalidRequest:
-            arguments = plain.encode((text,), "an error")
+            arguments = encode_plain((text,), "an error")
     return Raised(name, text, trace, arguments)
 
 
@@ -285,11 +262,8 @@ def _described(error: BaseException) -> str:
 
 
 def _text(describe: Callable[[], str], part: slice = slice(_LONGEST_TEXT)) -> str:
-    """Return what `describe` says, as text that can be sent: not all that Python has in a `str` can be.
-
-    An error is of somebody else's class, each method of which may raise anything or return something strange.
-    """
+    # The class is a stranger's: each of its methods may raise anything, or return text that cannot be sent.
     try:
         return str.encode(describe(), errors="backslashreplace")[part].decode(errors="ignore")
-    except BaseException:  # noqa: BLE001 - the class's own code
+    except BaseException:  # noqa: BLE001 - from the class's own code
         return "(it cannot be described)"

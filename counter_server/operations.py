@@ -1,16 +1,17 @@
-"""The vocabulary: what can be asked of a store, in which batches, and what comes back.
+"""The vocabulary: the operations of a store, the batches that carry them, and their results.
 
-The same types are the arguments in Python, the messages on the manager's socket and the rules that
-JSON bodies are validated by. A value of these types is valid: `__post_init__` runs when one is
-made here *and* when one is decoded from bytes, so neither side has to trust the other.
+The same types are the arguments in Python, the messages on the manager's socket and the schema of JSON bodies. An
+instance is always valid: `__post_init__` runs when it is made here *and* when it is decoded from bytes, so neither side
+of a socket has to trust the other.
 """
 
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Annotated
+from typing import Annotated, Any
 
-from msgspec import Meta, Struct, msgpack, structs
+from msgspec import Meta, MsgspecError, Struct, msgpack, structs
 
 from .errors import CounterServerError, InvalidRequest, KeyReused, LimitReached, StartupError, StorageFull, Unsupported
 
@@ -19,16 +20,17 @@ LARGEST = 2**63 - 1
 LONGEST_NAME = 255  # bytes of UTF-8
 LONGEST_KEY = 255  # characters
 LARGEST_PAGE = 1000  # counters
-LARGEST_BATCH = 1000  # operations; with names and keys of full length still under the frame limit
+LARGEST_BATCH = 1000  # operations; with names and keys of full length still below the frame limit
+LARGEST_VALUE = 2**20  # bytes of plain data, encoded: the arguments of one call, or its result
 
 Integer = Annotated[int, Meta(ge=SMALLEST, le=LARGEST)]
+_ONE = 1
 
 
 def check_name(name: object) -> None:
-    """Raise `InvalidRequest` unless `name` can be the name of a counter.
+    """Raise `InvalidRequest` unless `name` can name a counter.
 
-    1 to 255 bytes of UTF-8, in Unicode normal form C (so that what looks the same is the same),
-    without control characters, surrogates or separators other than the space.
+    A name is 1 to 255 bytes of UTF-8 in Unicode normal form C, without control characters and line separators.
     """
     if type(name) is not str:
         raise InvalidRequest(f"a counter's name must be a str, not {type(name).__name__}")
@@ -38,42 +40,51 @@ def check_name(name: object) -> None:
 @lru_cache(maxsize=4096)
 def _check_spelling(name: str) -> None:
     if not name:
-        raise InvalidRequest("a counter's name is empty")
+        raise InvalidRequest("a counter's name must not be empty")
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
-        raise InvalidRequest("a counter's name is not valid Unicode text") from None
+        raise InvalidRequest("a counter's name must be valid Unicode text, without surrogates") from None
     if size > LONGEST_NAME:
-        raise InvalidRequest(f"a counter's name has {size} bytes; at most {LONGEST_NAME}")
+        raise InvalidRequest(f"a counter's name has {size} bytes; at most {LONGEST_NAME} are allowed")
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
-        raise InvalidRequest("a counter's name holds a control character")
+        raise InvalidRequest("a counter's name must not contain control characters")
     if not unicodedata.is_normalized("NFC", name):
-        raise InvalidRequest("a counter's name is not in Unicode normal form C (NFC)")
+        raise InvalidRequest("a counter's name must be in Unicode normal form C (NFC): normalize it first")
 
 
-def check_key(key: str) -> None:
+def check_key(key: object) -> None:
     """Raise `InvalidRequest` unless `key` can be an idempotency key: 1 to 255 visible ASCII characters."""
+    if type(key) is not str:
+        raise InvalidRequest(f"an idempotency key must be a str, not {type(key).__name__}")
     if not 1 <= len(key) <= LONGEST_KEY:
-        raise InvalidRequest(f"an idempotency key has {len(key)} characters; 1 to {LONGEST_KEY}")
+        raise InvalidRequest(f"an idempotency key has {len(key)} characters; 1 to {LONGEST_KEY} are allowed")
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise InvalidRequest("an idempotency key may hold only visible ASCII characters")
+        raise InvalidRequest("an idempotency key must consist of visible ASCII characters, without spaces")
 
 
 def _check_integer(what: str, value: object) -> None:
-    # bool is an int to Python, and True is not a number that anybody meant to count by.
-    if type(value) is not int:
+    if type(value) is not int:  # bool is a subclass of int, but True is not meant as a number
         raise InvalidRequest(f"{what} must be an integer, not {type(value).__name__}")
     if not SMALLEST <= value <= LARGEST:
         raise InvalidRequest(f"{what} must lie within 64 bits, {SMALLEST} to {LARGEST}")
 
 
-def _check_text(what: str, value: object) -> None:
-    if type(value) is not str:
-        raise InvalidRequest(f"{what} must be a str, not {type(value).__name__}")
+def check_step(by: int, minimum: int | None, maximum: int | None) -> None:
+    """Raise `InvalidRequest` unless the arguments can be an increment's size and bounds."""
+    _check_integer("by", by)
+    if by == 0:
+        raise InvalidRequest("by must not be 0")
+    if minimum is not None:
+        _check_integer("minimum", minimum)
+    if maximum is not None:
+        _check_integer("maximum", maximum)
+        if minimum is not None and minimum > maximum:
+            raise InvalidRequest("minimum must not be greater than maximum")
 
 
 class Step(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """By how much, and within which bounds: the JSON body of an increment."""
+    """The JSON body of an increment: its size and bounds."""
 
     by: Annotated[Integer, Meta(description="Not 0", extra_json_schema={"not": {"const": 0}})] = 1
     minimum: Annotated[Integer | None, Meta(description="The result is not less; not greater than `maximum`")] = None
@@ -89,80 +100,63 @@ class Assignment(Struct, frozen=True, forbid_unknown_fields=True):
     value: Integer
 
 
-def check_step(by: int, minimum: int | None, maximum: int | None) -> None:
-    """Raise `InvalidRequest` unless these can be an increment's size and bounds."""
-    _check_integer("by", by)
-    if by == 0:
-        raise InvalidRequest("by must not be 0")
-    if minimum is not None:
-        _check_integer("minimum", minimum)
-    if maximum is not None:
-        _check_integer("maximum", maximum)
-        if minimum is not None and minimum > maximum:
-            raise InvalidRequest("minimum is greater than maximum")
-
-
-class Increment(Struct, frozen=True, array_like=True, gc=False, tag="increment"):
-    """Add `by` to a counter, if the result lies within the bounds; the answer is the result."""
-
+class _Named(Struct, frozen=True, array_like=True, gc=False):
     name: str
-    by: Integer = 1
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+
+class Increment(_Named, frozen=True, tag="increment"):
+    """Add `by` to a counter if the result lies within the bounds. Results in the new value."""
+
+    by: Integer = _ONE
     minimum: Integer | None = None
     maximum: Integer | None = None
     key: str | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name)
-        # Nearly every increment is the plain one, and this runs twice for each of them.
-        if self.by != 1 or type(self.by) is not int or self.minimum is not None or self.maximum is not None:
+        # Every increment passes here twice, on both sides of the socket: plain ones must be cheap.
+        if type(self.name) is str:
+            _check_spelling(self.name)
+        else:
+            check_name(self.name)
+        if self.by is not _ONE or self.minimum is not None or self.maximum is not None:
             check_step(self.by, self.minimum, self.maximum)
         if self.key is not None:
-            _check_text("an idempotency key", self.key)
             check_key(self.key)
 
     def fingerprint(self) -> bytes:
-        """16 bytes that tell this request from any other one under the same idempotency key."""
+        """Return 16 bytes that identify this request among all requests with the same idempotency key."""
         return blake2b(msgpack.encode(structs.replace(self, key=None)), digest_size=16).digest()
 
 
-class Set(Struct, frozen=True, array_like=True, gc=False, tag="set"):
-    """Give a counter a value; the answer is that value."""
+class Set(_Named, frozen=True, tag="set"):
+    """Set a counter to a value. Results in this value."""
 
-    name: str
     value: Integer
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        super().__post_init__()
         _check_integer("value", self.value)
 
 
-class Delete(Struct, frozen=True, array_like=True, gc=False, tag="delete"):
-    """Remove a counter; the answer is whether there was one."""
-
-    name: str
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
+class Delete(_Named, frozen=True, tag="delete"):
+    """Remove a counter. Results in whether the counter existed."""
 
 
-class Get(Struct, frozen=True, array_like=True, gc=False, tag="get"):
-    """Read a counter; the answer is its value, or None where there is none."""
-
-    name: str
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
+class Get(_Named, frozen=True, tag="get"):
+    """Read a counter. Results in its value, or None if it does not exist."""
 
 
 class Scan(Struct, frozen=True, array_like=True, gc=False, tag="scan"):
-    """Read a page of counters in the order of their names, those after `after`."""
+    """Read a page of counters, in the order of their names, that follow the name `after`."""
 
     after: str = ""
     limit: Integer = 100
 
     def __post_init__(self) -> None:
-        _check_text("after", self.after)
-        if self.after:
+        if self.after != "":
             check_name(self.after)
         _check_integer("limit", self.limit)
         if not 1 <= self.limit <= LARGEST_PAGE:
@@ -170,49 +164,45 @@ class Scan(Struct, frozen=True, array_like=True, gc=False, tag="scan"):
 
 
 class Invoke(Struct, frozen=True, array_like=True, gc=False, tag="invoke"):
-    """Call a method of a shared object; the answer is `Returned` or `Raised`.
+    """Call a method of a shared object. Results in `Returned` or `Raised`.
 
-    `arguments` is plain data, encoded: a tuple of the positional ones and a dict of those by keyword.
+    `arguments` is encoded plain data: a tuple of the positional arguments and a dict of the keyword arguments.
     """
 
     method: str
     arguments: bytes
 
     def __post_init__(self) -> None:
-        check_method(self.method)
-
-
-def check_method(name: str) -> None:
-    """Raise `InvalidRequest` unless `name` can be a public method's."""
-    if not name.isidentifier() or name.startswith("_"):
-        raise InvalidRequest(f"{name!r} is not the name of a public method")
+        if not self.method.isidentifier() or self.method.startswith("_"):
+            raise InvalidRequest(f"{self.method!r} cannot be the name of a public method")
 
 
 Operation = Increment | Set | Delete | Get | Scan | Invoke
 READS = (Get, Scan)
+_READ_TYPES = frozenset[type[Operation]](READS)
 
 
 class Replayed(Struct, frozen=True, array_like=True, gc=False, tag="replayed"):
-    """The number that this idempotency key was given before."""
+    """The number that was returned for the same idempotency key before."""
 
     value: int
 
 
 class Page(Struct, frozen=True, array_like=True, tag="page"):
-    """Counters in the order of their names; `more` says whether others follow the last."""
+    """Counters in the order of their names; `more` says whether others follow the last one."""
 
     counters: list[tuple[str, int]]
     more: bool
 
 
 class Returned(Struct, frozen=True, array_like=True, gc=False, tag="returned"):
-    """What a method returned: plain data, encoded."""
+    """The return value of a method, as encoded plain data."""
 
     value: bytes
 
 
 class Raised(Struct, frozen=True, array_like=True, gc=False, tag="raised"):
-    """What a method raised. `arguments` are the exception's, encoded, where its type is built in and they are plain."""
+    """The exception of a method. `arguments` are its encoded `args`, if it is built in and they are plain data."""
 
     name: str
     text: str
@@ -221,7 +211,7 @@ class Raised(Struct, frozen=True, array_like=True, gc=False, tag="raised"):
 
 
 class Refusal(Struct, frozen=True, array_like=True, gc=False, tag="refusal"):
-    """One operation of a batch that was not applied, and why."""
+    """The reason why one operation of a batch was not applied."""
 
     code: str
     message: str
@@ -245,9 +235,9 @@ Result = int | bool | None | Replayed | Page | Returned | Raised | Refusal
 class Batch(Struct, frozen=True, array_like=True):
     """The unit of a round trip, of a commit and of exactly-once.
 
-    `client` is 128 random bits. `sequence` counts that client's batches from 1; a batch of reads
-    alone has sequence 0, and nothing has to be remembered of it. The rule for resent batches is that
-    of Raft's client sessions (Ongaro, 2014, §6.3) and of Kafka's idempotent producer.
+    `client` is 128 random bits. `sequence` counts the client's batches from 1; a batch that only reads has sequence 0
+    and needs no memory. A `Scan` may stand beside other reads, not beside writes. The rule for batches that are sent
+    again comes from Raft's client sessions (Ongaro, 2014, §6.3) and Kafka's idempotent producer.
     """
 
     client: bytes
@@ -255,7 +245,63 @@ class Batch(Struct, frozen=True, array_like=True):
     operations: list[Operation]
 
     def __post_init__(self) -> None:
-        if len(self.client) != 16 or self.sequence < 0 or not 1 <= len(self.operations) <= LARGEST_BATCH:
+        count = len(self.operations)
+        if len(self.client) != 16 or self.sequence < 0 or not 1 <= count <= LARGEST_BATCH:
             raise InvalidRequest(f"a batch has a client of 16 bytes, a sequence, and 1 to {LARGEST_BATCH} operations")
-        if self.sequence == 0 and not all(isinstance(operation, READS) for operation in self.operations):
-            raise InvalidRequest("only a batch of reads may go without a sequence")
+        may_write = self.sequence > 0 and (count == 1 or Scan not in map(type, self.operations))
+        if not (may_write or _READ_TYPES.issuperset(map(type, self.operations))):
+            raise InvalidRequest("a batch with writes needs a sequence, and must not contain a scan")
+
+
+# Plain data is None, bool, int of any size, float, str, bytes, list, tuple and dict, nested: bytes of it can name no
+# code. MessagePack lacks tuples, integers over 64 bits and some keys of dicts, which become extension types.
+_TUPLE, _INTEGER, _DICT = 1, 2, 3
+_encoder = msgpack.Encoder()
+
+
+def encode_plain(value: object, what: str) -> bytes:
+    """Encode the arguments or the result of a shared object's method.
+
+    :param what: names the value in the error.
+    :raises InvalidRequest: if `value` is not plain data, or is too large.
+    """
+    try:
+        data = _encoder.encode(_pack(value, what))
+    except (RecursionError, UnicodeEncodeError, MsgspecError) as error:
+        raise InvalidRequest(f"{what} cannot be sent: {error}") from None
+    if len(data) > LARGEST_VALUE:
+        raise InvalidRequest(f"{what} has {len(data)} bytes; at most {LARGEST_VALUE} are allowed")
+    return data
+
+
+def _pack(value: object, what: str) -> object:
+    kind = type(value)  # a subclass of a plain type is not plain data
+    if value is None or kind in (bool, float, str, bytes):
+        return value
+    if isinstance(value, int) and kind is int:
+        return value if -(2**63) <= value < 2**64 else msgpack.Ext(_INTEGER, f"{value:x}".encode())
+    if isinstance(value, list) and kind is list:
+        return [_pack(item, what) for item in value]
+    if isinstance(value, tuple) and kind is tuple:
+        return msgpack.Ext(_TUPLE, _encoder.encode([_pack(item, what) for item in value]))
+    if isinstance(value, dict) and kind is dict:
+        if all(type(key) is str for key in value):
+            return {key: _pack(item, what) for key, item in value.items()}
+        return msgpack.Ext(_DICT, _encoder.encode([_pack(part, what) for pair in value.items() for part in pair]))
+    raise InvalidRequest(
+        f"{what}: {kind.__qualname__} is not plain data (None, bool, int, float, str, bytes, list, tuple, dict)"
+    )
+
+
+def _unpack(code: int, data: memoryview) -> object:
+    if code == _TUPLE:
+        return tuple(decode_plain(data))
+    if code == _INTEGER:
+        return int(bytes(data), 16)
+    if code == _DICT:
+        parts = decode_plain(data)
+        return dict(zip(parts[::2], parts[1::2], strict=True))
+    raise ValueError(f"an extension of type {code}")
+
+
+decode_plain: Callable[[bytes | memoryview], Any] = msgpack.Decoder(ext_hook=_unpack).decode  # raises ValueError

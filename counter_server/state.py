@@ -11,7 +11,6 @@ from collections.abc import Callable
 from math import inf
 from typing import Any, Self, TypeVar, cast
 
-from . import plain
 from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
 from .errors import DeadlineExceeded, Disconnected, InvalidRequest, NotHosted, RemoteError, StateLost, Unsupported
 from .objects import LARGEST_CALL_BATCH, Declaration, declare
@@ -31,6 +30,8 @@ from .operations import (
     Set,
     check_name,
     check_step,
+    decode_plain,
+    encode_plain,
 )
 from .session import Session
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, LONGEST_DEADLINE, StoreOptions, check_seconds
@@ -122,7 +123,7 @@ class SharedObject:
             raise AttributeError(f"only public methods of {self._cls.__qualname__} are shared, not {method!r}")
 
         def call(*arguments: Any, **keywords: Any) -> Any:
-            packed = plain.encode((arguments, keywords), f"the arguments of {self._name}.{method}")
+            packed = encode_plain((arguments, keywords), f"the arguments of {self._name}.{method}")
             for _ in range(self._losses):
                 try:
                     return _returned(self._shared.invoke(self._name, Invoke(method, packed)))
@@ -150,14 +151,14 @@ def forgetful(handle: Kind) -> Kind:
 def _returned(result: Result) -> Any:
     """Return what a method returned, or raise its exception, in its own type if that is built in."""
     if isinstance(result, Returned):
-        return plain.decode(result.value)
+        return decode_plain(result.value)
     raised = expect(Raised, result)
     remote = RemoteError(raised.name, raised.text, raised.traceback)
     kind = getattr(builtins, raised.name, None)
     if raised.arguments is None or not (isinstance(kind, type) and issubclass(kind, Exception)):
         raise remote
     try:
-        error = kind(*plain.decode(raised.arguments))
+        error = kind(*decode_plain(raised.arguments))
     except Exception:  # noqa: BLE001 - the type takes other arguments than it keeps
         raise remote from None
     error.add_note(f"Raised in the manager process:\n{raised.traceback}")

@@ -1,4 +1,4 @@
-"""The cache that all workers share: cachelib's contract, with cachelib's own simple cache as the reference."""
+"""The shared cache follows the contract of cachelib, whose simple cache is the reference."""
 
 import importlib
 import os
@@ -30,8 +30,7 @@ from counter_server.caching import ManagerCache
 from counter_server.dicts import BoundedDict
 from counter_server.errors import DeadlineExceeded, InvalidRequest, StateLost, Unsupported
 from counter_server.manager.directory import DataDirectory
-from counter_server.operations import Invoke, Result
-from counter_server.plain import LARGEST_VALUE
+from counter_server.operations import LARGEST_VALUE, Invoke, Result
 from tests.hosted_classes import SomeObj
 from tests.load import at_once, spawn
 from tests.processes import PATIENCE, ROOT, end_manager, eventually, holder
@@ -41,7 +40,7 @@ Make = Callable[..., BaseCache]
 
 @pytest.fixture(scope="module")
 def shared_manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of one on-demand manager for all tests that do it no harm."""
+    """Return the URL of an on-demand manager for all tests that do not disturb it."""
     data_dir = tmp_path_factory.mktemp("caches") / "data"
     yield DataDirectory(data_dir).url
     end_manager(data_dir / "manager.lock")
@@ -49,13 +48,13 @@ def shared_manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["SimpleCache", "memory", "manager"])
 def make(request: pytest.FixtureRequest, shared_manager: str, stack: ExitStack) -> Make:
-    """Makes caches that are empty: the reference, and ours in this process and in a manager."""
+    """Return a function that makes empty caches: the reference, and ours in this process and in a manager."""
     return SimpleCache if request.param == "SimpleCache" else _ours(request.param, shared_manager, stack)
 
 
 @pytest.fixture(params=["memory", "manager"])
 def ours(request: pytest.FixtureRequest, shared_manager: str, stack: ExitStack) -> Make:
-    """The same without the reference, for where we differ from it on purpose."""
+    """Return the same without the reference, for intended differences."""
     return _ours(request.param, shared_manager, stack)
 
 
@@ -72,7 +71,7 @@ def cache(make: Make) -> BaseCache:
 
 @pytest.fixture
 def opened(stack: ExitStack) -> Callable[..., ManagerCache]:
-    """Opens a cache of ours at a URL, until the test ends."""
+    """Return a function that opens our cache at a URL until the test ends."""
 
     def opened(url: str, *arguments: Any, **options: Any) -> ManagerCache:
         cache = ManagerCache(url, *arguments, **{"deadline": PATIENCE, **options})
@@ -84,7 +83,7 @@ def opened(stack: ExitStack) -> Callable[..., ManagerCache]:
 
 @dataclass
 class Point:
-    """A class of its own, for values that only pickle can carry."""
+    """A class whose instances only pickle can encode."""
 
     x: int
     y: "Point | None" = None
@@ -119,11 +118,11 @@ VALUES: list[Any] = [
 ]
 
 
-# What any cachelib cache does
+# The contract of cachelib
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:30])
-def test_a_value_comes_back_as_it_went(cache: BaseCache, value: object) -> None:
+def test_a_value_is_returned_unchanged(cache: BaseCache, value: object) -> None:
     assert cache.set("key", value) is True
     for back in (cache.get("key"), *cache.get_many("key"), *cache.get_dict("key").values()):
         assert (type(back), repr(back)) == (type(value), repr(value))
@@ -132,12 +131,12 @@ def test_a_value_comes_back_as_it_went(cache: BaseCache, value: object) -> None:
     assert repr(cache.get("key")) == repr(value)
 
 
-def test_not_a_number_comes_back(cache: BaseCache) -> None:
+def test_nan_is_returned_unchanged(cache: BaseCache) -> None:
     cache.set("key", float("nan"))
     assert repr(cache.get("key")) == "nan"
 
 
-def test_what_was_read_is_the_readers_own(cache: BaseCache) -> None:
+def test_a_reader_gets_its_own_copy(cache: BaseCache) -> None:
     value = {"list": [1]}
     cache.set("key", value)
     value["list"].append(2)
@@ -145,7 +144,7 @@ def test_what_was_read_is_the_readers_own(cache: BaseCache) -> None:
     assert cache.get("key") == {"list": [1]}
 
 
-def test_what_is_not_there_is_none_and_changes_nothing(cache: BaseCache) -> None:
+def test_a_missing_key_is_none_and_changes_nothing(cache: BaseCache) -> None:
     assert cache.get("missing") is None
     assert cache.has("missing") is False
     assert cache.delete("missing") is False
@@ -168,7 +167,7 @@ def test_none_is_a_value(cache: BaseCache) -> None:
 @pytest.mark.parametrize(
     "key", ["", "key", "a b/c?d=é&f", "\N{GRINNING FACE}" * 1000, "\x00", 1, ("a", 1), b"bytes"], ids=ascii
 )
-def test_any_key_that_is_plain_data_does(cache: BaseCache, key: Any) -> None:
+def test_a_key_may_be_any_plain_data(cache: BaseCache, key: Any) -> None:
     assert cache.add(key, "value") is True
     assert cache.get(key) == "value"
     assert cache.get_dict(key, "other") == {key: "value", "other": None}
@@ -178,12 +177,12 @@ def test_any_key_that_is_plain_data_does(cache: BaseCache, key: Any) -> None:
 
 
 class Key(StrEnum):
-    """What is a string by another name."""
+    """A subclass of `str`."""
 
     ONE = "one"
 
 
-def test_a_key_of_a_class_of_its_own_that_is_a_string_is_that_string(cache: BaseCache) -> None:
+def test_a_key_of_a_subclass_of_str_equals_the_string(cache: BaseCache) -> None:
     assert cache.set(Key.ONE, "value") is True
     assert cache.get("one") == cache.get(Key.ONE) == "value"
     assert cache.get_dict(Key.ONE) == {"one": "value"}
@@ -194,7 +193,7 @@ def test_a_key_of_a_class_of_its_own_that_is_a_string_is_that_string(cache: Base
     assert cache.dec("one") == 0
 
 
-def test_add_sets_only_what_is_not_there(cache: BaseCache) -> None:
+def test_add_sets_only_missing_keys(cache: BaseCache) -> None:
     assert cache.add("key", 1) is True
     assert cache.add("key", 2) is False
     assert cache.get("key") == 1
@@ -203,22 +202,22 @@ def test_add_sets_only_what_is_not_there(cache: BaseCache) -> None:
     assert cache.get("key") == 3
 
 
-def test_many_at_once_are_in_the_order_that_was_asked_for(cache: BaseCache) -> None:
+def test_get_many_returns_values_in_the_order_of_the_keys(cache: BaseCache) -> None:
     assert cache.set_many({"a": 1, "b": [2], "c": None}) == ["a", "b", "c"]
     assert cache.get_many("c", "b", "missing", "a", "a") == [None, [2], None, 1, 1]
     assert list(cache.get_dict("b", "missing", "a").items()) == [("b", [2]), ("missing", None), ("a", 1)]
 
 
 @pytest.mark.parametrize("ignore", [True, False])
-def test_many_are_deleted_and_what_is_not_there_counts_as_deleted(make: Make, ignore: bool) -> None:  # noqa: FBT001
+def test_delete_many_reports_missing_keys_as_deleted(make: Make, ignore: bool) -> None:  # noqa: FBT001
     cache = make(ignore_delete_many_errors=ignore)
     cache.set_many({"a": 1, "b": 2, "c": 3})
     assert cache.delete_many("a", "missing", "b") == ["a", "missing", "b"]
     assert cache.get_many("a", "b", "c") == [None, None, 3]
 
 
-def test_errors_of_delete_many_are_told_where_they_are_not_ignored(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only way to fail here is a class that cannot delete."""
+def test_delete_many_reports_errors_unless_they_are_ignored(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a class that cannot delete can fail here."""
     for ignore in (True, False):
         cache = make(ignore_delete_many_errors=ignore)
         assert cache.ignore_delete_many_errors is ignore
@@ -238,7 +237,7 @@ def test_clear_removes_all(cache: BaseCache) -> None:
     assert cache.add("0", "new") is True
 
 
-def test_inc_and_dec_give_the_new_number_and_begin_at_0(cache: BaseCache) -> None:
+def test_inc_and_dec_return_the_new_number_and_start_at_0(cache: BaseCache) -> None:
     assert [cache.inc("up"), cache.inc("up"), cache.inc("up", 5), cache.inc("up", -3), cache.inc("up", 0)] == [
         *(1, 2, 7, 4, 4)
     ]
@@ -248,7 +247,7 @@ def test_inc_and_dec_give_the_new_number_and_begin_at_0(cache: BaseCache) -> Non
     assert cache.get_many("up", "down") == [4, -4]
 
 
-def test_inc_and_dec_go_on_from_what_was_set(cache: BaseCache) -> None:
+def test_inc_and_dec_continue_from_a_set_value(cache: BaseCache) -> None:
     cache.set_many({"int": 2**64, "float": 0.5})
     assert cache.inc("int", 2**70) == 2**64 + 2**70
     assert cache.dec("int", 2**64 + 2**70) == 0
@@ -258,7 +257,7 @@ def test_inc_and_dec_go_on_from_what_was_set(cache: BaseCache) -> None:
 
 
 @pytest.mark.parametrize("value", ["text", "7", b"bytes", [1], {"a": 1}, (1,), Point(1)], ids=repr)
-def test_inc_and_dec_of_what_is_no_number_change_nothing(cache: BaseCache, value: object) -> None:
+def test_inc_and_dec_of_other_values_change_nothing(cache: BaseCache, value: object) -> None:
     cache.set("key", value)
     for change in (cache.inc, cache.dec):
         with pytest.raises(TypeError):
@@ -266,7 +265,7 @@ def test_inc_and_dec_of_what_is_no_number_change_nothing(cache: BaseCache, value
     assert cache.get("key") == value
 
 
-def test_a_timeout_is_in_seconds_or_a_timedelta_rounded_up_and_0_is_for_ever(make: Make) -> None:
+def test_a_timeout_is_seconds_or_a_timedelta_rounded_up_and_0_means_forever(make: Make) -> None:
     cache, forever = make(default_timeout=1), make(default_timeout=0)
     brief: dict[str, Any] = {
         "default": None,
@@ -285,7 +284,7 @@ def test_a_timeout_is_in_seconds_or_a_timedelta_rounded_up_and_0_is_for_ever(mak
         forever.set(f"forever, {kept}", kept, timeout)
         cache.add(f"added, {kept}", kept, timeout)
     cache.set_many({"many kept": 1}, timeout=0)
-    if isinstance(forever, ManagerCache):  # the reference has a cache of its own here
+    if isinstance(forever, ManagerCache):  # the reference makes another cache here
         forever.set("forever", "forever")
         forever.inc("forever, increased")
     keys = [*brief, *(f"added, {key}" for key in brief), "many", "increased"]
@@ -301,7 +300,7 @@ def test_a_timeout_is_in_seconds_or_a_timedelta_rounded_up_and_0_is_for_ever(mak
 
 
 @pytest.mark.parametrize("timeout", [-1, -(10**9), timedelta(seconds=-1)], ids=str)
-def test_what_has_a_negative_timeout_is_over_at_once(make: Make, timeout: Any) -> None:
+def test_an_entry_with_a_negative_timeout_expires_at_once(make: Make, timeout: Any) -> None:
     cache, expired = make(), make(default_timeout=timeout)
     assert cache.set("set", 1, timeout) is True
     assert cache.add("added", 1, timeout) is True
@@ -319,7 +318,7 @@ def test_what_has_a_negative_timeout_is_over_at_once(make: Make, timeout: Any) -
 
 
 @pytest.mark.parametrize("wrong", ["1", [1], 1j], ids=repr)
-def test_a_timeout_that_cannot_be_is_refused(make: Make, wrong: Any) -> None:
+def test_an_invalid_timeout_is_refused(make: Make, wrong: Any) -> None:
     cache = make()
     with pytest.raises(TypeError, match="timeout must be"):
         make(default_timeout=wrong)
@@ -329,20 +328,20 @@ def test_a_timeout_that_cannot_be_is_refused(make: Make, wrong: Any) -> None:
     assert cache.has("key") is False
 
 
-def test_an_outdated_float_timeout_is_rounded_up_with_a_warning(make: Make) -> None:
+def test_a_deprecated_float_timeout_is_rounded_up_with_a_warning(make: Make) -> None:
     cache = make()
     with pytest.warns(DeprecationWarning, match="Float timeouts"):
         assert cache.set("key", 1, 1000.5) is True  # type: ignore[arg-type]
     assert cache.get("key") == 1
 
 
-def test_a_serializer_can_be_given(cache: BaseCache) -> None:
+def test_a_serializer_can_be_replaced(cache: BaseCache) -> None:
     cache.serializer = JSONSerializer()  # type: ignore[attr-defined]
     for value in (None, True, 5, 1.5, "é", [1, {"a": None}]):
         cache.set("key", value)
         assert (type(cache.get("key")), cache.get("key")) == (type(value), value)
     cache.set("key", (1, 2))
-    assert cache.get("key") == [1, 2]  # which shows that it was JSON
+    assert cache.get("key") == [1, 2]  # a tuple comes back as a list from JSON
     cache.set("number", 1)
     assert cache.inc("number") == 2
 
@@ -353,17 +352,17 @@ def test_threads_lose_no_increment(cache: BaseCache) -> None:
     assert cache.get("number") == 400
 
 
-def test_of_16_threads_that_add_a_key_exactly_one_has_added_it(cache: BaseCache) -> None:
+def test_of_16_threads_that_add_a_key_exactly_one_succeeds(cache: BaseCache) -> None:
     answers = at_once(16, lambda: [cache.add(f"key {n}", threading.get_ident()) for n in range(50)])
     assert [sum(added) for added in zip(*answers, strict=True)] == [1] * 50
     assert {cache.get(f"key {n}") is not None for n in range(50)} == {True}
 
 
-# Where ours differs from the reference on purpose
+# Intended differences from the reference
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -373,7 +372,7 @@ class Clock:
 
 
 def clocked(cache: ManagerCache, entries: int = 100) -> Clock:
-    """Put the far end of a cache into the hands of the test, with a clock of its own."""
+    """Replace the hosted object of a cache by one with the test's clock."""
     clock = Clock()
     cache._entries = BoundedDict(entries, clock)
     return clock
@@ -416,7 +415,7 @@ def test_inc_renews_an_entry_with_the_default_timeout_as_set_does() -> None:
     assert cache.inc("brief") == 1
 
 
-def test_when_there_is_no_room_the_one_used_least_recently_goes(stack: ExitStack) -> None:
+def test_a_full_cache_evicts_the_least_recently_used_entry(stack: ExitStack) -> None:
     cache = ManagerCache(stack.enter_context(open_state("memory://")), threshold=3, default_timeout=0)
     cache.set_many({"a": 1, "b": 2, "c": 3})
     assert cache.get("a") == 1
@@ -429,7 +428,7 @@ def test_when_there_is_no_room_the_one_used_least_recently_goes(stack: ExitStack
     assert [cache.has(key) for key in ("a", "d", "e")] == [True, True, True]
 
 
-def test_never_one_that_lives_goes_while_there_is_one_that_does_not() -> None:
+def test_expired_entries_are_evicted_before_live_ones() -> None:
     cache = ManagerCache("memory://", default_timeout=0)
     clock = clocked(cache, entries=3)
     cache.set_many({"oldest": 1, "old": 2})
@@ -441,7 +440,7 @@ def test_never_one_that_lives_goes_while_there_is_one_that_does_not() -> None:
 
 @pytest.mark.parametrize("value", [None, True, False, "", "text", b"", 0j], ids=repr)
 def test_only_an_int_or_a_float_is_a_number(ours: Make, value: object) -> None:
-    """The reference takes what is false for 0, and True for 1."""
+    """The reference counts false values as 0, and True as 1."""
     cache = ours()
     cache.set("key", value)
     for change in (cache.inc, cache.dec):
@@ -451,8 +450,8 @@ def test_only_an_int_or_a_float_is_a_number(ours: Make, value: object) -> None:
 
 
 @pytest.mark.parametrize("delta", ["1", b"1", [1], None, {}], ids=repr)
-def test_a_delta_that_is_no_number_changes_nothing(ours: Make, delta: Any) -> None:
-    """The reference makes a new entry of some."""
+def test_a_delta_that_is_not_a_number_changes_nothing(ours: Make, delta: Any) -> None:
+    """The reference creates a new entry for some of them."""
     cache = ours()
     cache.set_many({"number": 1, "bytes": "pickled"})
     for key in ("number", "bytes", "missing"):
@@ -463,12 +462,12 @@ def test_a_delta_that_is_no_number_changes_nothing(ours: Make, delta: Any) -> No
 
 
 @pytest.mark.parametrize("threshold", [0, -1, 1.5, True, None, "many"], ids=repr)
-def test_a_threshold_that_cannot_be_is_refused_at_once(threshold: Any) -> None:
+def test_an_invalid_threshold_is_refused_at_once(threshold: Any) -> None:
     with pytest.raises(InvalidRequest, match="the most entries"):
         ManagerCache("memory://", threshold=threshold)
 
 
-def test_a_store_or_deadline_that_cannot_be_is_refused_at_once() -> None:
+def test_an_invalid_store_or_deadline_is_refused_at_once() -> None:
     for wrong in ({"url": "nonsense://localhost"}, {"deadline": 0}, {"name": ""}):
         with pytest.raises(InvalidRequest):
             ManagerCache(**{"url": "memory://", **wrong})  # type: ignore[arg-type]
@@ -477,7 +476,7 @@ def test_a_store_or_deadline_that_cannot_be_is_refused_at_once() -> None:
 
 
 @pytest.mark.parametrize("key", [(1, [2]), {"a": 1}], ids=repr)
-def test_a_key_that_cannot_be_is_refused(ours: Make, key: Any) -> None:
+def test_an_unhashable_key_is_refused(ours: Make, key: Any) -> None:
     cache = ours()
     for use in (
         cache.get,
@@ -509,7 +508,7 @@ def test_a_key_that_cannot_be_sent_is_refused(ours: Make, key: Any) -> None:
 @pytest.mark.parametrize(
     "value", [threading.Lock(), lambda: None, iter(lambda: 1, 2)], ids=["lock", "lambda", "iterator"]
 )
-def test_what_cannot_be_pickled_is_an_error_and_changes_nothing(ours: Make, value: object) -> None:
+def test_a_value_that_cannot_be_pickled_is_an_error_and_changes_nothing(ours: Make, value: object) -> None:
     cache = ours()
     cache.set("key", "before")
     for change in (
@@ -523,14 +522,14 @@ def test_what_cannot_be_pickled_is_an_error_and_changes_nothing(ours: Make, valu
 
 
 class Unpicklable:
-    """Refuses as pickle itself does."""
+    """Refuses to be pickled, like pickle itself."""
 
     def __reduce__(self) -> str:
-        raise pickle.PicklingError("not this one")
+        raise pickle.PicklingError("refused")
 
 
-def test_what_its_serializer_refuses_is_an_error_and_changes_nothing(ours: Make) -> None:
-    """A serializer of cachelib logs why, and returns None; the reference stores that, and cannot read it."""
+def test_a_value_that_the_serializer_refuses_is_an_error_and_changes_nothing(ours: Make) -> None:
+    """A serializer of cachelib logs the reason and returns None, which the reference stores and cannot read."""
     cache: Any = ours()
     cache.set("key", "before")
     with pytest.raises(pickle.PicklingError, match="Unpicklable"):
@@ -544,7 +543,7 @@ def test_what_its_serializer_refuses_is_an_error_and_changes_nothing(ours: Make)
     assert cache.get("key") == "before"
 
 
-def test_a_serializer_for_redis_does_too(ours: Make) -> None:
+def test_a_serializer_for_redis_works_too(ours: Make) -> None:
     cache: Any = ours()
     cache.serializer = BaseRedisSerializer()
     for value in VALUES:
@@ -552,7 +551,7 @@ def test_a_serializer_for_redis_does_too(ours: Make) -> None:
         assert repr(cache.get("key")) == repr(value)
 
 
-def test_what_is_too_large_is_refused_and_changes_nothing(ours: Make) -> None:
+def test_a_too_large_value_is_refused_and_changes_nothing(ours: Make) -> None:
     cache = ours()
     cache.set_many({"key": "before", "number": 1})
     for change in (
@@ -571,7 +570,7 @@ def test_what_is_too_large_is_refused_and_changes_nothing(ours: Make) -> None:
 
 
 class Marking:
-    """Unpickled anywhere, it leaves there the mark of the process, and is its pid."""
+    """A value that writes a file when it is unpickled, and becomes the pid of the process."""
 
     def __init__(self, marks: Path) -> None:
         self._marks = marks
@@ -591,7 +590,7 @@ def test_the_manager_never_unpickles_a_value(
 ) -> None:
     marks = tmp_path / "marks"
     cache, other = opened(on_demand, threshold=3), opened(on_demand, threshold=3)
-    for key in ("one", "two", "three", "four"):  # the first is driven out
+    for key in ("one", "two", "three", "four"):  # the first is evicted
         cache.set(key, Marking(marks))
     assert cache.add("two", Marking(marks)) is False
     assert cache.add("five", Marking(marks), timeout=-1) is True
@@ -605,11 +604,11 @@ def test_the_manager_never_unpickles_a_value(
     assert marks.read_text() == f"{os.getpid()}\n"
 
 
-def test_a_value_of_a_module_that_the_manager_cannot_import(
+def test_values_may_come_from_modules_that_the_manager_cannot_import(
     on_demand: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[..., ManagerCache]
 ) -> None:
     cache, other = opened(on_demand), opened(on_demand)
-    cache.set("first", 1)  # the manager has been told by now where modules are
+    cache.set("first", 1)  # the manager's search path for modules is complete now
     (tmp_path / "only_here.py").write_text("class Here:\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     here = importlib.import_module("only_here").Here
@@ -622,9 +621,7 @@ def test_a_value_of_a_module_that_the_manager_cannot_import(
         other.get("key")
 
 
-def test_caches_of_one_name_are_the_same_and_of_two_are_not(
-    on_demand: str, opened: Callable[..., ManagerCache]
-) -> None:
+def test_caches_are_shared_only_if_they_have_the_same_name(on_demand: str, opened: Callable[..., ManagerCache]) -> None:
     one, same, other = (
         opened(on_demand, name, default_timeout=timeout) for name, timeout in (("one", 300), ("one", 0), ("other", 300))
     )
@@ -634,7 +631,7 @@ def test_caches_of_one_name_are_the_same_and_of_two_are_not(
     assert one.get("key") == 2
 
 
-def test_a_manager_that_is_not_there_is_an_error(data_dir: Path, opened: Callable[..., ManagerCache]) -> None:
+def test_a_missing_manager_is_an_error(data_dir: Path, opened: Callable[..., ManagerCache]) -> None:
     cache = opened(DataDirectory(data_dir).url, deadline=0.05, options=StoreOptions(start=False))
     for use in (lambda: cache.get("key"), lambda: cache.set("key", 1), lambda: cache.inc("key"), cache.clear):
         with pytest.raises(DeadlineExceeded, match="no manager is running") as error:
@@ -642,7 +639,7 @@ def test_a_manager_that_is_not_there_is_an_error(data_dir: Path, opened: Callabl
         assert isinstance(error.value, CounterServerError)
 
 
-def test_a_closed_cache_opens_again_at_the_next_call(on_demand: str, opened: Callable[..., ManagerCache]) -> None:
+def test_a_closed_cache_reopens_at_the_next_call(on_demand: str, opened: Callable[..., ManagerCache]) -> None:
     cache = opened(on_demand)
     cache.set("key", 1)
     before = os.listdir("/proc/self/fd")
@@ -660,7 +657,7 @@ def open_cache(kind: str, place: str) -> BaseCache:
 
 
 def obey(start: Any, orders: Connection) -> None:
-    """Be one of a crew: each order is a cache, a method of it and the arguments of each call."""
+    """Run one process of a crew: each order is a cache, a method and the arguments of each call."""
     caches: dict[tuple[str, str], BaseCache] = {}
     while True:
         try:
@@ -675,7 +672,7 @@ def obey(start: Any, orders: Connection) -> None:
 
 
 class Crew:
-    """Four processes that call a cache at the same time, begun on a barrier."""
+    """Four processes that call a cache at the same time, started by a barrier."""
 
     def __init__(self) -> None:
         self._start = spawn.Barrier(4)
@@ -684,11 +681,11 @@ class Crew:
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=obey, args=(self._start, theirs), daemon=True)
             process.start()
-            theirs.close()  # theirs alone: if it dies, reading ends
+            theirs.close()  # only the child holds it: reading ends if the child dies
             self._members.append((process, ours))
 
     def call(self, kind: str, place: str, method: str, *calls: tuple[Any, ...]) -> list[list[Any]]:
-        """What each of them was answered."""
+        """Return the answers of each process."""
         for _, orders in self._members:
             orders.send((kind, place, method, calls))
         return [self._answer(orders) for _, orders in self._members]
@@ -717,10 +714,10 @@ def crew() -> Iterator[Crew]:
         yield crew
 
 
-def test_4_processes_lose_increments_of_a_cache_in_files_and_none_of_ours(
+def test_4_processes_lose_increments_in_a_file_cache_and_none_in_ours(
     crew: Crew, shared_manager: str, tmp_path: Path, opened: Callable[..., ManagerCache]
 ) -> None:
-    """Its `inc` is cachelib's own: get, then set. Whether it loses one is luck, so it is given up to 100 rounds."""
+    """The file cache uses cachelib's `inc`: get, then set. It loses some by chance, so it runs up to 100 rounds."""
     everyone = list(range(1, 401))
 
     def round_of(kind: str, place: str, key: str) -> list[int]:
@@ -729,13 +726,13 @@ def test_4_processes_lose_increments_of_a_cache_in_files_and_none_of_ours(
     rounds = (round_of("files", str(tmp_path / "files"), f"key {number}") for number in range(100))
     lossy = next((values for values in rounds if values != everyone), None)
     assert lossy is not None
-    assert len(set(lossy)) < 400  # two were given the same number
+    assert len(set(lossy)) < 400  # two processes got the same number
     opened(shared_manager).clear()
     for number in range(3):
         assert round_of("manager", shared_manager, f"key {number}") == everyone
 
 
-def test_4_processes_that_go_up_and_down_end_where_they_began(
+def test_4_processes_that_count_up_and_down_end_where_they_started(
     crew: Crew, shared_manager: str, opened: Callable[..., ManagerCache]
 ) -> None:
     opened(shared_manager).clear()
@@ -744,7 +741,7 @@ def test_4_processes_that_go_up_and_down_end_where_they_began(
     assert opened(shared_manager).get("number") == 4 * 3
 
 
-def test_of_4_processes_that_add_a_key_exactly_one_has_added_it(
+def test_of_4_processes_that_add_a_key_exactly_one_succeeds(
     crew: Crew, shared_manager: str, opened: Callable[..., ManagerCache]
 ) -> None:
     opened(shared_manager).clear()
@@ -789,8 +786,10 @@ def test_a_killed_manager_leaves_an_empty_cache_and_no_error(
         ("set_many", ({"key": 1},), ["key"]),
     ],
 )
-def test_each_first_call_after_a_loss_is_forgiven(method: str, arguments: tuple[Any, ...], answer: object) -> None:
-    """The loss is played by the state: really killing a manager for each would take long."""
+def test_every_method_works_as_the_first_call_after_a_loss(
+    method: str, arguments: tuple[Any, ...], answer: object
+) -> None:
+    """The state simulates the loss, as killing a manager for each method would take long."""
     state = open_state("memory://")
     lost = iter([StateLost("begins anew")])
     invoke = state.invoke
@@ -806,10 +805,10 @@ def test_each_first_call_after_a_loss_is_forgiven(method: str, arguments: tuple[
     assert next(lost, None) is None
 
 
-def test_clients_at_work_see_no_error_when_the_manager_is_killed(
+def test_busy_clients_see_no_error_when_the_manager_is_killed(
     on_demand: str, data_dir: Path, opened: Callable[..., ManagerCache]
 ) -> None:
-    """Each has a number of its own: the next is one more, or 1 where it was lost, and nothing else."""
+    """Each client counts its own key: the next number is one more, or 1 after the loss."""
     numbers: list[list[int]] = [[] for _ in range(4)]
     stop = threading.Event()
 
@@ -865,21 +864,21 @@ def make_app(url: str = "memory://", **config: Any) -> Flask:
 
 
 def caching(app: Flask, stack: ExitStack, **config: Any) -> Cache:
-    """Flask-Caching with our cache in an app, closed when the test ends."""
+    """Set up Flask-Caching with our cache in an app, until the test ends."""
     cache = Cache(app, config={"CACHE_TYPE": OURS, **config})
     stack.callback(app.extensions["cache"][cache].close)
     return cache
 
 
 def in_context(stack: ExitStack, **config: Any) -> Cache:
-    """The same in an app of its own, which is current until the test ends."""
+    """Set it up in a new app, which is current until the test ends."""
     app = make_app()
     stack.enter_context(app.app_context())
     return caching(app, stack, **config)
 
 
 @pytest.mark.parametrize("first", ["the cache", "the shared state"])
-def test_flask_caching_and_a_shared_state_have_one_manager(
+def test_flask_caching_and_a_shared_state_use_one_manager(
     on_demand: str, data_dir: Path, stack: ExitStack, first: str
 ) -> None:
     shared = SharedState()
@@ -912,7 +911,7 @@ def test_flask_caching_and_a_shared_state_have_one_manager(
 
 
 def test_a_view_cached_in_one_worker_is_cached_in_another(on_demand: str, stack: ExitStack) -> None:
-    """Two apps, each with a cache of its own, stand for two workers."""
+    """Two apps with a cache each represent two workers."""
     calls: list[str] = []
 
     def worker(name: str) -> Flask:
@@ -940,7 +939,7 @@ def test_a_view_cached_in_one_worker_is_cached_in_another(on_demand: str, stack:
     assert calls == ["one", "other"]
 
 
-def test_memoized_functions_are_called_once_for_each_argument_until_deleted(stack: ExitStack) -> None:
+def test_memoized_functions_run_once_for_each_argument_until_deleted(stack: ExitStack) -> None:
     cache = in_context(stack)
     calls: list[tuple[int, int]] = []
 
@@ -974,7 +973,7 @@ def test_none_can_be_cached(stack: ExitStack) -> None:
     assert calls == [1]
 
 
-def test_the_configuration_of_flask_caching_is_heeded(stack: ExitStack) -> None:
+def test_the_configuration_of_flask_caching_is_used(stack: ExitStack) -> None:
     cache = in_context(
         stack,
         CACHE_THRESHOLD=2,
@@ -997,7 +996,7 @@ def test_the_configuration_of_flask_caching_is_heeded(stack: ExitStack) -> None:
     assert list(ours._state.declarations) == ["own"]
 
 
-def test_without_configuration_flask_cachings_defaults_hold(stack: ExitStack) -> None:
+def test_the_defaults_are_flask_cachings(stack: ExitStack) -> None:
     ours: Any = in_context(stack).cache
     assert list(ours._state.declarations) == ["flask-caching"]
     assert ours.default_timeout == 300
@@ -1006,7 +1005,7 @@ def test_without_configuration_flask_cachings_defaults_hold(stack: ExitStack) ->
     assert [ours.has("0"), ours.has("1"), ours.has("500")] == [False, True, True]
 
 
-def test_options_of_flask_caching_win_and_may_name_another_store(
+def test_options_of_flask_caching_take_precedence_and_may_name_another_store(
     on_demand: str, data_dir: Path, stack: ExitStack
 ) -> None:
     options = {"deadline": PATIENCE, "threshold": 1, "default_timeout": 0}
@@ -1024,7 +1023,7 @@ def test_options_of_flask_caching_win_and_may_name_another_store(
         assert [cache.get("a"), cache.get("b"), cache.cache.default_timeout] == [None, 2, 0]
 
 
-def test_two_caches_of_two_names_in_one_app(on_demand: str, stack: ExitStack) -> None:
+def test_one_app_can_have_two_caches_with_two_names(on_demand: str, stack: ExitStack) -> None:
     app = make_app(on_demand)
     stack.enter_context(app.app_context())
     one, other = (
@@ -1036,13 +1035,13 @@ def test_two_caches_of_two_names_in_one_app(on_demand: str, stack: ExitStack) ->
     assert [other.add("key", 2), other.clear(), one.get("key")] == [True, True, 1]
 
 
-def test_a_threshold_of_flask_caching_that_cannot_be_is_refused_at_once(stack: ExitStack) -> None:
+def test_an_invalid_threshold_of_flask_caching_is_refused_at_once(stack: ExitStack) -> None:
     with pytest.raises(InvalidRequest, match="the most entries"):
         in_context(stack, CACHE_THRESHOLD=0)
 
 
-def test_a_view_goes_on_without_its_cache_where_the_manager_is_not_there(data_dir: Path, stack: ExitStack) -> None:
-    """As Flask-Caching has it of any cache: the error is logged, and the view called."""
+def test_a_view_works_without_its_cache_if_the_manager_is_missing(data_dir: Path, stack: ExitStack) -> None:
+    """As with any cache, Flask-Caching logs the error and calls the view."""
     app = make_app(DataDirectory(data_dir).url, COUNTER_SERVER_START=False)
     app.config["COUNTER_SERVER_DEADLINE"] = 0.05
     cache = caching(app, stack)
@@ -1080,7 +1079,7 @@ def session_app(cache: ManagerCache, **config: Any) -> Flask:
     return app
 
 
-def test_a_session_begun_in_one_worker_goes_on_in_another(
+def test_a_session_started_in_one_worker_continues_in_another(
     shared_manager: str, opened: Callable[..., ManagerCache]
 ) -> None:
     one, other = (session_app(opened(shared_manager)) for _ in range(2))
@@ -1108,7 +1107,7 @@ def test_a_permanent_session_lives_for_its_lifetime_after_its_last_use() -> None
     assert browser.get("/inc").json == {"number": 1}
 
 
-def test_a_session_that_is_cleared_is_gone_from_the_cache() -> None:
+def test_a_cleared_session_is_removed_from_the_cache() -> None:
     cache = ManagerCache("memory://")
     browser = session_app(cache, SESSION_KEY_PREFIX="s:").test_client()
     browser.get("/inc")
@@ -1119,7 +1118,7 @@ def test_a_session_that_is_cleared_is_gone_from_the_cache() -> None:
     browser.get("/clear")
     assert cache.has(key) is False
     assert browser.get_cookie("session") is None
-    browser.set_cookie("session", cookie.value)  # one who kept the old cookie
+    browser.set_cookie("session", cookie.value)  # as a client that kept the old cookie
     assert browser.get("/inc").json == {"number": 1}
     assert cache.has(key) is False
 
@@ -1127,7 +1126,7 @@ def test_a_session_that_is_cleared_is_gone_from_the_cache() -> None:
 def test_sessions_and_flask_caching_in_one_app_are_two_caches(
     on_demand: str, stack: ExitStack, opened: Callable[..., ManagerCache]
 ) -> None:
-    """Neither has been given a name; clearing the cache logs nobody out."""
+    """Both have default names, and clearing the cache ends no session."""
     app = session_app(opened(on_demand))
     app.config.update(COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=PATIENCE)
     cache = caching(app, stack)
@@ -1139,7 +1138,7 @@ def test_sessions_and_flask_caching_in_one_app_are_two_caches(
     assert browser.get("/inc").json == {"number": 2}
 
 
-# Without what it is for
+# Without optional packages
 
 
 def run_without(module: str, program: str) -> subprocess.CompletedProcess[str]:

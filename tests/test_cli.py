@@ -1,4 +1,4 @@
-"""The command line, as a script meets it: real processes and managers, and one clear line for each mistake."""
+"""The command line works in real processes with real managers, and reports each mistake in one line."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ BEFORE = {"visits": 7, "full": 3}
 
 
 def _environment(**variables: str) -> dict[str, str]:
-    """Ours without the developer's own settings of this package."""
+    """Return our environment without the developer's settings of this package."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("COUNTER_SERVER_")}
     return {**mine, "PYTHONPATH": str(ROOT), **variables}
 
@@ -50,7 +50,7 @@ def _finish(process: subprocess.Popen[str]) -> Result:
     try:
         output, errors = process.communicate(timeout=PATIENCE)
     finally:
-        with suppress(ProcessLookupError):  # nothing is left of it, mostly
+        with suppress(ProcessLookupError):  # it has usually exited
             os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
@@ -70,14 +70,14 @@ def cli(tmp_path: Path) -> Cli:
 
 @pytest.fixture(scope="module")
 def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manager]:
-    """One manager for the tests that do it no harm."""
+    """Return a manager for all tests that do not disturb it."""
     with Manager(tmp_path_factory.mktemp("cli") / "data", "--durability", "process") as manager:
         yield manager
 
 
 @pytest.fixture
 def state(manager: Manager) -> Iterator[State]:
-    """The counters of `manager` without the command line: those of `BEFORE`, and no others."""
+    """Return the state of `manager` without the command line, with exactly the counters `BEFORE`."""
     with closing(open_state(manager.url, deadline=PATIENCE)) as state:
         for name, _ in state.counters(limit=1000).counters:
             state.counter(name).delete()
@@ -95,7 +95,7 @@ def assert_answered(result: Result, output: str) -> None:
 
 
 def assert_refused(result: Result) -> str:
-    """It ended with a status that is not 0 and one clear line, which is returned; a usage error may show the usage."""
+    """Check that the command failed with one line, and return it. A usage error may print the usage too."""
     assert result.returncode in (1, 2, 75), result.stderr
     assert result.stdout == ""
     lines = result.stderr.splitlines()
@@ -107,7 +107,7 @@ def assert_refused(result: Result) -> str:
     return lines[0]
 
 
-# What is right
+# Correct use
 
 
 def test_the_commands_increment_get_set_delete_and_list(cli: Cli, manager: Manager, state: State) -> None:
@@ -124,7 +124,7 @@ def test_the_commands_increment_get_set_delete_and_list(cli: Cli, manager: Manag
     assert all_counters(state) == BEFORE
 
 
-def test_bounds_are_reached_and_not_crossed(cli: Cli, manager: Manager, state: State) -> None:
+def test_counters_reach_their_bounds_and_do_not_cross_them(cli: Cli, manager: Manager, state: State) -> None:
     where = ("--store", manager.url)
     assert_answered(cli("increment", "full", "--by", "2", "--maximum", "5", *where), "5\n")
     assert "above 5" in assert_refused(cli("increment", "full", "--maximum", "5", *where))
@@ -133,7 +133,7 @@ def test_bounds_are_reached_and_not_crossed(cli: Cli, manager: Manager, state: S
     assert all_counters(state) == {**BEFORE, "full": -1}
 
 
-def test_a_key_given_again_is_counted_once(cli: Cli, manager: Manager, state: State) -> None:
+def test_a_repeated_key_is_counted_once(cli: Cli, manager: Manager, state: State) -> None:
     request = ("increment", "x", "--store", manager.url, "--key", "k-cli")
     assert_answered(cli(*request), "1\n")
     assert_answered(cli("increment", "x", "--store", manager.url), "2\n")
@@ -143,7 +143,7 @@ def test_a_key_given_again_is_counted_once(cli: Cli, manager: Manager, state: St
 
 
 @pytest.mark.parametrize("name", ["счётчик", "🐦", " ", "a/b//c", "50%", "--", "-x", "--by"])
-def test_a_counter_has_any_name_after_two_hyphens(cli: Cli, manager: Manager, state: State, name: str) -> None:
+def test_any_name_can_follow_two_hyphens(cli: Cli, manager: Manager, state: State, name: str) -> None:
     assert_answered(cli("increment", "--store", manager.url, "--", name), "1\n")
     assert_answered(
         cli("list", "--store", manager.url), "".join(f"{n}\t{v}\n" for n, v in sorted({**BEFORE, name: 1}.items()))
@@ -151,7 +151,7 @@ def test_a_counter_has_any_name_after_two_hyphens(cli: Cli, manager: Manager, st
     assert all_counters(state) == {**BEFORE, name: 1}
 
 
-def test_list_prints_more_counters_than_a_page_has(cli: Cli, manager: Manager, state: State) -> None:
+def test_list_prints_more_counters_than_fit_on_a_page(cli: Cli, manager: Manager, state: State) -> None:
     for name in BEFORE:
         state.counter(name).delete()
     expected = [(f"{number:04}", number) for number in range(1001)]
@@ -162,13 +162,13 @@ def test_list_prints_more_counters_than_a_page_has(cli: Cli, manager: Manager, s
         state.counter(name).delete()
 
 
-def test_list_of_nothing_prints_nothing(cli: Cli, manager: Manager, state: State) -> None:
+def test_list_without_counters_prints_nothing(cli: Cli, manager: Manager, state: State) -> None:
     for name in BEFORE:
         state.counter(name).delete()
     assert_answered(cli("list", "--store", manager.url), "")
 
 
-def test_the_place_of_the_counters_is_named_by_options_or_the_environment(
+def test_options_and_environment_variables_name_the_store(
     cli: Cli, manager: Manager, state: State, tmp_path: Path
 ) -> None:
     directory = manager.url.removeprefix("manager://")
@@ -182,7 +182,7 @@ def test_the_place_of_the_counters_is_named_by_options_or_the_environment(
     assert_answered(cli("increment", "x", "--data-dir", os.path.relpath(directory, tmp_path / "cwd")), "7\n")
 
 
-def test_without_any_of_them_it_is_the_instance_folder_of_the_working_directory(
+def test_by_default_the_data_directory_is_in_the_instance_folder(
     stack: ExitStack, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COUNTER_SERVER_DATA_DIR", raising=False)
@@ -191,12 +191,12 @@ def test_without_any_of_them_it_is_the_instance_folder_of_the_working_directory(
     assert_answered(cli("increment", "x"), "1\n")
 
 
-def test_the_installed_command_is_the_same() -> None:
+def test_the_installed_command_is_the_module() -> None:
     (found,) = entry_points(group="console_scripts", name="counter-server")
     assert found.load() is main
 
 
-def test_help_and_version_are_answered_without_a_manager(cli: Cli) -> None:
+def test_help_and_version_need_no_manager(cli: Cli) -> None:
     for command in ("run", "manager", "increment"):
         result = cli(command, "--help")
         assert result.returncode == 0
@@ -204,7 +204,7 @@ def test_help_and_version_are_answered_without_a_manager(cli: Cli) -> None:
     assert cli("--version").stdout.startswith("counter-server, version ")
 
 
-# What is refused, before or by the manager
+# Mistakes that are refused, before or by the manager
 
 NAMES: dict[str, str | bytes] = {
     "empty": "",
@@ -254,7 +254,7 @@ BAD: dict[str, tuple[tuple[str | bytes, ...], str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "says"), BAD.values(), ids=BAD.keys())
-def test_a_mistake_is_told_in_one_line_and_changes_nothing(
+def test_a_mistake_is_reported_in_one_line_and_changes_nothing(
     cli: Cli, manager: Manager, state: State, arguments: tuple[str | bytes, ...], says: str
 ) -> None:
     command, *rest = arguments
@@ -265,9 +265,9 @@ def test_a_mistake_is_told_in_one_line_and_changes_nothing(
 @pytest.mark.parametrize(
     "url", ["nonsense://x", "memory://x", "manager://relative", "manager:///x?y", "http://[", "/directory", b"\xff://"]
 )
-def test_a_store_that_there_is_not_is_refused(cli: Cli, url: str | bytes) -> None:
+def test_an_unknown_store_is_refused(cli: Cli, url: str | bytes) -> None:
     refused = assert_refused(cli("increment", "visits", "--store", url))
-    assert "manager:///absolute/data/directory" in refused  # what it could have been
+    assert "manager:///absolute/data/directory" in refused  # the correct form
 
 
 @pytest.mark.parametrize(
@@ -295,14 +295,14 @@ def test_a_store_that_there_is_not_is_refused(cli: Cli, url: str | bytes) -> Non
         (("serve",), "serve"),
     ],
 )
-def test_a_server_or_manager_that_cannot_be_as_asked_is_refused(
+def test_an_invalid_option_of_a_server_or_manager_is_refused(
     tmp_path: Path, cli: Cli, arguments: tuple[str | bytes, ...], says: str
 ) -> None:
     assert says in assert_refused(cli(*arguments))
     assert list((tmp_path / "cwd").iterdir()) == []
 
 
-def test_a_port_in_use_is_named_and_nothing_is_made(stack: ExitStack, cli: Cli, data_dir: Path) -> None:
+def test_a_port_in_use_is_named_and_nothing_is_created(stack: ExitStack, cli: Cli, data_dir: Path) -> None:
     taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     port = str(taken.getsockname()[1])
     refused = assert_refused(cli("run", "--port", port, "--data-dir", data_dir))
@@ -314,11 +314,11 @@ def test_a_port_in_use_is_named_and_nothing_is_made(stack: ExitStack, cli: Cli, 
 # No manager
 
 
-def test_without_a_manager_that_it_may_start_each_command_says_so_and_makes_nothing(
+def test_without_a_manager_and_with_no_start_every_command_fails_and_creates_nothing(
     stack: ExitStack, tmp_path: Path, start_manager: Callable[[], Manager]
 ) -> None:
     nowhere, killed, file = tmp_path / "nowhere", tmp_path / "data", tmp_path / "file"
-    start_manager().kill()  # its socket file is still there
+    start_manager().kill()  # its socket file remains
     file.write_text("mine")
     before = sorted(path.name for path in killed.iterdir())
     assert "manager.sock" in before
@@ -411,7 +411,7 @@ def _file_with_a_name_elsewhere(path: Path) -> None:
         (_of_another_user, f"belongs to another user (uid {ANOTHER_UID})"),
     ],
 )
-def test_a_data_directory_that_cannot_be_used_is_named_and_left_as_it_is(
+def test_an_unusable_data_directory_is_named_and_left_unchanged(
     tmp_path: Path, cli: Cli, command: str, make: Callable[[Path], None], says: str
 ) -> None:
     (tmp_path / "parent").mkdir()
@@ -427,7 +427,7 @@ def test_a_data_directory_that_cannot_be_used_is_named_and_left_as_it_is(
 
 @pytest.mark.parametrize("command", ["run", "manager"])
 @pytest.mark.parametrize("directory", ["/sys/counter-server", "/proc/counter-server/data", "x" * 300])
-def test_a_data_directory_that_cannot_be_made_is_named(cli: Cli, command: str, directory: str) -> None:
+def test_a_data_directory_that_cannot_be_created_is_named(cli: Cli, command: str, directory: str) -> None:
     port = ("--port", "0") if command == "run" else ()
     refused = assert_refused(cli(command, *port, "--data-dir", directory))
     assert directory in refused
@@ -435,7 +435,7 @@ def test_a_data_directory_that_cannot_be_made_is_named(cli: Cli, command: str, d
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-def test_a_data_directory_is_made_for_this_user_alone(
+def test_a_data_directory_is_private_to_this_user(
     stack: ExitStack, data_dir: Path, start_manager: Callable[[], Manager], umask: int
 ) -> None:
     stack.callback(os.umask, os.umask(umask))
@@ -445,7 +445,7 @@ def test_a_data_directory_is_made_for_this_user_alone(
         assert path.stat().st_mode & 0o077 == 0, path
 
 
-def test_a_very_long_data_directory_works_from_end_to_end(stack: ExitStack, tmp_path: Path, cli: Cli) -> None:
+def test_a_very_long_data_directory_works(stack: ExitStack, tmp_path: Path, cli: Cli) -> None:
     directory = tmp_path / OVER_107_BYTES
     manager = stack.enter_context(Manager(directory))
     assert_answered(cli("increment", "x", "--data-dir", directory), "1\n")
@@ -459,7 +459,7 @@ def test_a_very_long_data_directory_works_from_end_to_end(stack: ExitStack, tmp_
     "name",
     ["größe", "50%", "100%25", "a?b", "a#b", "a[b", "a;b=c&d", "tab\there", "line\nbreak", " "],
 )
-def test_a_data_directory_has_any_name_as_an_option_and_in_the_managers_url(
+def test_a_data_directory_may_have_any_name_in_the_option_and_in_the_url(
     stack: ExitStack, tmp_path: Path, cli: Cli, name: str
 ) -> None:
     directory = tmp_path / name
@@ -478,7 +478,7 @@ def test_a_data_directory_whose_name_is_not_utf_8_works(stack: ExitStack, tmp_pa
 # Managers
 
 
-def test_a_second_manager_on_a_directory_ends_naming_the_first(
+def test_a_second_manager_exits_and_names_the_first(
     cli: Cli, data_dir: Path, start_manager: Callable[[], Manager]
 ) -> None:
     first = start_manager()
@@ -489,7 +489,7 @@ def test_a_second_manager_on_a_directory_ends_naming_the_first(
     assert_answered(cli("increment", "x", "--data-dir", data_dir), "1\n")
 
 
-def test_a_manager_through_another_name_of_the_directory_is_a_second_one_too(
+def test_a_manager_of_a_linked_directory_is_a_second_one(
     tmp_path: Path, cli: Cli, data_dir: Path, start_manager: Callable[[], Manager]
 ) -> None:
     first = start_manager()
@@ -499,7 +499,7 @@ def test_a_manager_through_another_name_of_the_directory_is_a_second_one_too(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_manager_ends_on_a_signal_with_status_0_and_says_nothing(
+def test_a_manager_exits_silently_with_status_0_on_a_signal(
     data_dir: Path, start_manager: Callable[[], Manager], number: signal.Signals
 ) -> None:
     manager = start_manager()
@@ -510,7 +510,7 @@ def test_a_manager_ends_on_a_signal_with_status_0_and_says_nothing(
 
 
 @pytest.mark.parametrize("make", [_file, Path.mkdir, _dangling_link, os.mkfifo], ids=["file", "folder", "link", "fifo"])
-def test_what_stands_in_place_of_the_socket_is_named_and_left_alone(
+def test_a_foreign_file_in_place_of_the_socket_is_named_and_left_unchanged(
     cli: Cli, data_dir: Path, make: Callable[[Path], None]
 ) -> None:
     data_dir.mkdir(mode=0o700)
@@ -522,7 +522,7 @@ def test_what_stands_in_place_of_the_socket_is_named_and_left_alone(
     assert (after.st_ino, after.st_mode, after.st_size) == (before.st_ino, before.st_mode, before.st_size)
 
 
-def test_a_socket_that_a_killed_manager_left_is_no_obstacle(
+def test_the_socket_of_a_killed_manager_is_replaced(
     cli: Cli, data_dir: Path, start_manager: Callable[[], Manager]
 ) -> None:
     start_manager().kill()
@@ -531,7 +531,7 @@ def test_a_socket_that_a_killed_manager_left_is_no_obstacle(
     assert_answered(cli("increment", "x", "--data-dir", data_dir), "1\n")
 
 
-def test_memory_only_is_refused_where_counters_are_on_disk(
+def test_durability_none_is_refused_if_counters_are_on_disk(
     cli: Cli, data_dir: Path, start_manager: Callable[..., Manager]
 ) -> None:
     first = start_manager()
@@ -544,7 +544,7 @@ def test_memory_only_is_refused_where_counters_are_on_disk(
     assert_answered(cli("increment", "x", "--data-dir", data_dir), "42\n")
 
 
-def test_memory_only_leaves_no_journal_and_begins_anew(
+def test_durability_none_writes_no_journal_and_starts_empty(
     cli: Cli, data_dir: Path, start_manager: Callable[..., Manager]
 ) -> None:
     first = start_manager("--durability", "none")
@@ -617,7 +617,7 @@ def _readable_by_others(path: Path) -> None:
         ("journal.sqlite3", _cut_off),
     ],
 )
-def test_a_damaged_file_is_named_and_left_as_it_is(
+def test_a_damaged_file_is_named_and_left_unchanged(
     cli: Cli, data_dir: Path, start_manager: Callable[[], Manager], name: str, damage: Callable[[Path], None]
 ) -> None:
     first = start_manager()

@@ -1,4 +1,4 @@
-"""A bounded dict with expiry: its rules against a plain model, and one dict for all workers."""
+"""The bounded dict with expiry follows a plain model, and is shared by all workers."""
 
 import math
 import threading
@@ -14,13 +14,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from counter_server import State, StoreOptions, open_state
 from counter_server.dicts import BoundedDict, SharedDict
 from counter_server.errors import InvalidRequest, LimitReached, StateLost
-from counter_server.plain import LARGEST_VALUE
+from counter_server.operations import LARGEST_VALUE
 from tests.load import at_once, spawn
 from tests.processes import PATIENCE, end_manager, eventually
 
 
 class Clock:
-    """A clock that goes when it is told to."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -30,7 +30,7 @@ class Clock:
 
 
 class RunningClock(Clock):
-    """A clock that has gone on by a second whenever it is read."""
+    """A clock that advances by a second whenever it is read."""
 
     def __call__(self) -> float:
         self.now += 1
@@ -46,7 +46,7 @@ values = st.one_of(st.integers(-3, 3), st.just(2**70), st.just("text"), st.none(
 times = st.sampled_from([None, 0.5, 1.0, 2.0, 3.0])
 bounds = st.one_of(st.none(), st.integers(-3, 3))
 
-_Answer = tuple[str, Any]  # "is" and what was returned, or "raises" and the error's type
+_Answer = tuple[str, Any]  # "is" and the return value, or "raises" and the exception's type
 
 
 def answer(call: Callable[[], Any]) -> _Answer:
@@ -57,7 +57,7 @@ def answer(call: Callable[[], Any]) -> _Answer:
 
 
 class TheRules(RuleBasedStateMachine):
-    """A bounded dict does what a plain dict would, with expiry and eviction as they are written down.
+    """A bounded dict does what a plain dict would, with the documented expiry and eviction.
 
     The model lists its entries in the order of their last use.
     """
@@ -168,7 +168,7 @@ class TheRules(RuleBasedStateMachine):
 
     @invariant()
     def the_same_keys_are_there(self) -> None:
-        """Told by what changes nothing: `size` would remove what has expired."""
+        """Use `has`, which changes nothing: `size` would remove expired entries."""
         assert [self.dict.has(key) for key in _KEYS] == [key in self.model for key in _KEYS]
 
 
@@ -176,7 +176,7 @@ TestTheRules = TheRules.TestCase
 TestTheRules.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
-def test_an_entry_is_there_until_its_time_is_over_and_not_an_instant_longer() -> None:
+def test_an_entry_expires_exactly_when_its_time_to_live_is_over() -> None:
     clock = Clock()
     bounded = BoundedDict(10, clock)
     bounded.set("k", "v", 10)
@@ -186,7 +186,7 @@ def test_an_entry_is_there_until_its_time_is_over_and_not_an_instant_longer() ->
     assert (bounded.find("k"), bounded.has("k"), bounded.keys(0, 1), bounded.size()) == ((), False, [], 0)
 
 
-def test_what_was_used_least_recently_goes_and_to_ask_whether_it_is_there_is_no_use() -> None:
+def test_the_least_recently_used_entry_is_evicted_and_a_membership_test_is_not_a_use() -> None:
     uses: dict[str, Callable[[BoundedDict], object]] = {
         "find": lambda bounded: bounded.find("old"),
         "renew": lambda bounded: bounded.renew("old", None, None),
@@ -213,30 +213,30 @@ def test_what_was_used_least_recently_goes_and_to_ask_whether_it_is_there_is_no_
     assert stayed == list(uses)
 
 
-def test_no_live_entry_goes_while_there_is_one_whose_time_is_over() -> None:
+def test_expired_entries_are_evicted_before_live_ones() -> None:
     clock = Clock()
     bounded = BoundedDict(3, clock)
     bounded.set("oldest, for ever", 1, None)
     bounded.set("short", 1, 5)
     bounded.set("longer", 1, 6)
-    assert bounded.find("short") == (1,)  # used last
+    assert bounded.find("short") == (1,)  # the last use
     clock.now = 5
     bounded.set("new", 1, None)
     assert [bounded.has(key) for key in ("oldest, for ever", "short", "longer", "new")] == [True, False, True, True]
 
 
-def test_a_time_that_is_over_while_the_default_is_set_is_no_error() -> None:
-    """The clock is read more than once in a call, and may have gone on in between."""
+def test_an_entry_that_expires_while_it_is_set_is_not_an_error() -> None:
+    """The clock is read more than once in a call, and may advance in between."""
     for ttl in (1, 1.5, 2, 3):
         bounded = BoundedDict(10, RunningClock())
         assert [bounded.setdefault("k", "v", ttl) for _ in range(5)] == ["v"] * 5
     bounded = BoundedDict(10)
-    assert bounded.setdefault("k", "v", 1e-300) == "v"  # so short that the clock cannot tell it from none
+    assert bounded.setdefault("k", "v", 1e-300) == "v"  # shorter than the clock's resolution
     assert not bounded.has("k")
 
 
 @pytest.mark.parametrize("renewed", [False, True])
-def test_a_number_keeps_its_time_unless_it_is_renewed(renewed: bool) -> None:  # noqa: FBT001 - a parameter
+def test_a_number_keeps_its_expiry_unless_it_is_renewed(renewed: bool) -> None:  # noqa: FBT001 - a parameter
     clock = Clock()
     bounded = BoundedDict(10, clock)
     bounded.incr("n", 1, 10, renew=renewed)
@@ -248,7 +248,7 @@ def test_a_number_keeps_its_time_unless_it_is_renewed(renewed: bool) -> None:  #
     assert not bounded.has("n")
 
 
-def test_a_refused_increment_changes_neither_the_number_nor_its_time() -> None:
+def test_a_refused_increment_changes_neither_the_number_nor_its_expiry() -> None:
     clock = Clock()
     bounded = BoundedDict(10, clock)
     bounded.set("n", 5, 10)
@@ -261,8 +261,8 @@ def test_a_refused_increment_changes_neither_the_number_nor_its_time() -> None:
     assert not bounded.has("n")
 
 
-def test_much_rewriting_leaves_nothing_behind() -> None:
-    """A heap holds an item for each write until it is tidied."""
+def test_many_rewrites_do_not_grow_the_heap() -> None:
+    """The heap holds an item for each write until it is cleaned up."""
     bounded = BoundedDict(3, Clock())
     for number in range(10_000):
         bounded.incr(number % 3, 1, 10, renew=True)
@@ -270,8 +270,8 @@ def test_much_rewriting_leaves_nothing_behind() -> None:
     assert len(heap) < 20
 
 
-def test_numbers_that_hash_alike_are_parted_too() -> None:
-    """Python's hash of an int is its remainder by 2**61 - 1: 1 for each of these, too many for one answer."""
+def test_keys_with_equal_hashes_are_listed_in_parts() -> None:
+    """Python's hash of an int is its remainder by 2**61 - 1: 1 for all of these, which are too large for one answer."""
     alike = [2 ** (61 * count) for count in range(1000)]
     assert {hash(number) for number in alike} == {1}
     bounded = BoundedDict(1000, Clock())
@@ -281,7 +281,7 @@ def test_numbers_that_hash_alike_are_parted_too() -> None:
     assert sorted(SharedDict(bounded, None).keys()) == alike
 
 
-# One for all workers
+# Shared by all workers
 
 
 @pytest.fixture(params=["memory", "manager"])
@@ -294,7 +294,7 @@ def patient(url: str) -> State:
     return open_state(url, deadline=PATIENCE, options=StoreOptions())
 
 
-def test_it_does_what_a_dict_does(state: State) -> None:
+def test_a_shared_dict_behaves_like_a_dict(state: State) -> None:
     shared, plain = state.dict("d"), dict[Any, Any]()
     for either in (shared, plain):
         either["a"] = 1
@@ -317,7 +317,7 @@ def test_it_does_what_a_dict_does(state: State) -> None:
         assert read(shared) == read(plain)
 
 
-def test_what_is_not_there_is_a_key_error_with_the_key(state: State) -> None:
+def test_a_missing_key_is_a_key_error_with_the_key(state: State) -> None:
     shared = state.dict("d")
     for key in ("no", "ключ", (1, "no"), None):
         for wrong in (lambda: shared[key], lambda: shared.pop(key), lambda: shared.__delitem__(key)):
@@ -327,7 +327,7 @@ def test_what_is_not_there_is_a_key_error_with_the_key(state: State) -> None:
     assert len(shared) == 0
 
 
-def test_a_key_that_cannot_be_hashed_is_a_type_error(state: State) -> None:
+def test_an_unhashable_key_is_a_type_error(state: State) -> None:
     shared = state.dict("d")
     shared["a"] = 1
     keys: list[Any] = [[], {}, ([],), [{"a": 1}]]
@@ -346,7 +346,7 @@ def test_a_key_that_cannot_be_hashed_is_a_type_error(state: State) -> None:
     assert shared.keys() == ["a"]
 
 
-def test_what_cannot_be_sent_is_neither_key_nor_value(state: State) -> None:
+def test_keys_and_values_must_be_plain_data(state: State) -> None:
     shared = state.dict("d")
     shared["a"] = 1
     values: list[Any] = [frozenset(), object(), "\ud800", "x" * (LARGEST_VALUE + 1)]
@@ -357,22 +357,22 @@ def test_what_cannot_be_sent_is_neither_key_nor_value(state: State) -> None:
     assert (shared["a"], len(shared)) == (1, 1)
 
 
-def test_the_largest_value_comes_back(state: State) -> None:
+def test_the_largest_value_can_be_stored(state: State) -> None:
     shared = state.dict("d")
     large = "x" * (LARGEST_VALUE - 100)
     shared["large"] = large
     assert shared["large"] == shared.get("large") == shared.pop("large") == large
 
 
-def test_increments_of_ints_of_any_size_and_of_floats(state: State) -> None:
+def test_ints_of_any_size_and_floats_can_be_incremented(state: State) -> None:
     shared = state.dict("d")
     assert [shared.incr("n"), shared.incr("n", 2), shared.incr("n", -4), shared.incr("n", 0)] == [1, 3, -1, -1]
     assert [shared.incr("big", 2**200), shared.incr("big")] == [2**200, 2**200 + 1]
     assert [shared.incr("f", 0.5), shared.incr("f")] == [0.5, 1.5]
-    assert repr(shared.incr("n", 3)) == "2"  # an int stays one
+    assert repr(shared.incr("n", 3)) == "2"  # it stays an int
 
 
-def test_what_is_no_number_is_neither_added_nor_added_to_and_stays(state: State) -> None:
+def test_only_numbers_can_be_incremented_and_other_values_stay_unchanged(state: State) -> None:
     shared = state.dict("d")
     values: list[Any] = ["1", "", b"1", None, [], [1], (), {}]
     for value in values:
@@ -417,7 +417,7 @@ def test_a_result_outside_the_bounds_is_refused_and_changes_nothing(state: State
     [True, False, 0, -1, 0.0, math.nan, math.inf, -math.inf, "1", b"1", [], 10**400],
     ids=lambda ttl: repr(ttl)[:9],
 )
-def test_a_time_to_live_that_cannot_be_is_refused_and_nothing_is_set(ttl: Any) -> None:
+def test_an_invalid_time_to_live_is_refused_and_nothing_is_set(ttl: Any) -> None:
     with open_state("memory://") as state:
         shared = state.dict("d")
         for wrong in (
@@ -432,14 +432,14 @@ def test_a_time_to_live_that_cannot_be_is_refused_and_nothing_is_set(ttl: Any) -
 
 
 @pytest.mark.parametrize("most", [True, False, 0, -1, 1.0, math.nan, math.inf, "1", None, []], ids=str)
-def test_a_size_that_cannot_be_is_refused_and_nothing_is_declared(most: Any) -> None:
+def test_an_invalid_size_is_refused_and_nothing_is_declared(most: Any) -> None:
     with open_state("memory://") as state:
         with pytest.raises(InvalidRequest, match="most entries"):
             state.dict("d", max_entries=most)
         assert state.declarations == {}
 
 
-def test_it_holds_as_many_as_it_may_and_those_used_last(state: State) -> None:
+def test_a_full_dict_keeps_the_entries_used_last(state: State) -> None:
     shared = state.dict("d", max_entries=3)
     for number in range(10):
         shared[number] = number
@@ -448,7 +448,7 @@ def test_it_holds_as_many_as_it_may_and_those_used_last(state: State) -> None:
     assert sorted(shared) == [0, 8, 9]
 
 
-def test_a_time_to_live_is_the_dicts_own_where_none_is_given(state: State) -> None:
+def test_an_entry_without_a_time_to_live_gets_the_dicts(state: State) -> None:
     brief, lasting = state.dict("brief", ttl=0.05), state.dict("lasting")
     brief["dict's"] = 1
     brief.set("own", 1, ttl=3600)
@@ -456,11 +456,11 @@ def test_a_time_to_live_is_the_dicts_own_where_none_is_given(state: State) -> No
     lasting.set("own", 1, ttl=0.05)
     lasting.incr("number", ttl=0.05)
     lasting.setdefault("default", 1, ttl=0.05)
-    eventually(lambda: len(brief) == len(lasting) == 1, "the end of what was to live for a moment")
+    eventually(lambda: len(brief) == len(lasting) == 1, "the expiry of the brief entries")
     assert (brief.keys(), lasting.keys()) == (["own"], ["dict's"])
 
 
-def test_keys_that_are_too_many_for_one_answer_come_in_several(state: State) -> None:
+def test_keys_too_large_for_one_answer_come_in_several(state: State) -> None:
     shared = state.dict("d")
     expected: set[Any] = {f"{number} ключ ".ljust(20_000, "x") for number in range(120)}
     expected |= {(number, b"x" * 20_000) for number in range(40)}
@@ -473,14 +473,14 @@ def test_keys_that_are_too_many_for_one_answer_come_in_several(state: State) -> 
     assert {*found} == {*shared} == expected
 
 
-def test_one_key_may_be_as_large_as_a_call(state: State) -> None:
+def test_a_key_may_be_as_large_as_a_call(state: State) -> None:
     shared = state.dict("d")
     for letter in "abc":
         shared[letter * (LARGEST_VALUE - 100)] = 1
     assert sorted(key[0] for key in shared) == ["a", "b", "c"]
 
 
-def test_two_of_one_name_are_the_same_and_one_of_another_size_is_refused(state: State) -> None:
+def test_two_dicts_with_one_name_are_the_same_and_must_have_one_size(state: State) -> None:
     one, other = state.dict("d", max_entries=5), state.dict("d", max_entries=5, ttl=60)
     one["k"] = 1
     assert other["k"] == 1
@@ -519,7 +519,7 @@ def test_4_processes_of_8_threads_lose_no_increment(on_demand: str) -> None:
     assert sorted(two for _, two in pairs) == list(range(2, 1602, 2))
 
 
-def test_of_many_who_add_or_take_at_once_one_has_it(state: State) -> None:
+def test_of_many_simultaneous_setdefaults_or_pops_exactly_one_wins(state: State) -> None:
     shared = state.dict("d")
     numbers = iter(range(1000))
     first = at_once(16, lambda: shared.setdefault("k", next(numbers)))
@@ -527,7 +527,7 @@ def test_of_many_who_add_or_take_at_once_one_has_it(state: State) -> None:
     assert sorted(at_once(16, lambda: shared.pop("k", -1))) == [-1] * 15 + first[:1]
 
 
-def test_a_killed_manager_is_told_once_and_then_it_begins_anew(on_demand: str, data_dir: Path) -> None:
+def test_the_loss_of_a_killed_manager_is_reported_once_to_each_handle(on_demand: str, data_dir: Path) -> None:
     with patient(on_demand) as state, patient(on_demand) as other:
         mine, theirs = state.dict("d"), other.dict("d")
         mine["k"] = 1
@@ -540,8 +540,8 @@ def test_a_killed_manager_is_told_once_and_then_it_begins_anew(on_demand: str, d
         assert (mine.incr("k"), theirs.incr("k"), mine.keys()) == (1, 2, ["k"])
 
 
-def test_a_manager_killed_under_load_begins_anew_for_all_at_once(on_demand: str, data_dir: Path) -> None:
-    """Before and after the loss, the numbers that were told are each a row without a gap."""
+def test_after_a_kill_under_load_all_threads_continue_in_the_new_dict(on_demand: str, data_dir: Path) -> None:
+    """The numbers returned before the loss have no gap, and neither have the numbers after it."""
     values: list[int] = []
     told: list[StateLost] = []
     lost = threading.Event()
@@ -573,7 +573,7 @@ def test_a_manager_killed_under_load_begins_anew_for_all_at_once(on_demand: str,
     assert sorted(values) == sorted([*range(1, twice + 1), *range(1, len(values) - twice + 1)])
 
 
-def test_a_default_stays_here_and_may_be_anything() -> None:
+def test_a_default_is_not_sent_and_may_be_any_object() -> None:
     with open_state("memory://") as state:
         shared = state.dict("d")
         default = object()
@@ -584,7 +584,7 @@ def test_a_default_stays_here_and_may_be_anything() -> None:
         assert shared.pop("there", default) is None
 
 
-def test_a_dict_that_cannot_be_is_not_declared() -> None:
+def test_an_invalid_dict_is_not_declared() -> None:
     with open_state("memory://") as state:
         with pytest.raises(InvalidRequest):
             state.dict("d", max_entries=5, ttl=-1)

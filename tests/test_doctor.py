@@ -1,4 +1,4 @@
-"""`counter-server doctor` says of live servers whether numbers can be lost."""
+"""`counter-server doctor` reports whether live servers can lose numbers."""
 
 import socket
 import subprocess
@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from counter_server.doctor import examine
+from counter_server.cli import examine
 from counter_server.errors import InvalidRequest
 from counter_server.stores import Finding
 from counter_server.stores.postgresql_findings import judge as judge_postgresql
@@ -37,12 +37,12 @@ def findings(url: str) -> list[Finding]:
 
 
 def worries(url: str) -> list[str]:
-    """What it does not find to be well."""
+    """Return the sentences of all findings that are not ok."""
     return [finding.sentence for finding in findings(url) if finding.level != "ok"]
 
 
 def doctor(*arguments: str) -> tuple[int, list[str]]:
-    """The command's exit status, and all the lines that a person sees."""
+    """Return the command's exit status and all its lines."""
     command = [sys.executable, "-m", "counter_server", "doctor", *arguments]
     told = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     return told.returncode, (told.stdout + told.stderr).splitlines()
@@ -51,7 +51,7 @@ def doctor(*arguments: str) -> tuple[int, list[str]]:
 # The command
 
 
-def test_a_server_that_keeps_all_promises_is_well(start_redis: StartRedis) -> None:
+def test_a_durable_redis_is_ok(start_redis: StartRedis) -> None:
     server = start_redis(*DURABLE)
     status, lines = doctor("--store", server.url)
     assert status == 0, lines
@@ -61,14 +61,14 @@ def test_a_server_that_keeps_all_promises_is_well(start_redis: StartRedis) -> No
     assert len(lines) < 24
 
 
-def test_what_may_be_lost_is_said_and_the_exit_status_tells_it(start_redis: StartRedis) -> None:
+def test_a_risk_is_printed_and_sets_the_exit_status(start_redis: StartRedis) -> None:
     status, lines = doctor("--store", start_redis().url)
     assert status == 1
     assert any(line.startswith("may lose  appendonly no") for line in lines)
 
 
 @pytest.mark.parametrize("prefix", ["unix://", "memcached://", "manager://", "sqlite:///", "postgresql:///db?host="])
-def test_a_server_that_cannot_be_reached_is_one_line(tmp_path: Path, prefix: str) -> None:
+def test_an_unreachable_server_is_reported_in_one_line(tmp_path: Path, prefix: str) -> None:
     url = f"{prefix}{tmp_path}/nothing"
     status, lines = doctor("--store", url)
     assert status == 1
@@ -79,13 +79,13 @@ def test_a_server_that_cannot_be_reached_is_one_line(tmp_path: Path, prefix: str
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_url_that_names_no_store_is_told_in_one_line() -> None:
+def test_an_unknown_store_is_an_error() -> None:
     assert doctor("--store", "nothing://")[0] == 1
     with pytest.raises(InvalidRequest):
         examine("nothing://", PATIENCE)
 
 
-def test_a_password_is_shown_to_nobody(start_redis: StartRedis) -> None:
+def test_a_password_is_never_printed(start_redis: StartRedis) -> None:
     server = start_redis(*DURABLE, "--requirepass", "secret")
     for password in ("secret", "wrong"):
         status, lines = doctor("--store", f"unix://:{password}@{server.socket}")
@@ -100,7 +100,7 @@ def test_a_password_is_shown_to_nobody(start_redis: StartRedis) -> None:
     ("durability", "expected"),
     [("commit", []), ("process", ["durability process"]), ("none", ["durability none"])],
 )
-def test_a_manager_tells_its_durability(
+def test_a_manager_reports_its_durability(
     start_manager: Callable[..., Manager], data_dir: Path, durability: str, expected: list[str]
 ) -> None:
     manager = start_manager("--durability", durability)
@@ -134,9 +134,7 @@ def test_memory_is_for_tests_only() -> None:
         ((*DURABLE, "--maxmemory-policy", "allkeys-lru"), []),
     ],
 )
-def test_redis_tells_how_it_keeps_numbers(
-    start_redis: StartRedis, options: tuple[str, ...], expected: list[str]
-) -> None:
+def test_redis_reports_its_durability(start_redis: StartRedis, options: tuple[str, ...], expected: list[str]) -> None:
     found = worries(start_redis(*options).url)
     assert len(found) == len(expected), found
     for sentence, part in zip(found, expected, strict=True):
@@ -144,20 +142,20 @@ def test_redis_tells_how_it_keeps_numbers(
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
-def test_a_redis_that_evicts_is_a_problem_with_its_cure(start_redis: StartRedis, policy: str) -> None:
+def test_a_redis_that_evicts_is_a_problem_and_the_fix_is_named(start_redis: StartRedis, policy: str) -> None:
     server = start_redis(*DURABLE, "--maxmemory", "100mb", "--maxmemory-policy", policy)
     (problem,) = (finding.sentence for finding in findings(server.url) if finding.level == "problem")
     assert "CONFIG SET maxmemory-policy noeviction" in problem
 
 
-def test_a_redis_that_refuses_config_is_told_from_one_that_is_well(start_redis: StartRedis) -> None:
+def test_a_redis_that_refuses_config_is_reported(start_redis: StartRedis) -> None:
     renamed = start_redis(*DURABLE, "--rename-command", "CONFIG", "''")
     (sentence,) = worries(renamed.url)
     assert "CONFIG is not permitted" in sentence
     assert "unknown command" in sentence
 
 
-def test_a_user_who_may_not_ask_for_config_is_told_so(start_redis: StartRedis) -> None:
+def test_a_user_without_permission_for_config_is_reported(start_redis: StartRedis) -> None:
     server = start_redis(*DURABLE)
     server.command("ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all", "-config")
     (sentence,) = worries(f"unix://app:secret@{server.socket}")
@@ -167,8 +165,8 @@ def test_a_user_who_may_not_ask_for_config_is_told_so(start_redis: StartRedis) -
     assert "does not let this process in" in sentence
 
 
-def test_replication_is_said_to_be_asynchronous_and_a_replica_to_be_the_wrong_address(start_redis: StartRedis) -> None:
-    # The replica's own link needs TCP, so the master listens on a port that the system chose a moment ago.
+def test_asynchronous_replication_and_the_address_of_a_replica_are_reported(start_redis: StartRedis) -> None:
+    # The replica connects by TCP, so the master listens on a port that was free a moment ago.
     master = start_redis(*DURABLE)
     port = free_port()
     assert master.command("CONFIG", "SET", "bind", "127.0.0.1") == b"+OK\r\n"
@@ -183,7 +181,7 @@ def test_replication_is_said_to_be_asynchronous_and_a_replica_to_be_the_wrong_ad
     assert any("name the master" in sentence for sentence in worries(replica.url))
 
 
-def test_a_redis_that_does_not_answer_is_told_within_the_time(start_redis: StartRedis) -> None:
+def test_a_silent_redis_is_reported_within_the_time_limit(start_redis: StartRedis) -> None:
     server = start_redis()
     with frozen(server.pid):
         (finding,) = examine(server.url, 0.2)[1]
@@ -194,7 +192,7 @@ def test_a_redis_that_does_not_answer_is_told_within_the_time(start_redis: Start
 
 
 @pytest.mark.parametrize("option", ["", "-M"])
-def test_memcached_never_is_without_a_worry(tmp_path: Path, stack: ExitStack, option: str) -> None:
+def test_memcached_always_has_a_risk(tmp_path: Path, stack: ExitStack, option: str) -> None:
     server = stack.enter_context(MemcachedServer(tmp_path / "memcached", *filter(None, [option])))
     status, lines = doctor("--store", server.url)
     assert status == 1
@@ -205,7 +203,7 @@ def test_memcached_never_is_without_a_worry(tmp_path: Path, stack: ExitStack, op
     assert any(line.startswith("may lose  evictions are on") for line in lines) == (option == "")
 
 
-def test_a_memcached_that_has_evicted_says_how_often(tmp_path: Path, stack: ExitStack) -> None:
+def test_memcached_reports_its_evictions(tmp_path: Path, stack: ExitStack) -> None:
     server = stack.enter_context(MemcachedServer(tmp_path / "memcached", "-m", "2"))
     assert not any("were evicted" in sentence for sentence in worries(server.url))
     for n in range(80):
@@ -213,7 +211,7 @@ def test_a_memcached_that_has_evicted_says_how_often(tmp_path: Path, stack: Exit
     assert any("items were evicted" in sentence for sentence in worries(server.url))
 
 
-def test_a_memcached_that_does_not_answer_is_told_within_the_time(tmp_path: Path, stack: ExitStack) -> None:
+def test_a_silent_memcached_is_reported_within_the_time_limit(tmp_path: Path, stack: ExitStack) -> None:
     server = stack.enter_context(MemcachedServer(tmp_path / "memcached"))
     with frozen(server.pid):
         (finding,) = examine(server.url, 0.2)[1]
@@ -223,19 +221,19 @@ def test_a_memcached_that_does_not_answer_is_told_within_the_time(tmp_path: Path
 # SQL
 
 
-def test_a_postgres_that_keeps_all_promises_is_well(postgres: PostgresServer) -> None:
+def test_a_durable_postgres_is_ok(postgres: PostgresServer) -> None:
     found = findings(postgres.url)
     assert {finding.level for finding in found} == {"ok"}
     assert found[0].sentence.startswith("PostgreSQL ")
     assert any("a number is on its disk before it is answered" in finding.sentence for finding in found)
 
 
-def test_a_postgres_that_does_not_wait_for_its_disk_may_lose(stack: ExitStack) -> None:
+def test_a_postgres_without_fsync_may_lose_numbers(stack: ExitStack) -> None:
     server = stack.enter_context(PostgresServer("-c", "fsync=off", "-c", "full_page_writes=off"))
     assert [worry.split(":")[0] for worry in worries(server.url)] == ["fsync off", "full_page_writes off"]
 
 
-def test_a_server_wide_synchronous_commit_off_is_not_that_of_ours(stack: ExitStack) -> None:
+def test_our_sessions_override_a_server_wide_synchronous_commit_off(stack: ExitStack) -> None:
     server = stack.enter_context(PostgresServer("-c", "synchronous_commit=off"))
     assert worries(server.url) == []
     with open_client(server.url) as state:
@@ -257,7 +255,7 @@ def test_a_server_wide_synchronous_commit_off_is_not_that_of_ours(stack: ExitSta
         ({"synchronous_standby_names": "one", "synchronous_commit": "local"}, ["ok", "ok", "may lose"]),
     ],
 )
-def test_what_standbys_mean_for_the_numbers(told: dict[str, str], levels: list[str]) -> None:
+def test_standbys_are_judged_by_their_settings(told: dict[str, str], levels: list[str]) -> None:
     usual = {
         "server_version": "15",
         "fsync": "on",
@@ -270,7 +268,7 @@ def test_what_standbys_mean_for_the_numbers(told: dict[str, str], levels: list[s
     assert [finding.level for finding in judge_postgresql({**usual, **told})] == levels
 
 
-def test_a_file_of_sqlite_is_well(tmp_path: Path) -> None:
+def test_a_sqlite_file_is_ok(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/counters.db"
     with open_client(url) as state:
         assert state.counter("c").increment() == 1

@@ -13,13 +13,23 @@ from typing import Any, NoReturn, cast
 
 import pytest
 
-from counter_server import combiner, journal, ledger, objects, plain
+from counter_server import combiner, journal, ledger, objects
 from counter_server.errors import BatchRefused
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.manager import server
 from counter_server.objects import declare
-from counter_server.operations import Batch, Increment, Invoke, Raised, Refusal, Result, Returned
+from counter_server.operations import (
+    Batch,
+    Increment,
+    Invoke,
+    Raised,
+    Refusal,
+    Result,
+    Returned,
+    decode_plain,
+    encode_plain,
+)
 from counter_server.settings import Caps
 from tests.hosted_classes import SomeObj
 
@@ -84,7 +94,7 @@ def hosted_object(kept: Journal) -> Apply:
 def numbers(results: list[Result]) -> list[int]:
     """The numbers that were given: none for an object's call that raised the error, or was refused and undone."""
     return [
-        plain.decode(result.value) if isinstance(result, Returned) else cast(int, result)
+        decode_plain(result.value) if isinstance(result, Returned) else cast(int, result)
         for result in results
         if not isinstance(result, Raised | Refusal)
     ]
@@ -93,7 +103,7 @@ def numbers(results: list[Result]) -> list[int]:
 @pytest.mark.parametrize("error", [MemoryError, SystemExit])
 @pytest.mark.parametrize(
     ("serve", "operation"),
-    [(counters, Increment("c")), (hosted_object, Invoke("query", plain.encode(((), {}), "nothing")))],
+    [(counters, Increment("c")), (hosted_object, Invoke("query", encode_plain(((), {}), "nothing")))],
     ids=["counters", "object"],
 )
 def test_an_error_at_any_line_counts_nothing_twice(

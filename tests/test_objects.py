@@ -1,4 +1,4 @@
-"""Shared objects: a plain class, one for all workers, each call made exactly once."""
+"""Shared objects of plain classes are the same for all workers, and each call is made exactly once."""
 
 import gc
 import pickle
@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from counter_server import CounterServerError, SharedState, State, StoreOptions, open_state, plain
-from counter_server.doctor import examine
+from counter_server import CounterServerError, SharedState, State, StoreOptions, open_state
+from counter_server.cli import examine
 from counter_server.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -29,8 +29,7 @@ from counter_server.errors import (
 from counter_server.ledger import Changes
 from counter_server.manager.server import SLOW_SECONDS
 from counter_server.objects import LARGEST_STATE, HostedObject, declare
-from counter_server.operations import Batch, Invoke, Refusal, Returned
-from counter_server.plain import LARGEST_VALUE
+from counter_server.operations import LARGEST_VALUE, Batch, Invoke, Refusal, Returned, encode_plain
 from counter_server.server.web import create_app
 from counter_server.state import SharedObject
 from counter_server.status import SlowCall
@@ -106,7 +105,7 @@ def test_the_seeds_object_counts_for_all_processes(on_demand: str) -> None:
     ],
     ids=repr,
 )
-def test_plain_data_comes_back_as_it_went(state: State, value: object) -> None:
+def test_plain_data_is_returned_unchanged(state: State, value: object) -> None:
     toolbox: Any = state.object("toolbox", Toolbox)
     back = toolbox.echo(value, word=value)
     assert back == ((value,), {"word": value})
@@ -116,7 +115,7 @@ def test_plain_data_comes_back_as_it_went(state: State, value: object) -> None:
 @pytest.mark.parametrize(
     "value", [{1}, object(), Toolbox, 1j, [{1}], {"a": {1}}, "\ud800"], ids=lambda value: type(value).__name__
 )
-def test_what_is_not_plain_data_is_refused_before_it_is_sent(state: State, value: object) -> None:
+def test_other_data_is_refused_before_it_is_sent(state: State, value: object) -> None:
     toolbox: Any = state.object("toolbox", Toolbox)
     with pytest.raises(InvalidRequest, match=r"the arguments of toolbox\.add"):
         toolbox.add(value)
@@ -143,27 +142,27 @@ def test_a_result_that_is_not_plain_data_is_an_error(state: State) -> None:
         toolbox.give()
 
 
-def test_an_exception_that_is_built_in_comes_in_its_own_type_with_the_remote_traceback(state: State) -> None:
+def test_a_built_in_exception_is_raised_in_its_own_type_with_the_remote_traceback(state: State) -> None:
     toolbox: Any = state.object("toolbox", Toolbox)
     with pytest.raises(KeyError) as error:
         toolbox.fail()
     assert error.value.args == ("no such tool", 7)
     assert "hosted_classes.py" in error.value.__notes__[0]
-    assert toolbox.count() == 1  # it was called, once
+    assert toolbox.count() == 1  # it was called once
 
 
-def test_another_exception_comes_as_a_remote_error(state: State) -> None:
+def test_any_other_exception_is_raised_as_a_remote_error(state: State) -> None:
     toolbox: Any = state.object("toolbox", Toolbox)
     with pytest.raises(RemoteError) as error:
         toolbox.fail_in_its_own_way()
     assert error.value.name == f"{OwnError.__module__}.OwnError"
     assert error.value.text == "with a message"
-    assert not isinstance(error.value, CounterServerError)  # none of ours: there is no outcome to be told
+    assert not isinstance(error.value, CounterServerError)  # it has no outcome
     assert "hosted_classes.py" in error.value.remote_traceback
 
 
 @pytest.mark.parametrize("name", ["_private", "__init__", "__class__", "__reduce__"])
-def test_methods_that_are_not_public_cannot_be_called(state: State, name: str) -> None:
+def test_private_methods_cannot_be_called(state: State, name: str) -> None:
     handle = SharedObject("toolbox", Toolbox, state)
     state.object("toolbox", Toolbox)
     with pytest.raises(AttributeError, match="only public methods of Toolbox are shared"):
@@ -173,15 +172,15 @@ def test_methods_that_are_not_public_cannot_be_called(state: State, name: str) -
 
 
 @pytest.mark.parametrize("name", ["items", "kind", "nothing"])
-def test_what_is_no_method_cannot_be_called(state: State, name: str) -> None:
+def test_attributes_that_are_not_methods_cannot_be_called(state: State, name: str) -> None:
     toolbox: Any = state.object("toolbox", Toolbox)
     with pytest.raises(AttributeError, match=f"only public methods of Toolbox are shared, not '{name}'"):
         getattr(toolbox, name)
-    with pytest.raises(Unsupported, match=f"no public method '{name}'"):  # nor by one who asks the manager all the same
+    with pytest.raises(Unsupported, match=f"no public method '{name}'"):  # not even directly in the manager
         state.invoke("toolbox", Invoke(name, b""))
 
 
-def test_an_attribute_of_a_handle_cannot_be_set_as_it_would_be_no_others(state: State) -> None:
+def test_attributes_of_a_handle_cannot_be_set(state: State) -> None:
     global_obj = state.object("global_obj", SomeObj, 0)
     with pytest.raises(AttributeError, match="setting 'param' would change this handle only"):
         global_obj.param = 5
@@ -197,8 +196,8 @@ def test_a_class_that_cannot_be_imported_is_refused_when_it_is_declared(state: S
             state.object("wrong", wrong)  # type: ignore[arg-type]
 
 
-def test_threads_that_declare_at_once_do_not_disturb_each_other() -> None:
-    """Python 3.11 finds a class's source by parsing, which failed where a collection of garbage let two threads."""
+def test_threads_can_declare_at_the_same_time() -> None:
+    """Python 3.11 finds a class's source by parsing, which fails if a garbage collection lets two threads parse."""
     start = threading.Barrier(8)
 
     def declare_often(_: int) -> set[bytes]:
@@ -222,7 +221,7 @@ def let_another_thread_run(_phase: str, _found: dict[str, int]) -> None:
     time.sleep(0.0005)
 
 
-def test_two_objects_of_one_name_are_refused_and_the_same_twice_is_one(state: State) -> None:
+def test_one_name_cannot_declare_two_objects(state: State) -> None:
     one = state.object("obj", SomeObj, 0)
     assert [one.query(), state.object("obj", SomeObj, 0).query()] == [1, 2]
     for wrong in (lambda: state.object("obj", SomeObj, 1), lambda: state.object("obj", Toolbox)):
@@ -230,7 +229,7 @@ def test_two_objects_of_one_name_are_refused_and_the_same_twice_is_one(state: St
             wrong()
 
 
-def test_a_slow_method_holds_up_neither_counters_nor_other_objects(state: State, tmp_path: Path) -> None:
+def test_a_slow_method_delays_neither_counters_nor_other_objects(state: State, tmp_path: Path) -> None:
     slow = state.object("slow", Slow)
     other = state.object("other", SomeObj, 0)
     answers: list[str] = []
@@ -246,14 +245,14 @@ def test_a_slow_method_holds_up_neither_counters_nor_other_objects(state: State,
 
 
 def test_a_method_that_computes_leaves_counters_their_turn(on_demand: str) -> None:
-    """By Python's own interval a thread that waits for the interpreter waits for 5 ms."""
+    """With Python's default switch interval, a thread waits 5 ms for the interpreter."""
     with patient(on_demand, durability="none") as state, open_state(on_demand, deadline=1) as hasty:
         assert state.object("slow", Slow).wait_for("/") == "done"
         with pytest.raises(DeadlineExceeded):
             hasty.object("slow", Slow).compute()
         waited = []
         for _ in range(100):
-            time.sleep(0.003)  # so that the interpreter is the method's again
+            time.sleep(0.003)  # so that the method gets the interpreter again
             began = time.monotonic()
             state.counter("c").increment()
             waited.append(time.monotonic() - began)
@@ -261,7 +260,7 @@ def test_a_method_that_computes_leaves_counters_their_turn(on_demand: str) -> No
 
 
 def test_a_call_that_runs_for_long_is_reported_by_name(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
-    """In the manager's log, once, while it runs, and wherever its figures are shown."""
+    """The report is in the manager's log, once, and in its status while the call runs."""
     gate = tmp_path / "gate"
     app = create_app({"COUNTER_SERVER_STORE": on_demand, "COUNTER_SERVER_HOST": "127.0.0.1"})
     with patient(on_demand) as state, ThreadPoolExecutor(1) as caller:
@@ -285,7 +284,7 @@ def test_a_call_that_runs_for_long_is_reported_by_name(on_demand: str, data_dir:
             assert any("slow.wait_for has run for" in finding.sentence for finding in findings)
             log = data_dir / "manager.log"
             eventually(lambda: "slow.wait_for has run for" in log.read_text(), "the line")
-            time.sleep(2.5)  # it looks again meanwhile
+            time.sleep(2.5)  # the manager checks again meanwhile
             assert log.read_text().count("slow.wait_for") == 1
         finally:
             gate.touch()
@@ -294,12 +293,12 @@ def test_a_call_that_runs_for_long_is_reported_by_name(on_demand: str, data_dir:
         app.extensions["counter_server"].close()
 
 
-def test_counters_and_objects_of_one_name_are_different(state: State) -> None:
+def test_counters_and_objects_may_have_the_same_name(state: State) -> None:
     obj = state.object("same", SomeObj, 10)
     assert (obj.query(), state.counter("same").increment()) == (11, 1)
 
 
-# Loss, and durability
+# Loss and durability
 
 
 def test_an_object_in_memory_is_lost_with_its_manager_and_says_so_once(on_demand: str, data_dir: Path) -> None:
@@ -312,10 +311,10 @@ def test_an_object_in_memory_is_lost_with_its_manager_and_says_so_once(on_demand
             obj.query()
         assert lost.value.outcome == "not_applied"
         assert obj.query() == 1
-        assert state.counter("c").increment() == 2  # which is durable, and lost nothing
+        assert state.counter("c").increment() == 2  # counters are durable
 
 
-def test_a_durable_object_goes_on_where_it_was(on_demand: str, data_dir: Path) -> None:
+def test_a_durable_object_continues_from_its_last_state(on_demand: str, data_dir: Path) -> None:
     with patient(on_demand) as state:
         obj = state.object("obj", SomeObj, 0, durable=True)
         for expected in range(1, 6):
@@ -324,7 +323,7 @@ def test_a_durable_object_goes_on_where_it_was(on_demand: str, data_dir: Path) -
 
 
 def test_a_durable_object_under_load_and_kill_9_counts_each_call_once(on_demand: str, data_dir: Path) -> None:
-    """Calls are resent by their sessions; what was acknowledged is there, and nothing was done twice."""
+    """Sessions send their calls again: no acknowledged call is lost, and none is made twice."""
     values: list[int] = []
 
     def work() -> None:
@@ -347,7 +346,7 @@ def test_a_durable_object_under_load_and_kill_9_counts_each_call_once(on_demand:
     assert sorted(values) == list(range(1, 601))
 
 
-def test_a_durable_object_that_grows_too_large_stays_what_it_was(state: State, on_demand: str) -> None:
+def test_a_call_that_makes_a_durable_object_too_large_is_undone(state: State, on_demand: str) -> None:
     with patient(on_demand) as durable:
         toolbox: Any = durable.object("toolbox", Toolbox, durable=True)
         assert toolbox.add("tool") == 1
@@ -358,21 +357,21 @@ def test_a_durable_object_that_grows_too_large_stays_what_it_was(state: State, o
         assert toolbox.add("tool") == 2
 
 
-def test_a_durable_object_is_refused_where_nothing_is_kept(on_demand: str) -> None:
+def test_a_durable_object_is_refused_with_durability_none(on_demand: str) -> None:
     with patient(on_demand, durability="none") as state:
         obj = state.object("obj", SomeObj, 0, durable=True)
         with pytest.raises(StartupError, match="cannot be durable with durability 'none'"):
             obj.query()
 
 
-def test_an_object_that_cannot_be_made_is_told(on_demand: str) -> None:
+def test_an_object_that_cannot_be_made_is_reported(on_demand: str) -> None:
     with patient(on_demand) as state:
         obj = state.object("obj", Refusing)
         with pytest.raises(StartupError, match="ValueError: not today"):
             obj.anything()
 
 
-def test_a_running_manager_hosts_what_it_was_started_with(on_demand: str) -> None:
+def test_a_running_manager_in_use_hosts_no_other_objects(on_demand: str) -> None:
     with patient(on_demand) as first, patient(on_demand) as second:
         assert first.object("one", SomeObj, 0).query() == 1
         for wrong in (second.object("other", SomeObj, 0), patient(on_demand).object("one", SomeObj, 5)):
@@ -423,7 +422,7 @@ def test_a_call_whose_state_cannot_be_kept_is_made_once_and_undone(
         assert spoiled.count() == 3
 
 
-# What goes wrong between a program and its manager
+# Problems between a program and its manager
 
 
 SCRIPT = """
@@ -458,7 +457,7 @@ def run_script(tmp_path: Path, url: str, text: str, *, name: str = "script.py") 
     return result.stdout + result.stderr
 
 
-def test_a_program_that_uses_its_objects_while_it_is_imported_is_told_so(on_demand: str, tmp_path: Path) -> None:
+def test_using_shared_objects_at_import_time_is_an_error(on_demand: str, tmp_path: Path) -> None:
     text = SCRIPT.replace("DURABLE", "False")
     told = run_script(tmp_path, on_demand, f"{text}print(obj.query())\n")
     assert "the manager, too, imports the module that declares shared objects" in told
@@ -466,23 +465,23 @@ def test_a_program_that_uses_its_objects_while_it_is_imported_is_told_so(on_dema
     assert run_script(tmp_path, on_demand, guarded) == "1\n"
 
 
-def test_a_manager_that_nobody_uses_makes_way_for_one_with_other_objects(on_demand: str, data_dir: Path) -> None:
+def test_an_unused_manager_is_replaced_by_one_with_other_objects(on_demand: str, data_dir: Path) -> None:
     with patient(on_demand) as counting:
         assert counting.counter("c").increment() == 1
         first = holder(data_dir)
         with patient(on_demand) as state:
-            assert state.object("obj", SomeObj, 0).query() == 1  # the first one hosts none
+            assert state.object("obj", SomeObj, 0).query() == 1  # the first manager hosts no objects
             second = holder(data_dir)
             assert second != first
             assert counting.counter("c").increment() == 2
-            with pytest.raises(NotHosted, match="counter-server stop"):  # this one is in use
+            with pytest.raises(NotHosted, match="counter-server stop"):  # the manager is in use
                 patient(on_demand).object("other", SomeObj, 0).query()
             assert holder(data_dir) == second
             assert state.object("obj", SomeObj, 0).query() == 2
 
 
 def test_a_call_that_never_returns_holds_up_no_other_program(on_demand: str, tmp_path: Path) -> None:
-    """Its client has gone, so nobody uses the manager."""
+    """Its client is gone, so the manager is unused."""
     with open_state(on_demand, deadline=PATIENCE) as state:
         assert state.object("slow", Slow).wait_for(str(tmp_path)) == "done"
     with open_state(on_demand, deadline=1) as hasty, pytest.raises(DeadlineExceeded):
@@ -491,14 +490,14 @@ def test_a_call_that_never_returns_holds_up_no_other_program(on_demand: str, tmp
         assert other.object("obj", SomeObj, 0).query() == 1
 
 
-def test_a_class_that_was_changed_is_another_one(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
+def test_a_changed_class_replaces_the_old_one(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
     use = "if __name__ == '__main__':\n    print(obj.kind(), obj.query())\n"
     text = SCRIPT.replace("DURABLE", "True") + use
     assert run_script(tmp_path, on_demand, text.replace("KIND", "old")) == "old 1\n"
     assert run_script(tmp_path, on_demand, text.replace("KIND", "new")) == "new 2\n"
 
 
-def test_a_durable_object_is_found_again_under_another_name_of_its_module(on_demand: str, tmp_path: Path) -> None:
+def test_a_durable_object_is_restored_if_its_module_has_another_name(on_demand: str, tmp_path: Path) -> None:
     text = SCRIPT.replace("DURABLE", "True")
     use = "if __name__ == '__main__':\n    print(obj.query())\n"
     assert run_script(tmp_path, on_demand, text + use, name="app.py") == "1\n"
@@ -517,14 +516,14 @@ def test_an_object_that_cannot_be_made_holds_up_no_counter(on_demand: str, data_
             assert good.query() == number
 
 
-def test_a_call_that_cannot_be_kept_refuses_no_other_of_its_batch() -> None:
+def test_a_call_that_cannot_be_saved_leaves_the_rest_of_its_batch() -> None:
     committed: list[Changes] = []
     hosted = HostedObject(
         declare("toolbox", Toolbox, (), {}, durable=True), lambda: 1.0, journal=Committing(committed.append)
     )
 
     def call(method: str, *arguments: object) -> Invoke:
-        return Invoke(method, plain.encode((arguments, {}), "arguments"))
+        return Invoke(method, encode_plain((arguments, {}), "arguments"))
 
     batch = Batch(b"0" * 16, 1, [call("add", "one", 1), call("break_pickle"), call("add", "two", 1)])
     results = hosted.apply(batch)
@@ -536,15 +535,15 @@ def test_a_call_that_cannot_be_kept_refuses_no_other_of_its_batch() -> None:
     assert kept.items == ["one", "two"]
 
 
-def test_an_object_that_cannot_be_made_again_of_what_is_kept_is_refused_at_once(on_demand: str) -> None:
+def test_an_object_that_cannot_be_restored_is_refused_at_once(on_demand: str) -> None:
     with patient(on_demand) as state:
         one_way = state.object("one_way", OneWay, durable=True)
-        with pytest.raises(StartupError, match="cannot be made of what was kept of it"):
+        with pytest.raises(StartupError, match="cannot be restored from its state"):
             one_way.query()
         assert state.counter("c").increment() == 1
 
 
-def test_a_handle_of_a_shared_state_that_was_not_given_the_app_says_so() -> None:
+def test_a_handle_without_init_app_names_the_missing_call() -> None:
     app = Flask(__name__)
     app.config["COUNTER_SERVER_STORE"] = "memory://"
     SharedState(app)
@@ -553,7 +552,7 @@ def test_a_handle_of_a_shared_state_that_was_not_given_the_app_says_so() -> None
         stray.query()
 
 
-def test_a_manager_is_stopped_by_a_command_and_comes_back_where_it_was(on_demand: str, data_dir: Path) -> None:
+def test_a_stopped_manager_continues_when_it_is_started_again(on_demand: str, data_dir: Path) -> None:
     command = [sys.executable, "-m", "counter_server", "stop", "--data-dir", str(data_dir)]
     with patient(on_demand) as state:
         assert state.object("obj", SomeObj, 0, durable=True).query() == 1
@@ -596,7 +595,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("launcher", [name for name, launcher in LAUNCHERS.items() if launcher.processes > 1])
-def test_the_seeds_object_in_the_apps_own_module(
+def test_the_seeds_object_may_be_in_the_apps_own_module(
     on_demand: str, tmp_path: Path, stack: ExitStack, launcher: str
 ) -> None:
     (tmp_path / "app.py").write_text(APP)
@@ -606,7 +605,7 @@ def test_the_seeds_object_in_the_apps_own_module(
     program.stop()
 
 
-def test_a_class_of_the_main_program_works(on_demand: str, tmp_path: Path) -> None:
+def test_a_class_may_be_in_the_main_program(on_demand: str, tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(APP)
     for expected in ("1\n", "2\n"):
         result = subprocess.run(
@@ -620,7 +619,9 @@ def test_a_class_of_the_main_program_works(on_demand: str, tmp_path: Path) -> No
         assert result.stdout == expected
 
 
-def test_a_manager_by_hand_hosts_what_an_app_declares(stack: ExitStack, tmp_path: Path, data_dir: Path) -> None:
+def test_a_manager_started_by_hand_hosts_the_objects_of_an_app(
+    stack: ExitStack, tmp_path: Path, data_dir: Path
+) -> None:
     never = 'app.config["COUNTER_SERVER_START"] = False\n'
     (tmp_path / "app.py").write_text(APP.replace("shared = ", f"{never}shared = "))
     environment = {"PYTHONPATH": str(ROOT), "COUNTER_SERVER_DATA_DIR": str(data_dir)}
@@ -642,9 +643,7 @@ def test_a_manager_by_hand_hosts_what_an_app_declares(stack: ExitStack, tmp_path
         ("counter_server.server.web", "declares no shared objects for"),
     ],
 )
-def test_a_manager_told_to_host_what_there_is_not_says_so(
-    stack: ExitStack, data_dir: Path, module: str, says: str
-) -> None:
+def test_an_app_that_cannot_be_hosted_is_named(stack: ExitStack, data_dir: Path, module: str, says: str) -> None:
     command = ("-m", "counter_server", "manager", "--data-dir", data_dir, "--hosting", module)
     manager = stack.enter_context(Program(*command))
     assert manager.wait() == 1

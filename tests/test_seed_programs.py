@@ -1,6 +1,6 @@
-"""Programs of the shape that this project was born from: with one line changed, that of their storage, they are right.
+"""Programs like the ones that led to this project become correct when the one line of their storage is changed.
 
-Each is run as it stands in `tests/programs`; an `app.py` beside it tells which process has answered.
+Each program runs as in `tests/programs`; an `app.py` beside it adds the answering process to the responses.
 """
 
 import http.client
@@ -59,16 +59,16 @@ LOST = {"lost": True}
 
 @dataclass(frozen=True)
 class Answer:
-    """What a browser was told, and by whom."""
+    """A response to a browser, and the worker that sent it."""
 
     status: int
     content: Any
     worker: str  # its pid
-    number: int  # of this answer among the worker's
+    number: int  # of this response among the worker's
 
 
 class Browser:
-    """Keeps its cookies, and takes a new connection for each request; to each server in turn."""
+    """A client with cookies that opens a new connection for each request, to each server in turn."""
 
     def __init__(self, urls: list[str]) -> None:
         self._urls = cycle(urls)
@@ -91,7 +91,7 @@ Launch = Callable[..., list[str]]
 
 @pytest.fixture
 def launch(on_demand: str, tmp_path: Path, stack: ExitStack) -> Launch:
-    """Serves a program, by two servers where one is one process. All is in `tmp_path`, the manager's directory too."""
+    """Serve a program, with two servers if one is a single process. All files are in `tmp_path`."""
 
     def launch(program: str, launcher: str, *, line: str = "", instead: str = "") -> list[str]:
         text = (PROGRAMS / f"{program}.py").read_text()
@@ -111,17 +111,19 @@ under_each_launcher = pytest.mark.parametrize("launcher", LAUNCHERS)
 
 
 @under_each_launcher
-def test_the_object_gives_100_simultaneous_clients_1_to_100(launch: Launch, tmp_path: Path, launcher: str) -> None:
+def test_the_object_gives_100_simultaneous_clients_the_numbers_1_to_100(
+    launch: Launch, tmp_path: Path, launcher: str
+) -> None:
     urls = cycle(launch("some_obj", launcher))
     answers: list[Answer] = []
-    while len({answer.worker for answer in answers}) < 2:  # mostly so at once; one that is quick may answer them all
+    while len({answer.worker for answer in answers}) < 2:  # usually at once, unless one quick worker answers them all
         answers += at_once(100, lambda: Browser([next(urls)]).visit())
         assert sorted(answer.content for answer in answers) == list(range(1, len(answers) + 1))
     assert holder(tmp_path / DATA_DIR) is not None
 
 
-def test_the_object_as_a_plain_global_gives_numbers_twice(launch: Launch) -> None:
-    """Which shows that the tests of the others could fail."""
+def test_a_plain_global_object_returns_numbers_twice(launch: Launch) -> None:
+    """This shows that the other tests can fail."""
     urls = launch(
         "some_obj", SYNC, line='global_obj = shared.object("global_obj", SomeObj, 0)', instead="global_obj = SomeObj(0)"
     )
@@ -132,7 +134,7 @@ def test_the_object_as_a_plain_global_gives_numbers_twice(launch: Launch) -> Non
 
 
 @under_each_launcher
-def test_a_session_counts_for_its_browser_whichever_worker_answers(launch: Launch, launcher: str) -> None:
+def test_a_session_counts_correctly_whichever_worker_answers(launch: Launch, launcher: str) -> None:
     urls = launch("session_demo", launcher)
     anna, ben = Browser(urls), Browser(urls)
     workers: set[str] = set()
@@ -166,11 +168,11 @@ def test_a_value_cached_by_one_worker_is_read_by_another(launch: Launch, launche
             readers[stored.worker].add(read.worker)
         if value >= 5 and any(read_by - {writer} for writer, read_by in readers.items()):
             break
-        assert value < 1000, "no other worker has answered"
+        assert value < 1000, "only one worker has answered"
 
 
 class Load:
-    """Browsers that ask again and again; each request is an operation of its own."""
+    """Browsers that send requests repeatedly; each request is one operation."""
 
     def __init__(self, urls: list[str], browsers: int) -> None:
         self.history: list[Operation] = []  # append is atomic
@@ -205,7 +207,7 @@ class Load:
             self.history.append(Operation(key, invoked))
 
     def progress(self, answered: int) -> None:
-        """Wait until so many more have been answered with a number."""
+        """Wait until this number of further requests returned a number."""
 
         def so_far() -> int:
             return sum(bool(operation.answers) for operation in self.history)
@@ -220,9 +222,7 @@ class Load:
             work.result()
 
 
-def test_a_durable_object_loses_nothing_and_gives_nothing_twice_when_the_manager_is_killed(
-    launch: Launch, tmp_path: Path
-) -> None:
+def test_a_durable_object_survives_the_killing_of_its_manager(launch: Launch, tmp_path: Path) -> None:
     urls = launch("some_obj", SYNC, line="SomeObj, 0)", instead="SomeObj, 0, durable=True)")
     load = Load(urls, 8)
     try:
@@ -239,10 +239,8 @@ def test_a_durable_object_loses_nothing_and_gives_nothing_twice_when_the_manager
     assert not any(answer.content == LOST for answer in load.answers)
 
 
-def test_a_lost_object_is_told_once_by_each_worker_before_it_counts_from_1_again(
-    launch: Launch, tmp_path: Path
-) -> None:
-    """A sync worker answers one request at a time, so its answers have an order: it numbers them."""
+def test_each_worker_reports_a_lost_object_once_before_it_counts_from_1_again(launch: Launch, tmp_path: Path) -> None:
+    """A sync worker answers one request at a time, so it can number its responses."""
     urls = launch("some_obj", SYNC)
 
     def answers_until(complete: Callable[[dict[str, list[Answer]]], bool]) -> dict[str, list[Answer]]:

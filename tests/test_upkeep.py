@@ -1,4 +1,4 @@
-"""Backups that can be put back, and checks that find damage: with a manager that goes on, and without one."""
+"""Backups can be restored, and checks find damage, with a running manager and without one."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ StartManager = Callable[..., Manager]
 
 
 class Done:
-    """One run of the command: its exit status, and what it printed."""
+    """One run of the command, with its exit status and output."""
 
     def __init__(self, *arguments: str | Path) -> None:
         done = subprocess.run(
@@ -44,7 +44,7 @@ class Done:
 
 @pytest.fixture
 def state(start_manager: StartManager, stack: ExitStack) -> State:
-    """Of a manager that runs, with a counter at 3 and a key."""
+    """Return the state of a running manager, with a counter at 3 and a key."""
     state = stack.enter_context(open_client(start_manager().url))
     assert [state.counter("c").increment(key=key) for key in (None, None, "k")] == [1, 2, 3]
     return state
@@ -57,7 +57,7 @@ def left_in(directory: Path) -> list[str]:
 # Online
 
 
-def test_a_backup_of_a_running_manager_is_one_file_that_can_be_put_back(
+def test_a_backup_of_a_running_manager_is_one_file_that_can_be_restored(
     state: State, start_manager: StartManager, data_dir: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
     place = tmp_path / "elsewhere"
@@ -68,8 +68,8 @@ def test_a_backup_of_a_running_manager_is_one_file_that_can_be_put_back(
     assert str(backup) in done.output
     assert left_in(place) == [backup.name]
     assert backup.stat().st_mode & 0o777 == 0o600
-    assert state.counter("c").increment() == 4  # the manager goes on
-    place.chmod(0o500)  # the copy needs no log beside it, and no place for one
+    assert state.counter("c").increment() == 4  # the manager keeps running
+    place.chmod(0o500)  # the copy has no log, and needs no room for one
     assert "1 counters, 1 idempotency keys, 1 clients" in Done("check", backup).output
     assert left_in(place) == [backup.name]
 
@@ -82,7 +82,7 @@ def test_a_backup_of_a_running_manager_is_one_file_that_can_be_put_back(
     assert again.counter("c").increment() == 4
 
 
-def test_a_backup_never_takes_the_place_of_another_file(state: State, data_dir: Path, tmp_path: Path) -> None:
+def test_a_backup_never_overwrites_a_file(state: State, data_dir: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("notes")
     before = left_in(tmp_path)
@@ -118,7 +118,7 @@ def test_a_running_managers_journal_is_checked_against_its_memory(state: State, 
     assert state.counter("c").increment() == 4
 
 
-def test_counters_in_memory_alone_can_neither_be_copied_nor_checked(
+def test_counters_with_durability_none_can_neither_be_copied_nor_checked(
     start_manager: StartManager, data_dir: Path, tmp_path: Path
 ) -> None:
     start_manager("--durability", "none")
@@ -129,7 +129,7 @@ def test_counters_in_memory_alone_can_neither_be_copied_nor_checked(
 
 
 def test_a_backup_beside_the_log_of_another_journal_is_refused(state: State, data_dir: Path, tmp_path: Path) -> None:
-    """SQLite would take the log's pages for the backup's own."""
+    """SQLite would read the log's pages as the backup's."""
     assert Done("backup", tmp_path / "b", "--data-dir", data_dir).status == 0
     place = tmp_path / "restored"
     place.mkdir(mode=0o700)
@@ -149,10 +149,10 @@ def test_a_backup_beside_the_log_of_another_journal_is_refused(state: State, dat
 # Offline
 
 
-def test_without_a_manager_both_work_too_and_check_changes_nothing(
+def test_both_work_without_a_manager_and_check_changes_nothing(
     state: State, stack: ExitStack, start_manager: StartManager, data_dir: Path, tmp_path: Path
 ) -> None:
-    stack.close()  # kills it: the last commits are in the log
+    stack.close()  # kills the manager: the last commits are in the log
     files = {path.name: path.read_bytes() for path in data_dir.glob("journal*")}
     assert len(files) == 2
     done = Done("check", "--data-dir", data_dir)
@@ -164,7 +164,7 @@ def test_without_a_manager_both_work_too_and_check_changes_nothing(
     assert examine(tmp_path / "b").counters == {"c": 3}
 
 
-def test_where_there_is_no_journal_nothing_is_made(data_dir: Path, tmp_path: Path) -> None:
+def test_without_a_journal_nothing_is_created(data_dir: Path, tmp_path: Path) -> None:
     for command in (["backup", tmp_path / "b"], ["check"], ["check", tmp_path / "b"]):
         done = Done(*command, "--data-dir", data_dir)
         assert done.status == 1
@@ -182,16 +182,14 @@ def kept(tmp_path: Path) -> Iterator[Journal]:
     kept.close()
 
 
-def test_a_backup_is_of_one_moment_while_commits_go_on(
-    kept: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One page at a time, so that there are many pauses, and many commits in them."""
+def test_a_backup_during_commits_is_consistent(kept: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backup copies one page at a time, so that many commits happen in its pauses."""
     monkeypatch.setattr(journal, "_BACKUP_PAGES", 1)
     kept.commit(Changes(1.0, counters={f"{number:0200}": number for number in range(500)}))
     ledger = Ledger(kept.load(), kept)
     stop = threading.Event()
     done = 0
-    seen: list[int] = []  # batches that were done, at each pause
+    seen: list[int] = []  # number of applied batches at each pause
     pause = kept._pause
 
     def watched(status: int, remaining: int, total: int) -> None:
@@ -216,7 +214,7 @@ def test_a_backup_is_of_one_moment_while_commits_go_on(
             before = done
             kept.back_up(tmp_path / f"{round_}")
             after = done
-            assert seen[-1] - seen[0] > 10  # it did not hold them up
+            assert seen[-1] - seen[0] > 10  # the backup did not block them
             seen.clear()
             found = examine(tmp_path / f"{round_}")
             moment = found.clients[b"w" * 16].sequence
@@ -241,9 +239,7 @@ def test_a_backup_is_of_one_moment_while_commits_go_on(
         ("CREATE TABLE another (x)", "its tables are not those of a journal"),
     ],
 )
-def test_a_row_that_was_changed_by_anybody_else_is_found(
-    kept: Journal, tmp_path: Path, statement: str, words: str
-) -> None:
+def test_a_row_changed_by_another_program_is_found(kept: Journal, tmp_path: Path, statement: str, words: str) -> None:
     kept.commit(some_changes())
     assert examine_closed(kept) == Contents(
         {"a": 1}, {b"c" * 16: ClientRecord(7, [1], 2.0)}, {"k": KeyRecord(b"f" * 16, 5, 2.0)}, {"o": b"state"}
@@ -276,7 +272,7 @@ def examine_closed(kept: Journal) -> Contents:
     return examine(kept.path)
 
 
-def test_a_memory_that_is_not_what_the_disk_holds_is_found(kept: Journal) -> None:
+def test_a_difference_between_memory_and_disk_is_found(kept: Journal) -> None:
     ledger = Ledger(kept.load(), kept)
     client = os.urandom(16)
     ledger.perform([Batch(client, 1, [Increment("a"), Increment("b", key="k")])])
@@ -298,7 +294,7 @@ def test_a_memory_that_is_not_what_the_disk_holds_is_found(kept: Journal) -> Non
             kept.check(wrong)
 
 
-def test_what_was_refused_for_want_of_room_is_in_memory_alone_and_no_damage(kept: Journal) -> None:
+def test_refusals_remembered_only_in_memory_are_not_damage(kept: Journal) -> None:
     def commit(changes: Changes) -> None:
         if full:
             raise StorageFull("no room")

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from ...errors import CounterServerError, Unsupported
 from ...extension import SharedState
-from ...recent import Recent
 from ...state import forgetful
+from ...windows import Recent
 
 log = logging.getLogger(__name__)
 
