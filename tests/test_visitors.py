@@ -129,7 +129,7 @@ def test_counters_of_different_names_are_different_and_of_one_name_the_same() ->
     with app.test_request_context():
         assert [basket.increment(), wishes.increment(), again.increment()] == [1, 1, 2]
         assert shared.counter("basket").value == 0
-    with pytest.raises(InvalidRequest, match="has that name already"):
+    with pytest.raises(InvalidRequest, match="already has that name"):
         shared.visitor_counter("basket", max_visitors=7)
 
 
