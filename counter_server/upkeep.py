@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BatchRefused, Disconnected, StartupError
-from .journal import Journal
-from .journal_file import examine
+from .journal import Journal, examine
 from .ledger import Contents
 from .manager.client import StateProxy
 from .manager.directory import DataDirectory

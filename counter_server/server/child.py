@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ..errors import CounterServerError
-from ..journal_file import REFUSALS
+from ..journal import REFUSALS
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.fuzz.fuzzing import fuzz, instrumented
 
-instrumented(["counter_server.journal", "counter_server.journal_file"])
+instrumented(["counter_server.journal"])
 
 from counter_server.errors import StartupError  # noqa: E402 - after the instrumentation
 from counter_server.journal import Journal  # noqa: E402
