@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import secrets
+import shutil
 import sqlite3
 import tempfile
 import threading
@@ -42,12 +43,6 @@ CREATE TABLE keys (key TEXT PRIMARY KEY, fingerprint BLOB NOT NULL, value INTEGE
     checksum INTEGER NOT NULL) WITHOUT ROWID;
 """
 _TABLES = {statement.strip() for statement in _SCHEMA.split(";")} - {""}
-_COLUMNS = {
-    "counters": "name, value",
-    "clients": "client, sequence, results, used, object",
-    "objects": "name, state",
-    "keys": "key, fingerprint, value, used",
-}
 
 # Of SQLite in WAL mode: FULL syncs at every commit, NORMAL at checkpoints, so a power cut may lose the last commits.
 _SYNCHRONOUS = {"commit": "FULL", "process": "NORMAL"}
@@ -66,11 +61,7 @@ _decode_results = msgpack.Decoder(list[Result]).decode
 
 
 class JournalFailed(Exception):
-    """The outcome of a commit is unknown. End the process: the next one reads the disk."""
-
-
-class Damaged(ValueError):
-    """The file does not hold what was written to it."""
+    """The outcome of a commit is unknown: end the process, and let the next one read the disk."""
 
 
 class Journal:
@@ -83,13 +74,13 @@ class Journal:
 
     def __init__(self, path: Path, durability: str = "commit", *, most: int = Caps.journal_bytes) -> None:
         self.path = path
-        self._log = path.with_name(path.name + "-wal")
-        self._mark = path.with_name(f"in-use.{path.name}")  # holds the least size of the log, in bytes
-        self._mark_file = self._log_file = -1
-        self._marked = 0
-        self._opened = ExitStack()
         self.epoch = ""  # identifies this state: it changes when some of the state is lost
         self.starts = 0  # number of managers that began on this file: see `count_start`
+        self._log = path.with_name(path.name + "-wal")
+        self._mark = path.with_name(f"in-use.{path.name}")  # holds the least size of the log, in bytes
+        self._marked = 0  # that size
+        self._log_file = -1
+        self._opened = ExitStack()
         self._committing = threading.Lock()  # held through a transaction of the ledger or of one object
         try:
             with _naming(path):
@@ -99,10 +90,9 @@ class Journal:
                 is_rolled_back = self._inspect()
                 if not path.exists():
                     _create(path)
-                self._connection = self._opened.enter_context(
-                    closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False))
-                )
-                self._cursor = self._connection.cursor()  # of the commits: a cursor for each statement costs more
+                connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+                self._connection = self._opened.enter_context(closing(connection))
+                self._cursor = connection.cursor()  # of the commits: a cursor for each statement costs more
                 self._open(_SYNCHRONOUS[durability], most, is_rolled_back=is_rolled_back)
         except BaseException:
             self._opened.close()
@@ -111,23 +101,27 @@ class Journal:
     def _inspect(self) -> bool:
         """Refuse unusable files; return whether acknowledged commits have vanished since a manager was killed.
 
-        Call this before anything connects for writing: SQLite removes an empty log, folds a foreign program's log in,
-        and takes the log of another journal for this one's.
+        Do this before SQLite writes: it would remove an empty log, and fold in a log of another program or journal.
         """
         size = self.path.stat().st_size if self.path.exists() else None
         log_size = self._log.stat().st_size if self._log.exists() else 0
         if size is not None and size < _SMALLEST_PAGE:  # to SQLite, this is a new database
             raise StartupError(f"the journal {self.path} was cut to {size} bytes: put back a backup, or remove it")
-        is_ours, keeps_log = _header(self.path) if size else (True, False)
+        is_ours, keeps_log = True, False
+        if size:
+            with self.path.open("rb") as file:
+                header = file.read(100)  # https://www.sqlite.org/fileformat2.html
+            is_ours = header[68:72] == _APPLICATION_ID.to_bytes(4, "big")
+            keeps_log = header[18:19] == b"\2"  # is in WAL mode, as journals are and backups are not
         if is_ours and not keeps_log and log_size:
             raise StartupError(
                 f"{self._log} does not belong to {self.path}, which was removed or replaced by a backup: move the log"
                 " away, or put back the journal that it was written for"
             )
+        # The directory's lock replaces SQLite's, which need a shared-memory file and so room on the disk.
+        uri = f"{self.path.absolute().as_uri()}?mode=ro&vfs=unix-none"
         try:
             if size:
-                # The directory's lock replaces SQLite's, which need a shared-memory file and so room on the disk.
-                uri = f"{self.path.absolute().as_uri()}?mode=ro&vfs=unix-none"
                 with closing(sqlite3.connect(uri, uri=True)) as connection:
                     connection.execute("PRAGMA locking_mode = EXCLUSIVE")
                     _recognise(connection, self.path)
@@ -143,8 +137,8 @@ class Journal:
             self._mark.unlink()
             return False
         log.error(
-            "%s or its log was removed, replaced or cut while a manager used it: acknowledged increments are lost, and"
-            " their numbers will be given again; every process that used them gets StateLost",
+            "%s or its log was removed, replaced or cut while a manager used it: acknowledged increments are lost and"
+            " their numbers given again, and every process that used them gets StateLost",
             self.path,
         )
         return True
@@ -166,7 +160,7 @@ class Journal:
         else:
             found = execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()
             if found is None:
-                raise Damaged("it has no epoch")
+                raise ValueError("it has no epoch")
             self.epoch = str(found[0])
         self._files = {str(file): file.stat() for file in (self.path, self._log)}  # at the last check
         self._log_file = self._opened.enter_context(self._log.open("rb")).fileno()
@@ -182,10 +176,7 @@ class Journal:
                 raise
 
     def count_start(self) -> None:
-        """Count a manager that begins; in memory alone where the file cannot be written to for now.
-
-        :raises StartupError: if the disk fails.
-        """
+        """Count a manager that begins; in memory alone where the file takes no writes for now."""
         with _naming(self.path), self._refusals_ignored():
             found = self._connection.execute("SELECT value FROM meta WHERE name = 'starts'").fetchone()
             self.starts = (int(found[0]) if found else 0) + 1
@@ -197,18 +188,12 @@ class Journal:
         return sum(status.st_size for status in self._files.values())
 
     def load(self) -> Contents:
-        """Return everything that was committed.
-
-        :raises StartupError: if the file is damaged.
-        """
+        """Return everything that was committed; raise `StartupError` if the file is damaged."""
         with _naming(self.path):
             return _read(self._connection)
 
     def check(self, contents: Contents) -> None:
-        """Check the whole file, and that it holds `contents`. Nothing may be committed meanwhile.
-
-        :raises StartupError: if it is damaged or differs.
-        """
+        """Raise `StartupError` if the file is damaged or differs from `contents`. Do not commit meanwhile."""
         with _naming(self.path), self._committing:
             _verify(self._connection, thoroughly=True)
             _compare(self._connection, contents)
@@ -319,9 +304,7 @@ class Journal:
         """Note the size of the log, so that the next process finds out if the log was cut after a kill."""
         if size != self._marked:
             with suppress(OSError):  # without room for the note, such a cut is not found
-                if self._mark_file < 0:  # kept open: at first the log grows with most commits
-                    self._mark_file = self._opened.enter_context(self._mark.open("wb", buffering=0)).fileno()
-                os.pwrite(self._mark_file, b"%020d" % size, 0)
+                self._mark.write_text(str(size))
                 self._marked = size
 
     def _is_folded_in(self) -> bool:
@@ -340,15 +323,12 @@ class Journal:
                 self._check_files()
                 self._mark.unlink(missing_ok=True)  # first: SQLite removes the log
             finally:
-                self._mark_file = self._log_file = -1
+                self._log_file = -1
                 self._opened.close()
 
 
 def examine(path: Path) -> Contents:
-    """Check a journal or backup completely, without changing it, and return its contents.
-
-    :raises StartupError: if it is damaged, is not a journal, or cannot be read.
-    """
+    """Check a journal or backup completely, without changing it; return its contents or raise `StartupError`."""
     with _naming(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
         _recognise(connection, path)
         return _read(connection, thoroughly=True)
@@ -370,9 +350,9 @@ def refusal(error: BaseException, path: Path, *, committing: bool = False) -> OS
     if code is None or not (code == sqlite3.SQLITE_IOERR_WRITE or (not committing and code & 0xFF in _NOT_OPENED)):
         return None
     try:
-        sizes = [file.stat().st_size for file in (path, path.with_name(path.name + "-wal")) if file.exists()]
+        files = (path, path.with_name(path.name + "-wal"))
+        offset = max((file.stat().st_size for file in files if file.exists()), default=0)
         with tempfile.TemporaryFile(dir=path.parent, buffering=0) as file:
-            offset = max(sizes, default=0)
             end = offset + _TRIED_BYTES
             while offset < end:  # after a partial write, the next one gives the reason
                 offset += os.pwrite(file.fileno(), bytes(end - offset), offset)
@@ -383,42 +363,38 @@ def refusal(error: BaseException, path: Path, *, committing: bool = False) -> OS
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Raise errors of a file that cannot be read or made as a `StartupError`, caused by `OSError` if it may pass."""
+    """Raise the errors of a file that cannot be read or made as `StartupError`, caused by `OSError` if it may pass."""
     try:
         yield
     except (sqlite3.Error, OSError, ValueError) as error:
         refused = refusal(error, path)
-        if refused is not None:
-            raise StartupError(
-                f"the journal {path} cannot be used for now: {refused.strerror}; nothing was changed: free some space,"
-                " and start again"
-            ) from refused
-        raise StartupError(
-            f"the journal {path} cannot be used ({error}); it was not changed: put back a backup, or repair its disk"
-        ) from error
+        reason = error if refused is None else refused.strerror
+        advice = "put back a backup, or repair its disk" if refused is None else "free some space, and start again"
+        raise StartupError(f"the journal {path} cannot be used: {reason}; it was not changed: {advice}") from (
+            refused or error
+        )
 
 
 def _create(path: Path) -> None:
-    """Make a new journal under another name first, so that a kill leaves no part of one behind."""
-    part, *_ = leftovers = [path.with_name(f".{path.name}.part{end}") for end in ("", "-wal", "-journal", "-shm")]
+    """Make a new journal in another place first, so that a kill leaves no part of one behind."""
+    place = path.with_name(f".{path.name}.new")
+    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed here
     try:
-        for leftover in leftovers:
-            leftover.unlink(missing_ok=True)
+        place.mkdir(mode=0o700)
+        part = place / path.name
         with closing(sqlite3.connect(part, isolation_level=None)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(f"BEGIN; {_SCHEMA}")
-            connection.execute("INSERT INTO meta VALUES ('epoch', ?)", (secrets.token_hex(16),))
-            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {_VERSION}")
-            connection.execute("COMMIT")
+            connection.executescript(
+                f"BEGIN; {_SCHEMA} INSERT INTO meta VALUES ('epoch', '{secrets.token_hex(16)}');"  # noqa: S608
+                f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_VERSION}; COMMIT"
+            )
             # Closing the connection would fold the log in, too, but would not report a failure.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         sync(part)
         part.replace(path)
         sync(path.parent)
     finally:
-        for leftover in leftovers:
-            leftover.unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -430,18 +406,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _header(path: Path) -> tuple[bool, bool]:
-    """Return whether a database is ours, and whether it is in WAL mode as journals are and backups are not."""
-    with path.open("rb") as file:
-        header = file.read(100)  # https://www.sqlite.org/fileformat2.html
-    return header[68:72] == _APPLICATION_ID.to_bytes(4, "big"), header[18:19] == b"\2"
-
-
 def _recognise(connection: sqlite3.Connection, path: Path) -> None:
     """Raise `StartupError` unless the database is a journal in the format of this version."""
-    application, version = (
-        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-    )
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
     connection.execute("SELECT count(*) FROM sqlite_master")  # SQLite does not look at the file before this
     if application != _APPLICATION_ID:
         raise StartupError(f"{path} is not a journal of counter_server; it was not changed")
@@ -453,13 +421,13 @@ def _recognise(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _verify(connection: sqlite3.Connection, *, thoroughly: bool = False) -> None:
-    """Check the structure of the whole file, `thoroughly` including its indexes; raise `Damaged` for a fault."""
+    """Check the structure of the whole file, `thoroughly` including its indexes; raise `ValueError` for a fault."""
     (found,) = connection.execute(f"PRAGMA {'integrity' if thoroughly else 'quick'}_check(1)").fetchone()
     if found != "ok":
-        raise Damaged(" ".join(found.split()))
+        raise ValueError(" ".join(found.split()))
     tables = {statement for (statement,) in connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")}
     if tables != _TABLES:
-        raise Damaged("its tables are not those of a journal")
+        raise ValueError("its tables are not those of a journal")
 
 
 def _read(connection: sqlite3.Connection, *, thoroughly: bool = False) -> Contents:
@@ -476,22 +444,22 @@ def _read(connection: sqlite3.Connection, *, thoroughly: bool = False) -> Conten
 
 
 def _compare(connection: sqlite3.Connection, contents: Contents) -> None:
-    """Raise `Damaged` where file and memory differ. Answers that were refused for lack of space are in memory alone."""
+    """Raise `ValueError` where file and memory differ. Answers refused for lack of space are in memory alone."""
     remembered: Mapping[Any, Any]
     for table, remembered in (("counters", contents.counters), ("keys", contents.keys)):
         number = 0
         for number, (name, *values) in enumerate(_rows(connection, table), 1):  # noqa: B007 - the count
             expected = remembered.get(name)
             if expected != (values[0] if table == "counters" else tuple(values)):
-                raise Damaged(f"its {table} have {values} for {name!r}, and the memory {expected}")
+                raise ValueError(f"its {table} have {values} for {name!r}, and the memory {expected}")
         if number != len(remembered):
-            raise Damaged(f"it has {number} {table}, and the memory {len(remembered)}")
+            raise ValueError(f"it has {number} {table}, and the memory {len(remembered)}")
     for client, sequence, results, _, owner in _rows(connection, "clients"):
         known = None if owner else contents.clients.get(client)
         if not owner and (known is None or known.sequence < sequence):
-            raise Damaged(f"it knows a client at batch {sequence} that the memory does not")
+            raise ValueError(f"it knows a client at batch {sequence} that the memory does not")
         if known is not None and known.sequence == sequence and _encode(known.results) != results:
-            raise Damaged(f"it has other results of a client's batch {sequence} than the memory")
+            raise ValueError(f"it has other results of a client's batch {sequence} than the memory")
 
 
 def _statements(changes: Changes) -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -523,14 +491,14 @@ def _sealed(*values: object) -> tuple[object, ...]:
 
 
 def _rows(connection: sqlite3.Connection, table: str, order: str | None = None) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of a table; raise `Damaged` for a row that does not match its checksum."""
+    """Yield the rows of a table; raise `ValueError` for a row that does not match its checksum."""
     # Many rows at once, column by column, so that loops in C do the work for each row: there may be a million.
     ordered = f" ORDER BY {order}" if order else ""
-    found = connection.execute(f"SELECT {_COLUMNS[table]}, checksum FROM {table}{ordered}")  # noqa: S608
+    found = connection.execute(f"SELECT * FROM {table}{ordered}")  # noqa: S608
     while block := found.fetchmany(_ROWS_AT_ONCE):
         *columns, checksums = zip(*block, strict=True)
         right = tuple(map(crc32, map(_encode, zip(*columns, strict=True))))
         if right != checksums:
             wrong = next(row for row, one, other in zip(block, right, checksums, strict=True) if one != other)
-            raise Damaged(f"a row of its {table} is not what was written: {wrong[0]!r}")
+            raise ValueError(f"a row of its {table} is not what was written: {wrong[0]!r}")
         yield from zip(*columns, strict=True)

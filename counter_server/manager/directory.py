@@ -27,19 +27,14 @@ _finders: list[Callable[[], Iterable[int]]] = []  # of more such descriptors
 forking = threading.RLock()  # held while a descriptor is opened that is not yet in `_own`
 
 
-def keep_from_children(*descriptors: int) -> None:
-    """Close these descriptors in every child that this process forks from now on."""
-    _own.update(descriptors)
-
-
-def release(*descriptors: int) -> None:
-    """Let children inherit these descriptors again: they are about to be closed."""
-    _own.difference_update(descriptors)
+def keep_from_children(descriptor: int) -> None:
+    """Close this descriptor in every child that this process forks from now on."""
+    _own.add(descriptor)
 
 
 def _after_fork_in_child() -> None:
-    # Replace the descriptors by one that can be neither written to nor locked. If their numbers became free, SQLite's copy
-    # in this memory would write to the next file of that number, or believe that it holds the journal's lock.
+    # Replace them by one that can be neither written to nor locked: the copy of SQLite in this memory would write to
+    # the next file of that number, or believe that it holds the journal's lock.
     try:
         nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         for descriptor in {*_own, *(found for find in _finders for found in find())}:
@@ -77,10 +72,7 @@ class DataDirectory:
 
     @classmethod
     def from_url(cls, url: str, default: str) -> Self:
-        """Return the directory in a `manager://` URL, or `default` if it names none.
-
-        :raises InvalidRequest: if the URL names a host, or anything but the absolute path of a directory.
-        """
+        """Return the directory in a `manager://` URL, or `default`; raise `InvalidRequest` for anything else in it."""
         rest = url.removeprefix("manager://")
         if rest == url or rest[:1] not in ("", "/") or "?" in rest or "#" in rest:
             raise InvalidRequest(
@@ -111,12 +103,9 @@ class DataDirectory:
 
     @contextmanager
     def hold(self) -> Iterator[Callable[[], bool]]:
-        """Be the only manager of this directory while the block runs.
+        """Be the only manager of this directory while the block runs; raise `DirectoryHeld` if there is another.
 
         Yield a function that tells whether this still holds: the directory may be removed or replaced.
-
-        :raises DirectoryHeld: if another manager holds it.
-        :raises StartupError: if the directory cannot be written to.
         """
         with self._lock_file("manager.lock") as file:
             if not _lock(file):
@@ -136,13 +125,9 @@ class DataDirectory:
 
     @contextmanager
     def starting(self, seconds: float = 0.0) -> Iterator[bool]:
-        """Yield whether this process may start a manager now: one process at a time, while the block runs.
-
-        :param seconds: to wait for another process that is starting one.
-        :raises StartupError: if the directory cannot be written to.
-        """
+        """Yield whether this process may start a manager now, waiting `seconds` for another process that starts one."""
         with self._lock_file("starter.lock") as file:
-            yield _lock(file, time.monotonic() + seconds)
+            yield _lock(file, deadline=time.monotonic() + seconds)
 
     @contextmanager
     def _lock_file(self, name: str) -> Iterator[int]:
@@ -155,7 +140,7 @@ class DataDirectory:
         try:
             yield file
         finally:
-            release(file)
+            _own.discard(file)
             os.close(file)
 
     def _opened(self) -> Iterator[int]:
@@ -175,19 +160,16 @@ class DataDirectory:
         """Return whether a manager holds this directory; raise `StartupError` if its lock cannot be read."""
         try:
             with open(self.path / "manager.lock", "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+                return not _lock(file.fileno(), fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
         except OSError as error:
             raise StartupError(f"the lock of {self} cannot be read: {error}") from error
-        return False
 
     def manager_pid(self) -> int | None:
-        """Return the pid of the process that listens here, from the kernel: a number in a file may be out of date.
+        """Return the pid of the process that listens here, from the kernel; None without one.
 
-        It is None without such a process, and 0 for a process in a pid namespace that cannot be seen from here.
+        It is 0 for a process in a pid namespace that cannot be seen from here.
         """
         with socket.socket(socket.AF_UNIX) as sock, suppress(OSError), short_address(str(self.socket)) as short:
             sock.settimeout(_CONNECT_SECONDS)
@@ -244,10 +226,7 @@ class DataDirectory:
         return key
 
     def remove_stale_socket(self) -> None:
-        """Make way for a new socket. Only the holder of the lock may call this.
-
-        :raises StartupError: if there is another kind of file in its place, which is not changed.
-        """
+        """Make way for a new socket, as the holder of the lock; raise `StartupError` for any other kind of file."""
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(self.socket.lstat().st_mode):
                 raise StartupError(f"{self.socket} is in the way and is not a socket; it was not changed")
@@ -263,16 +242,15 @@ def _check_file(path: Path) -> None:
         raise StartupError(f"{path} {whose}: nothing was read or written; remove it, or name another directory")
 
 
-def _lock(file: int, deadline: float = -inf) -> bool:
+def _lock(file: int, kind: int = fcntl.LOCK_EX, deadline: float = -inf) -> bool:
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             if time.monotonic() > deadline:
                 return False
             time.sleep(_RETRY_SECONDS)
-        else:
-            return True
 
 
 @contextmanager
@@ -280,15 +258,11 @@ def short_address(path: str) -> Iterator[str]:
     """Yield a name for the socket `path` that fits into an AF_UNIX address, valid while the block runs.
 
     A longer path becomes `/proc/self/fd/N/name`, through an open descriptor of its directory.
-
-    :raises StartupError: for a longer path on a system without `/proc`.
     """
     if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
         yield path
         return
     directory, name = os.path.split(path)
-    if not os.path.isdir("/proc/self/fd"):
-        raise StartupError(f"the data directory's path is too long for a socket on this system: {directory}")
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{descriptor}/{name}"

@@ -20,7 +20,7 @@ from msgspec import Struct, convert, to_builtins
 from ..errors import Disconnected, StartupError
 from ..objects import Declaration
 from ..settings import Durability
-from .directory import DataDirectory, forking, keep_from_children, release
+from .directory import DataDirectory, forking
 
 EXIT_HELD = 75  # EX_TEMPFAIL of sysexits.h: another manager holds the directory, perhaps not for long
 _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
@@ -29,10 +29,9 @@ _is_host = False  # whether this process hosts the objects that it imports, and 
 
 @dataclass(frozen=True, kw_only=True)
 class Starter:
-    """Starts the manager of a directory, as a process of its own that outlives this one.
+    """Starts managers, each a process of its own that outlives this one.
 
-    :param durability: of the manager.
-    :param idle_timeout: seconds without a client after which the manager ends.
+    :param idle_timeout: seconds without a client after which a manager ends.
     :param declared: returns the shared objects that a manager of a store URL has to host.
     """
 
@@ -71,32 +70,26 @@ class Starter:
         if status == EXIT_HELD:
             raise Disconnected(f"another manager of {directory} is starting or ending", sent=False)
         if status != 0:
-            message = errors.decode(errors="replace").strip().removeprefix("Error: ")
-            raise StartupError(f"the manager of {directory} could not be started: {message or status}")
+            raise StartupError(f"the manager of {directory} could not be started: {errors or status}")
 
 
-def _run(command: list[str], given: bytes, deadline: float) -> tuple[int, bytes]:
-    """Run a command with `given` as its input until `deadline`; return its status and what it wrote to standard error.
-
-    `subprocess.run` would leave the pipes to children that this process forks meanwhile, and wait for their end.
-    """
-    with forking:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=python_environment(),
-        )
-        pipes = [pipe.fileno() for pipe in (process.stdin, process.stderr) if pipe]
-        keep_from_children(*pipes)
-    try:
-        _, errors = process.communicate(given, max(deadline - time.monotonic(), 0.001))
-    finally:
-        release(*pipes)
-        process.kill()  # needed only when time ran out: by now the manager is another process
-        process.__exit__(None, None, None)
-    return process.returncode, errors
+def _run(command: list[str], given: bytes, deadline: float) -> tuple[int, str]:
+    """Run a command with `given` as its input; return its status and what it wrote to standard error."""
+    # Files in memory, because a child that this process forks meanwhile would keep pipes open.
+    with open(os.memfd_create("input"), "w+b") as stdin, open(os.memfd_create("errors"), "w+b") as stderr:
+        stdin.write(given)
+        stdin.seek(0)
+        with forking:
+            process = subprocess.Popen(
+                command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr, env=python_environment()
+            )
+        with process:
+            try:
+                status = process.wait(max(deadline - time.monotonic(), 0.001))
+            finally:
+                process.kill()  # needed only when time ran out: by now the manager is another process
+        stderr.seek(0)
+        return status, stderr.read().decode(errors="replace").strip().removeprefix("Error: ")
 
 
 # What a manager hosts
@@ -129,10 +122,9 @@ def _file_of(name: str) -> str | None:
 
 
 def prepare_to_host(given: bytes) -> list[Declaration]:
-    """Make this process import the classes of the declarations, and return these.
+    """Import the classes of the declarations that `_hosting` gave another process, and return the declarations.
 
-    A main program that holds such a class is imported as `multiprocessing` does it for a spawned process: not under the
-    name of `__main__`, so that it does not begin to serve.
+    A main program is imported as `multiprocessing` does it: not as `__main__`, so that it does not begin to serve.
     """
     begin_to_host()
     hosting = convert(literal_eval(given.decode()), _Hosting)
@@ -157,10 +149,7 @@ def begin_to_host() -> None:
 
 
 class _PatchingNothing(SourceFileLoader):
-    """Imports gevent's and eventlet's patching modules without effect.
-
-    The app that a manager imports may patch, and the manager's own threads would become greenlets of one thread.
-    """
+    """Imports gevent's and eventlet's patching modules without effect: a manager needs real threads."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None, _target: ModuleType | None = None) -> ModuleSpec | None:
@@ -196,9 +185,14 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 def python_command(module: str, *arguments: str) -> list[str]:
     """Return the command that runs a module with this process's import path, to run in `python_environment()`.
 
-    `python -m` would put the working directory first, and `PYTHONPATH` would put packages before the standard library.
+    `python -m` would put the working directory first, and `PYTHONPATH` would go before the standard library.
     """
-    path = [_absolute(entry) for entry in sys.path if isinstance(entry, str) and "\0" not in entry]
+    path = [
+        # An entry that is not a file may be the mark of an import hook, which knows it by its name.
+        os.path.abspath(entry) if not entry or os.path.exists(entry) else entry
+        for entry in sys.path
+        if isinstance(entry, str) and "\0" not in entry
+    ]
     if _PACKAGE_PARENT not in path:
         path.append(_PACKAGE_PARENT)
     values = [os.environ.get("PYTHONPATH", ""), *path]
@@ -209,24 +203,16 @@ def python_command(module: str, *arguments: str) -> list[str]:
     return [python, *flags, "-P", "-c", _BOOT, str(len(values) + 2), *values, module, *arguments]
 
 
-def _absolute(entry: str) -> str:
-    # An entry that is not a file may be the mark of an import hook, which knows it by its name.
-    return os.path.abspath(entry) if not entry or os.path.exists(entry) else entry
-
-
 def python_environment() -> dict[str, str]:
-    """Return this process's environment without `PYTHONPATH`, which `python_command` passes on.
-
-    The new interpreter would look there while it starts, and relative entries may name another directory by now.
-    """
+    """Return this process's environment without `PYTHONPATH`, which a new interpreter would search while it starts."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def detach(directory: DataDirectory) -> Callable[[], None]:
     """Go on in the background, in a session of its own that no terminal or parent ends.
 
-    The calling process ends: with status 0 when the returned function is called, which also directs messages to
-    `manager.log` in `directory`, and with an error status if that never happens.
+    The calling process ends with status 0 when the returned function is called, and with an error if it never is. That
+    function also directs messages to `manager.log` in `directory`.
     """
     reader, writer = os.pipe()
     if child := os.fork():

@@ -1,7 +1,7 @@
 """What goes over the manager's socket: frames of MessagePack, with a cap and deadlines.
 
-They replace pickle in the standard library's `BaseManager`, `Server` and `BaseProxy`: a peer with the key can send plain
-data to the offered methods, and no code. A frame is a length of 4 bytes, big-endian, and the message.
+They replace pickle in the standard library's `BaseManager`, `Server` and `BaseProxy`: a peer with the key can send
+plain data to the offered methods, and no code. A frame is a length of 4 bytes, big-endian, and the message.
 """
 
 import os
@@ -34,7 +34,7 @@ _unpack_length = struct.Struct(">I").unpack_from
 
 
 def object_ident(name: str) -> str:
-    """Return the address of a shared object; the ledger's is ``"ledger"``."""
+    """Return the address of a shared object. (The ledger's is ``"ledger"``.)"""
     return f"object:{name}"
 
 
@@ -53,7 +53,7 @@ class Connection:
     For one thread at a time. After any exception close it: half a frame may be on the way.
 
     The kernel keeps the time: the socket blocks, with a timer that is set only when a deadline is nearer. Python's own
-    timeouts would cost a `poll` before each call. Only a socket that gevent or eventlet has patched needs them, because it
+    timeouts would cost a `poll` before each call. Only a socket that gevent or eventlet has patched needs them, as it
     never blocks in the kernel.
     """
 
@@ -180,18 +180,16 @@ class Listener:
     def rebind(self) -> None:
         """Listen again at the address, where no file is left; raise `OSError` if that fails."""
         before, self._socket = self._socket, self._bound()
-        before.shutdown(socket.SHUT_RDWR)  # ends the `accept` that waits there, and closes it
+        before.shutdown(socket.SHUT_RDWR)  # ends the `accept` that waits there
+        before.close()
 
     def accept(self) -> Connection:
         """Return the next connection; raise `OSError` if it failed or is another user's: the server tries again."""
-        listening = self._socket
         try:
-            sock, _ = listening.accept()
+            sock, _ = self._socket.accept()
         except OSError:
             if self._closed:
                 raise SystemExit from None  # ends the accepting thread, which would try for ever
-            if listening is not self._socket:
-                listening.close()
             time.sleep(ACCEPT_PAUSE)
             raise
         if peer(sock)[1] != os.geteuid():

@@ -1,4 +1,4 @@
-"""Fuzz the loading of a journal: a good one with patches is refused by its name, or holds what one commit left.
+"""Fuzz the loading of a journal: a patched journal is refused by name, or holds the state after some commit.
 
     python -m tests.fuzz.journal [--runs N]
 
@@ -50,7 +50,7 @@ def patched(content: bytes, patches: bytes) -> bytes:
 
 
 def try_one(data: bytes) -> None:
-    """Load what the patches make of it."""
+    """Load a journal with the patches of one input."""
     copy = _place / "copy"
     for path in copy.iterdir():
         path.unlink()

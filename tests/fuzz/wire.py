@@ -2,7 +2,7 @@
 
     python -m tests.fuzz.wire [--runs N]
 
-Whatever comes, the connection is served or closed, only valid batches change anything, and every answer can be read.
+Every input is served or closes the connection, only valid batches change anything, and every answer can be read.
 """
 
 import socket
@@ -29,7 +29,7 @@ def _fail(error: BaseException) -> NoReturn:
 
 
 def serve(data: bytes) -> tuple[Ledger, bytes]:
-    """A fresh ledger that a client has sent `data` to, and what it was answered."""
+    """Send `data` to the server of a fresh ledger; return the ledger and the answers."""
     ledger = Ledger()
     hosted = Hosted({"apply": Method(LedgerService(ledger, _fail).apply, _decode_batch)}, "epoch")
     server = cast(Any, SimpleNamespace(hosted={"ledger": hosted}))
@@ -41,7 +41,7 @@ def serve(data: bytes) -> tuple[Ledger, bytes]:
         try:
             StateServer.serve_client(server, connection)
         except (EOFError, OSError, MsgspecError, ValueError):
-            pass  # what `handle_request` closes the connection on, and tells nobody
+            pass  # `handle_request` closes the connection on these
         finally:
             connection.close()
         theirs.setblocking(False)  # noqa: FBT003 - its only argument
@@ -52,7 +52,7 @@ def serve(data: bytes) -> tuple[Ledger, bytes]:
 
 
 def try_one(data: bytes) -> None:
-    """The first byte says whether the rest is what comes over the socket, or one message that is yet to be framed."""
+    """Serve one input. Its first byte says whether the rest is a stream of frames or one message without its length."""
     kind, rest = data[:1], data[1:]
     ledger, answers = serve(rest if kind < b"\x80" else len(rest).to_bytes(4, "big") + rest)
     while answers:
