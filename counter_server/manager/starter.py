@@ -24,6 +24,7 @@ from .directory import DataDirectory, forking
 
 EXIT_HELD = 75  # EX_TEMPFAIL of sysexits.h: another manager holds the directory, perhaps not for long
 _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
+_POLL_SECONDS = 0.005
 _is_host = False  # whether this process hosts the objects that it imports, and so must not start another manager
 
 
@@ -63,18 +64,18 @@ class Starter:
             )
             try:
                 status, errors = _run(command, _hosting(declarations), deadline)
-            except subprocess.TimeoutExpired:
-                raise Disconnected("the manager was not ready in time; it is still starting", sent=False) from None
             except OSError as error:
                 raise StartupError(f"the manager of {directory} could not be started: {error}") from error
+        if status is None:
+            raise Disconnected("the manager was not ready in time; it is still starting", sent=False)
         if status == EXIT_HELD:
             raise Disconnected(f"another manager of {directory} is starting or ending", sent=False)
         if status != 0:
             raise StartupError(f"the manager of {directory} could not be started: {errors or status}")
 
 
-def _run(command: list[str], given: bytes, deadline: float) -> tuple[int, str]:
-    """Run a command with `given` as its input; return its status and what it wrote to standard error."""
+def _run(command: list[str], given: bytes, deadline: float) -> tuple[int | None, str]:
+    """Run a command with `given` as its input; return its status, None if time ran out, and its error messages."""
     # Files in memory, because a child that this process forks meanwhile would keep pipes open.
     with open(os.memfd_create("input"), "w+b") as stdin, open(os.memfd_create("errors"), "w+b") as stderr:
         stdin.write(given)
@@ -85,14 +86,13 @@ def _run(command: list[str], given: bytes, deadline: float) -> tuple[int, str]:
             )
         with process:
             try:
-                status = process.wait(max(deadline - time.monotonic(), 0.001))
+                while process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(_POLL_SECONDS)  # `wait` sleeps ten times as long
+                status = process.returncode
             finally:
                 process.kill()  # needed only when time ran out: by now the manager is another process
         stderr.seek(0)
         return status, stderr.read().decode(errors="replace").strip().removeprefix("Error: ")
-
-
-# What a manager hosts
 
 
 class _Hosting(Struct, array_like=True):
@@ -166,8 +166,6 @@ class _PatchingNothing(SourceFileLoader):
             if name.startswith(("patch_", "monkey_patch")):
                 setattr(module, name, lambda *_arguments, **_keywords: None)
 
-
-# Its process
 
 # Runs a module as `-m` does. Until the path is set, only built-in modules are imported.
 _BOOT = """\
