@@ -78,8 +78,8 @@ class Journal:
         self.starts = 0  # number of managers that began on this file: see `count_start`
         self._log = path.with_name(path.name + "-wal")
         self._mark = path.with_name(f"in-use.{path.name}")  # holds the least size of the log, in bytes
-        self._marked = 0  # that size
-        self._log_file = -1
+        self._marked = 0  # the size in it
+        self._log_file = -1  # a descriptor, which shows a cut log faster than its path
         self._opened = ExitStack()
         self._committing = threading.Lock()  # held through a transaction of the ledger or of one object
         try:
@@ -199,7 +199,7 @@ class Journal:
             _compare(self._connection, contents)
 
     def back_up(self, target: Path) -> int:
-        """Copy the journal as it is at one moment into a new file, durably, while commits go on; return its bytes.
+        """Copy a snapshot of the journal into a new file, durably, while commits go on; return its bytes.
 
         :raises StartupError: if `target` exists or cannot be written; no part of the copy is left then.
         """
@@ -317,7 +317,7 @@ class Journal:
         return False
 
     def close(self) -> None:
-        """Close the file, and fold the log into it where possible. Every commit is safe even where it is not."""
+        """Close the file, and fold the log into it if possible. Every commit is safe without that, too."""
         with suppress(sqlite3.Error, JournalFailed), self._committing:
             try:
                 self._check_files()
@@ -427,7 +427,7 @@ def _verify(connection: sqlite3.Connection, *, thoroughly: bool = False) -> None
         raise ValueError(" ".join(found.split()))
     tables = {statement for (statement,) in connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")}
     if tables != _TABLES:
-        raise ValueError("its tables are not those of a journal")
+        raise ValueError("its tables are not a journal's")
 
 
 def _read(connection: sqlite3.Connection, *, thoroughly: bool = False) -> Contents:

@@ -184,7 +184,7 @@ def test_the_reason_for_a_failed_start_is_one_line(on_demand: str, data_dir: Pat
 def test_workers_of_our_server_start_no_manager(
     data_dir: Path, on_demand: str, start_server: Callable[..., Server]
 ) -> None:
-    """Their supervisor starts the manager, and no other process may replace it."""
+    """Their supervisor starts the manager, and no manager of a worker may replace it."""
     server = start_server("--workers", "1")
     (manager,) = server.children("manager")
     os.kill(manager, signal.SIGKILL)

@@ -235,8 +235,8 @@ def test_a_backup_is_of_one_moment_while_commits_go_on(
         ("UPDATE clients SET sequence = 8", "a row of its clients"),
         ("UPDATE keys SET value = 6", "a row of its keys"),
         ("UPDATE objects SET state = x'00'", "a row of its objects"),
-        ("ALTER TABLE counters RENAME COLUMN value TO worth", "its tables are not those of a journal"),
-        ("CREATE TABLE another (x)", "its tables are not those of a journal"),
+        ("ALTER TABLE counters RENAME COLUMN value TO worth", "its tables are not a journal's"),
+        ("CREATE TABLE another (x)", "its tables are not a journal's"),
     ],
 )
 def test_a_row_that_was_changed_by_anybody_else_is_found(

@@ -105,7 +105,7 @@ class DataDirectory:
     def hold(self) -> Iterator[Callable[[], bool]]:
         """Be the only manager of this directory while the block runs; raise `DirectoryHeld` if there is another.
 
-        Yield a function that tells whether this still holds: the directory may be removed or replaced.
+        Yield a function that returns whether this is still so: the directory may be removed or replaced.
         """
         with self._lock_file("manager.lock") as file:
             if not _lock(file):

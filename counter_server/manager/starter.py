@@ -30,7 +30,7 @@ _is_host = False  # whether this process hosts the objects that it imports, and 
 
 @dataclass(frozen=True, kw_only=True)
 class Starter:
-    """Starts managers, each a process of its own that outlives this one.
+    """Starts managers, each in a process of its own that outlives this process.
 
     :param idle_timeout: seconds without a client after which a manager ends.
     :param declared: returns the shared objects that a manager of a store URL has to host.
@@ -102,7 +102,7 @@ class _Hosting(Struct, array_like=True):
 
 
 def _hosting(declarations: list[Declaration]) -> bytes:
-    """Return the declarations as bytes, with what another process needs to import their classes as this one did."""
+    """Return the declarations as bytes, with what another process needs to import their classes as this process did."""
     data = spawn.get_preparation_data("manager")
     modules = {declaration.module for declaration in declarations}
     wanted = {"sys_argv"} | ({"init_main_from_name", "init_main_from_path"} if "__main__" in modules else set())

@@ -1,4 +1,4 @@
-"""What goes over the manager's socket: frames of MessagePack, with a cap and deadlines.
+"""Frames of MessagePack on the manager's socket, with a cap and deadlines.
 
 They replace pickle in the standard library's `BaseManager`, `Server` and `BaseProxy`: a peer with the key can send
 plain data to the offered methods, and no code. A frame is a length of 4 bytes, big-endian, and the message.
