@@ -5,10 +5,10 @@ import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Event, main_thread
 from typing import NoReturn
 
 from ..errors import StartupError, Stopped
@@ -18,7 +18,6 @@ from .wire import Listener
 
 log = logging.getLogger(__name__)
 
-_EXIT_JOURNAL_FAILED = 74  # EX_IOERR of sysexits.h
 _SECONDS_TO_STOP = 2.0
 _LOOK_SECONDS = 0.5
 
@@ -36,15 +35,11 @@ def fail(error: BaseException) -> NoReturn:
         sys.stderr.write(f"manager: {reason}; the last write is unknown; stopping to start again from the disk\n")
         sys.stderr.flush()
     finally:  # even without memory for a message, or with a log on a full disk
-        os._exit(_EXIT_JOURNAL_FAILED)
+        os._exit(74)  # EX_IOERR of sysexits.h
 
 
 def keep_found(
-    directory: DataDirectory,
-    listener: Listener,
-    is_held: Callable[[], bool],
-    journal: Journal | None,
-    is_ending: threading.Event,
+    directory: DataDirectory, listener: Listener, is_held: Callable[[], bool], journal: Journal | None, is_ending: Event
 ) -> None:
     """Restore the socket when its file vanishes; end the process when its directory or journal does."""
     reported = ""
@@ -84,4 +79,4 @@ def end_when_idle(idle_for: Callable[[], float], seconds: float) -> None:
 
 def end_main_thread() -> None:
     """End the main thread in order, as a signal from outside does."""
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+    signal.pthread_kill(main_thread().ident or 0, signal.SIGUSR1)

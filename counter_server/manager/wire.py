@@ -21,7 +21,7 @@ from .directory import peer, short_address
 SERIALIZER = "counter_server"
 LARGEST_FRAME = 2**24  # bytes; a batch of the largest calls of shared objects is smaller
 HANDSHAKE_SECONDS = 2.0  # for all of it: a silent peer holds a thread no longer
-FRAME_SECONDS = 2.0  # to finish a frame once begun, and to take a frame that was sent
+FRAME_SECONDS = 2.0  # to finish a frame once begun, and to take a frame that was sent; not less than _LONGEST_WAIT
 ACCEPT_PAUSE = 0.05  # seconds, while no descriptor is left for a new connection
 _LONGEST_WAIT = 2.0  # seconds in the kernel before the deadline is looked at again
 _CHUNK = 479  # bytes to receive at once: most frames are shorter, and Python allocates larger objects more slowly
@@ -63,17 +63,14 @@ class Connection:
         self._socket = sock
         self._received = b""
         self._timer = inf  # seconds until a wait ends and the deadline is looked at, at most `_LONGEST_WAIT`
-        self.allow(HANDSHAKE_SECONDS)
+        self.set_deadline(time.monotonic() + HANDSHAKE_SECONDS)
 
     def set_deadline(self, deadline: float) -> None:
         """Make sending and receiving raise `TimeoutError` at `deadline`, in `time.monotonic` seconds."""
-        self.allow(deadline - time.monotonic())
-
-    def allow(self, seconds: float) -> None:
-        """Make sending and receiving raise `TimeoutError` after `seconds` from now."""
-        self._deadline = time.monotonic() + seconds
-        if seconds < self._timer:
-            self._set_timer(seconds)
+        self._deadline = deadline
+        remaining = deadline - time.monotonic()
+        if remaining < self._timer:
+            self._set_timer(remaining)
 
     def _set_timer(self, seconds: float) -> None:
         self._timer = min(max(seconds, 0.001), _LONGEST_WAIT)  # 0 would mean for ever
@@ -107,7 +104,7 @@ class Connection:
         if not self._received:
             self._deadline = inf
             self._receive(1)
-        self.allow(FRAME_SECONDS)
+        self._deadline = time.monotonic() + FRAME_SECONDS  # the timer is not longer
 
     def recv(self) -> Any:
         return _decode(self.recv_bytes())
