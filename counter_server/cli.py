@@ -262,7 +262,7 @@ def check(file: Path | None, data_dir: str | None) -> None:
 
     If a manager is running, its memory is compared with the journal.
     """
-    from .journal_file import examine as examine_file
+    from .journal import examine as examine_file
 
     directory = _directory(data_dir)
     path = file or directory.journal

@@ -1,255 +1,231 @@
 """Durable commits: the ledger's changes in SQLite, each commit one transaction.
 
-A commit that returns is durable to the level asked for. One that raises `StorageFull` (no room, a quota, or a file
-system that became read-only) changed nothing.
-After any other failure nobody knows what the disk holds (a failed fsync may have written or lost the
-pages: Rebello et al., "Can Applications Recover from fsync Failures?", 2020), so it is `JournalFailed`
-and the process must end: the disk is read again by the next one.
+A commit that raises `StorageFull` changed nothing. After any other failure the contents of the disk are unknown: a
+failed fsync may have written or lost the pages (Rebello et al., "Can Applications Recover from fsync Failures?", 2020).
+`JournalFailed` then ends the process, and the next one reads the disk.
+
+SQLite's checks find damage to the structure of a file. A checksum in each row finds a bit that flipped within a number.
 """
 
 import errno
 import logging
 import os
 import secrets
+import shutil
 import sqlite3
+import tempfile
 import threading
 import time
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from msgspec import msgpack
 
 from .errors import StartupError, StorageFull
-from .journal_file import (
-    Damaged,
-    Header,
-    compare,
-    create,
-    raise_unusable,
-    read,
-    recognise,
-    refusal,
-    sealed,
-    sealed_client,
-    sync,
-    upgrade,
-    verify,
-)
-from .ledger import Changes, Contents
-from .operations import LARGEST
+from .ledger import Changes, ClientRecord, Contents, KeyRecord
+from .operations import LARGEST, Result
 from .settings import Caps
 
 log = logging.getLogger(__name__)
 
-# SQLite in WAL mode: FULL syncs at every commit; NORMAL writes at every commit, so that a killed process
-# loses nothing, and syncs at checkpoints, so that a power cut may lose the last commits.
+_APPLICATION_ID = 0x43545352  # "CTSR", in the header of the file: distinguishes a journal from other SQLite files
+_VERSION = 2
+_SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE clients (client BLOB PRIMARY KEY, sequence INTEGER NOT NULL, results BLOB NOT NULL, used REAL NOT NULL,
+    object TEXT NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE objects (name TEXT PRIMARY KEY, state BLOB NOT NULL, checksum INTEGER NOT NULL);
+CREATE TABLE keys (key TEXT PRIMARY KEY, fingerprint BLOB NOT NULL, value INTEGER NOT NULL, used REAL NOT NULL,
+    checksum INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_TABLES = {statement.strip() for statement in _SCHEMA.split(";")} - {""}
+
+# Of SQLite in WAL mode: FULL syncs at every commit, NORMAL at checkpoints, so a power cut may lose the last commits.
 _SYNCHRONOUS = {"commit": "FULL", "process": "NORMAL"}
 
-_PUT_BACK = "put it back, or a backup: else numbers are lost, and given again"
-_SMALLEST = 512  # bytes, of a page
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # they change nothing, and may go away
+_NOT_OPENED = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR}
+_TRIED_BYTES = 65536  # more than the largest single write of SQLite, so this fails whenever that did
+
+_SMALLEST_PAGE = 512  # bytes
+_ROWS_AT_ONCE = 200  # few enough to stay in the processor's cache
 _BACKUP_PAGES = 2000  # copied at once, between commits
-_BACKUP_PAUSE = 0.002  # seconds, in which those that wait can commit
+_BACKUP_PAUSE = 0.002  # seconds between two such copies, for waiting commits
+
+_encode = msgpack.Encoder().encode
+_decode_results = msgpack.Decoder(list[Result]).decode
 
 
 class JournalFailed(Exception):
-    """The outcome of a commit is unknown: end the process, the disk is the truth."""
+    """The outcome of a commit is unknown: end the process, and let the next one read the disk."""
 
 
 class Journal:
-    """The file behind the ledger and the durable objects. For one process, who holds the data directory's lock.
+    """The file of the ledger and the durable objects, for the process that holds the data directory's lock.
 
     :param durability: ``"commit"`` or ``"process"``.
-    :param most: bytes of the file, beyond which it is as if the disk were full.
-    :raises StartupError: if the file is not a journal, is damaged, or was written by a newer version.
+    :param most: largest size of the file in bytes; beyond it the disk counts as full.
+    :raises StartupError: if the file is not a journal, is damaged, or has another format.
     """
 
     def __init__(self, path: Path, durability: str = "commit", *, most: int = Caps.journal_bytes) -> None:
         self.path = path
-        self._log = path.with_name(path.name + "-wal")
-        self._mark = path.with_name(f"in-use.{path.name}")  # says how many bytes the log has at the least
-        self._mark_file: int | None = None
-        self._marked = 0
         self.epoch = ""  # identifies this state: it changes when some of the state is lost
-        self.starts = 0  # how often a manager began on this file: see `count_start`
-        self._committing = threading.Lock()  # held through a transaction: the ledger's, or one object's
+        self.starts = 0  # number of managers that began on this file: see `count_start`
+        self._log = path.with_name(path.name + "-wal")
+        self._mark = path.with_name(f"in-use.{path.name}")  # holds the least size of the log, in bytes
+        self._marked = 0  # the size in it
+        self._log_file = -1  # a descriptor, which shows a cut log faster than its path
+        self._opened = ExitStack()
+        self._committing = threading.Lock()  # held through a transaction of the ledger or of one object
         try:
-            self._sync()
-            begins_anew = self._is_rolled_back()
-            self._look()
-            if not path.exists():
-                create(path)
-            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        except (sqlite3.Error, OSError, ValueError) as error:
-            raise_unusable(self.path, error)
-        try:
-            self._open(_SYNCHRONOUS[durability], begins_anew=begins_anew)
-            self._files = {str(file): file.stat() for file in (path, self._log)}  # as they were when last looked at
-            page_size = self._connection.execute("PRAGMA page_size").fetchone()[0]
-            self._connection.execute(f"PRAGMA max_page_count = {max(most // page_size, 1)}")
-        except BaseException as error:
-            self._connection.close()
-            if isinstance(error, (sqlite3.Error, OSError, ValueError, Damaged)):
-                raise_unusable(self.path, error)
+            with _naming(path):
+                for file in (path, self._log, path.parent):  # the last writer may have died before its sync
+                    with suppress(FileNotFoundError):
+                        sync(file)
+                is_rolled_back = self._inspect()
+                if not path.exists():
+                    _create(path)
+                connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+                self._connection = self._opened.enter_context(closing(connection))
+                self._cursor = connection.cursor()  # of the commits: a cursor for each statement costs more
+                self._open(_SYNCHRONOUS[durability], most, is_rolled_back=is_rolled_back)
+        except BaseException:
+            self._opened.close()
             raise
 
-    def _sync(self) -> None:
-        """Have on disk what is there to be read: the writer before us may have been killed between write and sync."""
-        for path in (self.path, self._log, self.path.parent):
-            with suppress(FileNotFoundError):
-                sync(path)
+    def _inspect(self) -> bool:
+        """Refuse unusable files; return whether acknowledged commits have vanished since a manager was killed.
 
-    def _look(self) -> None:
-        """Refuse what cannot be used, and leave it alone.
-
-        What is not ours is refused before a connection that can write would fold its log in, and so is a log of
-        another journal: SQLite would take its pages for those of this one.
+        Do this before SQLite writes: it would remove an empty log, and fold in a log of another program or journal.
         """
-        there = self.path.exists()
-        if there and (size := self.path.stat().st_size) < _SMALLEST:  # to SQLite, that is a new one
-            raise StartupError(f"the journal {self.path} has {size} bytes, as none has: put back a copy, or remove it")
-        header = Header.of(self.path) if there else Header(is_ours=True, keeps_log=False)
-        if header.is_ours and not header.keeps_log and self._log.exists() and self._log.stat().st_size > 0:
+        size = self.path.stat().st_size if self.path.exists() else None
+        log_size = self._log.stat().st_size if self._log.exists() else 0
+        if size is not None and size < _SMALLEST_PAGE:  # to SQLite, this is a new database
+            raise StartupError(f"the journal {self.path} was cut to {size} bytes: put back a backup, or remove it")
+        is_ours, keeps_log = True, False
+        if size:
+            with self.path.open("rb") as file:
+                header = file.read(100)  # https://www.sqlite.org/fileformat2.html
+            is_ours = header[68:72] == _APPLICATION_ID.to_bytes(4, "big")
+            keeps_log = header[18:19] == b"\2"  # is in WAL mode, as journals are and backups are not
+        if is_ours and not keeps_log and log_size:
             raise StartupError(
-                f"{self._log} is not the log of {self.path}, which was removed or put back from a backup: move the log"
+                f"{self._log} does not belong to {self.path}, which was removed or replaced by a backup: move the log"
                 " away, or put back the journal that it was written for"
             )
-        if not there:
-            return
+        # The directory's lock replaces SQLite's, which need a shared-memory file and so room on the disk.
+        uri = f"{self.path.absolute().as_uri()}?mode=ro&vfs=unix-none"
         try:
-            # Without locks, for whoever holds the directory; so without the file of shared memory beside the log, for
-            # which a full disk has no room.
-            uri = f"{self.path.absolute().as_uri()}?mode=ro&vfs=unix-none"
-            with closing(sqlite3.connect(uri, uri=True)) as connection:
-                connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-                recognise(connection, self.path)
+            if size:
+                with closing(sqlite3.connect(uri, uri=True)) as connection:
+                    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+                    _recognise(connection, self.path)
         except sqlite3.OperationalError as error:
-            # Somebody was killed as he made a journal of a backup: to open it will undo that.
-            if not header.is_ours or error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+            # A process died while it turned a backup into a journal: opening the file for writing undoes that.
+            if not is_ours or error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
                 raise
-
-    def _is_rolled_back(self) -> bool:
-        """Return whether numbers that were given are lost, with files that are gone since a manager was killed.
-
-        Look before anything connects: SQLite may remove an empty log when a connection is closed.
-        """
         try:
             least = max(int(self._mark.read_text() or 1), 1)
         except (FileNotFoundError, ValueError):
             return False
-        if self.path.exists():
-            is_backup = not Header.of(self.path).keeps_log  # which was put back
-            if is_backup or (self._log.exists() and self._log.stat().st_size >= least):
-                self._mark.unlink()
-                return False
+        if size and (not keeps_log or log_size >= least):  # without a log, it is a backup
+            self._mark.unlink()
+            return False
         log.error(
-            "%s or its log was removed, replaced or cut while a manager used it: numbers that were given are lost, and"
-            " some are given again; each process that used it is told so by StateLost",
+            "%s or its log was removed, replaced or cut while a manager used it: acknowledged increments are lost and"
+            " their numbers given again, and every process that used them gets StateLost",
             self.path,
         )
         return True
 
-    def _open(self, synchronous: str, *, begins_anew: bool) -> None:
+    def _open(self, synchronous: str, most: int, *, is_rolled_back: bool) -> None:
         execute = self._connection.execute
-        execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner: no shared-memory file, no locks per commit
-        recognise(self._connection, self.path)  # of a newer version, perhaps: when it could not be read before
+        execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner: no shared-memory file, no locks for each commit
+        _recognise(self._connection, self.path)  # again, for a file that could not be read before
         execute("PRAGMA journal_mode = WAL")
         execute(f"PRAGMA synchronous = {synchronous}")
-        try:
-            # After a failed fsync the kernel may hold what the disk does not have, and say that it does: what was read
-            # is written again before it is believed.
+        with self._refusals_ignored():
+            # After a failed fsync the kernel may report pages as written that the disk does not have: write them again.
             execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except sqlite3.OperationalError as error:
-            if refusal(error, self.path, committing=True) is None:  # else it stays in the log, and is read from there
-                raise
-        upgrade(self._connection)
-        if begins_anew:
+        if is_rolled_back:
             self.epoch = secrets.token_hex(16)
-            try:
+            with self._refusals_ignored():
                 execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (self.epoch,))
                 self._mark.unlink(missing_ok=True)
-            except sqlite3.OperationalError as error:
-                if refusal(error, self.path, committing=True) is None:
-                    raise
         else:
             found = execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()
             if found is None:
-                raise Damaged("it has no epoch")
+                raise ValueError("it has no epoch")
             self.epoch = str(found[0])
+        self._files = {str(file): file.stat() for file in (self.path, self._log)}  # at the last check
+        self._log_file = self._opened.enter_context(self._log.open("rb")).fileno()
+        page_size = execute("PRAGMA page_size").fetchone()[0]
+        execute(f"PRAGMA max_page_count = {max(most // page_size, 1)}")
+
+    @contextmanager
+    def _refusals_ignored(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            if refusal(error, self.path, committing=True) is None:
+                raise
 
     def count_start(self) -> None:
-        """Note that a manager begins. Where that cannot be written down for now, it is counted in memory alone.
-
-        :raises StartupError: if the disk fails.
-        """
-        execute = self._connection.execute
-        try:
-            found = execute("SELECT value FROM meta WHERE name = 'starts'").fetchone()
+        """Count a manager that begins; in memory alone where the file takes no writes for now."""
+        with _naming(self.path), self._refusals_ignored():
+            found = self._connection.execute("SELECT value FROM meta WHERE name = 'starts'").fetchone()
             self.starts = (int(found[0]) if found else 0) + 1
-            execute("REPLACE INTO meta VALUES ('starts', ?)", (str(self.starts),))
-        except (sqlite3.Error, ValueError) as error:
-            if refusal(error, self.path, committing=True) is None:
-                raise_unusable(self.path, error)
+            self._connection.execute("REPLACE INTO meta VALUES ('starts', ?)", (str(self.starts),))
 
     @property
     def size(self) -> int:
-        """The bytes of the file and of its log."""
-        total = 0
-        for path in (self.path, self._log):
-            with suppress(FileNotFoundError):
-                total += path.stat().st_size
-        return total
+        """The bytes of the file and of its log, at the last check."""
+        return sum(status.st_size for status in self._files.values())
 
     def load(self) -> Contents:
-        """Everything that was committed.
-
-        :raises StartupError: if the file is damaged.
-        """
-        try:
-            verify(self._connection)
-            return read(self._connection)
-        except (sqlite3.Error, ValueError, Damaged) as error:
-            raise_unusable(self.path, error)
+        """Return everything that was committed; raise `StartupError` if the file is damaged."""
+        with _naming(self.path):
+            return _read(self._connection)
 
     def check(self, contents: Contents) -> None:
-        """Look at the whole file, and whether it holds `contents`. Nobody may commit meanwhile.
-
-        :raises StartupError: if it is damaged or does not.
-        """
-        try:
-            with self._committing:
-                verify(self._connection, thoroughly=True)
-                compare(self._connection, contents)
-        except (sqlite3.Error, Damaged) as error:
-            raise_unusable(self.path, error)
+        """Raise `StartupError` if the file is damaged or differs from `contents`. Do not commit meanwhile."""
+        with _naming(self.path), self._committing:
+            _verify(self._connection, thoroughly=True)
+            _compare(self._connection, contents)
 
     def back_up(self, target: Path) -> int:
-        """Copy the journal as it is at one moment into a new file, durably, while commits go on; return its bytes.
+        """Copy a snapshot of the journal into a new file, durably, while commits go on; return its bytes.
 
-        The copy is one file that can be read anywhere, also where its directory cannot be written to.
-
-        :raises StartupError: if the file is there already, or cannot be written. Nothing is left of it then.
+        :raises StartupError: if `target` exists or cannot be written; no part of the copy is left then.
         """
         part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
         try:
-            try:
-                os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-                with closing(sqlite3.connect(part, isolation_level=None)) as copy:
-                    with self._committing:
-                        # SQLite carries what this connection commits in the pauses over to what it has copied already.
-                        self._connection.backup(copy, pages=_BACKUP_PAGES, progress=self._pause)
-                    copy.execute("PRAGMA journal_mode = DELETE")
-                size = part.stat().st_size
-                sync(part)
-                os.link(part, target)  # and so never over another file
-                sync(target.parent)
-                return size
-            finally:
-                part.unlink(missing_ok=True)
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            with closing(sqlite3.connect(part, isolation_level=None)) as copy:
+                with self._committing:
+                    # SQLite adds the commits of this connection to the pages that it has copied already.
+                    self._connection.backup(copy, pages=_BACKUP_PAGES, progress=self._pause)
+                copy.execute("PRAGMA journal_mode = DELETE")
+            size = part.stat().st_size
+            sync(part)
+            os.link(part, target)  # unlike a rename, this never replaces a file
+            sync(target.parent)
+            return size
         except FileExistsError as error:
-            raise StartupError(f"{target} is there already, and was left as it is: name another file") from error
+            raise StartupError(f"{target} is there already and was not changed: name another file") from error
         except (sqlite3.Error, OSError) as error:
-            raise StartupError(f"no backup can be written to {target}: {error}; the counters go on") from error
+            raise StartupError(f"no backup can be written to {target}: {error}; counting goes on") from error
+        finally:
+            with suppress(OSError):
+                part.unlink()
 
     def _pause(self, _status: int, remaining: int, _total: int) -> None:
-        """Between two parts of a backup: who waits to commit goes first."""
+        """Let waiting commits go first, between two parts of a backup."""
         if remaining:
             self._committing.release()
             try:
@@ -260,36 +236,59 @@ class Journal:
     def commit(self, changes: Changes) -> None:
         """Make `changes` durable in one transaction.
 
-        :raises StorageFull: the file system refused to be written to; nothing was changed.
-        :raises JournalFailed: nobody knows.
+        :raises StorageFull: if the file system refused the write; nothing was changed.
+        :raises JournalFailed: if the outcome is unknown.
         """
+        execute = self._cursor.execute
         with self._committing:
-            self._look_after_files(str(self._log))  # before, as well: a log that was cut is long again after a commit
-            self._commit(changes)
-            self._look_after_files()
+            try:
+                if os.fstat(self._log_file).st_size < self._files[str(self._log)].st_size:
+                    self._check_files()  # before, too: a commit makes a log that was cut long again
+                execute("BEGIN IMMEDIATE")
+                for statement, row in _statements(changes):
+                    execute(statement, row)
+                execute("COMMIT")
+            except JournalFailed:
+                raise
+            except BaseException as error:
+                raise self._undo(error) from error
+            self._check_files()
             self._note(self._files[str(self._log)].st_size)
 
-    def look_after_files(self) -> None:
-        """Check that the files are still the ones that were opened, unless a commit under way does so.
+    def _undo(self, error: BaseException) -> StorageFull | JournalFailed:
+        """Roll back a commit that `error` ended, where its outcome can be known; return the error to raise."""
+        refused = refusal(error, self.path, committing=True)
+        if refused is None:
+            return JournalFailed(f"the journal {self.path} failed: {error}")
+        if self._connection.in_transaction:  # SQLite has mostly rolled back by itself
+            try:
+                self._connection.execute("ROLLBACK")
+            except sqlite3.Error as failure:
+                return JournalFailed(f"the journal {self.path} could not be rolled back: {failure}")
+        cap = ", or it has reached --max-journal-bytes" if refused.errno == errno.ENOSPC else ""
+        return StorageFull(
+            f"{self.path} cannot be written to: {refused.strerror}{cap}; nothing was counted, and reads go on"
+        )
 
-        :raises JournalFailed: if not.
-        """
+    def look_after_files(self) -> None:
+        """Raise `JournalFailed` if an open file is not in its place any more. A commit under way does this itself."""
         if self._committing.acquire(blocking=False):
             try:
-                self._look_after_files()
+                self._check_files()
             finally:
                 self._committing.release()
 
-    def _look_after_files(self, *paths: str) -> None:
-        """Notice a file that was removed, replaced or cut: writes to it are lost. Called with the lock held."""
-        for path in paths or self._files:
-            before = self._files[path]
+    def _check_files(self) -> None:
+        """Find a file that was removed, replaced or cut: writes to it are lost. Call this with the lock held."""
+        for path, before in self._files.items():
             try:
                 status = os.stat(path)
             except OSError as error:
-                left = f"nothing is lost, all is in {self.path}" if self._is_folded_in() else _PUT_BACK
-                raise JournalFailed(f"{path} was removed while it was in use ({error.strerror}); {left}") from error
-            if not os.path.samestat(status, before):
+                advice = "put it back, or a backup: otherwise increments are lost and their numbers given again"
+                if self._is_folded_in():
+                    advice = f"nothing is lost, all is in {self.path}"
+                raise JournalFailed(f"{path} was removed while it was in use ({error.strerror}); {advice}") from error
+            if status.st_ino != before.st_ino or status.st_dev != before.st_dev:
                 fault = "replaced by another file"
             elif status.st_size < before.st_size:
                 fault = f"cut from {before.st_size} to {status.st_size} bytes"
@@ -298,21 +297,18 @@ class Journal:
                 continue
             self._note(LARGEST)
             raise JournalFailed(
-                f"{path} was {fault} while it was in use; put back a backup, or numbers are given again"
+                f"{path} was {fault} while it was in use; put back a backup: otherwise numbers are given again"
             )
 
     def _note(self, size: int) -> None:
-        """Note how long the log is, for whoever finds it shorter when this process was killed."""
+        """Note the size of the log, so that the next process finds out if the log was cut after a kill."""
         if size != self._marked:
-            with suppress(OSError):  # where there is no room for it, it is not noticed
-                if self._mark_file is None:  # kept open: the log grows with most commits at first
-                    self._mark_file = os.open(self._mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                os.lseek(self._mark_file, 0, os.SEEK_SET)
-                os.write(self._mark_file, b"%020d" % size)
+            with suppress(OSError):  # without room for the note, such a cut is not found
+                self._mark.write_text(str(size))
                 self._marked = size
 
     def _is_folded_in(self) -> bool:
-        """Fold the log into the journal, if only the log was removed: SQLite has it still open."""
+        """Fold the log, which SQLite still has open, into the journal, if only the log was removed."""
         with suppress(sqlite3.Error, OSError):
             is_there = os.path.samestat(self.path.stat(), self._files[str(self.path)])
             if is_there and self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0:
@@ -320,59 +316,189 @@ class Journal:
                 return True
         return False
 
-    def _commit(self, changes: Changes) -> None:
-        execute = self._connection.execute
-        try:
-            execute("BEGIN IMMEDIATE")
-            for name, value in changes.counters.items():
-                if value is None:
-                    execute("DELETE FROM counters WHERE name = ?", (name,))
-                else:
-                    execute("REPLACE INTO counters VALUES (?, ?, ?)", sealed(name, value))
-            for client, record in changes.clients.items():
-                if record is None:
-                    execute("DELETE FROM clients WHERE client = ?", (client,))
-                else:
-                    execute("REPLACE INTO clients VALUES (?, ?, ?, ?, ?, ?)", sealed_client(client, record))
-            for key, known in changes.keys.items():
-                if known is None:
-                    execute("DELETE FROM keys WHERE key = ?", (key,))
-                else:
-                    row = sealed(key, known.fingerprint, known.value, float(known.used))
-                    execute("REPLACE INTO keys VALUES (?, ?, ?, ?, ?)", row)
-            for name, state in changes.objects.items():
-                execute("REPLACE INTO objects VALUES (?, ?, ?)", sealed(name, state))
-            execute("COMMIT")
-        except BaseException as error:
-            raise self._undone(error) from error
-
-    def _undone(self, error: BaseException) -> StorageFull | JournalFailed:
-        """What to raise for a commit that failed of `error`: it was undone, where that can be known."""
-        refused = refusal(error, self.path, committing=True)
-        if refused is None:
-            return JournalFailed(f"the journal {self.path} failed: {error}")
-        self._roll_back()
-        cap = ", or it has the bytes that --max-journal-bytes allows" if refused.errno == errno.ENOSPC else ""
-        return StorageFull(
-            f"{self.path} cannot be written to: {refused.strerror}{cap}; nothing was counted, and reads go on"
-        )
-
-    def _roll_back(self) -> None:
-        # After a write that failed SQLite has mostly rolled back by itself.
-        if self._connection.in_transaction:
-            try:
-                self._connection.execute("ROLLBACK")
-            except sqlite3.Error as error:
-                raise JournalFailed(f"the journal {self.path} could not be rolled back: {error}") from error
-
     def close(self) -> None:
-        """Fold the log into the file where possible (everything committed is safe without), and let go."""
+        """Close the file, and fold the log into it if possible. Every commit is safe without that, too."""
         with suppress(sqlite3.Error, JournalFailed), self._committing:
             try:
-                self._look_after_files()
+                self._check_files()
                 self._mark.unlink(missing_ok=True)  # first: SQLite removes the log
             finally:
-                self._connection.close()
-                if self._mark_file is not None:
-                    os.close(self._mark_file)
-                    self._mark_file = None
+                self._log_file = -1
+                self._opened.close()
+
+
+def examine(path: Path) -> Contents:
+    """Check a journal or backup completely, without changing it; return its contents or raise `StartupError`."""
+    with _naming(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        _recognise(connection, path)
+        return _read(connection, thoroughly=True)
+
+
+def refusal(error: BaseException, path: Path, *, committing: bool = False) -> OSError | None:
+    """Return why the file system refuses writes to the database at `path` for now; None if `error` has another cause.
+
+    SQLite reports only a full disk. For the rest, try another write beside the file, at an offset beyond its end: there
+    may be a limit on the size of files.
+
+    :param committing: a commit failed: accept only errors after which the log lacks the end of that commit.
+    """
+    if isinstance(error, OSError):
+        return error if error.errno in REFUSALS else None
+    code = getattr(error, "sqlite_errorcode", None)
+    if code == sqlite3.SQLITE_FULL:
+        return OSError(errno.ENOSPC, "its disk is full")
+    if code is None or not (code == sqlite3.SQLITE_IOERR_WRITE or (not committing and code & 0xFF in _NOT_OPENED)):
+        return None
+    try:
+        files = (path, path.with_name(path.name + "-wal"))
+        offset = max((file.stat().st_size for file in files if file.exists()), default=0)
+        with tempfile.TemporaryFile(dir=path.parent, buffering=0) as file:
+            end = offset + _TRIED_BYTES
+            while offset < end:  # after a partial write, the next one gives the reason
+                offset += os.pwrite(file.fileno(), bytes(end - offset), offset)
+    except OSError as failure:
+        return failure if failure.errno in REFUSALS else None
+    return None
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise the errors of a file that cannot be read or made as `StartupError`, caused by `OSError` if it may pass."""
+    try:
+        yield
+    except (sqlite3.Error, OSError, ValueError) as error:
+        refused = refusal(error, path)
+        reason = error if refused is None else refused.strerror
+        advice = "put back a backup, or repair its disk" if refused is None else "free some space, and start again"
+        raise StartupError(f"the journal {path} cannot be used: {reason}; it was not changed: {advice}") from (
+            refused or error
+        )
+
+
+def _create(path: Path) -> None:
+    """Make a new journal in another place first, so that a kill leaves no part of one behind."""
+    place = path.with_name(f".{path.name}.new")
+    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed here
+    try:
+        place.mkdir(mode=0o700)
+        part = place / path.name
+        with closing(sqlite3.connect(part, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(
+                f"BEGIN; {_SCHEMA} INSERT INTO meta VALUES ('epoch', '{secrets.token_hex(16)}');"  # noqa: S608
+                f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_VERSION}; COMMIT"
+            )
+            # Closing the connection would fold the log in, too, but would not report a failure.
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's contents, or a directory's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _recognise(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise `StartupError` unless the database is a journal in the format of this version."""
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    connection.execute("SELECT count(*) FROM sqlite_master")  # SQLite does not look at the file before this
+    if application != _APPLICATION_ID:
+        raise StartupError(f"{path} is not a journal of counter_server; it was not changed")
+    if version != _VERSION:
+        raise StartupError(
+            f"the journal {path} has format {version}, and this version of counter_server reads format {_VERSION};"
+            " it was not changed: use the version that wrote it"
+        )
+
+
+def _verify(connection: sqlite3.Connection, *, thoroughly: bool = False) -> None:
+    """Check the structure of the whole file, `thoroughly` including its indexes; raise `ValueError` for a fault."""
+    (found,) = connection.execute(f"PRAGMA {'integrity' if thoroughly else 'quick'}_check(1)").fetchone()
+    if found != "ok":
+        raise ValueError(" ".join(found.split()))
+    tables = {statement for (statement,) in connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")}
+    if tables != _TABLES:
+        raise ValueError("its tables are not a journal's")
+
+
+def _read(connection: sqlite3.Connection, *, thoroughly: bool = False) -> Contents:
+    _verify(connection, thoroughly=thoroughly)
+    return Contents(
+        counters=dict(_rows(connection, "counters", "name")),
+        clients={
+            client: ClientRecord(sequence, _decode_results(results), used, owner)
+            for client, sequence, results, used, owner in _rows(connection, "clients", "used")
+        },
+        keys={key: KeyRecord(*record) for key, *record in _rows(connection, "keys", "used")},
+        objects=dict(_rows(connection, "objects")),
+    )
+
+
+def _compare(connection: sqlite3.Connection, contents: Contents) -> None:
+    """Raise `ValueError` where file and memory differ. Answers refused for lack of space are in memory alone."""
+    remembered: Mapping[Any, Any]
+    for table, remembered in (("counters", contents.counters), ("keys", contents.keys)):
+        number = 0
+        for number, (name, *values) in enumerate(_rows(connection, table), 1):  # noqa: B007 - the count
+            expected = remembered.get(name)
+            if expected != (values[0] if table == "counters" else tuple(values)):
+                raise ValueError(f"its {table} have {values} for {name!r}, and the memory {expected}")
+        if number != len(remembered):
+            raise ValueError(f"it has {number} {table}, and the memory {len(remembered)}")
+    for client, sequence, results, _, owner in _rows(connection, "clients"):
+        known = None if owner else contents.clients.get(client)
+        if not owner and (known is None or known.sequence < sequence):
+            raise ValueError(f"it knows a client at batch {sequence} that the memory does not")
+        if known is not None and known.sequence == sequence and _encode(known.results) != results:
+            raise ValueError(f"it has other results of a client's batch {sequence} than the memory")
+
+
+def _statements(changes: Changes) -> Iterator[tuple[str, tuple[object, ...]]]:
+    """Yield the SQL statements of a commit, each with its values."""
+    for name, value in changes.counters.items():
+        if value is None:
+            yield "DELETE FROM counters WHERE name = ?", (name,)
+        else:
+            yield "REPLACE INTO counters VALUES (?, ?, ?)", _sealed(name, value)
+    for client, record in changes.clients.items():
+        if record is None:
+            yield "DELETE FROM clients WHERE client = ?", (client,)
+        else:
+            row = _sealed(client, record.sequence, _encode(record.results), float(record.used), record.object)
+            yield "REPLACE INTO clients VALUES (?, ?, ?, ?, ?, ?)", row
+    for key, known in changes.keys.items():
+        if known is None:
+            yield "DELETE FROM keys WHERE key = ?", (key,)
+        else:
+            row = _sealed(key, known.fingerprint, known.value, float(known.used))
+            yield "REPLACE INTO keys VALUES (?, ?, ?, ?, ?)", row
+    for name, state in changes.objects.items():
+        yield "REPLACE INTO objects VALUES (?, ?, ?)", _sealed(name, state)
+
+
+def _sealed(*values: object) -> tuple[object, ...]:
+    """Return a row of these values, with its checksum."""
+    return *values, crc32(_encode(values))
+
+
+def _rows(connection: sqlite3.Connection, table: str, order: str | None = None) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a table; raise `ValueError` for a row that does not match its checksum."""
+    # Many rows at once, column by column, so that loops in C do the work for each row: there may be a million.
+    ordered = f" ORDER BY {order}" if order else ""
+    found = connection.execute(f"SELECT * FROM {table}{ordered}")  # noqa: S608
+    while block := found.fetchmany(_ROWS_AT_ONCE):
+        *columns, checksums = zip(*block, strict=True)
+        right = tuple(map(crc32, map(_encode, zip(*columns, strict=True))))
+        if right != checksums:
+            wrong = next(row for row, one, other in zip(block, right, checksums, strict=True) if one != other)
+            raise ValueError(f"a row of its {table} is not what was written: {wrong[0]!r}")
+        yield from zip(*columns, strict=True)

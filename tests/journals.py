@@ -1,4 +1,4 @@
-"""Journals whose contents after each commit are known: what damage is looked for in."""
+"""Journals with known contents after each commit, to be damaged by tests."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -9,9 +9,9 @@ from counter_server.ledger import Changes, ClientRecord, Contents, KeyRecord
 
 
 def written(directory: Path) -> tuple[dict[str, bytes], list[Contents]]:
-    """Make a journal of 30 commits: its files when much of it is in the log, and what it held after each commit.
+    """Make a journal of 30 commits; return its files while much is in the log, and its contents after each commit.
 
-    It is closed then, the log folded in.
+    Then close it, which folds the log in.
     """
     directory.mkdir()
     with closing(Journal(directory / "journal")) as journal:

@@ -333,7 +333,7 @@ def test_a_data_directory_that_cannot_be_made_stops_the_start_in_one_line(
 def test_a_key_that_cannot_be_made_is_told_in_one_line() -> None:
     if not Path("/proc/self").exists():
         pytest.skip("no /proc, where nobody makes a file")
-    with pytest.raises(StartupError, match=r"the key /proc/self/session\.key cannot be had: ") as caught:
+    with pytest.raises(StartupError, match=r"the key /proc/self/session\.key cannot be made or read: ") as caught:
         DataDirectory("/proc/self").key("session")
     assert "\n" not in str(caught.value)
 

@@ -47,13 +47,13 @@ def manager(start_manager: StartManager) -> Manager:
 
 @pytest.fixture
 def state(manager: Manager, stack: ExitStack) -> State:
-    """Of the manager, and of the ones that come after it, with a counter at 1."""
+    """Return the state of the manager and its successors, with a counter at 1."""
     state = stack.enter_context(open_client(manager.url, deadline=PATIENCE))
     assert state.counter("c").increment() == 1
     return state
 
 
-# Killed at every step of a commit
+# Kills at every step of a commit
 
 _WRITER = """
 import pathlib, sys
@@ -71,7 +71,7 @@ journal.close()
 
 
 def survives_a_kill(path: Path, call: str, when: int, backup: Path | None) -> bool:
-    """Kill a writer there and look at what it leaves; whether it came so far at all."""
+    """Kill a writer at this call and check the files it leaves; return whether it came that far."""
     path.mkdir()
     if backup is not None:
         shutil.copy(backup, path / "journal")
@@ -84,7 +84,7 @@ def survives_a_kill(path: Path, call: str, when: int, backup: Path | None) -> bo
         value = contents.counters.get("a", 0)
         assert value in (answered, answered + 1)
         assert [known.value for known in contents.keys.values()] == list(range(1, value + 1))
-        # The one that was never answered is sent again, and counted once.
+        # A batch that was never answered is sent again, and counted once.
         ledger = Ledger(contents, journal)
         again = Batch(b"w" * 16, answered + 1, [Increment("a", key=f"k{answered + 1}")])
         assert ledger.perform([again]) == [[answered + 1]]
@@ -99,7 +99,7 @@ def survives_a_kill(path: Path, call: str, when: int, backup: Path | None) -> bo
 def test_a_writer_killed_at_any_step_of_a_commit_loses_nothing_answered_and_applies_nothing_twice(
     tmp_path: Path, call: str, step: int, *, put_back: bool
 ) -> None:
-    """From the making of the file, also of a backup, to its closing: at every sync, and at every other write."""
+    """From creating the file, or opening a backup, to closing it: at every sync, and at every other write."""
     backup = tmp_path / "backup" if put_back else None
     if backup is not None:
         with closing(Journal(tmp_path / "original")) as journal:
@@ -117,7 +117,7 @@ def test_a_writer_killed_at_any_step_of_a_commit_loses_nothing_answered_and_appl
 
 
 def makes_a_journal(path: Path, fault: str) -> bool:
-    """Whether one can be made in spite of the fault; if not, nothing has to be left of it."""
+    """Return whether a journal can be created in spite of the fault; check that a failure leaves no file."""
     path.mkdir()
     with faulty("pwrite64", fault, "-c", _MAKER, path / "journal") as maker:
         if maker.wait() == 0:
@@ -130,7 +130,7 @@ def makes_a_journal(path: Path, fault: str) -> bool:
 _MAKER = "import pathlib, sys; from counter_server.journal import Journal; Journal(pathlib.Path(sys.argv[1])).close()"
 
 
-def test_a_journal_that_there_is_no_room_to_make_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_journal_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     made: list[bool] = []
     with ThreadPoolExecutor(4) as several:
         while not any(made):
@@ -145,7 +145,7 @@ def test_a_journal_that_there_is_no_room_to_make_leaves_nothing_behind(tmp_path:
 # A disk that fails
 
 
-# (What fails with openat is the journal's finding out why: after a failed sync it does not matter why.)
+# (With openat, the journal cannot find out the reason. After a failed sync the reason does not matter.)
 @pytest.mark.parametrize(("call", "error"), [("fdatasync", "EIO"), ("fdatasync,openat", "EROFS"), ("pwrite64", "EIO")])
 def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
     manager: Manager, state: State, start_manager: StartManager, stack: ExitStack, call: str, error: str
@@ -159,7 +159,7 @@ def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
         assert "unknown" in line
         assert not answer.done()
         start_manager()
-        assert answer.result() == 2  # whether it was written before or not
+        assert answer.result() == 2  # whether it had been written or not
     assert state.counter("c").increment() == 3
 
 
@@ -198,7 +198,7 @@ def test_a_file_system_that_is_read_only_is_named_and_when_it_is_not_any_more_al
 def test_a_journal_with_flipped_or_missing_bytes_is_refused_by_name_or_is_as_it_was_at_one_commit(
     tmp_path: Path, name: str
 ) -> None:
-    """Of the log, everything from the damage on counts as never written. The file by itself is right or refused."""
+    """In the log, everything after the damage counts as never written. A file without a log is whole or refused."""
     copies, states = written(tmp_path / "original")
     if name == "journal":
         copies = {name: (tmp_path / "original" / name).read_bytes()}  # alone: closed, the log is folded in
@@ -239,7 +239,7 @@ def _cut(content: bytearray, offset: int) -> None:
     del content[offset:]
 
 
-# Its files
+# Removed files
 
 
 def new_client_counts(url: str) -> int:
@@ -258,8 +258,8 @@ def test_a_socket_that_was_removed_is_there_again_and_nobody_who_is_in_is_distur
         assert path.is_socket()
     place = data_dir.with_name("foreign")
     with socket.socket(socket.AF_UNIX) as foreign:
-        foreign.bind(str(place))  # one that nobody listens on
-        place.rename(path)  # in one step: where nothing stands the manager may come first
+        foreign.bind(str(place))  # without a listener
+        place.rename(path)  # in one step: the manager may be faster than two
         assert new_client_counts(manager.url) == 6
     assert manager.stop() == 0
     assert not path.exists()
@@ -268,7 +268,7 @@ def test_a_socket_that_was_removed_is_there_again_and_nobody_who_is_in_is_distur
 def test_a_manager_that_ends_does_not_take_its_own_socket_for_one_that_was_removed(
     manager: Manager, state: State, data_dir: Path
 ) -> None:
-    with late(manager.pid, "?unlink,unlinkat", 0.8):  # longer than between two looks
+    with late(manager.pid, "?unlink,unlinkat", 0.8):  # longer than the interval of its checks
         assert manager.stop() == 0
     assert manager.errors == []
     assert not DataDirectory(data_dir).socket.exists()
@@ -280,7 +280,7 @@ def test_what_takes_the_place_of_the_socket_is_left_alone_and_named(
     path = DataDirectory(data_dir).socket
     notes = data_dir.with_name("notes")
     notes.write_text("notes")
-    notes.rename(path)  # in one step: where nothing stands the manager may come first
+    notes.rename(path)  # in one step: the manager may be faster than two
     eventually(lambda: any(str(path) in line and "not a socket" in line for line in manager.errors), "its name")
     assert state.counter("c").increment() == 2
     path.unlink()
@@ -371,7 +371,7 @@ def test_a_journal_that_was_removed_from_beside_its_log_is_missed(
 
 
 def cpu_seconds(pid: int) -> float:
-    """That a process has used until now."""
+    """Return the processor time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -391,7 +391,7 @@ def test_a_manager_without_descriptors_does_not_spin_and_serves_again_when_there
             values = []
             while time.monotonic() < end:
                 values.append(state.counter("c").increment())
-                time.sleep(0.1)  # the pace of the load: it is the manager's own use of time that is looked at
+                time.sleep(0.1)  # pauses: this measures the manager's own use of time, not the load
             assert values == list(range(2, 2 + len(values)))
             assert cpu_seconds(manager.pid) - began < 0.4
     finally:
@@ -406,12 +406,12 @@ def threads_of(pid: int) -> int:
 
 @contextmanager
 def crowd(pid: int, peers: int, come: Callable[[], socket.socket | Connection], threads: int) -> Iterator[None]:
-    """Peers that stay while the block runs; it begins when the process has so many threads.
+    """Keep peers connected while the block runs, which begins when the process has `threads` threads.
 
-    Who was cut off before that, as a busy machine was slower than the peers' time, is followed by another one.
+    A peer that a busy machine cut off before that is replaced.
     """
     there: dict[int, socket.socket | Connection] = {}
-    ended = poll()  # asked for no event, it tells of the ends of connections alone
+    ended = poll()  # without an event it reports only closed connections
 
     def are_seen() -> bool:
         for descriptor, _ in ended.poll(0):
@@ -450,7 +450,7 @@ def test_peers_that_never_read_are_cut_off_and_hold_up_nobody(manager: Manager, 
     def deaf() -> Connection:
         peer, kind, _ = greeted(data_dir)
         assert kind == "#RETURN"
-        with suppress(BrokenPipeError, ConnectionResetError):  # it was cut off between two of them
+        with suppress(BrokenPipeError, ConnectionResetError):  # it was cut off between two messages
             for _ in range(5):  # each answer is as large as a socket's buffer
                 peer.send(("ledger", "apply", ((os.urandom(16), 0, [("scan", "", 1000)]),), {}))
         return peer
@@ -462,7 +462,7 @@ def test_peers_that_never_read_are_cut_off_and_hold_up_nobody(manager: Manager, 
 
 
 @pytest.mark.parametrize("flags", [(), ("-O",)], ids=["plain", "python -O"])
-def test_a_peer_with_the_key_cannot_get_further_with_bad_words(
+def test_a_peer_with_the_key_gets_no_further_with_malformed_messages(
     stack: ExitStack, data_dir: Path, flags: tuple[str, ...]
 ) -> None:
     manager = stack.enter_context(Program(*flags, "manager_process.py", "--data-dir", data_dir))
@@ -484,7 +484,7 @@ def test_a_peer_with_the_key_cannot_get_further_with_bad_words(
         try:
             assert kind == "#RETURN"
             with socket.socket(fileno=os.dup(peer.fileno())) as sock:
-                sock.settimeout(PATIENCE)  # the kernel's is the handshake's
+                sock.settimeout(PATIENCE)  # its timer is still the handshake's
                 sock.sendall(words)
                 with suppress(ConnectionResetError):
                     assert sock.recv(1) == b""
@@ -510,7 +510,7 @@ def test_a_peer_with_the_key_cannot_get_further_with_bad_words(
 
 
 class _Bomb:
-    """What code would be run by, if it were unpickled."""
+    """Runs code when it is unpickled."""
 
     def __init__(self, proof: str) -> None:
         self._proof = proof
@@ -519,7 +519,7 @@ class _Bomb:
         return open, (self._proof, "w")
 
 
-# All of it, killed
+# A kill of everything
 
 
 def test_a_whole_server_killed_under_load_and_started_again_miscounts_nothing(
@@ -544,7 +544,7 @@ def test_a_whole_server_killed_under_load_and_started_again_miscounts_nothing(
 
 @pytest.fixture
 def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Set the wall clock of all programs that are started from now on, so many seconds away from the true one."""
+    """Return a function that shifts the wall clock of all programs started from then on by some seconds."""
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     if library is None:
         pytest.skip("libfaketime is not installed (Debian package faketime)")
@@ -555,7 +555,7 @@ def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         "LD_PRELOAD": str(library),
         "FAKETIME_TIMESTAMP_FILE": str(clock),
         "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # that one does not jump when a clock is set
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # setting a clock does not change the monotonic one
         "DONT_FAKE_MONOTONIC": "1",
     }.items():
         monkeypatch.setenv(name, value)
@@ -572,7 +572,7 @@ def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
 
     before = set(memory.glob("*faketime*"))
     yield jump
-    for left in set(memory.glob("*faketime*")) - before:  # by those that were killed
+    for left in set(memory.glob("*faketime*")) - before:  # by killed programs
         left.unlink()
 
 
@@ -592,7 +592,7 @@ def test_clocks_that_jump_an_hour_either_way_revive_and_repeat_nothing(
     for seconds in ("+3600", "-3600", "+7200", "-90000", "+90000", "+0"):
         jump(seconds)
         texts.append(increment(seconds))
-        assert increment(seconds) == texts[-1]  # the same number, not another one
+        assert increment(seconds) == texts[-1]  # the same number again
         assert increment("first") == first
     assert sorted([*server.children("worker"), *server.children("manager")]) == children
     assert server.stop() == 0
@@ -606,7 +606,7 @@ def test_clocks_that_jump_an_hour_either_way_revive_and_repeat_nothing(
 def test_a_clock_that_jumps_ends_no_limit_and_prolongs_none(
     jump: Callable[[str], None], on_demand: str, strategy: str
 ) -> None:
-    """The manager's clock is set, while that of this process stays."""
+    """The manager's clock jumps, and the clock of this process does not."""
     limiter = STRATEGIES[strategy](ManagerStorage(on_demand, deadline=PATIENCE))
     second, year = RateLimitItemPerSecond(1), RateLimitItemPerYear(1)
     assert limiter.hit(year, "anna")

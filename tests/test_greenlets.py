@@ -1,4 +1,4 @@
-"""Greenlets in the place of threads: a server that patches sockets and locks (gevent) keeps the same promises."""
+"""Greenlets in place of threads: a server that patches sockets and locks (gevent) keeps the same promises."""
 
 import json
 import os
@@ -70,7 +70,7 @@ print("numbers", json.dumps([number.value for number in numbers]), flush=True)
 
 @pytest.fixture(params=["manager", "redis", "memcached", "postgresql"])
 def store(request: pytest.FixtureRequest, stack: ExitStack, tmp_path: Path) -> tuple[str, Callable[[], list[int]]]:
-    """A store's URL, and what tells the processes that serve it."""
+    """Return a store's URL, and a function that returns the processes that serve it."""
     if request.param == "manager":
         manager: Manager = request.getfixturevalue("start_manager")()
         return manager.url, lambda: [manager.pid]
@@ -197,7 +197,7 @@ for user in users:
 for user in users:
     user.join()
 with app.app_context():
-    print("told", json.dumps([sorted(numbers), counted.primitives(), threading.Lock.__module__]))
+    print("numbers", json.dumps([sorted(numbers), counted.primitives(), threading.Lock.__module__]))
 """
 
 
@@ -220,7 +220,7 @@ def test_a_manager_that_imports_a_patching_app_is_not_patched(
         manager = Program("-m", "counter_server", "manager", *options, cwd=tmp_path, environment=environment)
         stack.enter_context(manager).expect("Manager ready:")
     user = stack.enter_context(Program("-c", _USE, cwd=tmp_path, environment=environment))
-    numbers, primitives, ours = json.loads(user.expect("told"))
+    numbers, primitives, ours = json.loads(user.expect("numbers"))
     assert numbers == list(range(1, 21))
     assert primitives == ["_thread", "socket", "time"]
     assert ours.startswith("gevent")  # the app itself is

@@ -1,6 +1,6 @@
-"""An error that nobody thought of, at every line between a change and its remembered answer: nothing counts twice.
+"""An unforeseen error at any line between a change and its remembered answer: nothing counts twice.
 
-The disk is the truth: where an error comes after the first change, the process ends, and the next one reads it.
+After the first change, an error ends the process, and the next process reads the disk.
 """
 
 import linecache
@@ -50,9 +50,9 @@ def end(_error: BaseException) -> NoReturn:
 
 @contextmanager
 def error_at(line: int, error: type[BaseException]) -> Iterator[list[str]]:
-    """Raise an error at the nth line that is executed in the core; give the place where it came.
+    """Raise an error at the nth executed line of the core, and yield its place.
 
-    Steps that take or release a lock are passed over, such as the end of a `with` block: they need no memory.
+    Skip steps that take or release a lock, such as the end of a `with` block: they need no memory.
     """
     places: list[str] = []
     left = [line]
@@ -92,7 +92,7 @@ def hosted_object(kept: Journal) -> Apply:
 
 
 def numbers(results: list[Result]) -> list[int]:
-    """The numbers that were given: none for an object's call that raised the error, or was refused and undone."""
+    """Return the numbers in an answer, without calls of an object that raised the error or were undone."""
     return [
         decode_plain(result.value) if isinstance(result, Returned) else cast(int, result)
         for result in results
@@ -132,7 +132,7 @@ def test_an_error_at_any_line_counts_nothing_twice(
                     answer = numbers(apply(batch))
                 except Ended:
                     ended += 1
-                    apply = start()  # the next process reads what was committed
+                    apply = start()  # the next process reads the last commit
                 except (error, BatchRefused):
                     pass  # the connection is closed, and the client sends the batch again
             if not places:

@@ -1,4 +1,4 @@
-"""The journal: what was committed is there again, whatever happened to the process; what is not ours is left alone."""
+"""The journal: every commit survives the process, and foreign files are left alone."""
 
 import gc
 import os
@@ -96,7 +96,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 def assert_left_alone(directory: Path, before: dict[str, bytes]) -> None:
-    """Every file that was there is there, with the same bytes; also when the last reference to it has gone."""
+    """Assert that every file is still there with the same bytes, even after garbage collection."""
     gc.collect()
     after = files_of(directory)
     assert {name: len(content) for name, content in after.items() if name in before} == {
@@ -106,24 +106,24 @@ def assert_left_alone(directory: Path, before: dict[str, bytes]) -> None:
 
 
 def pragma(journal: Journal, name: str) -> int | str:
-    """What SQLite says of the journal's own connection, which nobody else could ask."""
+    """Return a setting of the journal's own connection, which locks all others out."""
     value: int | str = journal._connection.execute(f"PRAGMA {name}").fetchone()[0]
     return value
 
 
 def large_changes() -> Changes:
-    """More than fits into a few pages; what is changed first would fit."""
+    """Return more changes than fit into a few pages; the first of them would fit."""
     return Changes(now=30.0, counters={"a": 100, **{f"{number:0200}": number for number in range(1000)}})
 
 
-# What was committed is there
+# Every commit survives
 
 
 def test_a_new_journal_is_empty(journal: Journal) -> None:
     assert journal.load() == Contents()
 
 
-def test_what_was_committed_is_loaded_by_the_next_journal(open_journal: Callable[..., Journal]) -> None:
+def test_the_next_journal_loads_every_commit(open_journal: Callable[..., Journal]) -> None:
     first = open_journal()
     first.commit(some_changes())
     first.close()
@@ -149,7 +149,7 @@ def test_a_later_commit_replaces_and_removes(open_journal: Callable[..., Journal
     )
 
 
-def test_a_commit_of_nothing_is_one(open_journal: Callable[..., Journal]) -> None:
+def test_an_empty_commit_is_allowed(open_journal: Callable[..., Journal]) -> None:
     first = open_journal()
     first.commit(Changes(now=1.0))
     first.commit(some_changes())
@@ -159,7 +159,7 @@ def test_a_commit_of_nothing_is_one(open_journal: Callable[..., Journal]) -> Non
 
 
 @pytest.mark.parametrize("durability", ["commit", "process"])
-def test_what_was_committed_is_in_the_files_of_a_journal_that_was_never_closed(
+def test_the_files_of_a_journal_that_was_never_closed_hold_every_commit(
     open_journal: Callable[..., Journal], path: Path, tmp_path: Path, durability: str
 ) -> None:
     first = open_journal(path, durability)
@@ -174,7 +174,7 @@ def test_what_was_committed_is_in_the_files_of_a_journal_that_was_never_closed(
 
 
 def _copies(path: Path) -> list[tuple[str, bytes]]:
-    """The journal's files as they are on disk at this moment: itself, and its log."""
+    """Return the contents of the journal and its log as they are on disk at this moment."""
     return [(file.name, file.read_bytes()) for file in path.parent.glob(path.name + "*")]
 
 
@@ -193,7 +193,9 @@ for sequence in range(1, 1_000_000):
 
 
 @pytest.mark.parametrize("durability", ["commit", "process"])
-def test_what_was_answered_survives_a_kill(open_journal: Callable[..., Journal], path: Path, durability: str) -> None:
+def test_every_answered_increment_survives_a_kill(
+    open_journal: Callable[..., Journal], path: Path, durability: str
+) -> None:
     with Program("-c", _WRITER, path, durability) as writer:
         for _ in range(50):
             writer.expect("answered")
@@ -202,14 +204,14 @@ def test_what_was_answered_survives_a_kill(open_journal: Callable[..., Journal],
     answered = int(writer.output[-1].split()[1])
     contents = open_journal().load()
     value = contents.counters["a"]
-    # The last commit may have been made and not yet told of; nothing else is in doubt.
+    # The last commit may have been made and not yet answered; nothing else is in doubt.
     assert value in (answered, answered + 1)
     record = contents.clients[b"w" * 16]
     assert (record.sequence, record.results) == (value, [value])
     assert [known.value for known in contents.keys.values()] == list(range(1, value + 1))
 
 
-def test_the_epoch_is_the_same_as_long_as_the_file_lives(open_journal: Callable[..., Journal], tmp_path: Path) -> None:
+def test_the_epoch_stays_the_same_while_the_file_exists(open_journal: Callable[..., Journal], tmp_path: Path) -> None:
     first = open_journal()
     epoch = first.epoch
     assert len(epoch) == 32
@@ -244,7 +246,7 @@ def test_under_load_the_log_is_folded_in_again_and_again(open_journal: Callable[
             Changes(now=1.0, counters={f"{number % 50:0200}": number}, clients={ANN: ClientRecord(1, [1], 1.0)})
         )
         largest = max(largest, journal.size)
-    assert 3 * 2**20 < largest < 6 * 2**20  # a thousand pages, and not all that was ever written
+    assert 3 * 2**20 < largest < 6 * 2**20  # a thousand pages, not everything that was ever written
     journal.close()
     assert path.stat().st_size < 100_000
     assert open_journal().load().counters[f"{49:0200}"] == 1499
@@ -254,7 +256,7 @@ def test_under_load_the_log_is_folded_in_again_and_again(open_journal: Callable[
 def test_commits_are_synced_where_they_were_promised_to_be(
     open_journal: Callable[..., Journal], path: Path, durability: str, synchronous: int
 ) -> None:
-    """FULL is 2 and NORMAL is 1; in WAL mode the first syncs at each commit. Also of a file that was there before."""
+    """FULL is 2 and NORMAL is 1; in WAL mode FULL syncs at each commit. Check an existing file, too."""
     for _ in range(2):
         journal = open_journal(path, durability)
         assert pragma(journal, "synchronous") == synchronous
@@ -312,7 +314,7 @@ def test_time_goes_on_from_the_newest_record_whatever_the_clock_says(
     answer_of(ledger, Batch(BOB, 1, [Increment("a")]))
     first.close()
 
-    clock.now = 7.0  # the machine was started anew
+    clock.now = 7.0  # the machine was started again
     second = open_journal()
     ledger = Ledger(second.load(), second)
     clock.now += 10
@@ -324,7 +326,7 @@ def test_time_goes_on_from_the_newest_record_whatever_the_clock_says(
     assert answer_of(ledger, Batch(b"e" * 16, 1, [Increment("a", key="k")])) == [4]
 
 
-def test_what_the_ledger_forgets_is_gone_from_the_disk(
+def test_records_that_the_ledger_forgets_are_removed_from_the_disk(
     open_journal: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=0.0)
@@ -339,11 +341,11 @@ def test_what_the_ledger_forgets_is_gone_from_the_disk(
     assert contents.keys == {}
 
 
-# Not ours
+# Foreign files
 
 
 def refuse(path: Path) -> str:
-    """The words with which the file is refused, having checked that they name it."""
+    """Return the error message that refuses the file, after checking that it names the file."""
     with pytest.raises(StartupError) as caught:
         Journal(path)
     assert str(path) in str(caught.value)
@@ -351,7 +353,7 @@ def refuse(path: Path) -> str:
 
 
 @pytest.mark.parametrize("text", [b"no", b"not a database, but somebody's notes\n" * 1000, b"\0" * 4096])
-def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path, tmp_path: Path, text: bytes) -> None:
+def test_a_file_that_is_not_a_database_is_refused_and_left_alone(path: Path, tmp_path: Path, text: bytes) -> None:
     path.write_bytes(text)
     refuse(path)
     assert_left_alone(tmp_path, {path.name: text})
@@ -388,22 +390,21 @@ def test_a_database_of_another_program_that_was_killed_is_refused_and_left_alone
     assert_left_alone(tmp_path, before)
 
 
-def test_a_journal_of_a_newer_version_is_refused_and_left_alone(
-    open_journal: Callable[..., Journal], path: Path, tmp_path: Path
+@pytest.mark.parametrize("version", [0, 1, 3])
+def test_a_journal_of_another_format_is_refused_and_left_alone(
+    open_journal: Callable[..., Journal], path: Path, tmp_path: Path, version: int
 ) -> None:
     journal = open_journal()
     journal.commit(some_changes())
     journal.close()
     with closing(sqlite3.connect(path)) as other:
-        other.execute("PRAGMA user_version = 3")
+        other.execute(f"PRAGMA user_version = {version}")
     before = files_of(tmp_path)
-    message = refuse(path)
-    assert "newer" in message
-    assert "format 3" in message
+    assert f"format {version}" in refuse(path)
     assert_left_alone(tmp_path, before)
 
 
-def test_a_journal_of_a_newer_version_that_was_killed_is_refused_and_left_alone(
+def test_a_journal_of_another_format_that_was_killed_is_refused_and_left_alone(
     open_journal: Callable[..., Journal], path: Path, tmp_path: Path
 ) -> None:
     journal = open_journal(tmp_path / "original")
@@ -412,12 +413,12 @@ def test_a_journal_of_a_newer_version_that_was_killed_is_refused_and_left_alone(
     left_by_a_kill(lambda other: other.execute("PRAGMA user_version = 3"), path)
     before = files_of(tmp_path)
     assert len(before[f"{path.name}-wal"]) > 0
-    assert "newer" in refuse(path)
+    assert "format 3" in refuse(path)
     assert_left_alone(tmp_path, before)
 
 
-def test_a_file_that_was_refused_is_let_go_of_at_once(path: Path) -> None:
-    """Not when the garbage collector comes to it: the error, kept somewhere, would keep the file locked."""
+def test_a_refused_file_is_closed_at_once(path: Path) -> None:
+    """Not by the garbage collector: an error that is kept somewhere would keep the file locked."""
     with closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE precious (a)")
         with pytest.raises(StartupError) as caught:
@@ -448,10 +449,10 @@ def test_a_journal_in_use_by_another_connection_is_refused(
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 511])
-def test_a_journal_of_which_nothing_is_left_is_none_that_is_new(
+def test_a_journal_cut_to_almost_nothing_is_not_taken_for_a_new_one(
     journal: Journal, path: Path, tmp_path: Path, size: int
 ) -> None:
-    """SQLite takes it for one. To begin again at 1 would be a wrong number, silently."""
+    """SQLite takes it for a new one, and counting would silently begin again at 1."""
     journal.commit(some_changes())
     journal.close()
     path.write_bytes(path.read_bytes()[:size])
@@ -460,25 +461,14 @@ def test_a_journal_of_which_nothing_is_left_is_none_that_is_new(
     assert_left_alone(tmp_path, before)
 
 
-def test_a_journal_whose_tables_have_vanished_is_none_that_is_new(journal: Journal, path: Path) -> None:
+def test_a_journal_whose_tables_have_vanished_is_not_taken_for_a_new_one(journal: Journal, path: Path) -> None:
     journal.commit(some_changes())
     journal.close()
     content = bytearray(path.read_bytes())
-    content[103:105] = b"\0\0"  # how many entries the list of tables has
+    content[103:105] = b"\0\0"  # the number of tables
     path.write_bytes(content)
     with pytest.raises(StartupError, match=str(path)), closing(Journal(path)) as again:
         again.load()
-
-
-@pytest.mark.parametrize("version", [0, 1])
-def test_a_format_that_the_header_says_and_the_tables_do_not_is_damage(
-    journal: Journal, path: Path, version: int
-) -> None:
-    journal.commit(some_changes())
-    journal.close()
-    with closing(sqlite3.connect(path)) as other:
-        other.execute(f"PRAGMA user_version = {version}")
-    assert "its format" in refuse(path)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +495,7 @@ def test_a_damaged_journal_is_refused_by_name(open_journal: Callable[..., Journa
 
 
 @pytest.mark.parametrize("number", [0, 199, 200, 523, 999])
-def test_a_row_that_is_not_what_was_written_is_named_wherever_it_stands(
+def test_a_changed_row_is_named_at_every_position(
     open_journal: Callable[..., Journal], path: Path, number: int
 ) -> None:
     first = open_journal()
@@ -539,14 +529,14 @@ def test_a_full_disk_is_a_clean_refusal_and_heals_when_there_is_room(journal: Jo
             journal.commit(large_changes())
         assert str(path) in str(caught.value)
         assert journal.load() == as_contents(some_changes())
-    journal.commit(Changes(now=31.0, counters={"a": 2}))  # where no page is needed there is room
+    journal.commit(Changes(now=31.0, counters={"a": 2}))  # a change that needs no new page fits
     pragma(journal, "max_page_count = 100000")
     journal.commit(large_changes())
     assert len(journal.load().counters) == len(some_changes().counters) + 1000
     assert journal.load().counters["a"] == 100
 
 
-def test_starts_are_counted_for_as_long_as_the_file_lives(open_journal: Callable[..., Journal]) -> None:
+def test_starts_are_counted_while_the_file_exists(open_journal: Callable[..., Journal]) -> None:
     for expected in (1, 2, 3):
         journal = open_journal()
         journal.count_start()
@@ -578,7 +568,7 @@ def test_a_ledger_on_a_full_disk_refuses_writes_reads_on_and_heals(
     assert len(journal.load().counters) == 501
 
 
-def test_a_journal_that_fails_in_any_other_way_says_that_nobody_knows(journal: Journal, path: Path) -> None:
+def test_any_other_failure_leaves_the_outcome_unknown(journal: Journal, path: Path) -> None:
     journal.commit(some_changes())
     journal.close()
     with pytest.raises(JournalFailed) as caught:

@@ -76,7 +76,7 @@ def test_racing_starters_get_one_manager(on_demand: str, data_dir: Path, stack: 
 
 
 def managers_of(data_dir: Path) -> list[int]:
-    """The pids of all manager processes that were started for a directory."""
+    """Return the pids of all manager processes of a directory."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -89,7 +89,7 @@ def managers_of(data_dir: Path) -> list[int]:
     return found
 
 
-def test_it_outlives_the_one_who_started_it_and_belongs_to_nobody(on_demand: str, data_dir: Path) -> None:
+def test_a_manager_outlives_its_starter_and_its_session(on_demand: str, data_dir: Path) -> None:
     command = [sys.executable, "-m", "counter_server", "increment", "c", "--store", on_demand]
     for expected in ("1\n", "2\n"):
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, start_new_session=True)
@@ -97,13 +97,13 @@ def test_it_outlives_the_one_who_started_it_and_belongs_to_nobody(on_demand: str
     manager = holder(data_dir)
     assert manager is not None
     fields = Path(f"/proc/{manager}/stat").read_text().rpartition(")")[2].split()
-    assert int(fields[1]) != os.getpid()  # not our child: it can never be our zombie
+    assert int(fields[1]) != os.getpid()  # not our child, so never our zombie
     assert os.getsid(manager) != os.getsid(0)  # no signal of our terminal reaches it
     assert os.readlink(f"/proc/{manager}/cwd") == "/"
     assert os.readlink(f"/proc/{manager}/fd/2") == str(data_dir / "manager.log")
 
 
-def test_it_ends_when_nobody_is_connected_and_comes_back_where_it_was(on_demand: str, data_dir: Path) -> None:
+def test_an_idle_manager_ends_and_the_next_one_counts_on(on_demand: str, data_dir: Path) -> None:
     with patient(on_demand, idle_timeout=0.2) as state:
         assert state.counter("c").increment() == 1
         first = holder(data_dir)
@@ -120,62 +120,60 @@ def test_it_ends_when_nobody_is_connected_and_comes_back_where_it_was(on_demand:
 def test_a_method_that_never_returns_keeps_no_manager(
     on_demand: str, data_dir: Path, tmp_path: Path, method: str
 ) -> None:
-    """Computing or waiting: when its client has gone, nobody is there."""
+    """Whether it computes or waits: without its client, the manager is idle."""
     arguments = [str(tmp_path / "never")] if method == "wait_for" else []
     with patient(on_demand, idle_timeout=1) as state:
-        state.object("slow", Slow).wait_for(str(tmp_path))  # which is there
+        state.object("slow", Slow).wait_for(str(tmp_path))  # which exists
         with open_state(on_demand, deadline=1) as hasty:
             for _ in range(3):
                 with pytest.raises(DeadlineExceeded) as error:
                     getattr(hasty.object("slow", Slow), method)(*arguments)
                 assert error.value.outcome == "unknown"
-        assert [state.counter("c").increment() for _ in range(3)] == [1, 2, 3]  # somebody is there
+        assert [state.counter("c").increment() for _ in range(3)] == [1, 2, 3]  # a client is connected
     eventually(lambda: not managers_of(data_dir), "the end of the idle manager")
     with patient(on_demand) as state:
         assert state.counter("c").increment() == 4
 
 
-def test_it_stays_while_somebody_is_connected(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
+def test_a_manager_stays_while_a_client_is_connected(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
     other = DataDirectory(tmp_path / "other").url
     with patient(on_demand, idle_timeout=0.2) as state:
         assert state.counter("c").increment() == 1
         first = holder(data_dir)
         with patient(other, idle_timeout=0.4) as shorter:
             shorter.counter("c").increment()
-        eventually(lambda: not managers_of(tmp_path / "other"), "the end of one that nobody uses")
+        eventually(lambda: not managers_of(tmp_path / "other"), "the end of an unused manager")
         assert holder(data_dir) == first
         assert state.counter("c").increment() == 2
 
 
-def test_one_whose_counters_are_in_memory_alone_does_not_end_by_itself(
-    on_demand: str, data_dir: Path, tmp_path: Path
-) -> None:
+def test_a_volatile_manager_does_not_end_by_itself(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
     other = DataDirectory(tmp_path / "other").url
     with patient(on_demand, idle_timeout=0.2, durability="none") as state:
         assert state.counter("c").increment() == 1
     with patient(other, idle_timeout=0.4) as shorter:
         shorter.counter("c").increment()
-    eventually(lambda: not managers_of(tmp_path / "other"), "the end of one that loses nothing")
+    eventually(lambda: not managers_of(tmp_path / "other"), "the end of a durable manager")
     with patient(on_demand) as state:
         assert state.counter("c").increment() == 2
 
 
-def test_a_killed_one_is_started_again_by_the_next_call(on_demand: str, data_dir: Path) -> None:
+def test_the_next_call_replaces_a_killed_manager(on_demand: str, data_dir: Path) -> None:
     with patient(on_demand) as state:
         for expected in (1, 2, 3):
             assert state.counter("c").increment() == expected
             end_manager(data_dir / "manager.lock")
 
 
-def test_it_is_started_with_the_durability_that_was_asked_for(on_demand: str, data_dir: Path) -> None:
+def test_a_manager_is_started_with_the_requested_durability(on_demand: str, data_dir: Path) -> None:
     with patient(on_demand, durability="none") as state:
         assert state.counter("c").increment() == 1
     assert not (data_dir / "journal.sqlite3").exists()
 
 
-def test_what_keeps_it_from_starting_is_told_in_one_line(on_demand: str, data_dir: Path) -> None:
+def test_the_reason_for_a_failed_start_is_one_line(on_demand: str, data_dir: Path) -> None:
     data_dir.mkdir(mode=0o700)
-    (data_dir / "journal.sqlite3").write_text("this is no journal, and longer than a header of SQLite" * 100)
+    (data_dir / "journal.sqlite3").write_text("this is not a journal, and longer than a header of SQLite" * 100)
     with patient(on_demand) as state, pytest.raises(StartupError, match=r"journal\.sqlite3 cannot be used") as error:
         state.counter("c").increment()
     assert error.value.outcome == "not_applied"
@@ -183,10 +181,10 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(on_demand: str, data_di
     assert managers_of(data_dir) == []
 
 
-def test_one_that_is_told_not_to_start_any_does_not(
+def test_workers_of_our_server_start_no_manager(
     data_dir: Path, on_demand: str, start_server: Callable[..., Server]
 ) -> None:
-    """The workers of our own server: their supervisor starts the manager, and nobody else may take its place."""
+    """Their supervisor starts the manager, and no manager of a worker may replace it."""
     server = start_server("--workers", "1")
     (manager,) = server.children("manager")
     os.kill(manager, signal.SIGKILL)
@@ -212,7 +210,7 @@ def test_a_manager_in_the_background_returns_when_clients_can_connect(on_demand:
     )
 
 
-def test_a_directory_below_a_file_is_told_at_once(tmp_path: Path) -> None:
+def test_a_directory_below_a_file_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with patient(f"manager://{tmp_path}/file/data") as state, pytest.raises(StartupError, match="Not a directory"):
         state.counter("c").increment()
@@ -228,7 +226,7 @@ def test_a_directory_below_a_file_is_told_at_once(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_setting_that_cannot_be_is_refused_at_once(wrong: dict[str, object]) -> None:
+def test_an_impossible_setting_is_refused_at_once(wrong: dict[str, object]) -> None:
     from flask import Flask
 
     app = Flask(__name__)
@@ -244,7 +242,7 @@ def test_a_setting_that_cannot_be_is_refused_at_once(wrong: dict[str, object]) -
 def test_two_lines_in_an_app_count_100_simultaneous_clients_under(
     on_demand: str, data_dir: Path, tmp_path: Path, stack: ExitStack, launcher: str
 ) -> None:
-    """No service, no configuration: the manager is in the app's instance folder."""
+    """Without a service or configuration: the data is in the app's instance folder."""
     (tmp_path / "app.py").write_text(APP)
     program, url = launch(stack, launcher, tmp_path)
     values = [content["value"] for content in at_once(100, lambda: visit(url))]
@@ -275,7 +273,7 @@ def test_a_manager_by_hand_and_one_on_demand_are_the_same_to_a_client(start_mana
     assert manager.running
 
 
-# Whose place it is
+# Managers in the place of others
 
 PROGRAM = """
 from counter_server import StoreOptions, open_state
@@ -376,7 +374,7 @@ def test_stop_names_what_it_cannot_end(
     assert stop(data_dir).stderr == f"Error: no manager is running in {data_dir}\n"
 
 
-# What a manager imports
+# Imports of a manager
 
 
 def run_app(program: str, cwd: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -404,7 +402,7 @@ CHANGED = (
 def test_a_manager_runs_nothing_from_the_working_directory(
     on_demand: str, tmp_path: Path, variable: str | None
 ) -> None:
-    """Another user can write to it; the app that starts the manager does not import from it."""
+    """Another user can write there, and the app that starts the manager does not import from there."""
     place = tmp_path / "place"
     place.mkdir(mode=0o777)
     for name in ("click", "pathlib", "json", "encodings", "sitecustomize", "usercustomize", "runpy", "multiprocessing"):
@@ -468,7 +466,7 @@ class Forks:
 
 
 def opened_by(pid: int) -> set[str]:
-    """What a process has open beside its standard streams."""
+    """Return the names of a process's open files, except the standard streams."""
     found = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -489,7 +487,7 @@ def test_a_child_of_a_method_holds_nothing_of_its_manager(
         assert state.counter("c").increment() == 1
         child = getattr(forks, method)()
         stack.callback(os.kill, child, signal.SIGKILL)
-        eventually(lambda: not opened_by(child), "what it closes")
+        eventually(lambda: not opened_by(child), "closed descriptors")
         end_manager(data_dir / "manager.lock")
         began = time.monotonic()
         assert state.counter("c").increment() == 2
@@ -500,7 +498,7 @@ def test_a_child_of_a_method_holds_nothing_of_its_manager(
 def test_a_child_that_returns_from_a_method_changes_nothing(
     on_demand: str, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, stack: ExitStack
 ) -> None:
-    """The copy of the manager's thread goes on: it has no journal to write to, and nobody to answer."""
+    """The copy of the manager's thread goes on, but it has no journal to write to and no client to answer."""
     (tmp_path / "forks.py").write_text(FORKS)
     monkeypatch.syspath_prepend(tmp_path)
     stack.callback(sys.modules.pop, "forks")
@@ -525,7 +523,7 @@ def has_ended(pid: int) -> bool:
 def test_a_fork_while_a_manager_is_started_holds_nothing_of_that(
     on_demand: str, data_dir: Path, stack: ExitStack
 ) -> None:
-    """Forks all through the start, of a process that lives on."""
+    """Fork all through the start of the manager, with children that stay."""
     is_over = threading.Event()
     forked: list[int] = []
 
@@ -545,7 +543,7 @@ def test_a_fork_while_a_manager_is_started_holds_nothing_of_that(
             forking.join()
             for child in forked:
                 here = str(data_dir)
-                eventually(lambda c=child: not [n for n in opened_by(c) if n.startswith(here)], "what it closes")  # type: ignore[misc]
+                eventually(lambda c=child: not [n for n in opened_by(c) if n.startswith(here)], "closed descriptors")  # type: ignore[misc]
             end_manager(data_dir / "manager.lock")
             assert state.counter("c").increment() == 2
     finally:

@@ -15,8 +15,7 @@ import pytest
 
 from counter_server import State, journal
 from counter_server.errors import StartupError, StorageFull
-from counter_server.journal import Journal
-from counter_server.journal_file import SCHEMA, examine
+from counter_server.journal import Journal, examine
 from counter_server.ledger import Changes, ClientRecord, Contents, KeyRecord, Ledger
 from counter_server.operations import Batch, Increment, Result
 from tests.journals import Committing
@@ -137,7 +136,7 @@ def test_a_backup_beside_the_log_of_another_journal_is_refused(state: State, dat
     shutil.copy(data_dir / "journal.sqlite3-wal", log)
     for _ in ("without a journal", "with another one"):
         files = {path.name: path.read_bytes() for path in place.glob("journal*")}
-        with pytest.raises(StartupError, match=f"{log} is not the log"):
+        with pytest.raises(StartupError, match=f"{log} does not belong"):
             Journal(journal)
         assert {path.name: path.read_bytes() for path in place.glob("journal*")} == files
         shutil.copy(tmp_path / "b", journal)
@@ -235,8 +234,8 @@ def test_a_backup_during_commits_is_consistent(kept: Journal, tmp_path: Path, mo
         ("UPDATE clients SET sequence = 8", "a row of its clients"),
         ("UPDATE keys SET value = 6", "a row of its keys"),
         ("UPDATE objects SET state = x'00'", "a row of its objects"),
-        ("ALTER TABLE counters RENAME COLUMN value TO worth", "its tables are not those of a journal"),
-        ("CREATE TABLE another (x)", "its tables are not those of a journal"),
+        ("ALTER TABLE counters RENAME COLUMN value TO worth", "its tables are not a journal's"),
+        ("CREATE TABLE another (x)", "its tables are not a journal's"),
     ],
 )
 def test_a_row_changed_by_another_program_is_found(kept: Journal, tmp_path: Path, statement: str, words: str) -> None:
@@ -278,11 +277,11 @@ def test_a_difference_between_memory_and_disk_is_found(kept: Journal) -> None:
     ledger.perform([Batch(client, 1, [Increment("a"), Increment("b", key="k")])])
     ledger.show(kept.check)
     for counters, clients, keys, words in [
-        ({"a": 2, "b": 1}, None, None, "it has 1 for 'a', and the memory 2"),
+        ({"a": 2, "b": 1}, None, None, r"its counters have \[1\] for 'a', and the memory 2"),
         ({"a": 1, "b": 1, "c": 1}, None, None, "it has 2 counters, and the memory 3"),
         (None, {}, None, "it knows a client at batch 1 that the memory does not"),
         (None, {client: ClientRecord(1, [1, 2], 0.0)}, None, "other results of a client's batch 1"),
-        (None, None, dict[str, KeyRecord](), "for the idempotency key 'k'"),
+        (None, None, dict[str, KeyRecord](), "its keys have .* for 'k'"),
     ]:
         seen = ledger.show(lambda _contents: None)
         wrong = Contents(
@@ -312,33 +311,3 @@ def test_refusals_remembered_only_in_memory_are_not_damage(kept: Journal) -> Non
     ledger.perform([Batch(os.urandom(16), 1, [Increment("a")])])
     assert answers[0] == 1
     ledger.show(kept.check)
-
-
-def test_a_journal_of_before_there_were_checksums_gets_them_when_it_is_opened(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    before = SCHEMA.replace(", checksum INTEGER NOT NULL", "").replace(",\n    checksum INTEGER NOT NULL", "")
-    assert "checksum" not in before
-    with closing(sqlite3.connect(path, isolation_level=None)) as old:
-        old.execute("PRAGMA journal_mode = WAL")
-        old.executescript(before)
-        old.execute("INSERT INTO meta VALUES ('epoch', 'e'), ('starts', '4')")
-        old.execute("INSERT INTO counters VALUES ('a', 5), ('b', -1)")
-        old.execute("INSERT INTO clients VALUES (?, 7, x'9101', 2.5, '')", (b"c" * 16,))
-        old.execute("INSERT INTO keys VALUES ('k', ?, 5, 2)", (b"f" * 16,))
-        old.execute("INSERT INTO objects VALUES ('o', x'00')")
-        old.execute("PRAGMA application_id = 1129599826")
-        old.execute("PRAGMA user_version = 1")
-    with pytest.raises(StartupError, match="older format"):
-        examine(path)
-    for start in (5, 6):
-        with closing(Journal(path)) as opened:
-            assert opened.epoch == "e"
-            assert opened.load() == Contents(
-                {"a": 5, "b": -1},
-                {b"c" * 16: ClientRecord(7, [1], 2.5)},
-                {"k": KeyRecord(b"f" * 16, 5, 2.0)},
-                {"o": b"\0"},
-            )
-            opened.count_start()
-            assert opened.starts == start
-    assert examine(path).counters == {"a": 5, "b": -1}

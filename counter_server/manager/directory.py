@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote, unquote_to_bytes
@@ -17,28 +18,23 @@ from urllib.parse import quote, unquote_to_bytes
 from ..errors import DirectoryHeld, InvalidRequest, StartupError
 
 _KEY_BYTES = 32
-_CONNECT_SECONDS = 1.0  # there is no place in the queue of one that is stopped
-_LOOK_SECONDS = 0.01
-_LONGEST_ADDRESS = 107  # bytes that Linux takes for an AF_UNIX path
+_CONNECT_SECONDS = 1.0  # a stopped manager accepts no connection when its queue is full
+_RETRY_SECONDS = 0.01
+_LONGEST_ADDRESS = 107  # bytes of an AF_UNIX path on Linux
 
-_own: set[int] = set()  # descriptors that no child of a fork may keep: a copy would hold a lock, or keep a pipe open
-_finders: list[Callable[[], Iterable[int]]] = []  # of more of them
+_own: set[int] = set()  # descriptors that a child of a fork must not keep: its copy would hold a lock or a pipe
+_finders: list[Callable[[], Iterable[int]]] = []  # of more such descriptors
 forking = threading.RLock()  # held while a descriptor is opened that is not yet in `_own`
 
 
-def keep_from_children(*descriptors: int) -> None:
-    """Have these descriptors closed in every child that this process forks from now on."""
-    _own.update(descriptors)
-
-
-def release(*descriptors: int) -> None:
-    """Have children inherit these descriptors again, as they are closed or about to be."""
-    _own.difference_update(descriptors)
+def keep_from_children(descriptor: int) -> None:
+    """Close this descriptor in every child that this process forks from now on."""
+    _own.add(descriptor)
 
 
 def _after_fork_in_child() -> None:
-    # Their numbers stay taken, by what can be neither written to nor locked. SQLite in the copied memory knows them by
-    # number: else it would write into what takes their place, or believe that it is alone with the journal.
+    # Replace them by one that can be neither written to nor locked: the copy of SQLite in this memory would write to
+    # the next file of that number, or believe that it holds the journal's lock.
     try:
         nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         for descriptor in {*_own, *(found for find in _finders for found in find())}:
@@ -54,15 +50,14 @@ os.register_at_fork(before=forking.acquire, after_in_parent=forking.release, aft
 
 
 class DataDirectory:
-    """Names of what is in a data directory, and the rules by which it is made and held.
+    """The names in a data directory, and the rules for making and holding it. Constructing one touches no file.
 
-    :param path: is made absolute. Nothing is touched until a method is called.
-    :raises InvalidRequest: if no directory can have that name.
+    :raises InvalidRequest: if `path` cannot be the name of a directory.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not os.fspath(path) or "\0" in os.fspath(path):
-            raise InvalidRequest(f"{path!r} cannot be a data directory's name: give another with --data-dir")
+            raise InvalidRequest(f"{path!r} cannot be the name of a data directory: give another with --data-dir")
         self.path = Path(os.path.abspath(path))
         self.journal = self.path / "journal.sqlite3"
         self.socket = self.path / "manager.sock"
@@ -72,26 +67,23 @@ class DataDirectory:
 
     @property
     def url(self) -> str:
-        """The store's URL of the manager that serves this directory."""
+        """The store URL of the manager of this directory."""
         return "manager://" + quote(os.fsencode(self.path))
 
     @classmethod
     def from_url(cls, url: str, default: str) -> Self:
-        """The directory that a `manager://` URL names; `default` where it names none.
-
-        :raises InvalidRequest: if it names a host or anything else that is not a directory's absolute path.
-        """
+        """Return the directory in a `manager://` URL, or `default`; raise `InvalidRequest` for anything else in it."""
         rest = url.removeprefix("manager://")
         if rest == url or rest[:1] not in ("", "/") or "?" in rest or "#" in rest:
             raise InvalidRequest(
-                f"{url!r} is not a manager's URL: it has three slashes, manager:///absolute/data/directory"
+                f"{url!r} is not the URL of a manager: write three slashes, manager:///absolute/data/directory"
             )
         return cls(os.fsdecode(unquote_to_bytes(rest)) or default)
 
     def make(self) -> None:
-        """Make the directory, for this user alone, or check the one that is there.
+        """Make the directory for this user alone, or check an existing one.
 
-        :raises StartupError: if it cannot be made, it or a file of ours in it is another user's, or others can write.
+        :raises StartupError: if that fails, another user owns it or a file of ours in it, or others can write to it.
         """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -104,180 +96,121 @@ class DataDirectory:
             raise StartupError(
                 f"the data directory {self} can be written by others: give it mode 0700, or name another"
             )
-        self._check_files()
-
-    def _check_files(self) -> None:
-        """Refuse what others put here while they could: from now on nobody else can add to it.
-
-        :raises StartupError: naming it; it is left alone.
-        """
-        for path in self.path.iterdir():
-            if not path.name.startswith(("journal.sqlite3", "manager.", "starter.", ".")) and path.suffix != ".key":
-                continue
-            try:
-                status = path.lstat()
-            except FileNotFoundError:  # it went meanwhile
-                continue
-            # A key has a second name for an instant, while it is made; it is only ever read.
-            linked = (
-                stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and path.suffix in (".sqlite3", ".lock", ".log")
-            )
-            if status.st_uid not in (os.geteuid(), 0) or linked:
-                whose = "has another name elsewhere" if linked else f"belongs to another user (uid {status.st_uid})"
-                raise StartupError(f"{path} {whose}: nothing was read or written; remove it, or name another directory")
+        for path in self.path.iterdir():  # refuse files from the time when others could write here
+            if path.suffix == ".key" or path.name.startswith(("journal.sqlite3", "manager.", "starter.", ".")):
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    _check_file(path)
 
     @contextmanager
     def hold(self) -> Iterator[Callable[[], bool]]:
-        """Be the one manager of this directory until the block ends, or this process does.
+        """Be the only manager of this directory while the block runs; raise `DirectoryHeld` if there is another.
 
-        Gives a function that tells whether it is still so: not when the directory was removed, or replaced.
-
-        :raises DirectoryHeld: naming the other one, if there is one.
-        :raises StartupError: if the directory cannot be written to.
+        Yield a function that returns whether this is still so: the directory may be removed or replaced.
         """
-        with forking:
-            file = self._open_lock("manager.lock")
-            keep_from_children(file)
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DirectoryHeld(f"another manager ({self.holder}) already serves {self}") from None
+        with self._lock_file("manager.lock") as file:
+            if not _lock(file):
+                raise DirectoryHeld(f"another manager ({self.holder}) already serves {self}")
+
+            def is_held() -> bool:
+                try:
+                    return os.path.samestat(os.fstat(file), os.stat(self.path / "manager.lock"))
+                except OSError:
+                    return False
+
             _finders.append(self._opened)
             try:
-                yield lambda: self._is_lock(file)
+                yield is_held
             finally:
                 _finders.remove(self._opened)
+
+    @contextmanager
+    def starting(self, seconds: float = 0.0) -> Iterator[bool]:
+        """Yield whether this process may start a manager now, waiting `seconds` for another process that starts one."""
+        with self._lock_file("starter.lock") as file:
+            yield _lock(file, deadline=time.monotonic() + seconds)
+
+    @contextmanager
+    def _lock_file(self, name: str) -> Iterator[int]:
+        with forking:
+            try:
+                file = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise StartupError(f"the data directory {self} cannot be written to: {error.strerror}") from error
+            keep_from_children(file)
+        try:
+            yield file
         finally:
-            release(file)
+            _own.discard(file)
             os.close(file)
 
-    def _open_lock(self, name: str) -> int:
-        try:
-            return os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StartupError(f"the data directory {self} cannot be written to: {error.strerror}") from error
-
-    def _is_lock(self, file: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(file), os.stat(self.path / "manager.lock"))
-        except OSError:
-            return False
-
     def _opened(self) -> Iterator[int]:
-        """Find what the manager has open here: files, the listening socket, and connections that came through it."""
+        """Find the manager's descriptors here: files, the listening socket, and connections that came through it."""
         place = os.path.join(os.path.realpath(self.path), "")
         for number in [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]:
-            with suppress(OSError):  # the list's own is closed by now
+            with suppress(OSError):  # the descriptor of the listing itself is closed by now
                 link = os.readlink(f"/proc/self/fd/{number}")
                 if link.startswith(place) or (link.startswith("socket:") and self._is_ours(number)):
                     yield number
 
     def _is_ours(self, descriptor: int) -> bool:
         with socket.socket(fileno=os.dup(descriptor)) as sock:
-            name = sock.getsockname()
-            return sock.family == socket.AF_UNIX and str(name).endswith(f"/{self.socket.name}")
+            return sock.family == socket.AF_UNIX and str(sock.getsockname()).endswith(f"/{self.socket.name}")
 
     def is_held(self) -> bool:
-        """Whether a manager holds this directory.
-
-        :raises StartupError: if it may not be looked at.
-        """
+        """Return whether a manager holds this directory; raise `StartupError` if its lock cannot be read."""
         try:
             with open(self.path / "manager.lock", "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+                return not _lock(file.fileno(), fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
         except OSError as error:
             raise StartupError(f"the lock of {self} cannot be read: {error}") from error
-        return False
 
     def manager_pid(self) -> int | None:
-        """Return the pid of the process that listens here, as the kernel tells it; None where there is none.
+        """Return the pid of the process that listens here, from the kernel; None without one.
 
-        A number in a file may be a stranger's. It is 0 for a process in a pid namespace that cannot be seen from here.
+        It is 0 for a process in a pid namespace that cannot be seen from here.
         """
         with socket.socket(socket.AF_UNIX) as sock, suppress(OSError), short_address(str(self.socket)) as short:
             sock.settimeout(_CONNECT_SECONDS)
             sock.connect(short)
-            return _peer(sock)[0]
+            return peer(sock)[0]
         return None
 
     @property
     def holder(self) -> str:
-        """Name the manager of this directory, for a message."""
+        """The manager of this directory, for a message."""
         pid = self.manager_pid()
         if pid is None:
-            return "coming or going"
+            return "starting or ending"
         return f"pid {pid}" if pid else "in another pid namespace"
 
-    @contextmanager
-    def starting(self, seconds: float = 0.0) -> Iterator[bool]:
-        """Whether this process is the one to start a manager now: one at a time, while the block runs.
-
-        :param seconds: to wait for another process that is starting one.
-        :raises StartupError: if the directory cannot be written to.
-        """
-        with forking:
-            file = self._open_lock("starter.lock")
-            keep_from_children(file)
-        try:
-            yield self._is_mine(file, time.monotonic() + seconds)
-        finally:
-            release(file)
-            os.close(file)
-
-    @staticmethod
-    def _is_mine(file: int, deadline: float) -> bool:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(_LOOK_SECONDS)
-            else:
-                return True
-
     def key(self, name: str) -> bytes:
-        """The secret of that name, 256 random bits, made at the first call and the same ever after.
+        """Return the secret of that name: 256 random bits, made by the first call.
 
-        :raises StartupError: if the file that holds it is not whole, can be read by others, or cannot be made.
+        :raises StartupError: if its file is damaged, can be read by others, or cannot be made.
         """
         try:
+            with suppress(FileNotFoundError):
+                return self.existing_key(name)
+            # Write it under another name first, so that no reader sees half a key, and the first of two makers wins.
+            draft = self.path / f".{name}.{secrets.token_hex(8)}"
+            file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                return self.existing_key(name)
-            except FileNotFoundError:
-                self._make_key(name)
-                return self.existing_key(name)
+                os.write(file, secrets.token_hex(_KEY_BYTES).encode())
+                os.fsync(file)
+                with suppress(FileExistsError):
+                    os.link(draft, self.path / f"{name}.key")
+            finally:
+                os.close(file)
+                draft.unlink()
+            return self.existing_key(name)
         except OSError as error:
-            raise StartupError(f"the key {self._key_path(name)} cannot be had: {error.strerror}") from error
-
-    def _make_key(self, name: str) -> None:
-        # Written whole under another name first: no reader ever sees half a key, and one maker wins.
-        draft = self.path / f".{name}.{secrets.token_hex(8)}"
-        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(file, secrets.token_hex(_KEY_BYTES).encode())
-            os.fsync(file)
-            with suppress(FileExistsError):  # another process made it first; its key is the key
-                os.link(draft, self._key_path(name))
-        finally:
-            os.close(file)
-            draft.unlink()
-
-    def _key_path(self, name: str) -> Path:
-        return self.path / f"{name}.key"
+            raise StartupError(f"the key {self.path}/{name}.key cannot be made or read: {error.strerror}") from error
 
     def existing_key(self, name: str) -> bytes:
-        """The secret of that name, if it was made before.
-
-        :raises OSError: if there is none, or it may not be read.
-        :raises StartupError: as `key` does.
-        """
-        path = self._key_path(name)
+        """Return the secret of that name if it was made before; raise `OSError` if not, and otherwise as `key` does."""
+        path = self.path / f"{name}.key"
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
                 raise StartupError(
@@ -293,33 +226,43 @@ class DataDirectory:
         return key
 
     def remove_stale_socket(self) -> None:
-        """Make way for a new socket. Only the holder of the lock may call this.
+        """Make way for a new socket, as the holder of the lock; raise `StartupError` for any other kind of file."""
+        with suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(self.socket.lstat().st_mode):
+                raise StartupError(f"{self.socket} is in the way and is not a socket; it was not changed")
+            self.socket.unlink()
 
-        :raises StartupError: if something that is not a socket stands there; it is left alone.
-        """
+
+def _check_file(path: Path) -> None:
+    status = path.lstat()
+    # A key has a second name for an instant, while it is made; it is only ever read.
+    is_linked = stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and path.suffix in (".sqlite3", ".lock", ".log")
+    if status.st_uid not in (os.geteuid(), 0) or is_linked:
+        whose = "has another name elsewhere" if is_linked else f"belongs to another user (uid {status.st_uid})"
+        raise StartupError(f"{path} {whose}: nothing was read or written; remove it, or name another directory")
+
+
+def _lock(file: int, kind: int = fcntl.LOCK_EX, deadline: float = -inf) -> bool:
+    while True:
         try:
-            mode = self.socket.lstat().st_mode
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(mode):
-            raise StartupError(f"{self.socket} is in the way and is not a socket; it was left as it is")
-        self.socket.unlink()
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_RETRY_SECONDS)
 
 
 @contextmanager
 def short_address(path: str) -> Iterator[str]:
-    """A name for the socket `path` that fits into an AF_UNIX address, for as long as the block runs.
+    """Yield a name for the socket `path` that fits into an AF_UNIX address, valid while the block runs.
 
-    A longer path is named through an open descriptor of its directory, as `/proc/self/fd/N/name`.
-
-    :raises StartupError: for a longer path where there is no `/proc`.
+    A longer path becomes `/proc/self/fd/N/name`, through an open descriptor of its directory.
     """
     if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
         yield path
         return
     directory, name = os.path.split(path)
-    if not os.path.isdir("/proc/self/fd"):
-        raise StartupError(f"the data directory's path is too long for a socket on this system: {directory}")
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{descriptor}/{name}"
@@ -327,12 +270,7 @@ def short_address(path: str) -> Iterator[str]:
         os.close(descriptor)
 
 
-def peer_uid(sock: socket.socket) -> int:
-    """The user at the other end of an AF_UNIX connection."""
-    return _peer(sock)[1]
-
-
-def _peer(sock: socket.socket) -> tuple[int, int, int]:
-    """Return the pid, uid and gid of the other end, as the kernel tells them."""
-    pid, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid, gid
+def peer(sock: socket.socket) -> tuple[int, int]:
+    """Return the pid and uid of the other end of an AF_UNIX connection, from the kernel."""
+    pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid

@@ -24,7 +24,7 @@ from typing import Any
 
 from ..errors import CounterServerError, StartupError
 from ..extension import SharedState
-from ..journal_file import REFUSALS
+from ..journal import REFUSALS
 from ..manager.directory import DataDirectory
 from ..manager.server import serve
 from ..objects import Declaration

@@ -16,7 +16,7 @@ from sqlalchemy.dialects import sqlite as dialect
 from sqlalchemy.engine import URL
 
 from ..errors import AccessDenied, Disconnected, InvalidRequest, OutcomeUnknown, StartupError, StorageFull
-from ..journal_file import refusal
+from ..journal import refusal
 from ..ledger import Changes, ClientRecord, Contents, KeyRecord
 from ..operations import Batch, Result
 from ..store import Finding

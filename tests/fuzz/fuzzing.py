@@ -1,6 +1,6 @@
-"""How the fuzzers run: with atheris, from seeds that are kept beside them, for so many inputs and no longer.
+"""Run the fuzzers: with atheris, from the seeds beside them, for a fixed number of inputs.
 
-What they find is written to the working directory as `crash-…`; give it as an argument to see it again.
+A failing input is written to the working directory as `crash-…`; give it as an argument to repeat it.
 """
 
 import argparse
@@ -15,14 +15,14 @@ SEEDS = Path(__file__).parent / "seeds"
 
 
 def fuzz(name: str, target: Callable[[bytes], None], prepare: Callable[[Path], None] = lambda _directory: None) -> None:
-    """Run `target` on ever new inputs until one of them makes it raise; end with status 0 if none does.
+    """Run `target` on new inputs until one makes it raise; exit with status 0 otherwise.
 
-    :param prepare: is called first, with a directory that is gone in the end.
+    :param prepare: is called first, with a temporary directory.
     """
     parser = argparse.ArgumentParser(prog=f"python -m tests.fuzz.{name}")
     parser.add_argument("--runs", type=int, default=20_000, help="inputs to try")
-    parser.add_argument("--seed", type=int, default=1, help="of the random numbers; the same one, the same inputs")
-    parser.add_argument("input", nargs="*", help="files to try, and nothing else")
+    parser.add_argument("--seed", type=int, default=1, help="of the random inputs")
+    parser.add_argument("input", nargs="*", help="try only these files")
     arguments = parser.parse_args()
     try:
         atheris = import_module("atheris")
@@ -32,7 +32,7 @@ def fuzz(name: str, target: Callable[[bytes], None], prepare: Callable[[Path], N
     with tempfile.TemporaryDirectory(dir=memory if os.path.isdir(memory) else None) as place:
         found = Path(place, "found")
         found.mkdir()
-        # The fuzzer ends its process by itself, with nothing cleared away.
+        # The fuzzer ends its process without cleaning up.
         if (child := os.fork()) == 0:
             prepare(Path(place))
             where = arguments.input or [str(found), str(SEEDS / name)]
@@ -44,7 +44,7 @@ def fuzz(name: str, target: Callable[[bytes], None], prepare: Callable[[Path], N
 
 
 def instrumented(names: list[str]) -> None:
-    """Import modules so that the fuzzer sees which of their lines are reached, where there is one."""
+    """Import modules so that the fuzzer, if installed, sees which of their lines are reached."""
     try:
         atheris = import_module("atheris")
     except ImportError:

@@ -1,4 +1,4 @@
-"""Fuzz the loading of a journal: a good one with patches is refused by its name, or holds what one commit left.
+"""Fuzz the loading of a journal: a patched journal is refused by name, or holds the state after some commit.
 
     python -m tests.fuzz.journal [--runs N]
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.fuzz.fuzzing import fuzz, instrumented
 
-instrumented(["counter_server.journal", "counter_server.journal_file"])
+instrumented(["counter_server.journal"])
 
 from counter_server.errors import StartupError  # noqa: E402 - after the instrumentation
 from counter_server.journal import Journal  # noqa: E402
@@ -50,7 +50,7 @@ def patched(content: bytes, patches: bytes) -> bytes:
 
 
 def try_one(data: bytes) -> None:
-    """Load what the patches make of it."""
+    """Load a journal with the patches of one input."""
     copy = _place / "copy"
     for path in copy.iterdir():
         path.unlink()

@@ -2,7 +2,7 @@
 
     python -m tests.fuzz.wire [--runs N]
 
-Whatever comes, the connection is served or closed, only valid batches change anything, and every answer can be read.
+Every input is served or closes the connection, only valid batches change anything, and every answer can be read.
 """
 
 import socket
@@ -22,7 +22,7 @@ from counter_server.operations import LARGEST, SMALLEST, check_name  # noqa: E40
 
 
 def serve(data: bytes) -> tuple[Ledger, bytes]:
-    """A fresh ledger that a client has sent `data` to, and what it was answered."""
+    """Send `data` to the server of a fresh ledger; return the ledger and the answers."""
     ledger = Ledger()
     server = cast(Any, SimpleNamespace(hosted={"ledger": Hosted(ledger, "epoch")}))
     theirs, ours = socket.socketpair()
@@ -33,7 +33,7 @@ def serve(data: bytes) -> tuple[Ledger, bytes]:
         try:
             StateServer.serve_client(server, connection)
         except (EOFError, OSError, MsgspecError, ValueError):
-            pass  # what `handle_request` closes the connection on, and tells nobody
+            pass  # `handle_request` closes the connection on these
         finally:
             connection.close()
         theirs.setblocking(False)  # noqa: FBT003 - its only argument
@@ -44,7 +44,7 @@ def serve(data: bytes) -> tuple[Ledger, bytes]:
 
 
 def try_one(data: bytes) -> None:
-    """The first byte says whether the rest is what comes over the socket, or one message that is yet to be framed."""
+    """Serve one input. Its first byte says whether the rest is a stream of frames or one message without its length."""
     kind, rest = data[:1], data[1:]
     ledger, answers = serve(rest if kind < b"\x80" else len(rest).to_bytes(4, "big") + rest)
     while answers:

@@ -8,7 +8,7 @@ from flask import Flask, request
 from flask.sessions import SecureCookieSessionInterface
 
 from ...errors import StorageFull
-from ...journal_file import sync
+from ...journal import sync
 from ...manager.directory import DataDirectory
 from ...settings import default_data_dir
 
