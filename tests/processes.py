@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self, TypeVar
 
-from counter_server.server.prove.processes import children, group_members
+from counter_server.server.prove.proof import children, group_members
 
 _Found = TypeVar("_Found")
 

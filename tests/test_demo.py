@@ -21,13 +21,20 @@ import pytest
 from PIL import Image
 
 from counter_server.errors import InvalidRequest
-from counter_server.server.demo.clients import Answer, visit_at_once
-from counter_server.server.demo.demonstration import Demonstration
-from counter_server.server.demo.outcome import Outcome, Round
-from counter_server.server.demo.picture import NEVER, ONCE, SEVERAL, draw
-from counter_server.server.demo.plan import PAIRS, Pair, chosen
-from counter_server.server.demo.stage import Stage
-from counter_server.server.demo.strategies import OURS, STRATEGIES
+from counter_server.server.demo.report import NEVER, ONCE, SEVERAL, draw
+from counter_server.server.demo.runner import (
+    OURS,
+    PAIRS,
+    Outcome,
+    Pair,
+    Reply,
+    chosen,
+    judge,
+    run,
+    run_server,
+    visit_at_once,
+)
+from counter_server.server.strategies import STRATEGIES
 from tests.processes import ROOT, Program, eventually
 
 CLIENTS = 24
@@ -37,7 +44,7 @@ BEFORE = "import sys; {}; from counter_server.cli import main; main()"
 
 def outcome_of(pair: Pair, *numbers: int | None) -> Outcome:
     """As if clients had come back with these."""
-    return Outcome(pair, [Round([Answer(number, 0.1) for number in numbers])])
+    return Outcome(pair, [judge([Reply(number, 0.1) for number in numbers])])
 
 
 def demo(*options: str | Path, before: str = "") -> "subprocess.CompletedProcess[str]":
@@ -78,14 +85,14 @@ def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_each_pair_is_right_or_wrong_as_its_sentence_says(pair: Pair, files: Path) -> None:
     rounds = 2 if pair.name in CERTAIN else 1
     told: list[str] = []
-    (outcome,) = Demonstration(clients=CLIENTS, rounds=rounds).run([pair], told.append)
+    (outcome,) = run([pair], told.append, clients=CLIENTS, rounds=rounds, port=0)
     assert outcome.left_out == ""
     assert [each.right for each in outcome.rounds] == [pair.expected == "right"] * rounds
     assert outcome.sentence.startswith(pair.why)
     assert processes_of(files) == []
     assert list(files.iterdir()) == []
     for each in outcome.rounds:
-        assert len(each.answers) == CLIENTS
+        assert len(each.numbers) == CLIENTS
         if STRATEGIES[pair.strategy].killed:
             assert each.killed_after is not None
             assert 0 < each.killed_after < CLIENTS
@@ -95,13 +102,13 @@ def test_each_pair_is_right_or_wrong_as_its_sentence_says(pair: Pair, files: Pat
 
 
 def test_a_killed_manager_is_followed_by_another_that_goes_on_counting(files: Path) -> None:
-    with Stage("waitress", OURS) as stage:
-        assert [answer.number for answer in visit_at_once(stage.port, 1)] == [1]
-        first = stage.manager()
+    with run_server("waitress", OURS) as running:
+        assert [reply.number for reply in visit_at_once(running.port, 1)] == [1]
+        first = running.manager()
         assert first is not None
         os.kill(first, signal.SIGKILL)
-        assert [answer.number for answer in visit_at_once(stage.port, 1)] == [2]
-        assert stage.manager() not in (None, first)
+        assert [reply.number for reply in visit_at_once(running.port, 1)] == [2]
+        assert running.manager() not in (None, first)
         assert processes_of(files)
     assert processes_of(files) == []
     assert list(files.iterdir()) == []
@@ -145,8 +152,8 @@ def test_an_outcome_that_was_not_expected_is_not_explained_away() -> None:
     racy, ours = next(pair for pair in PAIRS if pair.expected == "wrong"), PAIRS[-1]
     assert "luck" in outcome_of(racy, 1, 2).sentence
     assert "report" in outcome_of(ours, 1, 1).sentence
-    failed = Outcome(ours, [Round([Answer(1, 0.1), Answer(None, 0.1, "503 SERVICE UNAVAILABLE")])])
-    assert "503 SERVICE UNAVAILABLE" in failed.sentence
+    failed = Outcome(ours, [judge([Reply(1, 0.1), Reply(None, 0.1, "503 Service Unavailable")])])
+    assert "503 Service Unavailable" in failed.sentence
 
 
 def test_pairs_are_chosen_by_a_server_a_strategy_or_both() -> None:
@@ -163,7 +170,7 @@ def test_a_server_that_does_not_start_is_left_out_with_its_last_words(
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "waitress.py").write_text("raise SystemExit('no room for waitress')")
-    (outcome,) = Demonstration(clients=2).run(chosen(["waitress/session"]), lambda _: None)
+    (outcome,) = run(chosen(["waitress/session"]), lambda _: None, clients=2, rounds=1, port=0)
     assert outcome.verdict == "left out"
     assert "it ended with status 1: no room for waitress" in outcome.left_out
     assert processes_of(files) == []
@@ -213,7 +220,10 @@ def test_the_exit_status_is_1_if_ours_was_wrong_and_only_then() -> None:
     """To see it, the plain global is for once said to be ours."""
     options = ("--only", "processes/global", "--clients", "2", "--json")
     assert demo(*options).returncode == 0
-    assert demo(*options, before="import counter_server.server.demo.plan as plan; plan.OURS = 'global'").returncode == 1
+    assert (
+        demo(*options, before="import counter_server.server.demo.runner as runner; runner.OURS = 'global'").returncode
+        == 1
+    )
 
 
 def test_a_busy_port_is_told_in_one_line_before_anything_starts() -> None:
@@ -223,16 +233,16 @@ def test_a_busy_port_is_told_in_one_line_before_anything_starts() -> None:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line == (
-        f"Error: cannot listen on 127.0.0.1 port {port}: Address already in use; choose another with --port, or give"
-        " none: then free ones are taken"
+        f"Error: cannot listen on 127.0.0.1 port {port}: Address already in use; choose another with --port, or omit"
+        " it to use free ports"
     )
 
 
 def test_a_port_serves_one_server_after_the_other() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    demonstration = Demonstration(clients=2, rounds=2, port=port)
-    outcomes = list(demonstration.run(chosen(["development", "threaded/lock"]), lambda _: None))
+    pairs = chosen(["development", "threaded/lock"])
+    outcomes = list(run(pairs, lambda _: None, clients=2, rounds=2, port=port))
     assert [outcome.verdict for outcome in outcomes] == ["right", "right"]
 
 
@@ -252,7 +262,7 @@ def test_json_is_had_without_rich_and_what_is_missing_is_left_out_by_name() -> N
     assert reasons == {
         "gevent/global": "gevent not installed: pip install 'counter-server[demo]'",
         "waitress/cachelib": "cachelib not installed: pip install 'counter-server[demo]'",
-        "gunicorn/stash": "the gunicorn that is installed has none: take a newer one",
+        "gunicorn/stash": "the installed gunicorn is too old for it: upgrade it",
     }
 
 
@@ -337,7 +347,7 @@ def test_ctrl_c_and_kill_9_leave_no_process_and_no_file(
     status = program.wait()
     if number is signal.SIGINT:
         assert status == 130
-        assert program.errors[-1] == "Stopped. Nothing of it is left."
+        assert program.errors[-1] == "Stopped. All processes and files are removed."
         assert "Traceback" not in "\n".join(program.errors)
         assert processes_of(files) == []  # it waits for that
     eventually(lambda: not processes_of(files), "the end of all its processes")

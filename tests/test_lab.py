@@ -13,9 +13,9 @@ from flask.testing import FlaskClient
 from itsdangerous.timed import TimestampSigner
 from werkzeug.exceptions import ServiceUnavailable
 
+from counter_server.server.strategies import YIELD_SECONDS
 from counter_server.server.web import create_app
-from counter_server.server.web.lab.runs import FORGOTTEN, PerRun, Run, is_over
-from counter_server.server.web.lab.strategies import YIELD_SECONDS
+from counter_server.server.web.lab import FORGOTTEN, PerRun, is_over
 from counter_server.state import State
 from tests.engines import RedisServer
 from tests.load import at_once
@@ -162,7 +162,7 @@ def test_so_does_another_store_and_where_there_is_no_manager_that_is_said(tmp_pa
         assert numbers(play(server.url, "store")) == list(range(1, CLIENTS + 1))
         status, _, text = ask(server.url, "GET", "/lab")
         assert status == 200
-        assert "Not here: the configured store is unix://, and that has none." in text
+        assert "Not here: the configured store is unix://, and has no manager." in text
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         status, _, text = ask(server.url, "POST", "/lab/runs", b"strategy=manager&clients=1", form)
         assert (status, json.loads(text)["title"]) == (501, "Unsupported")
@@ -307,15 +307,15 @@ def test_other_sites_and_other_methods_start_nothing(client: FlaskClient) -> Non
 
 
 def test_a_worker_keeps_a_hundred_runs_and_forgets_none_of_them_for_another() -> None:
-    kept = PerRun(list[int])
-    runs = [Run("global", f"{number}-x") for number in range(101)]
+    kept = PerRun[list[int]]()
+    runs = [f"{number}-x" for number in range(101)]
     for run in runs[:100]:
-        kept.of(run).append(1)
+        kept.of(run, list).append(1)
     with pytest.raises(ServiceUnavailable):
-        kept.of(runs[100])
-    assert all(kept.of(run) == [1] for run in runs[:100])
+        kept.of(runs[100], list)
+    assert all(kept.of(run, list) == [1] for run in runs[:100])
     kept.forget(runs[0])
-    assert kept.of(runs[100]) == []
+    assert kept.of(runs[100], list) == []
 
 
 def test_names_of_runs_that_are_over_are_told_from_all_others() -> None:

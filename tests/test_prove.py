@@ -19,11 +19,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from counter_server.cli import main
-from counter_server.server.prove.faults import Kill
-from counter_server.server.prove.history import Operation, load, save
+from counter_server.server.prove.history import Kill, Operation, judge, load, save, screen
 from counter_server.server.prove.load import Client
-from counter_server.server.prove.processes import children
-from counter_server.server.prove.verdict import judge, screen
+from counter_server.server.prove.proof import children
 from tests.processes import PATIENCE, ROOT, Program, Server, eventually
 
 PROOF = ("-m", "counter_server", "prove")
@@ -217,7 +215,7 @@ def test_a_server_of_its_own_that_ends_is_wrong(prove: Callable[..., Program], p
     started(program)
     os.kill(supervisor_in(place), signal.SIGKILL)
     assert program.wait() == 1
-    assert program.output[0].startswith("WRONG: the server ended; the last that it said: ")
+    assert program.output[0].startswith("WRONG: the server ended; its last line: ")
     assert any(place.glob("prove-*.jsonl"))
     assert_nothing_left(place)
 
@@ -262,11 +260,11 @@ def told(*arguments: str) -> str:
         (["--url", "http://127.0.0.1:1", "--kill-manager", "1"], "leave out --url, or the kills"),
         (["--url", "http://127.0.0.1:1", "--kill-worker", "2"], "leave out --url, or the kills"),
         (["--url", "127.0.0.1:8000"], "like http://127.0.0.1:8000, not"),
-        (["--url", "http://[::1"], "no server's address"),
-        (["--url", "http://127.0.0.1:70000"], "no server's address"),
+        (["--url", "http://[::1"], "is not a server's address"),
+        (["--url", "http://127.0.0.1:70000"], "is not a server's address"),
         (["--save", "nowhere/all.jsonl"], "no history can be saved as nowhere/all.jsonl"),
         (["--check", "nowhere.jsonl"], "cannot be read: No such file"),
-        (["--check", "x", "--url", "http://127.0.0.1:1"], "--check asks no server"),
+        (["--check", "x", "--url", "http://127.0.0.1:1"], "--check uses no server"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(place: Path, arguments: list[str], reason: str) -> None:
@@ -284,7 +282,7 @@ def test_what_cannot_be_is_refused_in_one_line(place: Path, arguments: list[str]
 )
 def test_a_file_that_is_no_history_is_told_with_the_line(place: Path, content: bytes, line: str) -> None:
     (place / "file").write_bytes(content)
-    assert f"file holds no history of increments: {line}" in told("--check", "file")
+    assert f"file is not a history of increments: {line}" in told("--check", "file")
 
 
 def test_where_nothing_listens_it_says_so() -> None:
@@ -297,12 +295,12 @@ def test_where_nothing_listens_it_says_so() -> None:
 @pytest.mark.parametrize(
     ("status", "body", "reason"),
     [
-        ("404 Not Found", "no", "is no server that counts: an increment was answered 404 Not Found: no"),
+        ("404 Not Found", "no", "is not a counter-server: an increment was answered 404 Not Found: no"),
         ("200 OK", "hi", "an increment was answered 200 OK: hi"),
         ("200 OK", '{"value": true}', "an increment was answered 200 OK"),
         ("501 Not Implemented", '{"detail": "no keys"}', "501 Not Implemented: no keys"),
-        (None, "SSH-2.0-OpenSSH_9.2\r\n", "is no web server"),
-        (None, "", "is no web server"),
+        (None, "SSH-2.0-OpenSSH_9.2\r\n", "is not a web server"),
+        (None, "", "is not a web server"),
     ],
 )
 def test_what_is_no_server_that_counts_is_told_with_its_answer(status: str | None, body: str, reason: str) -> None:

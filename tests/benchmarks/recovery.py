@@ -19,7 +19,7 @@ from statistics import median
 from counter_server.manager.directory import DataDirectory
 from counter_server.server.child import STABLE_SECONDS
 from counter_server.server.prove.load import Client
-from counter_server.server.prove.processes import group_members
+from counter_server.server.prove.proof import group_members
 from tests.benchmarks.pages import fill
 from tests.processes import PATIENCE, Server, eventually
 
