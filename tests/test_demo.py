@@ -141,7 +141,7 @@ def test_what_came_back_is_counted(
 def test_one_wrong_round_makes_it_wrong_and_is_the_one_that_is_shown() -> None:
     right, wrong = (outcome_of(PAIRS[-1], *numbers).rounds[0] for numbers in ((1, 2), (1, 1)))
     outcome = Outcome(PAIRS[-1], [right, wrong, right])
-    assert not outcome.right
+    assert outcome.verdict == "wrong"
     assert outcome.failed
     assert outcome.shown is wrong
     assert "Right in 2 of 3 rounds." in outcome.sentence

@@ -15,42 +15,41 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
+from typing import IO
 
 from ..errors import StartupError
 from ..manager.starter import python_command, python_environment
 
 _BOOT_SECONDS = 30.0
 _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+_MOST_OUTPUT = 2**24  # bytes
 
 
 class Guarded:
     """A command under a guard; `pid` is the command's, `directory` its working directory."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self.pid = 0
-        self.directory = Path()
-        self.said: deque[str] = deque(maxlen=20)  # the last lines that the command printed
+    def __init__(self, process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
         self._process = process
-        self._lines: SimpleQueue[str | None] = SimpleQueue()
-        self._reader = Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            self.said.append(line.strip())
-            self._lines.put(line.strip())
-        self._lines.put(None)
+        self._output = output
+        pid, directory = self.expect("pid ").split(" ", 1)
+        self.pid = int(pid)
+        self.directory = Path(directory)
 
     @property
     def running(self) -> bool:
-        return self._reader.is_alive()
+        return self._process.poll() is None
+
+    @property
+    def lines(self) -> list[str]:
+        """The output until now."""
+        return os.pread(self._output.fileno(), _MOST_OUTPUT, 0).decode(errors="replace").split("\n")
+
+    @property
+    def last_line(self) -> str:
+        return next((line.strip() for line in reversed(self.lines) if line.strip()), "")
 
     def check(self) -> None:
         """Return if the command still runs.
@@ -58,85 +57,54 @@ class Guarded:
         :raises StartupError: if it has ended, with its exit status and its last line.
         """
         if not self.running:
-            last = next((line for line in reversed(self.said) if line), "it printed nothing")
-            raise StartupError(f"it ended with status {self._process.wait()}: {last.removeprefix('Error: ')}")
+            raise StartupError(f"it ended with status {self._process.wait()}: {self.last_line.removeprefix('Error: ')}")
 
-    def expect(self, start: str = "", seconds: float = _BOOT_SECONDS) -> str:
+    def expect(self, start: str, seconds: float = _BOOT_SECONDS) -> str:
         """Wait for a line of output that begins with `start`, and return the rest of it.
 
         :raises StartupError: if the command ends before, or prints no such line in time.
         """
         deadline = time.monotonic() + seconds
-        while True:
-            try:
-                line = self._lines.get(timeout=max(deadline - time.monotonic(), 0))
-            except Empty:
-                raise StartupError(f"it printed nothing of its start in {seconds:g} seconds") from None
-            if line is None:
-                self._reader.join()
+        while time.monotonic() < deadline:
+            running = self.running
+            for line in self.lines[:-1]:  # the last one is not complete
+                if line.startswith(start):
+                    return line.removeprefix(start)
+            if not running:
                 self.check()
-            elif line.startswith(start):
-                return line.removeprefix(start)
+            time.sleep(0.01)
+        raise StartupError(f"it did not start within {seconds:g} seconds: {self.last_line}")
 
 
 @contextmanager
 def guarded(
     command: Sequence[str], *, descriptors: Sequence[int] = (), environment: Mapping[str, str] | None = None
 ) -> Iterator[Guarded]:
-    """Run a command under a guard while the block runs; in its own session, so that Ctrl-C does not reach it.
+    """Run a command under a guard while the block runs, in a session of its own, which Ctrl-C does not reach.
+
+    The settings of counter-server and gunicorn in this process's environment do not apply to it.
 
     :param descriptors: open files that the command inherits.
-    :param environment: variables beyond this process's own, from which the settings of our server and gunicorn are left
-        out.
+    :param environment: additional variables.
     :raises StartupError: if the command cannot be started.
     """
-    kept = {
-        name: value
-        for name, value in python_environment().items()
-        if not name.startswith("COUNTER_SERVER_") and name != "GUNICORN_CMD_ARGS"
-    }
-    process = subprocess.Popen(
-        python_command("counter_server.server.guard", *command),
-        env={**kept, **(environment or {}), "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        pass_fds=descriptors,
-        start_new_session=True,
-    )
-    assert process.stdin
-    assert process.stdout
-    program = Guarded(process)
-    try:
-        pid, directory = program.expect("pid ").split(" ", 1)
-        program.pid, program.directory = int(pid), Path(directory)
-        yield program
-    finally:
-        process.stdin.close()
-        process.wait()
-        program._reader.join()
-        process.stdout.close()
-
-
-def _children() -> Iterator[int]:
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with suppress(OSError):  # the process has ended
-                parent = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1]
-                if int(parent) == os.getpid():
-                    yield int(entry)
-
-
-def _kill_descendants() -> None:
-    """Kill and reap; the children of a killed process become children of this one, and are next."""
-    while True:
-        for pid in _children():
-            os.kill(pid, signal.SIGKILL)
+    kept = {name: value for name, value in python_environment().items() if not name.startswith("COUNTER_SERVER_")}
+    kept.pop("GUNICORN_CMD_ARGS", None)
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            python_command("counter_server.server.guard", *command),
+            env={**kept, **(environment or {}), "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.PIPE,
+            stdout=output,
+            pass_fds=descriptors,
+            start_new_session=True,
+        )
+        assert process.stdin
         try:
-            os.wait()
-        except ChildProcessError:
-            return
+            yield Guarded(process, output)
+        finally:
+            process.stdin.close()
+            process.wait()
 
 
 def main(*command: str) -> int:
@@ -155,12 +123,22 @@ def main(*command: str) -> int:
             start_new_session=True,
         )
         print("pid", process.pid, directory, flush=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # only the command keeps the output open
         select.select([0, os.pidfd_open(process.pid)], [], [])
         return process.poll() or 0
     finally:
         _kill_descendants()
         shutil.rmtree(directory)
+
+
+def _kill_descendants() -> None:
+    """Kill and reap; the children of a killed process become children of this one, and are next."""
+    while True:
+        for pid in Path("/proc/thread-self/children").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.managers import BaseManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flask import Flask, Response, after_this_request, request
 from flask.sessions import SecureCookieSessionInterface
@@ -93,55 +92,34 @@ class LockedObj(SomeObj):
             return super().take()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run of a strategy, which all processes of an app share.
-
-    :param directory: for its files.
-    :param path: the URL path of its cookies.
-    :param numbers: a shared dict, where the app has one.
-    """
+class Run(NamedTuple):
+    """One run of a strategy, which all processes of an app share."""
 
     name: str
     app: Flask
     shared: SharedState
-    directory: Path
-    path: str = "/"
+    directory: Path  # for files
+    path: str = "/"  # of cookies
     numbers: SharedDict | None = None
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """One way to count.
+class Strategy(NamedTuple):
+    """One way to count."""
 
-    :param join: prepares a process for a run; each client of the run gets its number from the returned function.
-    :param title: its usual name, a noun.
-    :param memory: whether each process keeps the number in its memory.
-    :param files: whether the number is in the run's directory.
-    :param end: deletes a run's number from the store.
-    :param about: the lab's description; a strategy without one is not in the lab. Also for the lab: `place` is where
-        the number is, as in "reads 4 from …"; `wrong` and `right` explain a result.
-    :param needs: the packages that it needs beyond ours.
-    :param module: a module that only newer versions of the first package have.
-    :param recipe: the class that the textbook recipe's process holds, if it takes part.
-    :param gunicorn: the options that gunicorn needs.
-    :param killed: whether the demonstration kills the process that holds the number.
-    """
-
-    join: Callable[[Run], Take]
-    title: str
-    memory: bool = False
-    files: bool = False
-    end: Callable[[Run], object] = lambda _: None
-    about: str = ""
-    place: str = ""
-    wrong: str = ""
-    right: str = ""
-    needs: tuple[str, ...] = ()
-    module: str = ""
-    recipe: str = ""
-    gunicorn: tuple[str, ...] = ()
-    killed: bool = False
+    join: Callable[[Run], Take]  # prepares a process for a run; its clients get their numbers from the result
+    title: str  # a noun
+    memory: bool = False  # each process keeps the number in its memory
+    files: bool = False  # the number is in the run's directory
+    end: Callable[[Run], object] = lambda _: None  # deletes the number of a run from the store
+    about: str = ""  # for the lab, which shows only strategies that have it
+    place: str = ""  # for the lab: where the number is, as in "reads 4 from …"
+    wrong: str = ""  # for the lab: why the result is wrong
+    right: str = ""  # for the lab: why it is right
+    needs: tuple[str, ...] = ()  # packages beyond ours
+    newer: str = ""  # a module that only newer versions of the first package have
+    recipe: str = ""  # the class of the object that the textbook recipe's process holds
+    gunicorn: tuple[str, ...] = ()  # options that gunicorn needs
+    killed: bool = False  # the demonstration kills the process that holds the number
 
 
 def _file(run: Run) -> Take:
@@ -352,7 +330,7 @@ STRATEGIES = {
         _stash,
         "gunicorn's Dirty Stash",
         needs=("gunicorn",),
-        module="gunicorn.dirty.stash",
+        newer="gunicorn.dirty",
         gunicorn=("--dirty-workers", "1", "--dirty-app", "gunicorn.dirty:DirtyApp"),
     ),
     "ours": Strategy(

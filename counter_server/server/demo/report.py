@@ -4,6 +4,7 @@ import io
 import os
 import platform
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,7 +90,11 @@ def table(outcomes: list[Outcome], clients: int, width: int) -> Iterator[str]:
             yield f"left out  {outcome.pair.title}: {outcome.left_out}"
             continue
         shown = outcome.shown
-        verdict = click.style("✓ right ", "green") if outcome.right else click.style("✗ wrong ", "red", bold=True)
+        verdict = (
+            click.style("✓ right ", "green")
+            if outcome.verdict == "right"
+            else click.style("✗ wrong ", "red", bold=True)
+        )
         figures = (str(shown.unique), str(shown.duplicates), str(shown.skipped), f"{shown.slowest_seconds:.2f} s")
         yield from row(verdict, outcome.pair.title, *figures)
         for line in textwrap.wrap(outcome.sentence, width - 9):
@@ -138,7 +143,7 @@ def _grid(panel: "Axes", outcome: Outcome) -> None:
     from matplotlib.patches import Rectangle
 
     shown = outcome.shown
-    given = shown.given
+    given = Counter(shown.numbers)
     panel.set_xlim(0, _IN_A_ROW)
     panel.set_ylim(-(-len(shown.numbers) // _IN_A_ROW), 0)
     panel.set_aspect("equal", anchor="N")
@@ -154,7 +159,7 @@ def _grid(panel: "Axes", outcome: Outcome) -> None:
     words = f"{shown.unique} unique, {shown.duplicates} duplicates, {shown.skipped} skipped"
     if shown.unanswered:
         words += f"\n{shown.unanswered} got no number"
-    colour = "black" if outcome.right else _WRONG
+    colour = "black" if outcome.verdict == "right" else _WRONG
     panel.set_title(f"{server}\n{strategy}\n{outcome.verdict}: {words}", fontsize=7, color=colour)
 
 

@@ -13,12 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
-from http import HTTPStatus
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from flask import Flask, flash, render_template_string
 from msgspec import Struct
@@ -31,19 +29,20 @@ from ..guard import Guarded, guarded
 from ..prove.load import Client, described
 from ..strategies import RECIPE, STRATEGIES, Run, pause
 
-_MODULE = "counter_server.server.demo.runner"
-# A setting of gunicorn, which reads this module: its control socket would be in the user's home. As an option, older
-# versions would refuse it.
-control_socket_disable = True
 OURS = "ours"
+_MODULE = "counter_server.server.demo.runner"
 _PATIENCE = 30.0  # seconds that a client waits, that a server takes to start, and that a request waits for a manager
 _BACKLOG = 1024  # connections that may wait to be accepted; a server may lower it to its own
 _PROBES = 16  # simultaneous requests that find all processes of a server
 _DATA = "data"  # our manager's directory, among the files of a server
 
+# Of gunicorn, which reads its settings here: its control socket would be in the user's home. Older versions ignore it
+# here, but would refuse it as an option.
+control_socket_disable = True
+
 
 class Server(NamedTuple):
-    """One server: its usual name, the processes that answer, and gunicorn's options if it is gunicorn."""
+    """A server: its usual name, the number of processes that answer, and its options if it is gunicorn."""
 
     title: str
     processes: int = 1
@@ -62,18 +61,16 @@ SERVERS = {
 }
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A strategy behind a server, with the expected outcome and its reason."""
+class Pair(NamedTuple):
+    """A strategy behind a server, with the expected verdict and its reason."""
 
     server: str
     strategy: str
-    expected: Literal["right", "wrong"]
+    expected: str
     why: str
 
     @property
     def name(self) -> str:
-        """The name that `--only` takes."""
         return f"{self.server}/{self.strategy}"
 
     @property
@@ -84,18 +81,11 @@ class Pair:
         """Say which packages are not installed; empty if all are."""
         strategy, options = STRATEGIES[self.strategy], SERVERS[self.server].gunicorn
         needed = {*strategy.needs, *(["gunicorn"] if options else []), *(["gevent"] if "gevent" in options else [])}
-        if absent := sorted(name for name in needed if not _installed(name)):
+        if absent := sorted(name for name in needed if find_spec(name) is None):
             return f"{' and '.join(absent)} not installed: pip install 'counter-server[demo]'"
-        if strategy.module and not _installed(strategy.module):
+        if strategy.newer and find_spec(strategy.newer) is None:
             return f"the installed {strategy.needs[0]} is too old for it: upgrade it"
         return ""
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # its package
-        return False
 
 
 _OWN = "Each process has one of its own, and counts alone."
@@ -131,11 +121,11 @@ def chosen(only: Sequence[str]) -> list[Pair]:
 
     :raises InvalidRequest: if no pair has one of the names.
     """
-    for name in only:
-        if not any(name in (pair.server, pair.strategy, pair.name) for pair in PAIRS):
-            known = ", ".join(dict.fromkeys([pair.server for pair in PAIRS] + [pair.strategy for pair in PAIRS]))
-            raise InvalidRequest(f"{name!r} is none of {known}, nor a pair of them, as waitress/ours")
-    return [pair for pair in PAIRS if not only or {pair.server, pair.strategy, pair.name} & {*only}]
+    names = {pair: {pair.server, pair.strategy, pair.name} for pair in PAIRS}
+    for name in {*only}.difference(*names.values()):
+        known = ", ".join(dict.fromkeys([pair.server for pair in PAIRS] + [pair.strategy for pair in PAIRS]))
+        raise InvalidRequest(f"{name!r} is none of {known}, nor a pair of them, as waitress/ours")
+    return [pair for pair in PAIRS if not only or names[pair] & {*only}]
 
 
 class Reply(NamedTuple):
@@ -158,17 +148,17 @@ def visit_at_once(
 
     def visit() -> Reply:
         began = time.monotonic()
+        number, error = None, ""
         try:
             with closing(Client(f"http://127.0.0.1:{port}", patience)) as client:
                 client.connect()
                 barrier.wait(patience)
                 began = time.monotonic()
                 status, content = client.request("GET", path, Connection="close")
-            seconds = time.monotonic() - began
-            number = content if status == HTTPStatus.OK and isinstance(content, int) else None
-            return Reply(number, seconds, "" if number is not None else described(status, None))
-        except (OSError, HTTPException, threading.BrokenBarrierError) as error:
-            return Reply(None, time.monotonic() - began, str(error) or type(error).__name__)
+                number, error = (content, "") if type(content) is int else (None, described(status, content))
+        except (OSError, HTTPException, threading.BrokenBarrierError) as failure:
+            error = str(failure) or type(failure).__name__
+        return Reply(number, time.monotonic() - began, error)
 
     clients = ThreadPoolExecutor(count)
     replies: list[Reply] = []
@@ -177,28 +167,23 @@ def visit_at_once(
             replies.append(done.result())
             told(sum(reply.number is not None for reply in replies))
         return replies
-    finally:  # after a Ctrl-C some clients may still wait for the server, which ends next
+    finally:  # after a Ctrl-C some clients still wait for the server, which ends next
         barrier.abort()
         clients.shutdown(wait=False)
 
 
 class Round(Struct, frozen=True):
-    """The result of one round, in the order of the replies."""
+    """The result of one round; `numbers` are in the order of the replies."""
 
     right: bool  # the clients got exactly the numbers 1, 2, 3, …, each once
     unique: int
     duplicates: int  # clients with a number that another client had got
-    skipped: int  # the numbers from 1 to the number of clients that no client got
+    skipped: int  # numbers, from 1 to the number of clients, that no client got
     unanswered: int
     slowest_seconds: float
-    killed_after: int | None  # numbers that clients had when the manager was killed; None if it was not
+    killed_after: int | None  # numbers that had arrived when the manager was killed; None if it was not
     numbers: list[int | None]
     errors: list[str]
-
-    @property
-    def given(self) -> Counter[int]:
-        """How many clients got each number."""
-        return Counter(number for number in self.numbers if number is not None)
 
 
 def judge(replies: list[Reply], killed_after: int | None = None) -> Round:
@@ -220,8 +205,7 @@ def judge(replies: list[Reply], killed_after: int | None = None) -> Round:
     )
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """All rounds of a pair, or the reason why it was left out."""
 
     pair: Pair
@@ -229,45 +213,36 @@ class Outcome:
     left_out: str = ""
 
     @property
-    def right(self) -> bool:
-        return bool(self.rounds) and all(each.right for each in self.rounds)
-
-    @property
     def verdict(self) -> str:
-        return "left out" if self.left_out else "right" if self.right else "wrong"
+        return "left out" if self.left_out else "right" if all(each.right for each in self.rounds) else "wrong"
 
     @property
     def failed(self) -> bool:
         """Whether counter-server was not right."""
-        return self.pair.strategy == OURS and not self.right
+        return self.pair.strategy == OURS and self.verdict != "right"
 
     @property
     def shown(self) -> Round:
         """The round to show in a table: the first wrong one, else the slowest."""
-        wrong = [each for each in self.rounds if not each.right]
-        return wrong[0] if wrong else max(self.rounds, key=lambda each: each.slowest_seconds)
+        return min(self.rounds, key=lambda each: (each.right, each.right and -each.slowest_seconds))
 
     @property
     def sentence(self) -> str:
         """What happened, and why."""
         shown = self.shown
-        if self.verdict == self.pair.expected:
-            parts = [self.pair.why]
-        elif self.right:
-            parts = ["Right this time, by luck."]
-        else:
-            reason = f"a client without a number got {shown.errors[0]!r}" if shown.errors else "please report it"
-            parts = [f"Not expected: {reason}."]
-        number, times = max(shown.given.items(), key=lambda item: item[1], default=(0, 0))
-        if times > 1:
-            parts.append(f"The number {number} was given {times} times.")
-        if shown.killed_after is not None:
-            parts.append(f"Killed after {shown.killed_after} answers.")
-        if shown.unanswered:
-            parts.append(f"{shown.unanswered} clients got no number.")
-        if len(self.rounds) > 1:
-            parts.append(f"Right in {sum(each.right for each in self.rounds)} of {len(self.rounds)} rounds.")
-        return " ".join(parts)
+        given = Counter(number for number in shown.numbers if number is not None)
+        number, times = max(given.items(), key=lambda item: item[1], default=(0, 0))
+        reason = f"a client without a number got {shown.errors[0]!r}" if shown.errors else "please report it"
+        unexpected = "Right this time, by luck." if self.verdict == "right" else f"Not expected: {reason}."
+        parts = {
+            self.pair.why: self.verdict == self.pair.expected,
+            unexpected: self.verdict != self.pair.expected,
+            f"The number {number} was given {times} times.": times > 1,
+            f"Killed after {shown.killed_after} answers.": shown.killed_after is not None,
+            f"{shown.unanswered} clients got no number.": shown.unanswered > 0,
+            f"Right in {sum(each.right for each in self.rounds)} of {len(self.rounds)} rounds.": len(self.rounds) > 1,
+        }
+        return " ".join(part for part, said in parts.items() if said)
 
 
 def listen(port: int, sockets: int = 1) -> list[socket.socket]:
@@ -277,27 +252,21 @@ def listen(port: int, sockets: int = 1) -> list[socket.socket]:
     :raises StartupError: if the port is not available.
     """
     found: list[socket.socket] = []
-    with ExitStack() as stack:
-        try:
-            for _ in range(sockets):
-                found.append(stack.enter_context(socket.socket()))
-                found[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if sockets > 1:
-                    found[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                found[-1].bind(("127.0.0.1", port))
-                found[-1].listen(_BACKLOG)
-                port = found[-1].getsockname()[1]
-        except OSError as error:
-            raise StartupError(
-                f"cannot listen on 127.0.0.1 port {port}: {error.strerror}; choose another with --port, or omit it to"
-                " use free ports"
-            ) from error
-        stack.pop_all()
+    try:
+        for _ in range(sockets):
+            found.append(socket.create_server(("127.0.0.1", port), backlog=_BACKLOG, reuse_port=sockets > 1))
+            port = found[-1].getsockname()[1]
+    except OSError as error:
+        for sock in found:
+            sock.close()
+        raise StartupError(
+            f"cannot listen on 127.0.0.1 port {port}: {os.strerror(error.errno or 0)}; choose another with --port, or"
+            " omit it to use free ports"
+        ) from error
     return found
 
 
-@dataclass(frozen=True)
-class Running:
+class Running(NamedTuple):
     """A server that runs, on a port of loopback."""
 
     port: int
@@ -305,15 +274,15 @@ class Running:
     recipe: Guarded | None
 
     def manager(self) -> int | None:
-        """The process that holds the number for all others, if there is one."""
+        """Return the process that holds the number for all others, if there is one."""
         return self.recipe.pid if self.recipe else DataDirectory(self.server.directory / _DATA).manager_pid()
 
 
 @contextmanager
 def run_server(server: str, strategy: str, *, port: int = 0) -> Iterator[Running]:
-    """Run a server, and whatever its strategy needs beside it, while the block runs.
+    """Run a server, with the process of the textbook recipe if the strategy needs it, while the block runs.
 
-    :raises StartupError: if the port is not available, or something does not start.
+    :raises StartupError: if the port is not available, or a process does not start.
     """
     options, way = SERVERS[server].gunicorn, STRATEGIES[strategy]
     with ExitStack() as stack:
@@ -324,13 +293,10 @@ def run_server(server: str, strategy: str, *, port: int = 0) -> Iterator[Running
         if way.recipe:
             recipe = stack.enter_context(guarded(python_command("counter_server.server.strategies", way.recipe)))
             environment[RECIPE] = recipe.expect(f"{RECIPE}=")
+        command = python_command(_MODULE, server, strategy, *map(str, opened))
         if options:
-            app = f"{_MODULE}:create_app({strategy!r})"
-            command = python_command(
-                "gunicorn", "-c", f"python:{_MODULE}", "-b", f"fd://{opened[0]}", *options, *way.gunicorn, app
-            )
-        else:
-            command = python_command(_MODULE, server, strategy, *map(str, opened))
+            settings = ("-c", f"python:{_MODULE}", "-b", f"fd://{opened[0]}", *options, *way.gunicorn)
+            command = python_command("gunicorn", *settings, f"{_MODULE}:create_app({strategy!r})")
         program = stack.enter_context(guarded(command, descriptors=opened, environment=environment))
         running = Running(sockets[0].getsockname()[1], program, recipe)
         for sock in sockets:  # when the server ends, its clients must get an error
@@ -340,14 +306,14 @@ def run_server(server: str, strategy: str, *, port: int = 0) -> Iterator[Running
 
 
 def _await_processes(running: Running, count: int) -> None:
-    seen: set[int | None] = {None}
+    seen: set[int] = set()
     deadline = time.monotonic() + _PATIENCE
-    while len(seen) <= count:
+    while len(seen) < count:
         running.server.check()
         if time.monotonic() > deadline:
-            raise StartupError(f"{len(seen) - 1} of {count} processes answered in {_PATIENCE:g} seconds")
-        probes = 1 if count == 1 else _PROBES
-        seen |= {reply.number for reply in visit_at_once(running.port, probes, "/ready", patience=1)}
+            raise StartupError(f"{len(seen)} of {count} processes answered in {_PATIENCE:g} seconds")
+        probes = visit_at_once(running.port, 1 if count == 1 else _PROBES, "/ready", patience=1)
+        seen |= {reply.number for reply in probes if reply.number is not None}
 
 
 def run(pairs: list[Pair], tell: Callable[[str], None], *, clients: int, rounds: int, port: int) -> Iterator[Outcome]:
@@ -398,8 +364,7 @@ def create_app(strategy: str) -> Flask:
     app.secret_key = os.urandom(16)
     app.config["COUNTER_SERVER_STORE"] = DataDirectory(Path.cwd() / _DATA).url
     app.config["COUNTER_SERVER_DEADLINE"] = _PATIENCE
-    run = Run(name="demo", app=app, shared=SharedState(app), directory=Path.cwd())
-    take = STRATEGIES[strategy].join(run)
+    take = STRATEGIES[strategy].join(Run("demo", app, SharedState(app), Path.cwd()))
 
     @app.get("/")
     def home() -> str:
@@ -424,13 +389,12 @@ def serve(server: str, strategy: str, *descriptors: str) -> None:
             if os.fork() == 0:
                 waitress.serve(create_app(strategy), sockets=[socket.socket(fileno=int(descriptor))], _quiet=True)
         os.wait()
-    else:
+    else:  # as app.run(threaded=..., processes=...) does
         from werkzeug.serving import make_server
 
         threaded, processes = server == "threaded", 10 if server == "processes" else 1
-        # As app.run(threaded=..., processes=...) does.
-        app = create_app(strategy)
-        make_server("127.0.0.1", 0, app, threaded, processes, fd=int(descriptors[0])).serve_forever()
+        fd = int(descriptors[0])
+        make_server("127.0.0.1", 0, create_app(strategy), threaded, processes, fd=fd).serve_forever()
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ class Proof:
             elif elapsed >= self._seconds:
                 return
             if self._server and not self._server.running:
-                raise StartupError(f"the server ended; its last line: {self._server.said[-1]}")
+                raise StartupError(f"the server ended; its last line: {self._server.last_line}")
             time.sleep(_TICK)
 
     def _kill(self, victim: str, began: float) -> bool:
@@ -182,7 +182,7 @@ class Proof:
         assert self._server
         before = children(self._server.pid, victim)
         if not before:
-            raise StartupError(f"the server has no {victim} to kill; its last line: {self._server.said[-1]}")
+            raise StartupError(f"the server has no {victim} to kill; its last line: {self._server.last_line}")
         pid = random.choice(before)
         killed = time.monotonic()
         os.kill(pid, signal.SIGKILL)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Generic, NoReturn, TypeVar
 
 import msgspec
@@ -69,8 +68,8 @@ class _Lab:
         self._app = app
         self._shared = shared
         self._strategies = {name: strategy for name, strategy in STRATEGIES.items() if strategy.about}
-        store = replace(self._strategies["store"], title=f"the configured store, {scheme}://")
-        self._strategies["store"] = replace(store, wrong=_MEMORY) if scheme == "memory" else store
+        store = self._strategies["store"]._replace(title=f"the configured store, {scheme}://")
+        self._strategies["store"] = store._replace(wrong=_MEMORY) if scheme == "memory" else store
         self._missing = (
             {} if scheme == "manager" else {"manager": f"the configured store is {scheme}://, and has no manager"}
         )
