@@ -376,16 +376,27 @@ def test_ctrl_c_while_it_draws_leaves_no_file(stack: ExitStack, files: Path, tmp
     assert list(files.iterdir()) == []
 
 
-def test_the_table_of_the_readme_is_made_anew_and_nothing_else(tmp_path: Path) -> None:
-    readme = shutil.copy(ROOT / "README.md", tmp_path)
-    command = [sys.executable, "docs/demo.py", readme, "--only", "development", "--clients", "5"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    before, after = (re.split("<!--.*-->", Path(file).read_text()) for file in (ROOT / "README.md", readme))
-    assert [before[0], before[2]] == [after[0], after[2]]
-    lines = after[1].split("\n")
-    assert lines[1:3] == [
-        "| server | the number is in |  | unique | duplicates | skipped | slowest | why |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
-    ]
-    assert lines[3].startswith("| development server, one thread | a global | **right** | 5 | 0 | 0 | ")
-    assert f"{sys.version.split()[0]}; counter-server" in after[1]
+def test_the_tables_of_the_documents_are_replaced_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    files = ["README.md", "docs/race.md"]
+    for file in files:
+        shutil.copy(ROOT / file, tmp_path / file)
+    options = ("--only", "development", "--only", "processes/global", "--clients", "5")
+    subprocess.run([sys.executable, "docs/demo.py", tmp_path, *options], check=True, cwd=ROOT, capture_output=True)
+    for file, rows in zip(files, (1, 2), strict=True):
+        before, after = (re.split("<!--.*-->", (path / file).read_text()) for path in (ROOT, tmp_path))
+        assert [before[0], before[2]] == [after[0], after[2]]
+        lines = after[1].split("\n")
+        assert lines[1:3] == [
+            "| server | the number is in |  | unique | duplicates | skipped | slowest | why |",
+            "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
+        ]
+        assert lines[3].startswith("| development server, one thread | a global | **right** | 5 | 0 | 0 | ")
+        assert sum(line.startswith("| development") for line in lines) == rows
+        assert f"{sys.version.split()[0]}; counter-server" in after[1]
+
+
+@pytest.mark.parametrize(("file", "rows"), [("README.md", 5), ("docs/race.md", len(PAIRS))])
+def test_the_documents_show_five_pairs_and_all(file: str, rows: int) -> None:
+    shown = re.split("<!--.*-->", (ROOT / file).read_text())[1]
+    assert sum(line.count("**right**") + line.count("**wrong**") for line in shown.splitlines()) == rows
