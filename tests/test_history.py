@@ -3,7 +3,6 @@
 import random
 import time
 from collections.abc import Callable
-from math import inf
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from counter_server.session import Session
 from counter_server.stores import Store
 
 
-def op(key: str, invoked: float, returned: float = inf, *answers: int) -> Operation:
+def op(key: str, invoked: float, returned: float | None = None, *answers: int) -> Operation:
     return Operation(key, invoked, returned, answers)
 
 

@@ -13,9 +13,9 @@ from flask.testing import FlaskClient
 from itsdangerous.timed import TimestampSigner
 from werkzeug.exceptions import ServiceUnavailable
 
-from counter_server.server.strategies import YIELD_SECONDS
+from counter_server.server.strategies import YIELD_SECONDS, SomeObj
 from counter_server.server.web import create_app
-from counter_server.server.web.lab import FORGOTTEN, PerRun, is_over
+from counter_server.server.web.lab import FORGOTTEN, Memory, is_over
 from counter_server.state import State
 from tests.engines import RedisServer
 from tests.load import at_once
@@ -307,15 +307,18 @@ def test_other_sites_and_other_methods_start_nothing(client: FlaskClient) -> Non
 
 
 def test_a_worker_keeps_a_hundred_runs_and_forgets_none_of_them_for_another() -> None:
-    kept = PerRun[list[int]]()
+    memory = Memory()
     runs = [f"{number}-x" for number in range(101)]
-    for run in runs[:100]:
-        kept.of(run, list).append(1)
+
+    def count(run: str) -> int:
+        return memory.take_of(run, lambda: SomeObj().take)().number
+
+    assert {count(run) for run in runs[:100]} == {1}
     with pytest.raises(ServiceUnavailable):
-        kept.of(runs[100], list)
-    assert all(kept.of(run, list) == [1] for run in runs[:100])
-    kept.forget(runs[0])
-    assert kept.of(runs[100], list) == []
+        count(runs[100])
+    assert {count(run) for run in runs[:100]} == {2}
+    memory.forget(runs[0])
+    assert count(runs[100]) == 1
 
 
 def test_names_of_runs_that_are_over_are_told_from_all_others() -> None:

@@ -40,7 +40,7 @@ def _recovery(server: Server, client: Client, key: str) -> float:
     os.kill(manager, signal.SIGKILL)
     eventually(lambda: manager not in group_members(server.pid), "the end of the manager")
     operation = client.increment("counted", key, killed + PATIENCE)
-    if not operation.answers:
+    if operation.returned is None:
         raise AssertionError(f"no increment was answered within {PATIENCE} s of the kill")
     return operation.returned - killed
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -40,7 +41,7 @@ def prove(
     from ..progress import progress
     from .history import judge, load, screen
     from .history import save as write
-    from .proof import Proof
+    from .proof import Proof, own_server
 
     named = save is not None
     kills = {"manager": kill_manager, "worker": kill_worker}
@@ -55,9 +56,14 @@ def prove(
         if save is not None and (save.is_dir() or not os.access(save.parent, os.W_OK)):
             raise InvalidRequest(f"no history can be saved as {save}: name a file in a directory that you can write")
         token = os.environ.get("COUNTER_SERVER_TOKEN")
-        with progress(seconds, interval=max(seconds / 5, 1.0)) as show:
-            proof = Proof(clients=clients, seconds=seconds, url=url, kills=kills, token=token, show=show)
-            verdict, history = proof.run()
+        with progress(seconds, interval=max(seconds / 5, 1.0)) as show, ExitStack() as stack:
+            server = None
+            if url is None:
+                show.say("Starting a server")
+                server, url = stack.enter_context(own_server())
+            verdict, history = Proof(
+                url=url, clients=clients, seconds=seconds, show=show, server=server, kills=kills, token=token
+            ).run()
         if save is None and not verdict.right:
             place = os.getcwd() if os.access(os.curdir, os.W_OK) else tempfile.gettempdir()
             save = Path(place, f"{verdict.counter}.jsonl")

@@ -21,12 +21,12 @@ from msgspec import Struct
 from ...errors import InvalidRequest
 
 
-class Operation(Struct, frozen=True):
+class Operation(Struct, frozen=True, forbid_unknown_fields=True):
     """One increment as its client saw it; times are in seconds of the machine's monotonic clock."""
 
     key: str
     invoked: float
-    returned: float = inf
+    returned: float | None = None  # None if it was not answered
     answers: tuple[int, ...] = ()  # all that it ever got: they must be equal
 
 
@@ -56,20 +56,13 @@ def violations(history: Iterable[Operation], final: int) -> list[str]:
             found.append(f"no operation can have taken {value}")
             continue
         earliest = max(earliest, taker.invoked)
-        if earliest > taker.returned:
+        if taker.returned is not None and earliest > taker.returned:
             found.append(f"{taker.key} returned {value} before a smaller number was asked for")
     return found
 
 
-class _Final(Struct, forbid_unknown_fields=True):
+class _Head(Struct, forbid_unknown_fields=True):
     final: int | None
-
-
-class _Line(Struct, forbid_unknown_fields=True):
-    key: str
-    invoked: float
-    returned: float | None
-    answers: tuple[int, ...]
 
 
 def save(path: Path, history: Iterable[Operation], final: int | None, *, new: bool = False) -> None:
@@ -79,8 +72,7 @@ def save(path: Path, history: Iterable[Operation], final: int | None, *, new: bo
     :param new: refuse a file or link that exists: in a shared directory another user may have made it.
     """
     with open(path, "xb" if new else "wb") as file:
-        for line in (_Final(final), *history):
-            file.write(msgspec.json.encode(line) + b"\n")  # it encodes infinity as null
+        file.writelines(msgspec.json.encode(line) + b"\n" for line in (_Head(final), *history))
 
 
 def load(path: Path) -> tuple[list[Operation], int | None]:
@@ -91,11 +83,9 @@ def load(path: Path) -> tuple[list[Operation], int | None]:
     history, number = [], 1
     try:
         first, *rest = path.read_bytes().splitlines() or [b""]
-        final = msgspec.json.decode(first, type=_Final).final
-        for number, data in enumerate(rest, 2):  # noqa: B007 - the error names it
-            line = msgspec.json.decode(data, type=_Line)
-            returned = inf if line.returned is None else line.returned
-            history.append(Operation(line.key, line.invoked, returned, line.answers))
+        final = msgspec.json.decode(first, type=_Head).final
+        for number, line in enumerate(rest, 2):  # noqa: B007 - the error names it
+            history.append(msgspec.json.decode(line, type=Operation))
     except OSError as error:
         raise InvalidRequest(f"the history {path} cannot be read: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -147,7 +137,7 @@ def judge(history: list[Operation], final: int | None, kills: Iterable[Kill] = (
         found.append("the counter could not be read in the end")
     if not answered:
         found.append("no increment was answered, so nothing was shown")
-    times = [operation.returned - operation.invoked for operation in answered]
+    times = [operation.returned - operation.invoked for operation in answered if operation.returned is not None]
     return Verdict(
         right=not found,
         violation=found[0] if found else None,

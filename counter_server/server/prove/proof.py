@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -67,7 +68,11 @@ def _opened(pid: int) -> set[str]:
 
 
 @contextmanager
-def _own_server() -> Iterator[tuple[Guarded, str]]:
+def own_server() -> Iterator[tuple[Guarded, str]]:
+    """Run `counter-server run` as its users do, on a free port and a new data directory, and yield its URL too.
+
+    :raises StartupError: if it does not start.
+    """
     with guarded(python_command("counter_server", "run", "--port", "0", "--data-dir", "data")) as server:
         try:
             url = server.expect("Serving on ", _BOOT_SECONDS)
@@ -76,54 +81,41 @@ def _own_server() -> Iterator[tuple[Guarded, str]]:
         yield server, url
 
 
+@dataclass(kw_only=True)
 class Proof:
-    """One proof.
+    """One proof, on a running server."""
 
-    :param url: of a server that runs; None starts a server for this proof alone.
-    :param kills: how many of "manager" and "worker" to kill, for a server of its own.
-    :param token: with which it deletes its counter on another server.
-    """
-
-    def __init__(
-        self, *, clients: int, seconds: float, url: str | None, kills: dict[str, int], token: str | None, show: Progress
-    ) -> None:
-        self._clients = clients
-        self._seconds = seconds
-        self._url = url
-        self._token = token
-        self._show = show
-        self._server: Guarded | None = None
-        self._counter = f"prove-{os.urandom(6).hex()}"
-        self._history: list[Operation] = []  # of this client; the load has its own
-        self._kills: list[Kill] = []
-        self._plan = sorted((random.uniform(0, seconds), victim) for victim, n in kills.items() for _ in range(n))
-        self._settled = dict.fromkeys(kills, 0.0)  # when the last victim of each kind was replaced
+    url: str
+    clients: int
+    seconds: float  # of load
+    show: Progress
+    server: Guarded | None  # if it was started for this proof
+    kills: dict[str, int]  # how many of "manager" and "worker", of that server
+    token: str | None = None  # with which the counter is deleted on another server
 
     def run(self) -> tuple[Verdict, list[Operation]]:
         """Prove, and return the history too. Ctrl-C ends the load early; a second one ends everything.
 
-        :raises StartupError: if no server can be reached or started, or it does not count.
+        :raises StartupError: if the server cannot be reached, or does not count.
         """
-        if self._url is not None:
-            return self._run(self._url)
-        self._show.say("Starting a server")
-        with _own_server() as (self._server, url):
-            return self._run(url)
-
-    def _run(self, url: str) -> tuple[Verdict, list[Operation]]:
-        self._address = url
-        self._client = Client(url)
+        self._counter = f"prove-{os.urandom(6).hex()}"
+        self._history: list[Operation] = []  # of this client; the load has its own
+        self._killed: list[Kill] = []
+        moments = [(random.uniform(0, self.seconds), victim) for victim, n in self.kills.items() for _ in range(n)]
+        self._plan = sorted(moments)
+        self._settled = dict.fromkeys(self.kills, 0.0)  # when the last victim of each kind was replaced
+        self._client = Client(self.url)
         with closing(self._client):
-            self._begin(url)
+            self._begin()
             early = False
             seen: list[str] = []
-            load = Load(url, self._counter, self._clients)
+            load = Load(self.url, self._counter, self.clients)
             try:
-                self._show.say(f"{self._clients} clients increment {self._counter} on {url} for {self._seconds:g} s")
+                self.show.say(f"{self.clients} clients increment {self._counter} on {self.url} for {self.seconds:g} s")
                 self._watch(load)
             except KeyboardInterrupt:
                 early = True
-                self._show.say("Stopped early: the history until now will be checked")
+                self.show.say("Stopped early: the history until now will be checked")
             except StartupError as error:
                 seen.append(str(error))
             load.stop(self._grace())
@@ -132,30 +124,30 @@ class Proof:
             in_load = load.operations()
             history = self._asked_again([*self._history, *in_load])
             verdict = msgspec.structs.replace(
-                judge(history, self._final(seen), self._kills, seen),
-                url=url,
+                judge(history, self._final(seen), self._killed, seen),
+                url=self.url,
                 counter=self._counter,
-                clients=self._clients,
+                clients=self.clients,
                 seconds=seconds,
                 per_second=sum(1 for operation in in_load if operation.answers) / seconds,
                 stopped_early=early,
-                stays=None if self._server else self._delete(),
+                stays=None if self.server else self._delete(),
             )
             return verdict, history
 
-    def _begin(self, url: str) -> None:
+    def _begin(self) -> None:
         """Make the first increment, which shows whether this server counts."""
         key = f"{self._counter}-first"
         invoked = time.monotonic()
         try:
             value = self._client.increment_once(self._counter, key)
         except http.client.HTTPException as error:
-            raise StartupError(f"{url} is not a web server: {error!r}") from error
+            raise StartupError(f"{self.url} is not a web server: {error!r}") from error
         except OSError as error:
             reason = error.strerror or error
-            raise StartupError(f"no server can be reached at {url}: {reason}; is it running there?") from error
+            raise StartupError(f"no server can be reached at {self.url}: {reason}; is it running there?") from error
         except StartupError as error:
-            raise StartupError(f"{url} is not a counter-server: {error}") from error
+            raise StartupError(f"{self.url} is not a counter-server: {error}") from error
         answer = () if value is None else (time.monotonic(), (value,))  # None: it cannot answer now
         self._history.append(Operation(key, invoked, *answer))
 
@@ -164,30 +156,30 @@ class Proof:
         while not load.failures:
             now = time.monotonic()
             elapsed = now - load.began
-            self._show.show(elapsed, f"{elapsed:.1f} s: {len(load.history):,} increments answered")
+            self.show.show(elapsed, f"{elapsed:.1f} s: {len(load.history):,} increments answered")
             if self._plan:
                 moment, victim = self._plan[0]
                 if elapsed >= moment and now >= max(load.began, self._settled[victim]) + _SETTLED_SECONDS:
                     del self._plan[0]
                     if not self._kill(victim, load.began):
                         return
-            elif elapsed >= self._seconds:
+            elif elapsed >= self.seconds:
                 return
-            if self._server and not self._server.running:
-                raise StartupError(f"the server ended; its last line: {self._server.last_line}")
+            if self.server and not self.server.running:
+                raise StartupError(f"the server ended; its last line: {self.server.last_line}")
             time.sleep(_TICK)
 
     def _kill(self, victim: str, began: float) -> bool:
         """Kill a process, and return whether service came back."""
-        assert self._server
-        before = children(self._server.pid, victim)
+        assert self.server
+        before = children(self.server.pid, victim)
         if not before:
-            raise StartupError(f"the server has no {victim} to kill; its last line: {self._server.last_line}")
+            raise StartupError(f"the server has no {victim} to kill; its last line: {self.server.last_line}")
         pid = random.choice(before)
         killed = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         deadline = killed + PATIENCE
-        while pid in group_members(self._server.pid):  # until it has ended it may answer
+        while pid in group_members(self.server.pid):  # until it has ended it may answer
             time.sleep(0.001)
         if victim == "manager":
             key = f"{self._counter}-{len(self._history)}"
@@ -197,19 +189,19 @@ class Proof:
             back = self._replaced(before, deadline)
         self._settled[victim] = time.monotonic()
         recovery = self._settled[victim] - killed if back else None
-        self._kills.append(Kill(victim=victim, pid=pid, moment=killed - began, recovery=recovery))
+        self._killed.append(Kill(victim=victim, pid=pid, moment=killed - began, recovery=recovery))
         result = "not back" if recovery is None else f"back after {recovery:.2f} s"
-        self._show.say(f"{killed - began:.1f} s: kill -9 of the {victim} (pid {pid}): {result}")
+        self.show.say(f"{killed - began:.1f} s: kill -9 of the {victim} (pid {pid}): {result}")
         return back
 
     def _replaced(self, before: list[int], deadline: float) -> bool:
         """Wait until a new worker has answered: the home page contains the process id of its worker."""
-        assert self._server
+        assert self.server
         while time.monotonic() < deadline:
-            client = Client(self._address)  # any worker may accept a new connection
+            client = Client(self.url)  # any worker may accept a new connection
             with closing(client), suppress(OSError, http.client.HTTPException):
                 page = str(client.request("GET", "/")[1])
-                new = {str(pid) for pid in children(self._server.pid, "worker") if pid not in before}
+                new = {str(pid) for pid in children(self.server.pid, "worker") if pid not in before}
                 if new & set(re.findall(r"\d+", page)):
                     return True
             time.sleep(0.01)
@@ -226,7 +218,7 @@ class Proof:
 
     def _grace(self) -> float:
         """Return the seconds that an answer may still take: none if the server has ended."""
-        return _GRACE if self._server is None or self._server.running else 0.0
+        return _GRACE if self.server is None or self.server.running else 0.0
 
     def _final(self, seen: list[str]) -> int | None:
         """Read the counter; None, with a reason in `seen`, if that fails."""
@@ -249,7 +241,7 @@ class Proof:
 
     def _delete(self) -> str | None:
         """Delete the counter from the other server, or return the reason why it stays."""
-        authorization = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        authorization = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         with suppress(OSError, http.client.HTTPException):
             status, content = self._client.request("DELETE", path_of(self._counter), **authorization)
             return None if status in (200, 204, 404) else f"deleting it was answered {described(status, content)}"

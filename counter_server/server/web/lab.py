@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Generic, NoReturn, TypeVar
+from typing import NoReturn
 
 import msgspec
 from cachetools import TTLCache
@@ -27,8 +27,6 @@ from ...manager.directory import DataDirectory
 from ...settings import default_data_dir
 from ..strategies import LAB_COUNTERS, STRATEGIES, Run, Take
 from .hosts import is_loopback
-
-Kept = TypeVar("Kept")
 
 _MOST_CLIENTS = 100
 _SECONDS = 60  # that a run may last
@@ -47,7 +45,7 @@ def init_app(app: Flask, shared: SharedState) -> None:
     wanted = app.config.get("COUNTER_SERVER_LAB")
     lab = Blueprint("lab", __name__, url_prefix="/lab")
     if is_loopback(app) if wanted is None else wanted:
-        _Lab(app, shared).blueprint(lab)
+        _Lab(app, shared, lab)
     else:
         for path in ("", "/<path:_path>"):
             lab.add_url_rule(path, view_func=_off, methods=["GET", "POST", "DELETE"])
@@ -62,7 +60,7 @@ def _off(_path: str = "") -> NoReturn:
 
 
 class _Lab:
-    def __init__(self, app: Flask, shared: SharedState) -> None:
+    def __init__(self, app: Flask, shared: SharedState, lab: Blueprint) -> None:
         with app.app_context():
             scheme = str(shared.state.store).partition("://")[0]  # the whole URL is for operators only
         self._app = app
@@ -74,9 +72,7 @@ class _Lab:
             {} if scheme == "manager" else {"manager": f"the configured store is {scheme}://, and has no manager"}
         )
         self._numbers = None if self._missing else shared.dict("lab", max_entries=1000, ttl=FORGOTTEN)
-        self._kept = PerRun[Take]()
-
-    def blueprint(self, lab: Blueprint) -> None:
+        self._memory = Memory()
         lab.get("")(self.page)
         lab.post("/runs")(self.begin)
         lab.post("/runs/<run_id>/clients")(self.client)
@@ -113,7 +109,7 @@ class _Lab:
         """Give a client of a run its number, in the way of the run's strategy."""
         name, run = self._find(run_id)
         strategy = self._strategies[name]
-        take = self._kept.of(run.name, lambda: strategy.join(run)) if strategy.memory else strategy.join(run)
+        take = self._memory.take_of(run.name, lambda: strategy.join(run)) if strategy.memory else strategy.join(run)
         try:
             return _json(take())
         except FileNotFoundError:
@@ -122,7 +118,7 @@ class _Lab:
     def end(self, run_id: str) -> Response:
         """End a run: delete its data now."""
         name, run = self._find(run_id)
-        self._kept.forget(run.name)
+        self._memory.forget(run.name)
         self._strategies[name].end(run)
         # A late client may still be writing there: the rest is removed when the next run begins.
         shutil.rmtree(run.directory, ignore_errors=True)
@@ -167,26 +163,23 @@ def _json(content: object, status: int = 200, headers: dict[str, str] | None = N
     return Response(msgspec.json.encode(content), status, headers, content_type="application/json")
 
 
-class PerRun(Generic[Kept]):
-    """Keeps an object for each run, in one worker process, until the run is over."""
+class Memory:
+    """Keeps the number of each run in one worker process, until the run is over."""
 
     def __init__(self) -> None:
-        self._kept: TTLCache[str, Kept] = TTLCache(_MOST_RUNS, FORGOTTEN, time.monotonic)
+        self._kept: TTLCache[str, Take] = TTLCache(_MOST_RUNS, FORGOTTEN, time.monotonic)
         self._lock = threading.Lock()
 
-    def of(self, run: str, make: Callable[[], Kept]) -> Kept:
-        """Return the run's object, made at the first call.
+    def take_of(self, run: str, join: Callable[[], Take]) -> Take:
+        """Return the function that `join` returned at the run's first client.
 
         :raises ServiceUnavailable: if there are too many runs. No run is forgotten to make room: its numbers would be
             wrong for a reason that the lab does not show.
         """
         with self._lock:
-            found = self._kept.get(run)
-            if found is None:
-                if len(self._kept) >= _MOST_RUNS:
-                    raise ServiceUnavailable("too many runs are under way in the lab: nothing was counted; retry later")
-                found = self._kept[run] = make()
-            return found
+            if run not in self._kept and len(self._kept) >= _MOST_RUNS:
+                raise ServiceUnavailable("too many runs are under way in the lab: nothing was counted; retry later")
+            return self._kept.setdefault(run, self._kept.get(run) or join())
 
     def forget(self, run: str) -> None:
         with self._lock:
