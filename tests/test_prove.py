@@ -20,8 +20,7 @@ from click.testing import CliRunner, Result
 from counter_server.cli import main
 from counter_server.server.prove.history import Kill, Operation, judge, load, save, screen
 from counter_server.server.prove.load import Client
-from counter_server.server.prove.proof import children
-from tests.processes import PATIENCE, ROOT, Program, Server, eventually
+from tests.processes import PATIENCE, ROOT, Program, Server, children, eventually
 
 PROOF = ("-m", "counter_server", "prove")
 

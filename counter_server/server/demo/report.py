@@ -3,10 +3,12 @@
 import io
 import os
 import platform
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,46 +33,33 @@ _HEAD = 0.9  # inches
 
 def machine() -> str:
     """Describe this machine: processor, cores, system and Python."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
     return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+        f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
         f" {platform.release()}, {platform.python_implementation()} {platform.python_version()}"
     )
 
 
 def versions() -> dict[str, str]:
     """Return the versions of the installed distributions that take part."""
-    found = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {name: version(name) for name in _DISTRIBUTIONS if find_spec(name.replace("-", "_"))}
 
 
 def as_json(outcomes: list[Outcome], clients: int, rounds: int) -> str:
     """Format the outcomes for programs; seconds are from the start of all requests to the complete answer."""
-    content = {
-        "clients": clients,
-        "rounds": rounds,
-        "machine": machine(),
-        "versions": versions(),
-        "outcomes": [_outcome(outcome) for outcome in outcomes],
-    }
-    return msgspec.json.format(msgspec.json.encode(content)).decode()
+    content = {"clients": clients, "rounds": rounds, "machine": machine(), "versions": versions()}
+    described = [
+        {"name": outcome.pair.name, "title": outcome.pair.title, "verdict": outcome.verdict}
+        | ({"reason": outcome.left_out} if outcome.left_out else _rounds(outcome))
+        for outcome in outcomes
+    ]
+    return msgspec.json.format(msgspec.json.encode({**content, "outcomes": described})).decode()
 
 
-def _outcome(outcome: Outcome) -> dict[str, Any]:
-    described = {"name": outcome.pair.name, "title": outcome.pair.title, "verdict": outcome.verdict}
-    if outcome.left_out:
-        return {**described, "reason": outcome.left_out}
+def _rounds(outcome: Outcome) -> dict[str, Any]:
     shown = outcome.rounds.index(outcome.shown)
-    return {**described, "sentence": outcome.sentence, "shown": shown, "rounds": outcome.rounds}
+    return {"sentence": outcome.sentence, "shown": shown, "rounds": outcome.rounds}
 
 
 def table(outcomes: list[Outcome], clients: int, width: int) -> Iterator[str]:
@@ -90,11 +79,8 @@ def table(outcomes: list[Outcome], clients: int, width: int) -> Iterator[str]:
             yield f"left out  {outcome.pair.title}: {outcome.left_out}"
             continue
         shown = outcome.shown
-        verdict = (
-            click.style("✓ right ", "green")
-            if outcome.verdict == "right"
-            else click.style("✗ wrong ", "red", bold=True)
-        )
+        right = outcome.verdict == "right"
+        verdict = click.style("✓ right ", "green") if right else click.style("✗ wrong ", "red", bold=True)
         figures = (str(shown.unique), str(shown.duplicates), str(shown.skipped), f"{shown.slowest_seconds:.2f} s")
         yield from row(verdict, outcome.pair.title, *figures)
         for line in textwrap.wrap(outcome.sentence, width - 9):

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from ...errors import StartupError
+from ...manager.directory import DataDirectory
 from ...manager.starter import python_command
 from ..child import STABLE_SECONDS
 from ..guard import Guarded, guarded
@@ -25,6 +26,7 @@ _BOOT_SECONDS = 60.0
 _GRACE = 10.0  # seconds in which open increments may be answered when the load has ended
 _ASKED_AGAIN = 100  # keys, at most
 _TICK = 0.05  # seconds
+_DATA = "data"  # the directory of the manager, among the files of the server
 # The supervisor counts the death of a younger process as part of a crash loop, and replaces it later.
 _SETTLED_SECONDS = STABLE_SECONDS + 0.2
 
@@ -41,39 +43,13 @@ def group_members(group: int) -> list[int]:
     return found
 
 
-def children(supervisor: int, kind: str) -> list[int]:
-    """Return the "worker" or "manager" processes of a supervisor, which leads its process group.
-
-    They are known by their open files: a manager has the lock, a worker shares one listening socket with the
-    supervisor. (A process that shares more sockets was forked just now, and has yet to close them.)
-    """
-    sockets = {name for name in _opened(supervisor) if name.startswith("socket:")}
-    found = []
-    for pid in group_members(supervisor):
-        opened = _opened(pid)
-        manager = any(name.endswith("manager.lock") for name in opened)
-        if pid != supervisor and (manager if kind == "manager" else not manager and len(opened & sockets) == 1):
-            found.append(pid)
-    return found
-
-
-def _opened(pid: int) -> set[str]:
-    opened = set()
-    with suppress(FileNotFoundError):  # the process has ended
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):  # the file was closed
-                if int(link.name) > 2:
-                    opened.add(os.readlink(link))
-    return opened
-
-
 @contextmanager
 def own_server() -> Iterator[tuple[Guarded, str]]:
     """Run `counter-server run` as its users do, on a free port and a new data directory, and yield its URL too.
 
     :raises StartupError: if it does not start.
     """
-    with guarded(python_command("counter_server", "run", "--port", "0", "--data-dir", "data")) as server:
+    with guarded(python_command("counter_server", "run", "--port", "0", "--data-dir", _DATA)) as server:
         try:
             url = server.expect("Serving on ", _BOOT_SECONDS)
         except StartupError as error:
@@ -172,7 +148,7 @@ class Proof:
     def _kill(self, victim: str, began: float) -> bool:
         """Kill a process, and return whether service came back."""
         assert self.server
-        before = children(self.server.pid, victim)
+        before = self._victims(victim)
         if not before:
             raise StartupError(f"the server has no {victim} to kill; its last line: {self.server.last_line}")
         pid = random.choice(before)
@@ -194,14 +170,20 @@ class Proof:
         self.show.say(f"{killed - began:.1f} s: kill -9 of the {victim} (pid {pid}): {result}")
         return back
 
+    def _victims(self, kind: str) -> list[int]:
+        assert self.server
+        manager = DataDirectory(self.server.directory / _DATA).manager_pid()
+        if kind == "manager":
+            return [manager] if manager else []
+        return [pid for pid in group_members(self.server.pid) if pid not in (self.server.pid, manager)]
+
     def _replaced(self, before: list[int], deadline: float) -> bool:
         """Wait until a new worker has answered: the home page contains the process id of its worker."""
-        assert self.server
         while time.monotonic() < deadline:
             client = Client(self.url)  # any worker may accept a new connection
             with closing(client), suppress(OSError, http.client.HTTPException):
                 page = str(client.request("GET", "/")[1])
-                new = {str(pid) for pid in children(self.server.pid, "worker") if pid not in before}
+                new = {str(pid) for pid in self._victims("worker") if pid not in before}
                 if new & set(re.findall(r"\d+", page)):
                     return True
             time.sleep(0.01)
