@@ -30,7 +30,7 @@ def line(cells: list[Any]) -> str:
 
 
 def table(report: dict[str, Any], outcomes: list[dict[str, Any]]) -> str:
-    """Format outcomes as a table, followed by those that were left out and the machine."""
+    """Format outcomes as a table, followed by the omitted ones and the machine."""
     lines = [line(HEAD), line(["---"] * 3 + ["---:"] * 4 + ["---"])]
     lines += [row(outcome) for outcome in outcomes if "rounds" in outcome]
     notes = [f"Left out: {outcome['title']}: {outcome['reason']}." for outcome in outcomes if "reason" in outcome]

@@ -1,6 +1,6 @@
 """Run a command so that it leaves nothing behind, whatever ends this process.
 
-The guard is a process between this one and the command: `python -m counter_server.server.guard COMMAND...`. It runs
+The guard is a process between this process and the command: `python -m counter_server.server.guard COMMAND...`. It runs
 the command in a new temporary directory, and adopts every process that the command leaves behind, daemons too. When
 the command ends, or the pipe from this process closes (a `kill -9` of this process closes it too), the guard kills all
 its descendants, removes the directory, and exits.
@@ -131,7 +131,7 @@ def main(*command: str) -> int:
 
 
 def _kill_descendants() -> None:
-    """Kill and reap; the children of a killed process become children of this one, and are next."""
+    """Kill and reap; the guard adopts the children of a killed process, and they are next."""
     while True:
         for pid in Path("/proc/thread-self/children").read_text().split():
             os.kill(int(pid), signal.SIGKILL)

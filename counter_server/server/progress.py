@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -37,25 +37,27 @@ class Progress:
             self.say(what)
 
 
-@contextmanager
-def progress(total: float, interval: float = 0.0) -> Iterator[Progress]:
-    """Show progress up to `total` while the block runs."""
-    drawn = sys.stderr.isatty()
+def _bar() -> "RichProgress | None":
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as RichProgress
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.table import Column
     except ImportError:  # the extra `demo` installs it
-        drawn = False
-    if not drawn:
-        yield Progress(total, interval)
-        return
-    columns = (
+        return None
+    return Progress(
         BarColumn(_BAR, table_column=Column(min_width=_BAR)),
         TextColumn("{task.completed:.0f}/{task.total:g}", table_column=Column(no_wrap=True)),
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        console=Console(stderr=True),
+        transient=True,
+        expand=True,
     )
-    with RichProgress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
+
+
+@contextmanager
+def progress(total: float, interval: float = 0.0) -> Iterator[Progress]:
+    """Show progress up to `total` while the block runs."""
+    bar = _bar() if sys.stderr.isatty() else None
+    with bar if bar is not None else nullcontext():
         yield Progress(total, interval, bar)

@@ -257,7 +257,7 @@ def _stash(_run: Run) -> Take:
 
 
 _NEVER = "This must never happen. Please report what you did to the authors of counter_server."
-_ONE_STEP = "Nobody can come between: each number is given once, whichever worker answers a client."
+_ONE_STEP = "No client can come between: each number is given once, whichever worker answers a client."
 
 STRATEGIES = {
     "global": Strategy(
@@ -268,7 +268,7 @@ STRATEGIES = {
         place="its own global",
         wrong="A global is safe in no way. Threads of one worker read the same number before either has written the"
         " next, and each worker process has a global of its own, which begins at 0.",
-        right="It went well this time, by luck: no two clients met in one worker, and no other worker answered. More"
+        right="It went well this time, by luck: no two clients met in one worker, and only one worker answered. More"
         " clients, threads or workers end that.",
     ),
     "lock": Strategy(

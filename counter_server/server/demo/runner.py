@@ -94,7 +94,7 @@ _SHARED = "One object for all, each call atomic, and on disk before it is answer
 
 PAIRS = [
     Pair("development", "global", "right", "One request at a time. This is why the bug does not show at home."),
-    Pair("threaded", "global", "wrong", "Other threads read the number before this one has written the next."),
+    Pair("threaded", "global", "wrong", "Other threads read the number before a thread has written the next."),
     Pair("threaded", "lock", "right", "A lock is enough for one process, while there is only one."),
     Pair("processes", "global", "wrong", "Each request is a process, which begins at 0 again."),
     Pair("waitress", "global", "wrong", _OWN),

@@ -6,7 +6,7 @@ may have been applied, at any time after it was invoked, or not.
 
 The rule: there must be an order in which the operations took the numbers 1 to the final value, one number each, such
 that each took its number after it was invoked and before it returned. Going up from 1, each number belongs to the
-operation that was answered with it, or else to an operation without an answer: the one that was invoked first is the
+operation that was answered with it, or else to an operation without an answer: the first invoked is the
 best choice, because it excludes the least.
 """
 

@@ -49,7 +49,7 @@ class Client:
     def request(self, method: str, path: str, **headers: str) -> tuple[int, Any]:
         """Return the status and the content of one answer: JSON, or else text.
 
-        :raises OSError: if there is no answer; or `HTTPException`, if it is not HTTP. The connection is closed then.
+        :raises OSError: if no answer comes; or `HTTPException`, if it is not HTTP. The connection is closed then.
         """
         try:
             self._connection.request(method, self._base + path, headers=headers)

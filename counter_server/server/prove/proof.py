@@ -124,8 +124,8 @@ class Proof:
             raise StartupError(f"no server can be reached at {self.url}: {reason}; is it running there?") from error
         except StartupError as error:
             raise StartupError(f"{self.url} is not a counter-server: {error}") from error
-        answer = () if value is None else (time.monotonic(), (value,))  # None: it cannot answer now
-        self._history.append(Operation(key, invoked, *answer))
+        done = Operation(key, invoked) if value is None else Operation(key, invoked, time.monotonic(), (value,))
+        self._history.append(done)
 
     def _watch(self, load: Load) -> None:
         """Wait until the load's time is over, and the last kill was survived."""

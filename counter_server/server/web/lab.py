@@ -37,7 +37,7 @@ _NAME = re.compile(r"([0-9]{1,12})-[0-9a-f]{16}")
 
 
 def init_app(app: Flask, shared: SharedState) -> None:
-    """Add the lab at `/lab` to `app`; where it is off, a page that says how to turn it on.
+    """Add the lab at `/lab` to `app`; if it is off, a page that says how to turn it on.
 
     ``COUNTER_SERVER_LAB`` says whether it is on; by default it is if only this machine can connect.
     """
@@ -140,7 +140,7 @@ class _Lab:
         except SignatureExpired:
             raise Gone(f"this run began more than {_SECONDS} seconds ago and is over: start another") from None
         except BadSignature:
-            raise NotFound("there is no such run: start one") from None
+            raise NotFound("this run does not exist: start one") from None
         name = f"{began.timestamp():.0f}-{nonce}"
         directory = _data_directory().path / "lab" / name
         path = url_for("lab.page")
@@ -193,7 +193,7 @@ def is_over(name: str) -> bool:
 
 
 def _make_directory(run: Run) -> None:
-    """Make the run's directory, and remove those of old runs.
+    """Make the run's directory, and remove the directories of old runs.
 
     :raises StartupError: if other users can write to the directory of all runs.
     """
@@ -217,7 +217,7 @@ def _delete_old_counters(shared: SharedState) -> None:
 
 
 def _data_directory() -> DataDirectory:
-    """Find the app's data directory: the manager's, or the one that holds the app's keys beside another store."""
+    """Find the app's data directory: the manager's, or for another store the directory of the app's keys."""
     config = current_app.config
     store, default = config["COUNTER_SERVER_STORE"], config["COUNTER_SERVER_DATA_DIR"]
     return DataDirectory.from_url(store, default) if store.startswith("manager:") else DataDirectory(default)
