@@ -109,7 +109,6 @@ class Strategy(NamedTuple):
     join: Callable[[Run], Take]  # prepares a process for a run; its clients get their numbers from the result
     title: str  # a noun
     memory: bool = False  # each process keeps the number in its memory
-    files: bool = False  # the number is in the run's directory
     end: Callable[[Run], object] = lambda _: None  # deletes the number of a run from the store
     about: str = ""  # for the lab, which shows only strategies that have it
     place: str = ""  # for the lab: where the number is, as in "reads 4 from …"
@@ -285,7 +284,6 @@ STRATEGIES = {
     "file": Strategy(
         _file,
         "a file, read then written",
-        files=True,
         about="number = int(file.read_text()), then file.write_text(…): one file for all workers, two steps.",
         place="the file",
         wrong="All workers share the file, but reading and writing are two steps, like get and set of a cache. A client"
@@ -324,8 +322,8 @@ STRATEGIES = {
     "textbook": Strategy(_recipe, "BaseManager, the textbook recipe", recipe="SomeObj"),
     "textbook-lock": Strategy(_recipe, "BaseManager with a lock", recipe="LockedObj"),
     "textbook-killed": Strategy(_recipe, "BaseManager with a lock, killed", recipe="LockedObj", killed=True),
-    "cachelib": Strategy(_cachelib, "cachelib's file cache", files=True, needs=("cachelib",)),
-    "flask-caching": Strategy(_flask_caching, "Flask-Caching, get and set", files=True, needs=("flask_caching",)),
+    "cachelib": Strategy(_cachelib, "cachelib's file cache", needs=("cachelib",)),
+    "flask-caching": Strategy(_flask_caching, "Flask-Caching, get and set", needs=("flask_caching",)),
     "stash": Strategy(
         _stash,
         "gunicorn's Dirty Stash",

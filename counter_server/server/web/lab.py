@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -68,11 +69,13 @@ class _Lab:
         self._strategies = {name: strategy for name, strategy in STRATEGIES.items() if strategy.about}
         store = self._strategies["store"]._replace(title=f"the configured store, {scheme}://")
         self._strategies["store"] = store._replace(wrong=_MEMORY) if scheme == "memory" else store
-        self._missing = (
-            {} if scheme == "manager" else {"manager": f"the configured store is {scheme}://, and has no manager"}
-        )
+        no_manager = {"manager": f"the configured store is {scheme}://, and has no manager"}
+        self._missing = {} if scheme == "manager" else no_manager
         self._numbers = None if self._missing else shared.dict("lab", max_entries=1000, ttl=FORGOTTEN)
         self._memory = Memory()
+        url, default = app.config["COUNTER_SERVER_STORE"], app.config["COUNTER_SERVER_DATA_DIR"]
+        # The manager's, or for another store the directory of the app's keys.
+        self._data = DataDirectory.from_url(url, default) if scheme == "manager" else DataDirectory(default)
         lab.get("")(self.page)
         lab.post("/runs")(self.begin)
         lab.post("/runs/<run_id>/clients")(self.client)
@@ -96,8 +99,9 @@ class _Lab:
         if name in self._missing:
             raise Unsupported(f"{strategy.title} cannot be shown here: {self._missing[name]}")
         run_id = _signer().dumps([name, secrets.token_hex(8)])  # signed, so that every worker knows it
-        if strategy.files:
-            _make_directory(self._find(run_id)[1])
+        if name == "file":
+            self._data.make()
+            _make_directory(self._find(run_id)[1].directory)
         if name == "store":
             _delete_old_counters(self._shared)
         where = url_for("lab.end", run_id=run_id)
@@ -142,10 +146,8 @@ class _Lab:
         except BadSignature:
             raise NotFound("this run does not exist: start one") from None
         name = f"{began.timestamp():.0f}-{nonce}"
-        directory = _data_directory().path / "lab" / name
-        path = url_for("lab.page")
-        run = Run(name=name, app=self._app, shared=self._shared, directory=directory, path=path, numbers=self._numbers)
-        return strategy, run
+        directory = self._data.path / "lab" / name
+        return strategy, Run(name, self._app, self._shared, directory, url_for("lab.page"), self._numbers)
 
 
 def _signer() -> URLSafeTimedSerializer:
@@ -192,13 +194,12 @@ def is_over(name: str) -> bool:
     return match is not None and int(match[1]) + FORGOTTEN < time.time()
 
 
-def _make_directory(run: Run) -> None:
-    """Make the run's directory, and remove the directories of old runs.
+def _make_directory(run: Path) -> None:
+    """Make the directory of a run, and remove the directories of old runs.
 
     :raises StartupError: if other users can write to the directory of all runs.
     """
-    _data_directory().make()
-    path = run.directory.parent
+    path = run.parent
     path.mkdir(0o700, exist_ok=True)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
@@ -206,7 +207,7 @@ def _make_directory(run: Run) -> None:
     for directory in path.iterdir():
         if is_over(directory.name):
             shutil.rmtree(directory, ignore_errors=True)
-    run.directory.mkdir(0o700)  # one that exists was not made for this run, and is an error
+    run.mkdir(0o700)  # one that exists was not made for this run, and is an error
 
 
 def _delete_old_counters(shared: SharedState) -> None:
@@ -214,10 +215,3 @@ def _delete_old_counters(shared: SharedState) -> None:
         for name, _ in shared.counters(after=LAB_COUNTERS).counters:  # the oldest first
             if name.startswith(LAB_COUNTERS) and is_over(name.removeprefix(LAB_COUNTERS)):
                 shared.counter(name).delete()
-
-
-def _data_directory() -> DataDirectory:
-    """Find the app's data directory: the manager's, or for another store the directory of the app's keys."""
-    config = current_app.config
-    store, default = config["COUNTER_SERVER_STORE"], config["COUNTER_SERVER_DATA_DIR"]
-    return DataDirectory.from_url(store, default) if store.startswith("manager:") else DataDirectory(default)
