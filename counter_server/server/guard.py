@@ -90,7 +90,8 @@ def guarded(
     """
     kept = {name: value for name, value in python_environment().items() if not name.startswith("COUNTER_SERVER_")}
     kept.pop("GUNICORN_CMD_ARGS", None)
-    with tempfile.TemporaryFile() as output:
+    # In memory: a Ctrl-C while `tempfile` looks for its directory can leave a file there.
+    with open(os.memfd_create("output"), "rb") as output:
         process = subprocess.Popen(
             python_command("counter_server.server.guard", *command),
             env={**kept, **(environment or {}), "PYTHONUNBUFFERED": "1"},

@@ -64,7 +64,7 @@ def _rounds(outcome: Outcome) -> dict[str, Any]:
 
 def table(outcomes: list[Outcome], clients: int, width: int) -> Iterator[str]:
     """Yield the lines of the table, with the sentence of each row on lines of its own."""
-    room = width - 43
+    room = max(width - 43, 20)
 
     def row(verdict: str, title: str, *figures: str) -> Iterator[str]:
         unique, duplicates, skipped, slowest = figures
