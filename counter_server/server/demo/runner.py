@@ -137,11 +137,16 @@ class Reply(NamedTuple):
 
 
 def visit_at_once(
-    port: int, count: int, path: str = "/", *, told: Callable[[int], None] = lambda _: None, patience: float = _PATIENCE
+    port: int,
+    count: int,
+    path: str = "/",
+    *,
+    progress: Callable[[int], None] = lambda _: None,
+    patience: float = _PATIENCE,
 ) -> list[Reply]:
     """Send `count` requests at the same moment, each over a connection that is open by then.
 
-    :param told: is called after each number with how many have arrived.
+    :param progress: is called after each number with how many have arrived.
     :param patience: seconds that each client waits.
     """
     barrier = threading.Barrier(count)
@@ -155,7 +160,10 @@ def visit_at_once(
                 barrier.wait(patience)
                 began = time.monotonic()
                 status, content = client.request("GET", path, Connection="close")
-                number, error = (content, "") if type(content) is int else (None, described(status, content))
+                if status == 200 and isinstance(content, int):
+                    number = content
+                else:
+                    error = described(status, content)
         except (OSError, HTTPException, threading.BrokenBarrierError) as failure:
             error = str(failure) or type(failure).__name__
         return Reply(number, time.monotonic() - began, error)
@@ -165,7 +173,7 @@ def visit_at_once(
     try:
         for done in as_completed([clients.submit(visit) for _ in range(count)]):
             replies.append(done.result())
-            told(sum(reply.number is not None for reply in replies))
+            progress(sum(reply.number is not None for reply in replies))
         return replies
     finally:  # after a Ctrl-C some clients still wait for the server, which ends next
         barrier.abort()
@@ -344,7 +352,7 @@ def _round(pair: Pair, tell: Callable[[str], None], clients: int, port: int) -> 
     tell(f"starting: {pair.title}")
     with run_server(pair.server, pair.strategy, port=port) as running:
 
-        def told(answered: int) -> None:
+        def kill_manager(answered: int) -> None:
             nonlocal killed_after
             if kill and killed_after is None and answered >= clients // 4 and (manager := running.manager()):
                 os.kill(manager, signal.SIGKILL)
@@ -352,7 +360,7 @@ def _round(pair: Pair, tell: Callable[[str], None], clients: int, port: int) -> 
                 tell(f"killed after {answered} answers: {pair.title}")
 
         tell(f"{clients} clients: {pair.title}")
-        replies = visit_at_once(running.port, clients, told=told)
+        replies = visit_at_once(running.port, clients, progress=kill_manager)
     if kill and killed_after is None:
         raise StartupError("there was no manager to kill")
     return judge(replies, killed_after)
