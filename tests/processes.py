@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self, TypeVar
 
-from counter_server.server.prove.processes import children, group_members
+from counter_server.server.prove.proof import group_members
 
 _Found = TypeVar("_Found")
 
@@ -58,6 +58,32 @@ def end_manager(lock: Path) -> None:
         except ProcessLookupError:
             continue
         eventually(lambda pid=pid: holder(lock.parent) != pid, "the end of a manager")  # type: ignore[misc]
+
+
+def children(supervisor: int, kind: str) -> list[int]:
+    """Return the "worker" or "manager" processes of a supervisor, which leads its process group.
+
+    They are known by their open files: a manager has the lock, a worker shares one listening socket with the
+    supervisor. (A process that shares more sockets was forked just now, and has yet to close them.)
+    """
+    sockets = {name for name in _opened(supervisor) if name.startswith("socket:")}
+    found = []
+    for pid in group_members(supervisor):
+        opened = _opened(pid)
+        manager = any(name.endswith("manager.lock") for name in opened)
+        if pid != supervisor and (manager if kind == "manager" else not manager and len(opened & sockets) == 1):
+            found.append(pid)
+    return found
+
+
+def _opened(pid: int) -> set[str]:
+    opened = set()
+    with suppress(FileNotFoundError):  # the process has ended
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # the file was closed
+                if int(link.name) > 2:
+                    opened.add(os.readlink(link))
+    return opened
 
 
 def open_in(pid: int) -> set[str]:

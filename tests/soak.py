@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 from statistics import median
@@ -28,10 +27,9 @@ from typing import Any
 
 import msgspec
 
-from counter_server.server.prove.history import Operation, save
+from counter_server.server.prove.history import Operation, judge, save
 from counter_server.server.prove.load import Client, Load, path_of
-from counter_server.server.prove.processes import group_members
-from counter_server.server.prove.verdict import judge
+from counter_server.server.prove.proof import group_members
 from tests.leaks import MEBIBYTE, Bounds, Growth, Watch
 from tests.processes import PATIENCE, Server, eventually
 from tests.soak_faults import MOST_HELD, WORKERS, Faults, Injury
@@ -191,7 +189,7 @@ class Soak:
         with closing(Client(self._url)) as client:
             for index in self._chance.sample(answered, min(ASKED_AGAIN, len(answered))):
                 again = client.increment(COUNTER, history[index].key, deadline)
-                history[index] = replace(history[index], answers=history[index].answers + again.answers)
+                history[index] = msgspec.structs.replace(history[index], answers=history[index].answers + again.answers)
             while time.monotonic() < deadline:
                 with suppress(OSError, HTTPException):
                     status, content = client.request("GET", path_of(COUNTER))

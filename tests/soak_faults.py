@@ -17,7 +17,7 @@ from typing import ClassVar
 from urllib.parse import urlsplit
 
 from counter_server.server.prove.load import Client, path_of
-from counter_server.server.prove.processes import group_members
+from counter_server.server.prove.proof import group_members
 from tests.processes import PATIENCE, Server, eventually, frozen
 from tests.test_manager import raw
 from tests.test_server import visit

@@ -1,4 +1,4 @@
-"""The lab as people see it: duplicates with the plain global, none with the manager, in colours and in words."""
+"""The lab in a browser: duplicates with the plain global, none with the manager, in colours and in words."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def summed(page: Page) -> dict[str, int]:
-    """What the page says in the end, in figures."""
+    """Return the figures of the final status."""
     expect(page.locator("#status")).to_contain_text("skipped", timeout=PATIENCE * 1000)
     match = SUMMARY.fullmatch(page.locator("#status").inner_text())
     assert match
@@ -47,7 +47,7 @@ def story(page: Page) -> list[str]:
 
 
 @pytest.mark.parametrize("strategy", ["global", "file", "session"])
-def test_what_is_racy_gives_a_number_twice(browser: Browser, server: Server, strategy: str) -> None:
+def test_a_racy_strategy_gives_a_number_twice(browser: Browser, server: Server, strategy: str) -> None:
     page = browser.open(f"{server.url}/lab")
     for _ in range(2):  # the second run begins at 1, too
         found = play(page, strategy)
@@ -61,7 +61,7 @@ def test_what_is_racy_gives_a_number_twice(browser: Browser, server: Server, str
         assert page.locator("#grid li").count() == 100
 
 
-def test_the_seeds_four_steps_are_told_of_two_clients_of_the_run(browser: Browser, server: Server) -> None:
+def test_the_story_shows_the_four_steps_of_two_clients(browser: Browser, server: Server) -> None:
     page = browser.open(f"{server.url}/lab")
     play(page, "global")
     first, second, third, fourth = story(page)
@@ -74,9 +74,9 @@ def test_the_seeds_four_steps_are_told_of_two_clients_of_the_run(browser: Browse
         second,
     )
     assert between
-    told = f"Worker {worker} writes {read + 1} to its own global: client {{}} is told {read + 1}."
-    assert {third, fourth} == {told.format(client), told.format(between[1])}
-    expected = f"Expected were {read + 1} and {read + 2}; they were given {read + 1} and {read + 1}."
+    writes = f"Worker {worker} writes {read + 1} to its own global: client {{}} gets {read + 1}."
+    assert {third, fourth} == {writes.format(client), writes.format(between[1])}
+    expected = f"They should get {read + 1} and {read + 2}, and got {read + 1} and {read + 1}."
     expect(page.locator("#expected")).to_have_text(expected)
     page.click("summary")
     rows = [row.split("\t") for row in page.locator("#answers").inner_text().split("\n")]
@@ -87,12 +87,12 @@ def test_the_seeds_four_steps_are_told_of_two_clients_of_the_run(browser: Browse
 
 
 @pytest.mark.parametrize("strategy", ["manager", "store"])
-def test_the_cure_gives_each_number_once(browser: Browser, server: Server, strategy: str) -> None:
+def test_the_fix_gives_each_number_once(browser: Browser, server: Server, strategy: str) -> None:
     page = browser.open(f"{server.url}/lab")
     assert play(page, "global")["duplicates"] > 0
     assert play(page, strategy) == {"clients": 100, "unique": 100, "duplicates": 0, "unlucky": 0, "skipped": 0}
     assert len(cells(page, "unique")) == 100
-    expect(page.locator("#why")).to_contain_text("Nobody can come between")
+    expect(page.locator("#why")).to_contain_text("No client can come between")
     assert len(story(page)) == 4
     expect(page.locator("#expected")).to_have_text(re.compile(r"\d+ and \d+, as expected\."))
 
@@ -106,7 +106,7 @@ def test_a_lock_holds_in_its_own_process(browser: Browser, server: Server) -> No
     expect(page.locator("#why")).to_contain_text(why)
 
 
-def test_it_is_played_by_keyboard_alone_and_told_aloud(browser: Browser, server: Server) -> None:
+def test_the_keyboard_alone_is_enough_and_results_are_announced(browser: Browser, server: Server) -> None:
     page = browser.open(f"{server.url}/lab")
     press_until(page, "Tab", "#strategy-global")
     press_until(page, "ArrowDown", "#strategy-manager")
@@ -128,14 +128,14 @@ def test_it_is_played_by_keyboard_alone_and_told_aloud(browser: Browser, server:
     expect(page.locator("#answers")).to_be_visible()
 
 
-def test_one_client_has_no_tale_of_two(browser: Browser, server: Server) -> None:
+def test_one_client_makes_no_story_of_two(browser: Browser, server: Server) -> None:
     page = browser.open(f"{server.url}/lab?strategy=global&clients=1")
     page.click("#start")
     expect(page.locator("#status")).to_have_text("1 client: 1 unique, 0 duplicates, 0 skipped.")
     assert story(page) == []
 
 
-def test_clients_without_an_answer_are_told_and_their_numbers_skipped(browser: Browser, server: Server) -> None:
+def test_clients_without_an_answer_are_counted_and_their_numbers_skipped(browser: Browser, server: Server) -> None:
     page = browser.open(f"{server.url}/lab?strategy=store&clients=5")
     cut: list[Route] = []
 
@@ -155,12 +155,12 @@ def test_clients_without_an_answer_are_told_and_their_numbers_skipped(browser: B
     browser.complaints.clear()
 
 
-def test_a_server_that_has_gone_is_said_so(browser: Browser, start_server: Callable[..., Server]) -> None:
+def test_a_stopped_server_is_reported(browser: Browser, start_server: Callable[..., Server]) -> None:
     server = start_server("--workers", "1")
     page = browser.open(f"{server.url}/lab")
     server.stop()
     page.click("#start")
-    expect(page.locator("#status")).to_contain_text("The run did not come about")
+    expect(page.locator("#status")).to_contain_text("The run failed")
     expect(page.locator("#start")).not_to_have_attribute("aria-disabled", "true")
     browser.complaints.clear()
 

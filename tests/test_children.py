@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from counter_server.server.prove.processes import children
-from tests.processes import Program, Server, eventually, open_in
+from tests.processes import Program, Server, children, eventually, open_in
 from tests.test_supervision import increment
 
 StartServer = Callable[..., Server]

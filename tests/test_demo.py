@@ -1,4 +1,4 @@
-"""`counter-server demo`: its verdicts, its picture, and that nothing of it stays."""
+"""`counter-server demo`: its verdicts, its picture, and its cleaning up."""
 
 import json
 import os
@@ -21,13 +21,20 @@ import pytest
 from PIL import Image
 
 from counter_server.errors import InvalidRequest
-from counter_server.server.demo.clients import Answer, visit_at_once
-from counter_server.server.demo.demonstration import Demonstration
-from counter_server.server.demo.outcome import Outcome, Round
-from counter_server.server.demo.picture import NEVER, ONCE, SEVERAL, draw
-from counter_server.server.demo.plan import PAIRS, Pair, chosen
-from counter_server.server.demo.stage import Stage
-from counter_server.server.demo.strategies import OURS, STRATEGIES
+from counter_server.server.demo.report import NEVER, ONCE, SEVERAL, draw
+from counter_server.server.demo.runner import (
+    OURS,
+    PAIRS,
+    Outcome,
+    Pair,
+    Reply,
+    chosen,
+    judge,
+    run,
+    run_server,
+    visit_at_once,
+)
+from counter_server.server.strategies import STRATEGIES
 from tests.processes import ROOT, Program, eventually
 
 CLIENTS = 24
@@ -36,12 +43,12 @@ BEFORE = "import sys; {}; from counter_server.cli import main; main()"
 
 
 def outcome_of(pair: Pair, *numbers: int | None) -> Outcome:
-    """As if clients had come back with these."""
-    return Outcome(pair, [Round([Answer(number, 0.1) for number in numbers])])
+    """Return the outcome of a round in which clients got these numbers."""
+    return Outcome(pair, [judge([Reply(number, 0.1) for number in numbers])])
 
 
 def demo(*options: str | Path, before: str = "") -> "subprocess.CompletedProcess[str]":
-    """The command, when it has ended; `before` is run first in its process."""
+    """Run the command to its end; `before` is run first in its process."""
     command = ["-c", BEFORE.format(before), "demo"] if before else ["-m", "counter_server", "demo"]
     return subprocess.run(
         [sys.executable, *command, *map(str, options)], capture_output=True, text=True, check=False, cwd=ROOT
@@ -49,7 +56,7 @@ def demo(*options: str | Path, before: str = "") -> "subprocess.CompletedProcess
 
 
 def processes_of(directory: Path) -> list[int]:
-    """The processes whose files for a while go into this directory, or below."""
+    """Return the processes whose temporary files go into this directory, or below."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -65,7 +72,7 @@ def processes_of(directory: Path) -> list[int]:
 
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the demonstration keeps its files; it may leave none. Its name is short enough for gunicorn's sockets."""
+    """A directory for the temporary files of the demonstration, with a name short enough for gunicorn's sockets."""
     with TemporaryDirectory() as directory:
         monkeypatch.setenv("TMPDIR", directory)
         yield Path(directory)
@@ -78,14 +85,14 @@ def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_each_pair_is_right_or_wrong_as_its_sentence_says(pair: Pair, files: Path) -> None:
     rounds = 2 if pair.name in CERTAIN else 1
     told: list[str] = []
-    (outcome,) = Demonstration(clients=CLIENTS, rounds=rounds).run([pair], told.append)
+    (outcome,) = run([pair], told.append, clients=CLIENTS, rounds=rounds, port=0)
     assert outcome.left_out == ""
     assert [each.right for each in outcome.rounds] == [pair.expected == "right"] * rounds
     assert outcome.sentence.startswith(pair.why)
     assert processes_of(files) == []
     assert list(files.iterdir()) == []
     for each in outcome.rounds:
-        assert len(each.answers) == CLIENTS
+        assert len(each.numbers) == CLIENTS
         if STRATEGIES[pair.strategy].killed:
             assert each.killed_after is not None
             assert 0 < each.killed_after < CLIENTS
@@ -94,14 +101,14 @@ def test_each_pair_is_right_or_wrong_as_its_sentence_says(pair: Pair, files: Pat
             assert each.unanswered == 0
 
 
-def test_a_killed_manager_is_followed_by_another_that_goes_on_counting(files: Path) -> None:
-    with Stage("waitress", OURS) as stage:
-        assert [answer.number for answer in visit_at_once(stage.port, 1)] == [1]
-        first = stage.manager()
+def test_another_manager_continues_after_a_killed_one(files: Path) -> None:
+    with run_server("waitress", OURS) as running:
+        assert [reply.number for reply in visit_at_once(running.port, 1)] == [1]
+        first = running.manager()
         assert first is not None
         os.kill(first, signal.SIGKILL)
-        assert [answer.number for answer in visit_at_once(stage.port, 1)] == [2]
-        assert stage.manager() not in (None, first)
+        assert [reply.number for reply in visit_at_once(running.port, 1)] == [2]
+        assert running.manager() not in (None, first)
         assert processes_of(files)
     assert processes_of(files) == []
     assert list(files.iterdir()) == []
@@ -118,7 +125,7 @@ def test_a_killed_manager_is_followed_by_another_that_goes_on_counting(files: Pa
         ((None, None), 0, 0, 2, 2),
     ],
 )
-def test_what_came_back_is_counted(
+def test_the_replies_of_a_round_are_counted(
     numbers: tuple[int | None, ...], unique: int, duplicates: int, skipped: int, unanswered: int
 ) -> None:
     (shown,) = outcome_of(PAIRS[0], *numbers).rounds
@@ -131,25 +138,25 @@ def test_what_came_back_is_counted(
     assert shown.right == (numbers == (1, 2))
 
 
-def test_one_wrong_round_makes_it_wrong_and_is_the_one_that_is_shown() -> None:
+def test_one_wrong_round_makes_the_outcome_wrong_and_is_shown() -> None:
     right, wrong = (outcome_of(PAIRS[-1], *numbers).rounds[0] for numbers in ((1, 2), (1, 1)))
     outcome = Outcome(PAIRS[-1], [right, wrong, right])
-    assert not outcome.right
+    assert outcome.verdict == "wrong"
     assert outcome.failed
     assert outcome.shown is wrong
     assert "Right in 2 of 3 rounds." in outcome.sentence
     assert "1 was given 2 times" in outcome.sentence
 
 
-def test_an_outcome_that_was_not_expected_is_not_explained_away() -> None:
+def test_an_unexpected_outcome_gets_no_false_explanation() -> None:
     racy, ours = next(pair for pair in PAIRS if pair.expected == "wrong"), PAIRS[-1]
     assert "luck" in outcome_of(racy, 1, 2).sentence
     assert "report" in outcome_of(ours, 1, 1).sentence
-    failed = Outcome(ours, [Round([Answer(1, 0.1), Answer(None, 0.1, "503 SERVICE UNAVAILABLE")])])
-    assert "503 SERVICE UNAVAILABLE" in failed.sentence
+    failed = Outcome(ours, [judge([Reply(1, 0.1), Reply(None, 0.1, "503 Service Unavailable")])])
+    assert "503 Service Unavailable" in failed.sentence
 
 
-def test_pairs_are_chosen_by_a_server_a_strategy_or_both() -> None:
+def test_pairs_are_selected_by_server_strategy_or_both() -> None:
     assert chosen([]) == PAIRS
     assert {pair.server for pair in chosen(["waitress"])} == {"waitress"}
     assert {pair.strategy for pair in chosen(["ours"])} == {"ours"}
@@ -158,18 +165,18 @@ def test_pairs_are_chosen_by_a_server_a_strategy_or_both() -> None:
         chosen(["redis"])
 
 
-def test_a_server_that_does_not_start_is_left_out_with_its_last_words(
+def test_a_server_that_does_not_start_is_left_out_with_its_last_line(
     monkeypatch: pytest.MonkeyPatch, files: Path, tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "waitress.py").write_text("raise SystemExit('no room for waitress')")
-    (outcome,) = Demonstration(clients=2).run(chosen(["waitress/session"]), lambda _: None)
+    (outcome,) = run(chosen(["waitress/session"]), lambda _: None, clients=2, rounds=1, port=0)
     assert outcome.verdict == "left out"
     assert "it ended with status 1: no room for waitress" in outcome.left_out
     assert processes_of(files) == []
 
 
-def test_the_report_names_every_number_and_what_it_ran_on() -> None:
+def test_the_report_contains_every_number_and_the_machine() -> None:
     done = demo("--json", "--only", "development", "--clients", "7", "--rounds", "2")
     assert done.returncode == 0
     report = json.loads(done.stdout)
@@ -182,7 +189,7 @@ def test_the_report_names_every_number_and_what_it_ran_on() -> None:
     assert {"flask", "waitress", "gunicorn", "gevent"} <= set(report["versions"])
 
 
-def test_the_table_says_what_was_right_and_why() -> None:
+def test_the_table_shows_verdicts_and_reasons() -> None:
     done = demo("--only", "development", "--only", "processes/global", "--clients", "10")
     assert done.returncode == 0, done.stderr
     lines = [re.sub(" +", " ", line).strip() for line in done.stdout.splitlines()]
@@ -192,7 +199,7 @@ def test_the_table_says_what_was_right_and_why() -> None:
     assert "The number 1 was given 10 times." in " ".join(lines)
 
 
-def test_a_terminal_of_80_columns_shows_a_bar_while_it_works() -> None:
+def test_a_terminal_of_80_columns_shows_a_bar() -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "counter_server", "demo", "--only", "processes/global", "--clients", "100"]
     environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
@@ -200,7 +207,7 @@ def test_a_terminal_of_80_columns_shows_a_bar_while_it_works() -> None:
         os.close(theirs)
         with open(ours, "rb") as terminal:
             shown = b""
-            with suppress(OSError):  # that is how the end of a terminal is told
+            with suppress(OSError):  # how Linux reports the end of a terminal
                 while part := terminal.read1():
                     shown += part
     assert process.returncode == 0
@@ -210,41 +217,44 @@ def test_a_terminal_of_80_columns_shows_a_bar_while_it_works() -> None:
 
 
 def test_the_exit_status_is_1_if_ours_was_wrong_and_only_then() -> None:
-    """To see it, the plain global is for once said to be ours."""
+    """Here the plain global counts as ours."""
     options = ("--only", "processes/global", "--clients", "2", "--json")
     assert demo(*options).returncode == 0
-    assert demo(*options, before="import counter_server.server.demo.plan as plan; plan.OURS = 'global'").returncode == 1
+    assert (
+        demo(*options, before="import counter_server.server.demo.runner as runner; runner.OURS = 'global'").returncode
+        == 1
+    )
 
 
-def test_a_busy_port_is_told_in_one_line_before_anything_starts() -> None:
+def test_a_busy_port_is_reported_in_one_line_before_anything_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
         done = demo("--port", str(port), "--only", "waitress/ours")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line == (
-        f"Error: cannot listen on 127.0.0.1 port {port}: Address already in use; choose another with --port, or give"
-        " none: then free ones are taken"
+        f"Error: cannot listen on 127.0.0.1 port {port}: Address already in use; choose another with --port, or omit"
+        " it to use free ports"
     )
 
 
 def test_a_port_serves_one_server_after_the_other() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    demonstration = Demonstration(clients=2, rounds=2, port=port)
-    outcomes = list(demonstration.run(chosen(["development", "threaded/lock"]), lambda _: None))
+    pairs = chosen(["development", "threaded/lock"])
+    outcomes = list(run(pairs, lambda _: None, clients=2, rounds=2, port=port))
     assert [outcome.verdict for outcome in outcomes] == ["right", "right"]
 
 
 @pytest.mark.parametrize(("missing", "options"), [("rich", ()), ("matplotlib", ("--json", "--picture", "race.png"))])
-def test_a_missing_extra_is_told_in_one_line_before_anything_starts(missing: str, options: tuple[str, ...]) -> None:
+def test_a_missing_extra_is_reported_in_one_line_before_anything_starts(missing: str, options: tuple[str, ...]) -> None:
     done = demo(*options, before=f"sys.modules[{missing!r}] = None")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line == f"Error: {missing} is not installed, and nothing was started: pip install 'counter-server[demo]'"
 
 
-def test_json_is_had_without_rich_and_what_is_missing_is_left_out_by_name() -> None:
+def test_json_needs_no_rich_and_missing_packages_are_named() -> None:
     before = "; ".join(f"sys.modules[{name!r}] = None" for name in ("rich", "gevent", "cachelib", "gunicorn.dirty"))
     done = demo("--json", "--only", "gevent/global", "--only", "cachelib", "--only", "stash", before=before)
     assert done.returncode == 0, done.stderr
@@ -252,23 +262,23 @@ def test_json_is_had_without_rich_and_what_is_missing_is_left_out_by_name() -> N
     assert reasons == {
         "gevent/global": "gevent not installed: pip install 'counter-server[demo]'",
         "waitress/cachelib": "cachelib not installed: pip install 'counter-server[demo]'",
-        "gunicorn/stash": "the gunicorn that is installed has none: take a newer one",
+        "gunicorn/stash": "the installed gunicorn is too old for it: upgrade it",
     }
 
 
-def test_ours_that_could_not_be_shown_is_not_passed_over() -> None:
+def test_the_exit_status_is_1_if_ours_was_left_out() -> None:
     assert demo("--json", "--only", "gevent-4/ours", before="sys.modules['gevent'] = None").returncode == 1
 
 
 @pytest.mark.parametrize(("file", "what"), [("race.gif", "neither in .png nor in .svg"), ("no/race.png", "written in")])
-def test_a_picture_that_cannot_be_is_told_before_anything_starts(file: str, what: str, tmp_path: Path) -> None:
+def test_an_impossible_picture_is_reported_before_anything_starts(file: str, what: str, tmp_path: Path) -> None:
     done = demo("--picture", tmp_path / file)
     assert done.returncode == 2
     assert what in done.stderr
     assert "starting" not in done.stderr
 
 
-def test_the_picture_shows_for_each_number_how_many_were_given_it(tmp_path: Path) -> None:
+def test_the_picture_shows_how_many_clients_got_each_number(tmp_path: Path) -> None:
     picture = tmp_path / "race.svg"
     done = demo("--json", "--only", "threaded/global", "--clients", str(CLIENTS), "--picture", picture)
     assert done.returncode == 0, done.stderr
@@ -301,7 +311,7 @@ def test_the_picture_has_its_size_and_its_colours(tmp_path: Path) -> None:
 
 
 def by_colour(picture: Image.Image) -> dict[str, int]:
-    """How many of its pixels have the colours of cells."""
+    """Count the pixels that have the colours of cells."""
     colours: Any = picture.getcolors(maxcolors=2**24)
     found = {f"#{red:02X}{green:02X}{blue:02X}": count for count, (red, green, blue) in colours}
     return {colour: found.get(colour, 0) for colour in (ONCE, SEVERAL, NEVER)}
@@ -337,7 +347,7 @@ def test_ctrl_c_and_kill_9_leave_no_process_and_no_file(
     status = program.wait()
     if number is signal.SIGINT:
         assert status == 130
-        assert program.errors[-1] == "Stopped. Nothing of it is left."
+        assert program.errors[-1] == "Stopped. All processes and files are removed."
         assert "Traceback" not in "\n".join(program.errors)
         assert processes_of(files) == []  # it waits for that
     eventually(lambda: not processes_of(files), "the end of all its processes")
@@ -349,7 +359,7 @@ def test_ctrl_c_while_it_draws_leaves_no_file(stack: ExitStack, files: Path, tmp
     options = ("--only", "development", "--clients", "100", "--picture", picture)
 
     def interrupted() -> bool:
-        """Whether the signal came before the picture was there: to draw takes a moment only."""
+        """Whether the signal came before the picture was complete: drawing takes only a moment."""
         program = stack.enter_context(Program("-m", "counter_server", "demo", *options))
         eventually(lambda: says("drawing")(program, files) or not program.running, "the drawing")
         program.send_signal(signal.SIGINT)
@@ -366,16 +376,27 @@ def test_ctrl_c_while_it_draws_leaves_no_file(stack: ExitStack, files: Path, tmp
     assert list(files.iterdir()) == []
 
 
-def test_the_table_of_the_readme_is_made_anew_and_nothing_else(tmp_path: Path) -> None:
-    readme = shutil.copy(ROOT / "README.md", tmp_path)
-    command = [sys.executable, "docs/demo.py", readme, "--only", "development", "--clients", "5"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    before, after = (re.split("<!--.*-->", Path(file).read_text()) for file in (ROOT / "README.md", readme))
-    assert [before[0], before[2]] == [after[0], after[2]]
-    lines = after[1].split("\n")
-    assert lines[1:3] == [
-        "| server | the number is in |  | unique | duplicates | skipped | slowest | why |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
-    ]
-    assert lines[3].startswith("| development server, one thread | a global | **right** | 5 | 0 | 0 | ")
-    assert f"{sys.version.split()[0]}; counter-server" in after[1]
+def test_the_tables_of_the_documents_are_replaced_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    files = ["README.md", "docs/race.md"]
+    for file in files:
+        shutil.copy(ROOT / file, tmp_path / file)
+    options = ("--only", "development", "--only", "processes/global", "--clients", "5")
+    subprocess.run([sys.executable, "docs/demo.py", tmp_path, *options], check=True, cwd=ROOT, capture_output=True)
+    for file, rows in zip(files, (1, 2), strict=True):
+        before, after = (re.split("<!--.*-->", (path / file).read_text()) for path in (ROOT, tmp_path))
+        assert [before[0], before[2]] == [after[0], after[2]]
+        lines = after[1].split("\n")
+        assert lines[1:3] == [
+            "| server | the number is in |  | unique | duplicates | skipped | slowest | why |",
+            "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
+        ]
+        assert lines[3].startswith("| development server, one thread | a global | **right** | 5 | 0 | 0 | ")
+        assert sum(line.startswith("| development") for line in lines) == rows
+        assert f"{sys.version.split()[0]}; counter-server" in after[1]
+
+
+@pytest.mark.parametrize(("file", "rows"), [("README.md", 5), ("docs/race.md", len(PAIRS))])
+def test_the_readme_shows_five_pairs_and_the_race_page_all(file: str, rows: int) -> None:
+    shown = re.split("<!--.*-->", (ROOT / file).read_text())[1]
+    assert sum(line.count("**right**") + line.count("**wrong**") for line in shown.splitlines()) == rows

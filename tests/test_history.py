@@ -1,9 +1,8 @@
-"""The checker finds what it is for: orders that cannot be, and three bugs that real systems have had."""
+"""The checker finds impossible orders, and three bugs that real systems have had."""
 
 import random
 import time
 from collections.abc import Callable
-from math import inf
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from counter_server.stores import Store
 from tests.journals import Committing
 
 
-def op(key: str, invoked: float, returned: float = inf, *answers: int) -> Operation:
+def op(key: str, invoked: float, returned: float | None = None, *answers: int) -> Operation:
     return Operation(key, invoked, returned, answers)
 
 
@@ -35,7 +34,7 @@ def op(key: str, invoked: float, returned: float = inf, *answers: int) -> Operat
         ([op("a", 0, 1, 1, 1, 1)], 1),
     ],
 )
-def test_a_history_that_can_be_is_accepted(history: list[Operation], final: int) -> None:
+def test_a_possible_history_is_accepted(history: list[Operation], final: int) -> None:
     assert violations(history, final) == []
 
 
@@ -45,22 +44,22 @@ def test_a_history_that_can_be_is_accepted(history: list[Operation], final: int)
         ([op("a", 0, 1, 1), op("b", 0, 1, 1)], 2, "both answered 1"),
         ([op("a", 0, 1, 2)], 1, "outside"),
         ([op("a", 0, 1, 0)], 1, "outside"),
-        ([op("a", 0, 1, 2)], 2, "nobody can have taken 1"),
-        ([op("a", 0, 1, 1)], 2, "nobody can have taken 2"),
+        ([op("a", 0, 1, 2)], 2, "no operation can have taken 1"),
+        ([op("a", 0, 1, 1)], 2, "no operation can have taken 2"),
         ([op("a", 0, 1, 1, 2), op("b", 0, 1, 2)], 2, "was answered with [1, 2]"),
         ([op("a", 0, 1, 2), op("b", 2, 3, 1)], 2, "before a smaller number was asked for"),
         ([op("a", 0, 1, 2), op("lost", 2)], 2, "before a smaller number was asked for"),
         ([op("a", 0, 1, 1), op("lost", 2), op("b", 0, 1, 3)], 3, "before a smaller number was asked for"),
     ],
 )
-def test_a_history_that_cannot_be_is_told(history: list[Operation], final: int, complaint: str) -> None:
+def test_an_impossible_history_is_reported(history: list[Operation], final: int, complaint: str) -> None:
     assert any(complaint in found for found in violations(history, final))
 
 
 class CrashingStore:
     """The real ledger over the real journal, in this process, that now and then crashes or loses an answer.
 
-    A crash begins anew with what the journal holds. `commit` stands between ledger and journal, for the bugs.
+    After a crash it restarts from the journal. `commit` is between ledger and journal, and makes the bugs.
     """
 
     round_trip: RoundTrip = "short"

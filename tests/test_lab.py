@@ -1,4 +1,4 @@
-"""The lab: what is wrong there is really wrong, what is right is right each time, and nothing of it is left behind."""
+"""The lab: its wrong strategies are really wrong, its right ones always right, and it leaves nothing behind."""
 
 import json
 import time
@@ -13,9 +13,9 @@ from flask.testing import FlaskClient
 from itsdangerous.timed import TimestampSigner
 from werkzeug.exceptions import ServiceUnavailable
 
+from counter_server.server.strategies import YIELD_SECONDS, SomeObj
 from counter_server.server.web import create_app
-from counter_server.server.web.lab.runs import FORGOTTEN, PerRun, Run, is_over
-from counter_server.server.web.lab.strategies import YIELD_SECONDS
+from counter_server.server.web.lab import FORGOTTEN, Memory, is_over
 from counter_server.state import State
 from tests.engines import RedisServer
 from tests.load import at_once
@@ -47,7 +47,7 @@ def begin(url: str, strategy: str) -> Any:
 
 
 def play(url: str, strategy: str) -> list[Answer]:
-    """A whole run: what its clients were told, all of which began on a barrier."""
+    """Make a whole run, with all clients at once, and return their answers."""
     run = begin(url, strategy)
     answers = at_once(CLIENTS, lambda: Answer(**post(url, run["ask"])[1]))
     assert ask(url, "DELETE", run["run"])[0] == 204
@@ -59,14 +59,14 @@ def numbers(answers: list[Answer]) -> list[int]:
 
 
 def raced(one: Answer, other: Answer) -> bool:
-    """Both had read before either wrote, and so were told the same."""
+    """Whether both had read before either wrote, and so got the same number."""
     together = one.began < other.ended and other.began < one.ended
     return one is not other and together and one.number == other.number
 
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Hold the data directory of `two`, and whatever its servers put where all users can write."""
+    """A directory for the data of `two`, and for the temporary files of its servers."""
     path = tmp_path_factory.mktemp("scratch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(path))
@@ -95,7 +95,7 @@ def app(data_dir: Path) -> Flask:
 
 @pytest.mark.parametrize("strategy", RACY)
 @pytest.mark.parametrize("workers", ["one", "two"])
-def test_threads_that_read_before_another_has_written_are_told_the_same(
+def test_threads_that_read_before_another_has_written_get_the_same_number(
     request: pytest.FixtureRequest, strategy: str, workers: str
 ) -> None:
     answers = play(request.getfixturevalue(workers), strategy)
@@ -112,12 +112,12 @@ def test_a_lock_is_enough_for_one_worker(one: str) -> None:
 
 
 def by_worker(answers: list[Answer]) -> dict[int, list[int]]:
-    """The numbers that each worker gave."""
+    """Return the numbers that each worker gave."""
     return {answer.worker: numbers([a for a in answers if a.worker == answer.worker]) for answer in answers}
 
 
 def play_on_both(url: str, strategy: str) -> list[Answer]:
-    """A run of which each of two workers answered a part: clients that come all at once may all come to one."""
+    """Make runs until both workers have answered clients: of clients that connect at once, one may get all."""
 
     def try_it() -> list[Answer]:
         answers = play(url, strategy)
@@ -157,12 +157,12 @@ def test_the_manager_and_the_store_give_each_number_once_in_every_run(two: str, 
         assert numbers(play(two, strategy)) == list(range(1, CLIENTS + 1))
 
 
-def test_so_does_another_store_and_where_there_is_no_manager_that_is_said(tmp_path: Path) -> None:
+def test_another_store_does_so_too_and_the_page_says_that_it_has_no_manager(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as redis, Server("--workers", "2", "--store", redis.url) as server:
         assert numbers(play(server.url, "store")) == list(range(1, CLIENTS + 1))
         status, _, text = ask(server.url, "GET", "/lab")
         assert status == 200
-        assert "Not here: the configured store is unix://, and that has none." in text
+        assert "Not here: the configured store is unix://, and has no manager." in text
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         status, _, text = ask(server.url, "POST", "/lab/runs", b"strategy=manager&clients=1", form)
         assert (status, json.loads(text)["title"]) == (501, "Unsupported")
@@ -200,7 +200,7 @@ def started(client: FlaskClient, strategy: str) -> Any:
 
 
 def count(client: FlaskClient, run: Any) -> int:
-    """What one client of a run is told."""
+    """Return the number that a client of a run gets."""
     response = client.post(run["ask"])
     assert response.status_code == 200
     return int(response.get_json()["number"])
@@ -208,7 +208,7 @@ def count(client: FlaskClient, run: Any) -> int:
 
 @pytest.fixture
 def long_ago(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Put the clock that runs are signed by back, by so many seconds."""
+    """Put back the clock that runs are signed with, by a number of seconds."""
 
     def put_back(seconds: int) -> None:
         monkeypatch.setattr(TimestampSigner, "get_timestamp", lambda _: int(time.time()) - seconds)
@@ -216,7 +216,7 @@ def long_ago(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return put_back
 
 
-def test_what_nobody_ended_goes_when_another_run_begins(
+def test_the_data_of_old_runs_is_removed_when_another_run_begins(
     app: Flask,
     client: FlaskClient,
     long_ago: Callable[[int], None],
@@ -271,7 +271,7 @@ def test_a_run_is_over_after_a_minute(client: FlaskClient, long_ago: Callable[[i
     assert "start another" in response.text
 
 
-def test_a_run_that_the_server_never_began_is_none(client: FlaskClient) -> None:
+def test_a_run_that_the_server_never_began_is_not_found(client: FlaskClient) -> None:
     run = started(client, "global")["ask"]
     for path in ("/lab/runs/x/clients", run.replace("/clients", "x/clients"), run.replace("runs/", "runs/x")):
         response = client.post(path)
@@ -290,7 +290,7 @@ def test_a_run_that_the_server_never_began_is_none(client: FlaskClient) -> None:
         ),
     ],
 )
-def test_a_choice_that_is_none_is_refused(client: FlaskClient, strategy: str, clients: str) -> None:
+def test_an_invalid_choice_is_refused(client: FlaskClient, strategy: str, clients: str) -> None:
     choice = {"strategy": strategy, "clients": clients}
     for response in (client.post("/lab/runs", data=choice), client.get("/lab", query_string=choice)):
         assert (response.status_code, response.get_json()["title"]) == (400, "InvalidRequest")
@@ -307,18 +307,21 @@ def test_other_sites_and_other_methods_start_nothing(client: FlaskClient) -> Non
 
 
 def test_a_worker_keeps_a_hundred_runs_and_forgets_none_of_them_for_another() -> None:
-    kept = PerRun(list[int])
-    runs = [Run("global", f"{number}-x") for number in range(101)]
-    for run in runs[:100]:
-        kept.of(run).append(1)
+    memory = Memory()
+    runs = [f"{number}-x" for number in range(101)]
+
+    def count(run: str) -> int:
+        return memory.take_of(run, lambda: SomeObj().take)().number
+
+    assert {count(run) for run in runs[:100]} == {1}
     with pytest.raises(ServiceUnavailable):
-        kept.of(runs[100])
-    assert all(kept.of(run) == [1] for run in runs[:100])
-    kept.forget(runs[0])
-    assert kept.of(runs[100]) == []
+        count(runs[100])
+    assert {count(run) for run in runs[:100]} == {2}
+    memory.forget(runs[0])
+    assert count(runs[100]) == 1
 
 
-def test_names_of_runs_that_are_over_are_told_from_all_others() -> None:
+def test_only_the_names_of_runs_that_are_over_count_as_over() -> None:
     now = int(time.time())
     nonce = "0123456789abcdef"
     assert is_over(f"{now - FORGOTTEN - 2}-{nonce}")
@@ -350,7 +353,7 @@ def test_names_of_runs_that_are_over_are_told_from_all_others() -> None:
         (None, True, True),
     ],
 )
-def test_it_is_on_where_it_is_wanted_or_only_this_machine_can_connect(
+def test_the_lab_is_on_if_it_is_configured_or_only_this_machine_can_connect(
     *,
     host: str | None,
     wanted: bool | None,
@@ -379,7 +382,7 @@ def test_the_command_line_turns_it_on_and_off(start_server: Callable[..., Server
     assert ask(on.url.replace("0.0.0.0", "127.0.0.1"), "GET", "/lab")[0] == 200
 
 
-def test_memory_is_each_workers_own_and_the_lab_says_so() -> None:
+def test_the_lab_says_that_memory_is_each_workers_own() -> None:
     with Server("--workers", "2", "--store", "memory://") as server:
         for own in by_worker(play_on_both(server.url, "store")).values():
             assert own == list(range(1, len(own) + 1))

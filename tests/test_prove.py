@@ -1,4 +1,4 @@
-"""`counter-server prove`: right where the server is, wrong where it is not, and nothing of it left in any case."""
+"""`counter-server prove`: right if the server is, wrong if it is not, and nothing left behind in any case."""
 
 import json
 import os
@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from math import inf
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,19 +18,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from counter_server.cli import main
-from counter_server.server.prove.faults import Kill
-from counter_server.server.prove.history import Operation, load, save
+from counter_server.server.prove.history import Kill, Operation, judge, load, save, screen
 from counter_server.server.prove.load import Client
-from counter_server.server.prove.processes import children
-from counter_server.server.prove.verdict import judge, screen
-from tests.processes import PATIENCE, ROOT, Program, Server, eventually
+from tests.processes import PATIENCE, ROOT, Program, Server, children, eventually
 
 PROOF = ("-m", "counter_server", "prove")
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty directory to prove in: temporary files are in `tmp` below it. No process may be left there."""
+    """An empty directory to prove in, with `tmp` for temporary files; processes that a failed test left are killed."""
     (tmp_path / "place" / "tmp").mkdir(parents=True)
     place = tmp_path / "place"
     monkeypatch.setenv("TMPDIR", str(place / "tmp"))
@@ -45,7 +41,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def processes_in(place: Path) -> dict[int, str]:
-    """Every process but this one that runs in the directory, or below it: its pid and its command."""
+    """Return the pid and the command of every other process that runs in the directory, or below it."""
     found = {}
     for entry in Path("/proc").iterdir():
         try:
@@ -53,14 +49,14 @@ def processes_in(place: Path) -> dict[int, str]:
             command = os.fsdecode((entry / "cmdline").read_bytes()).replace("\0", " ") if cwd else ""
         except OSError:
             continue
-        # What ended since has no command line; what runs in a directory that was removed still names it.
+        # An ended process has no command line; the directory of a running one may have been removed.
         if command and entry.name != str(os.getpid()) and Path(cwd.removesuffix(" (deleted)")).is_relative_to(place):
             found[int(entry.name)] = command
     return found
 
 
 def assert_nothing_left(place: Path) -> None:
-    eventually(lambda: not processes_in(place) and not any((place / "tmp").iterdir()), "the end of all that it began")
+    eventually(lambda: not processes_in(place) and not any((place / "tmp").iterdir()), "the end of everything")
 
 
 @pytest.fixture
@@ -76,7 +72,7 @@ def started(program: Program) -> str:
 
 
 def answered(program: Program) -> int:
-    """How many increments were answered, as a proof said last."""
+    """Return how many increments were answered, by the last line that says so."""
     told = [line.split()[2] for line in program.errors if line.endswith(" increments answered")]
     return int(told[-1].replace(",", "")) if told else 0
 
@@ -93,7 +89,7 @@ def wrong(stack: ExitStack, tmp_path: Path) -> Callable[..., tuple[Program, str]
     return start
 
 
-# What is right
+# Right
 
 
 def test_a_server_of_its_own_is_right_through_kills_of_manager_and_worker(
@@ -150,7 +146,7 @@ def test_at_a_terminal_a_bar_is_drawn_where_rich_is_installed(
         try:
             while chunk := os.read(ours, 4096):
                 written += chunk
-        except OSError:  # how Linux tells the end of a terminal
+        except OSError:  # how Linux reports the end of a terminal
             pass
         finally:
             os.close(ours)
@@ -160,13 +156,13 @@ def test_at_a_terminal_a_bar_is_drawn_where_rich_is_installed(
     assert (b"\x1b[" in written) == rich
 
 
-# What is wrong
+# Wrong
 
 
 @pytest.mark.parametrize(
     ("fault", "complaint"), [("duplicates", "were both answered"), ("keyless", "was answered with [")]
 )
-def test_a_server_that_counts_wrongly_is_told_with_its_history(
+def test_a_server_that_counts_wrongly_is_reported_with_its_history(
     prove: Callable[..., Program], wrong: Callable[..., tuple[Program, str]], place: Path, fault: str, complaint: str
 ) -> None:
     _, url = wrong(fault)
@@ -182,7 +178,7 @@ def test_a_server_that_counts_wrongly_is_told_with_its_history(
     assert checked.stdout.splitlines()[0] == program.output[0]
 
 
-def test_a_server_that_answers_before_it_keeps_is_told_when_it_was_restarted(
+def test_a_server_that_answers_before_it_saves_is_found_out_by_a_restart(
     prove: Callable[..., Program],
     wrong: Callable[..., tuple[Program, str]],
     place: Path,
@@ -217,7 +213,7 @@ def test_a_server_of_its_own_that_ends_is_wrong(prove: Callable[..., Program], p
     started(program)
     os.kill(supervisor_in(place), signal.SIGKILL)
     assert program.wait() == 1
-    assert program.output[0].startswith("WRONG: the server ended; the last that it said: ")
+    assert program.output[0].startswith("WRONG: the server ended; its last line: ")
     assert any(place.glob("prove-*.jsonl"))
     assert_nothing_left(place)
 
@@ -236,7 +232,7 @@ def test_a_server_of_its_own_that_ends_is_wrong(prove: Callable[..., Program], p
         ),
     ],
 )
-def test_what_shows_nothing_is_not_right(
+def test_a_proof_without_evidence_is_not_right(
     history: list[Operation], final: int | None, kills: list[Kill], complaint: str
 ) -> None:
     verdict = judge(history, final, kills)
@@ -244,11 +240,11 @@ def test_what_shows_nothing_is_not_right(
     assert complaint in screen(verdict).splitlines()[0]
 
 
-# What cannot be done, in one line
+# Errors, in one line
 
 
 def told(*arguments: str) -> str:
-    """The one line that a proof is refused with."""
+    """Return the one line of error of a refused proof."""
     result: Result = CliRunner().invoke(main, ["prove", *arguments])
     assert (result.exit_code, result.stdout) == (1, ""), result.output
     (line,) = result.stderr.splitlines()
@@ -262,14 +258,14 @@ def told(*arguments: str) -> str:
         (["--url", "http://127.0.0.1:1", "--kill-manager", "1"], "leave out --url, or the kills"),
         (["--url", "http://127.0.0.1:1", "--kill-worker", "2"], "leave out --url, or the kills"),
         (["--url", "127.0.0.1:8000"], "like http://127.0.0.1:8000, not"),
-        (["--url", "http://[::1"], "no server's address"),
-        (["--url", "http://127.0.0.1:70000"], "no server's address"),
+        (["--url", "http://[::1"], "is not a server's address"),
+        (["--url", "http://127.0.0.1:70000"], "is not a server's address"),
         (["--save", "nowhere/all.jsonl"], "no history can be saved as nowhere/all.jsonl"),
         (["--check", "nowhere.jsonl"], "cannot be read: No such file"),
-        (["--check", "x", "--url", "http://127.0.0.1:1"], "--check asks no server"),
+        (["--check", "x", "--url", "http://127.0.0.1:1"], "--check uses no server"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(place: Path, arguments: list[str], reason: str) -> None:
+def test_impossible_options_are_refused_in_one_line(place: Path, arguments: list[str], reason: str) -> None:
     assert reason in told(*arguments)
 
 
@@ -282,12 +278,12 @@ def test_what_cannot_be_is_refused_in_one_line(place: Path, arguments: list[str]
         (b'{"final": "1"}\n', "line 1"),
     ],
 )
-def test_a_file_that_is_no_history_is_told_with_the_line(place: Path, content: bytes, line: str) -> None:
+def test_a_file_without_a_history_is_reported_with_its_line(place: Path, content: bytes, line: str) -> None:
     (place / "file").write_bytes(content)
-    assert f"file holds no history of increments: {line}" in told("--check", "file")
+    assert f"file is not a history of increments: {line}" in told("--check", "file")
 
 
-def test_where_nothing_listens_it_says_so() -> None:
+def test_an_unreachable_server_is_reported() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -297,15 +293,15 @@ def test_where_nothing_listens_it_says_so() -> None:
 @pytest.mark.parametrize(
     ("status", "body", "reason"),
     [
-        ("404 Not Found", "no", "is no server that counts: an increment was answered 404 Not Found: no"),
+        ("404 Not Found", "no", "is not a counter-server: an increment was answered 404 Not Found: no"),
         ("200 OK", "hi", "an increment was answered 200 OK: hi"),
         ("200 OK", '{"value": true}', "an increment was answered 200 OK"),
         ("501 Not Implemented", '{"detail": "no keys"}', "501 Not Implemented: no keys"),
-        (None, "SSH-2.0-OpenSSH_9.2\r\n", "is no web server"),
-        (None, "", "is no web server"),
+        (None, "SSH-2.0-OpenSSH_9.2\r\n", "is not a web server"),
+        (None, "", "is not a web server"),
     ],
 )
-def test_what_is_no_server_that_counts_is_told_with_its_answer(status: str | None, body: str, reason: str) -> None:
+def test_a_server_of_another_kind_is_reported_with_its_answer(status: str | None, body: str, reason: str) -> None:
     head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n" if status else ""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -322,7 +318,7 @@ def test_what_is_no_server_that_counts_is_told_with_its_answer(status: str | Non
     assert reason in line
 
 
-# What is left
+# Leftovers
 
 
 def test_ctrl_c_ends_it_early_with_a_verdict_and_leaves_nothing(prove: Callable[..., Program], place: Path) -> None:
@@ -386,4 +382,4 @@ def test_an_unanswered_increment_comes_back_from_a_saved_history_as_it_was(tmp_p
     history = [Operation("a", 0.1, 0.25, (1, 1)), Operation("b", 1 / 3)]
     save(tmp_path / "file", history, None)
     assert load(tmp_path / "file") == (history, None)
-    assert history[1].returned == inf
+    assert history[1].returned is None

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from counter_server.server.prove.processes import group_members
+from counter_server.server.prove.proof import group_members
 from tests.processes import PATIENCE, Manager, Program, Server, eventually
 
 COUNTERS = "/api/v1/counters"

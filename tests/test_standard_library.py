@@ -191,7 +191,7 @@ def test_a_crowd_of_fresh_clients_finds_no_place_in_the_queue(
 
 
 def connected_at_once(stack: ExitStack, address: str, count: int) -> int:
-    """How many of so many find a place, without waiting for one."""
+    """Connect `count` times without waiting, and return how many connections find a place."""
     placed = 0
     for _ in range(count):
         peer = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -244,7 +244,7 @@ def crowded(stack: ExitStack, port: int) -> list[socket.socket]:
 
 
 def forgotten_by(port: int, crowd: list[socket.socket]) -> list[socket.socket]:
-    """Those that the server's side knows nothing of, when each was told that it is connected."""
+    """Return the clients that the server's side does not know, though each has connected."""
     eventually(lambda: len(select([], crowd, [], 0)[1]) == len(crowd), "the connections of all")
     connections = [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     known = {
@@ -253,7 +253,7 @@ def forgotten_by(port: int, crowd: list[socket.socket]) -> list[socket.socket]:
     return [peer for peer in crowd if peer.getsockname()[1] not in known]
 
 
-def test_the_standard_handshake_alone_keeps_no_time(standard: Program, address: str) -> None:
+def test_the_standard_handshake_has_no_time_limit(standard: Program, address: str) -> None:
     """A server that has gone silent holds its clients for ever, too: `connect` and every call wait without a limit."""
     os.kill(standard.pid, signal.SIGSTOP)
     held = threading.Thread(target=lambda: _handshake(address), daemon=True)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from counter_server.server.prove.processes import group_members
+from counter_server.server.prove.proof import group_members
 from tests.processes import PATIENCE, Program, Server, eventually, frozen
 
 INCREMENT = "/api/v1/counters/x/increment"

@@ -16,7 +16,7 @@ from flask import Flask
 from redis import Redis
 
 from counter_server import SharedState
-from counter_server.server.demo.stage import listen
+from counter_server.server.demo.runner import listen
 from counter_server.server.worker import Worker
 from counter_server.settings import ServerSettings
 

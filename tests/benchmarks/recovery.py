@@ -18,7 +18,7 @@ from statistics import median
 
 from counter_server.manager.directory import DataDirectory
 from counter_server.server.prove.load import Client
-from counter_server.server.prove.processes import group_members
+from counter_server.server.prove.proof import group_members
 from counter_server.server.supervisor import STABLE_SECONDS
 from tests.benchmarks.pages import fill
 from tests.processes import PATIENCE, Server, eventually
@@ -40,7 +40,7 @@ def _recovery(server: Server, client: Client, key: str) -> float:
     os.kill(manager, signal.SIGKILL)
     eventually(lambda: manager not in group_members(server.pid), "the end of the manager")
     operation = client.increment("counted", key, killed + PATIENCE)
-    if not operation.answers:
+    if operation.returned is None:
         raise AssertionError(f"no increment was answered within {PATIENCE} s of the kill")
     return operation.returned - killed
 

@@ -1,1 +1,1 @@
-"""See the race: one small app, behind the servers and with the ways to share a number that people use."""
+"""`counter-server demo`: one small app behind real servers, with the common ways to share a number."""

@@ -1,1 +1,1 @@
-"""`counter-server prove`: load, faults and the checker, against a server that runs as it does for its users."""
+"""`counter-server prove`: load, kills and the checker, against a server as its users run it."""

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -14,11 +15,11 @@ from ...errors import InvalidRequest, StartupError
 @click.command()
 @click.option("--clients", type=click.IntRange(1, 1000), default=100, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0.1, 86400), default=10.0, show_default=True, help="Of load.")
-@click.option("--kill-manager", type=click.IntRange(0), default=0, metavar="N", help="kill -9 it so many times.")
-@click.option("--kill-worker", type=click.IntRange(0), default=0, metavar="N", help="kill -9 one so many times.")
-@click.option("--url", metavar="URL", help="Of a server that runs, instead of one for this alone; nothing is killed.")
+@click.option("--kill-manager", type=click.IntRange(0), default=0, metavar="N", help="kill -9 the manager N times.")
+@click.option("--kill-worker", type=click.IntRange(0), default=0, metavar="N", help="kill -9 a worker N times.")
+@click.option("--url", metavar="URL", help="Of a running server, instead of a new one; nothing is killed.")
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Save the history even if it is right.")
-@click.option("--check", type=click.Path(path_type=Path), metavar="FILE", help="Only check a history that was saved.")
+@click.option("--check", type=click.Path(path_type=Path), metavar="FILE", help="Only check a saved history.")
 @click.option("--json", "as_json", is_flag=True, help="The verdict as JSON.")
 def prove(
     *,
@@ -34,35 +35,35 @@ def prove(
     """Show that every increment is counted exactly once: by load, kill -9, and a check of every answer.
 
     It starts a server of its own, on a new data directory that is removed afterwards. Exit status 0 if all was
-    right, else 1, with the history of all increments saved. On the server at --url the counter that it made is deleted
-    in the end, with the token in COUNTER_SERVER_TOKEN if there is one.
+    right, else 1, with the history of all increments saved. On the server at --url its counter is deleted in the end,
+    with the token in COUNTER_SERVER_TOKEN if there is one.
     """
-    from .history import load
+    from ..progress import progress
+    from .history import judge, load, screen
     from .history import save as write
-    from .processes import PROC
-    from .progress import audience
-    from .proof import Plan, prove
-    from .verdict import judge, screen
+    from .proof import Proof, own_server
 
     named = save is not None
     kills = {"manager": kill_manager, "worker": kill_worker}
     if check is not None:
         if url is not None or save is not None or any(kills.values()):
-            raise InvalidRequest("--check asks no server, so there is nothing to reach, to kill or to save")
+            raise InvalidRequest("--check uses no server, so there is nothing to reach, kill or save: give it alone")
         history, final = load(check)
         verdict = judge(history, final)
     else:
         if any(kills.values()) and url is not None:
-            raise InvalidRequest("only a server that was started for it is killed: leave out --url, or the kills")
-        if any(kills.values()) and not PROC.joinpath("self/stat").exists():
-            raise InvalidRequest("what is to be killed is looked for in /proc, which this system does not have")
+            raise InvalidRequest("only a server of the proof's own can be killed: leave out --url, or the kills")
         if save is not None and (save.is_dir() or not os.access(save.parent, os.W_OK)):
             raise InvalidRequest(f"no history can be saved as {save}: name a file in a directory that you can write")
-        plan = Plan(
-            clients=clients, seconds=seconds, url=url, kills=kills, token=os.environ.get("COUNTER_SERVER_TOKEN")
-        )
-        with audience(seconds) as told:
-            verdict, history = prove(plan, told)
+        token = os.environ.get("COUNTER_SERVER_TOKEN")
+        with progress(seconds, interval=max(seconds / 5, 1.0)) as show, ExitStack() as stack:
+            server = None
+            if url is None:
+                show.say("Starting a server")
+                server, url = stack.enter_context(own_server())
+            verdict, history = Proof(
+                url=url, clients=clients, seconds=seconds, show=show, server=server, kills=kills, token=token
+            ).run()
         if save is None and not verdict.right:
             place = os.getcwd() if os.access(os.curdir, os.W_OK) else tempfile.gettempdir()
             save = Path(place, f"{verdict.counter}.jsonl")

@@ -1,20 +1,19 @@
-"""The checker: did a recorded history of increments of one counter happen exactly once, in real-time order?
+"""The checker: whether a recorded history of increments of one counter happened exactly once, in real-time order.
 
-One operation is one thing that a client wanted counted once, however often it had to send it (under one
-idempotency key). It was invoked before its first sending, and it returned at its first definite answer; one
-that never got one may or may not have been applied, at any time after it was invoked.
+One operation is one thing that a client wanted counted once, however often it had to send it (under one idempotency
+key). It is invoked before its first sending, and returns at its first definite answer. An operation without an answer
+may have been applied, at any time after it was invoked, or not.
 
-The rule: there must be an order in which the operations took the numbers 1 to the final value, each one number,
-such that none took its number before it was invoked or after it had returned. Going up from 1, each number
-belongs to the operation that was answered with it, or else to some operation that was never answered: the one
-invoked first is the best choice, as it forbids the least.
+The rule: there must be an order in which the operations took the numbers 1 to the final value, one number each, such
+that each took its number after it was invoked and before it returned. Going up from 1, each number belongs to the
+operation that was answered with it, or else to an operation without an answer: the first invoked is the
+best choice, because it excludes the least.
 """
 
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+from statistics import median
 
 import msgspec
 from msgspec import Struct
@@ -22,18 +21,17 @@ from msgspec import Struct
 from ...errors import InvalidRequest
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One increment as its client saw it; times are those of the machine's monotonic clock, in seconds."""
+class Operation(Struct, frozen=True, forbid_unknown_fields=True):
+    """One increment as its client saw it; times are in seconds of the machine's monotonic clock."""
 
     key: str
     invoked: float
-    returned: float = inf
-    answers: tuple[int, ...] = ()  # all that it was ever answered: they must be equal
+    returned: float | None = None  # None if it was not answered
+    answers: tuple[int, ...] = ()  # all that it ever got: they must be equal
 
 
 def violations(history: Iterable[Operation], final: int) -> list[str]:
-    """What shows that the counter, which ended at `final`, miscounted; an empty list if nothing does."""
+    """Return the proofs that the counter, which ended at `final`, miscounted; an empty list if there are none."""
     found: list[str] = []
     takers: dict[int, Operation] = {}
     unanswered: list[Operation] = []
@@ -51,61 +49,137 @@ def violations(history: Iterable[Operation], final: int) -> list[str]:
         else:
             takers[value] = operation
     unanswered.sort(key=lambda operation: operation.invoked, reverse=True)
-    earliest = -inf  # the moment before which the number under consideration cannot have been taken
+    earliest = -inf  # the number under consideration was taken at this moment or later
     for value in range(1, final + 1):
-        operation_of_value = takers.get(value) or (unanswered.pop() if unanswered else None)
-        if operation_of_value is None:
-            found.append(f"nobody can have taken {value}")
+        taker = takers.get(value) or (unanswered.pop() if unanswered else None)
+        if taker is None:
+            found.append(f"no operation can have taken {value}")
             continue
-        earliest = max(earliest, operation_of_value.invoked)
-        if earliest > operation_of_value.returned:
-            found.append(f"{operation_of_value.key} returned {value} before a smaller number was asked for")
+        earliest = max(earliest, taker.invoked)
+        if taker.returned is not None and earliest > taker.returned:
+            found.append(f"{taker.key} returned {value} before a smaller number was asked for")
     return found
 
 
-def save(path: Path, history: Iterable[Operation], final: int | None, *, new: bool = False) -> None:
-    """Write a history as JSON lines: what the counter came to, then an operation each, in the order given.
-
-    :param final: none, if it could not be read.
-    :param new: refuse a file, or a link, that exists: in a shared directory somebody else may have made it.
-    """
-    with open(path, "x" if new else "w", encoding="utf-8") as file:
-        file.write(json.dumps({"final": final}) + "\n")
-        for operation in history:
-            returned = None if operation.returned == inf else operation.returned
-            line = {"key": operation.key, "invoked": operation.invoked, "returned": returned}
-            file.write(json.dumps({**line, "answers": operation.answers}) + "\n")
-
-
-class _Final(Struct, forbid_unknown_fields=True):
+class _Head(Struct, forbid_unknown_fields=True):
     final: int | None
 
 
-class _Line(Struct, forbid_unknown_fields=True):
-    key: str
-    invoked: float
-    returned: float | None
-    answers: tuple[int, ...]
+def save(path: Path, history: Iterable[Operation], final: int | None, *, new: bool = False) -> None:
+    """Write a history as JSON lines: the final value of the counter, then one operation each, in the order given.
+
+    :param final: None if it could not be read.
+    :param new: refuse a file or link that exists: in a shared directory another user may have made it.
+    """
+    with open(path, "xb" if new else "wb") as file:
+        file.writelines(msgspec.json.encode(line) + b"\n" for line in (_Head(final), *history))
 
 
 def load(path: Path) -> tuple[list[Operation], int | None]:
-    """What `save` wrote.
+    """Read the file that `save` wrote.
 
-    :raises InvalidRequest: if the file cannot be read, or is none of these.
+    :raises InvalidRequest: if the file cannot be read, or is not a history.
     """
-    number = 0
+    history, number = [], 1
     try:
-        with open(path, "rb") as file:
-            first, *rest = file.read().splitlines() or [b""]
-        number = 1
-        final = msgspec.json.decode(first, type=_Final).final
-        history = []
-        for number, data in enumerate(rest, 2):  # noqa: B007 - the error names it
-            line = msgspec.json.decode(data, type=_Line)
-            returned = inf if line.returned is None else line.returned
-            history.append(Operation(line.key, line.invoked, returned, line.answers))
+        first, *rest = path.read_bytes().splitlines() or [b""]
+        final = msgspec.json.decode(first, type=_Head).final
+        for number, line in enumerate(rest, 2):  # noqa: B007 - the error names it
+            history.append(msgspec.json.decode(line, type=Operation))
     except OSError as error:
         raise InvalidRequest(f"the history {path} cannot be read: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} holds no history of increments: line {number}: {error}") from error
+        raise InvalidRequest(f"{path} is not a history of increments: line {number}: {error}") from error
     return history, final
+
+
+class Kill(Struct, frozen=True, kw_only=True):
+    """One `kill -9` and its effect."""
+
+    victim: str  # "manager" or "worker"
+    pid: int
+    moment: float  # seconds after the load began
+    recovery: float | None  # seconds until service was back; None if it did not come back
+
+
+class Verdict(Struct, frozen=True, kw_only=True):
+    """The outcome of one proof. Times are in seconds."""
+
+    right: bool
+    violation: str | None  # the first, in words
+    violations: int
+    answered: int  # increments
+    unknown: int  # increments without an answer: they may have been counted, or not
+    asked_again: int  # increments sent once more under their keys, in the end
+    final: int | None  # the value of the counter; None if it could not be read
+    slowest: float | None  # answer, from the first sending
+    median: float | None
+    kills: list[Kill]
+    url: str | None = None  # of the server; None for a saved history
+    counter: str | None = None
+    clients: int | None = None
+    seconds: float | None = None  # of load
+    per_second: float | None = None  # increments answered
+    stopped_early: bool = False
+    stays: str | None = None  # why the counter was not deleted
+    history: str | None = None  # the file of the saved history
+
+
+def judge(history: list[Operation], final: int | None, kills: Iterable[Kill] = (), seen: Iterable[str] = ()) -> Verdict:
+    """Judge a history, together with other faults that were `seen`."""
+    kills = list(kills)
+    found = list(seen)
+    found += [f"service was not back after the kill of the {kill.victim}" for kill in kills if kill.recovery is None]
+    answered = [operation for operation in history if operation.answers]
+    if final is not None:
+        found += violations(history, final)
+    elif not found:
+        found.append("the counter could not be read in the end")
+    if not answered:
+        found.append("no increment was answered, so nothing was shown")
+    times = [operation.returned - operation.invoked for operation in answered if operation.returned is not None]
+    return Verdict(
+        right=not found,
+        violation=found[0] if found else None,
+        violations=len(found),
+        answered=len(answered),
+        unknown=len(history) - len(answered),
+        asked_again=sum(len(operation.answers) > 1 for operation in answered),
+        final=final,
+        slowest=max(times, default=None),
+        median=median(times) if times else None,
+        kills=kills,
+    )
+
+
+def screen(verdict: Verdict) -> str:
+    """Format the verdict for people."""
+    more = f" (and {verdict.violations - 1:,} more)" if verdict.violations > 1 else ""
+    rows = {
+        "increments": f"{verdict.answered:,} answered, {verdict.unknown:,} unknown",
+        "final value": "not known" if verdict.final is None else f"{verdict.final:,}",
+    }
+    if verdict.asked_again:
+        rows["asked again"] = f"{verdict.asked_again:,} under their keys"
+    for victim in ("manager", "worker"):
+        recoveries = [kill.recovery for kill in verdict.kills if kill.victim == victim]
+        if recoveries:
+            back = [recovery for recovery in recoveries if recovery is not None]
+            times = f"; back after {_time(median(back))} (median), {_time(max(back))} (worst)" if back else ""
+            rows[f"{victim} kills"] = f"{len(back)} of {len(recoveries)} survived{times}"
+    if verdict.seconds is not None:
+        early = ", stopped early" if verdict.stopped_early else ""
+        load = f"{verdict.clients} clients in {verdict.seconds:.1f} s{early}"
+        rows["throughput"] = f"{verdict.per_second:,.0f} increments/s by {load}"
+    if verdict.median is not None and verdict.slowest is not None:
+        rows["answers"] = f"after {_time(verdict.median)} (median), {_time(verdict.slowest)} (slowest)"
+    if verdict.stays:
+        rows["left there"] = f"the counter {verdict.counter}: {verdict.stays}"
+    if verdict.history:
+        rows["history"] = verdict.history
+    first = "right" if verdict.right else f"WRONG: {verdict.violation}{more}"
+    return "\n".join([first, *(f"{name:<14}{text}" for name, text in rows.items())])
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

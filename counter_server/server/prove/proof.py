@@ -1,83 +1,97 @@
-"""One proof from its first increment to its verdict."""
+"""One proof from its first increment to its verdict: load, kills, and the check of every answer."""
 
 import http.client
 import os
 import random
+import re
+import signal
 import time
-from contextlib import closing, suppress
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
 from ...errors import StartupError
-from .faults import Faults, OwnServer, own_server
-from .history import Operation
-from .load import Client, Load, described, path_of
-from .verdict import Verdict, judge
+from ...manager.directory import DataDirectory
+from ...manager.starter import python_command
+from ..supervisor import STABLE_SECONDS
+from ..guard import Guarded, guarded
+from ..progress import Progress
+from .history import Kill, Operation, Verdict, judge
+from .load import PATIENCE, Client, Load, described, path_of
 
-_GRACE = 10.0  # seconds in which open increments may still be answered when the load ends
+_BOOT_SECONDS = 60.0
+_GRACE = 10.0  # seconds in which open increments may be answered when the load has ended
 _ASKED_AGAIN = 100  # keys, at most
 _TICK = 0.05  # seconds
+_DATA = "data"  # the directory of the manager, among the files of the server
+# The supervisor counts the death of a younger process as part of a crash loop, and replaces it later.
+_SETTLED_SECONDS = STABLE_SECONDS + 0.2
 
 
-class Audience(Protocol):
-    """Who is told how it goes."""
-
-    def tell(self, line: str) -> None:
-        """Say what happened."""
-
-    def show(self, elapsed: float, answered: int) -> None:
-        """Say how far it is; called often."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a proof is to do."""
-
-    clients: int
-    seconds: float
-    url: str | None = None  # of a server that runs; none: one of its own
-    kills: dict[str, int] | None = None  # of "manager" and "worker", for a server of its own
-    token: str | None = None  # which lets it delete its counter on another's server
+def group_members(group: int) -> list[int]:
+    """Return the processes of a process group that are not zombies."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(pgrp) == group and state != "Z":
+                    found.append(int(entry.name))
+    return found
 
 
-def prove(plan: Plan, audience: Audience) -> tuple[Verdict, list[Operation]]:
-    """Do as planned. Ctrl-C ends the load early; a second one ends everything.
+@contextmanager
+def own_server() -> Iterator[tuple[Guarded, str]]:
+    """Run `counter-server run` as its users do, on a free port and a new data directory, and yield its URL too.
 
-    :raises StartupError: if there is no server to be had, or it does not count.
+    :raises StartupError: if it does not start.
     """
-    if plan.url is not None:
-        return _Proof(plan, plan.url, None, audience).run()
-    audience.tell("Starting a server")
-    with own_server() as server:
-        return _Proof(plan, server.url, server, audience).run()
+    with guarded(python_command("counter_server", "run", "--port", "0", "--data-dir", _DATA)) as server:
+        try:
+            url = server.expect("Serving on ", _BOOT_SECONDS)
+        except StartupError as error:
+            raise StartupError(f"the server did not start: {error}") from error
+        yield server, url
 
 
-class _Proof:
-    def __init__(self, plan: Plan, url: str, server: OwnServer | None, audience: Audience) -> None:
-        self._plan = plan
-        self._url = url
-        self._server = server
-        self._audience = audience
-        self._counter = f"prove-{os.urandom(6).hex()}"
-        self._client = Client(url)
-        self._history: list[Operation] = []  # of this client; the load has its own
+@dataclass(kw_only=True)
+class Proof:
+    """One proof, on a running server."""
+
+    url: str
+    clients: int
+    seconds: float  # of load
+    show: Progress
+    server: Guarded | None  # if it was started for this proof
+    kills: dict[str, int]  # how many of "manager" and "worker", of that server
+    token: str | None = None  # with which the counter is deleted on another server
 
     def run(self) -> tuple[Verdict, list[Operation]]:
+        """Prove, and return the history too. Ctrl-C ends the load early; a second one ends everything.
+
+        :raises StartupError: if the server cannot be reached, or does not count.
+        """
+        self._counter = f"prove-{os.urandom(6).hex()}"
+        self._history: list[Operation] = []  # of this client; the load has its own
+        self._killed: list[Kill] = []
+        moments = [(random.uniform(0, self.seconds), victim) for victim, n in self.kills.items() for _ in range(n)]
+        self._plan = sorted(moments)
+        self._settled = dict.fromkeys(self.kills, 0.0)  # when the last victim of each kind was replaced
+        self._client = Client(self.url)
         with closing(self._client):
             self._begin()
             early = False
             seen: list[str] = []
-            clients, planned = self._plan.clients, self._plan.seconds
-            load = Load(self._url, self._counter, clients)
-            faults = self._faults()
+            load = Load(self.url, self._counter, self.clients)
             try:
-                self._audience.tell(f"{clients} clients increment {self._counter} on {self._url} for {planned:g} s")
-                self._watch(load, faults)
+                self.show.say(f"{self.clients} clients increment {self._counter} on {self.url} for {self.seconds:g} s")
+                self._watch(load)
             except KeyboardInterrupt:
                 early = True
-                self._audience.tell("Stopped early: what there is will be checked")
+                self.show.say("Stopped early: the history until now will be checked")
             except StartupError as error:
                 seen.append(str(error))
             load.stop(self._grace())
@@ -85,83 +99,111 @@ class _Proof:
             seen += dict.fromkeys(str(error) or repr(error) for error in load.failures)  # each once
             in_load = load.operations()
             history = self._asked_again([*self._history, *in_load])
-            final = self._final(seen)
-            verdict = judge(history, final, faults.kills if faults else (), seen)
             verdict = msgspec.structs.replace(
-                verdict,
-                url=self._url,
+                judge(history, self._final(seen), self._killed, seen),
+                url=self.url,
                 counter=self._counter,
-                clients=clients,
+                clients=self.clients,
                 seconds=seconds,
                 per_second=sum(1 for operation in in_load if operation.answers) / seconds,
                 stopped_early=early,
-                stays=None if self._server else self._delete(),
+                stays=None if self.server else self._delete(),
             )
             return verdict, history
 
     def _begin(self) -> None:
-        """Make the first increment, which shows whether this is a server that counts."""
+        """Make the first increment, which shows whether this server counts."""
         key = f"{self._counter}-first"
         invoked = time.monotonic()
         try:
             value = self._client.increment_once(self._counter, key)
         except http.client.HTTPException as error:
-            raise StartupError(f"what answers at {self._url} is no web server: {error!r}") from error
+            raise StartupError(f"{self.url} is not a web server: {error!r}") from error
         except OSError as error:
             reason = error.strerror or error
-            raise StartupError(f"no server can be reached at {self._url}: {reason}; is it running there?") from error
+            raise StartupError(f"no server can be reached at {self.url}: {reason}; is it running there?") from error
         except StartupError as error:
-            raise StartupError(f"{self._url} is no server that counts: {error}") from error
-        if value is None:  # not now, it says: the load will ask until it is answered
-            self._history.append(Operation(key, invoked))
-        else:
-            self._history.append(Operation(key, invoked, time.monotonic(), (value,)))
+            raise StartupError(f"{self.url} is not a counter-server: {error}") from error
+        done = Operation(key, invoked) if value is None else Operation(key, invoked, time.monotonic(), (value,))
+        self._history.append(done)
 
-    def _faults(self) -> Faults | None:
-        if self._server is None:
-            return None
-        return Faults(self._server, self._plan.kills or {}, self._plan.seconds, self._increment)
-
-    def _increment(self, deadline: float) -> bool:
-        key = f"{self._counter}-{len(self._history)}"
-        self._history.append(operation := self._client.increment(self._counter, key, deadline))
-        return bool(operation.answers)
-
-    def _watch(self, load: Load, faults: Faults | None) -> None:
-        """Let the load go on for its time, and until the last kill was survived."""
+    def _watch(self, load: Load) -> None:
+        """Wait until the load's time is over, and the last kill was survived."""
         while not load.failures:
-            elapsed = time.monotonic() - load.began
-            self._audience.show(elapsed, len(load.history))
-            due = faults.due() if faults else None
-            if faults and due is not None and time.monotonic() >= due:
-                kill = faults.strike()
-                back = "not back" if kill.recovery is None else f"back after {kill.recovery:.2f} s"
-                self._audience.tell(f"{kill.moment:.1f} s: kill -9 of the {kill.victim} (pid {kill.pid}): {back}")
-                if kill.recovery is None:
-                    return
-                continue
-            if due is None and elapsed >= self._plan.seconds:
+            now = time.monotonic()
+            elapsed = now - load.began
+            self.show.show(elapsed, f"{elapsed:.1f} s: {len(load.history):,} increments answered")
+            if self._plan:
+                moment, victim = self._plan[0]
+                if elapsed >= moment and now >= max(load.began, self._settled[victim]) + _SETTLED_SECONDS:
+                    del self._plan[0]
+                    if not self._kill(victim, load.began):
+                        return
+            elif elapsed >= self.seconds:
                 return
-            if self._server and not self._server.running:
-                raise StartupError(f"the server ended; the last that it said: {self._server.said[-1]}")
+            if self.server and not self.server.running:
+                raise StartupError(f"the server ended; its last line: {self.server.last_line}")
             time.sleep(_TICK)
 
+    def _kill(self, victim: str, began: float) -> bool:
+        """Kill a process, and return whether service came back."""
+        assert self.server
+        before = self._victims(victim)
+        if not before:
+            raise StartupError(f"the server has no {victim} to kill; its last line: {self.server.last_line}")
+        pid = random.choice(before)
+        killed = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        deadline = killed + PATIENCE
+        while pid in group_members(self.server.pid):  # until it has ended it may answer
+            time.sleep(0.001)
+        if victim == "manager":
+            key = f"{self._counter}-{len(self._history)}"
+            self._history.append(operation := self._client.increment(self._counter, key, deadline))
+            back = bool(operation.answers)
+        else:
+            back = self._replaced(before, deadline)
+        self._settled[victim] = time.monotonic()
+        recovery = self._settled[victim] - killed if back else None
+        self._killed.append(Kill(victim=victim, pid=pid, moment=killed - began, recovery=recovery))
+        result = "not back" if recovery is None else f"back after {recovery:.2f} s"
+        self.show.say(f"{killed - began:.1f} s: kill -9 of the {victim} (pid {pid}): {result}")
+        return back
+
+    def _victims(self, kind: str) -> list[int]:
+        assert self.server
+        manager = DataDirectory(self.server.directory / _DATA).manager_pid()
+        if kind == "manager":
+            return [manager] if manager else []
+        return [pid for pid in group_members(self.server.pid) if pid not in (self.server.pid, manager)]
+
+    def _replaced(self, before: list[int], deadline: float) -> bool:
+        """Wait until a new worker has answered: the home page contains the process id of its worker."""
+        while time.monotonic() < deadline:
+            client = Client(self.url)  # any worker may accept a new connection
+            with closing(client), suppress(OSError, http.client.HTTPException):
+                page = str(client.request("GET", "/")[1])
+                new = {str(pid) for pid in self._victims("worker") if pid not in before}
+                if new & set(re.findall(r"\d+", page)):
+                    return True
+            time.sleep(0.01)
+        return False
+
     def _asked_again(self, history: list[Operation]) -> list[Operation]:
-        """The history, with a sample of what was answered asked for again: the answers must be the same."""
+        """Send a sample of the answered increments again: the answers must be the same."""
         answered = [index for index, operation in enumerate(history) if operation.answers]
         deadline = time.monotonic() + self._grace()
         for index in random.sample(answered, min(_ASKED_AGAIN, len(answered))):
-            operation = history[index]
-            again = self._client.increment(self._counter, operation.key, deadline)
-            history[index] = replace(operation, answers=operation.answers + again.answers)
+            again = self._client.increment(self._counter, history[index].key, deadline)
+            history[index] = msgspec.structs.replace(history[index], answers=history[index].answers + again.answers)
         return history
 
     def _grace(self) -> float:
-        """The seconds that an answer may still take: none, if nobody is there to give it."""
-        return _GRACE if self._server is None or self._server.running else 0.0
+        """Return the seconds that an answer may still take: none if the server has ended."""
+        return _GRACE if self.server is None or self.server.running else 0.0
 
     def _final(self, seen: list[str]) -> int | None:
-        """What the counter came to; none, with a reason in `seen`, if that cannot be read."""
+        """Read the counter; None, with a reason in `seen`, if that fails."""
         deadline = time.monotonic() + self._grace()
         while True:
             try:
@@ -180,8 +222,8 @@ class _Proof:
             time.sleep(_TICK)
 
     def _delete(self) -> str | None:
-        """Remove the counter from another's server, or say why it stays."""
-        authorization = {"Authorization": f"Bearer {self._plan.token}"} if self._plan.token else {}
+        """Delete the counter from the other server, or return the reason why it stays."""
+        authorization = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         with suppress(OSError, http.client.HTTPException):
             status, content = self._client.request("DELETE", path_of(self._counter), **authorization)
             return None if status in (200, 204, 404) else f"deleting it was answered {described(status, content)}"

@@ -1,4 +1,4 @@
-// The lab: sends the clients, and shows what each was given.
+// The lab: sends the clients, and shows which number each of them got.
 
 const form = document.getElementById("lab");
 const status = document.getElementById("status");
@@ -15,7 +15,7 @@ form.addEventListener("submit", async (event) => {
   try {
     await play(new URLSearchParams(new FormData(form)));
   } catch (error) {
-    status.textContent = `The run did not come about: ${error.message}`;
+    status.textContent = `The run failed: ${error.message}`;
   } finally {
     running = false;
     document.getElementById("start").removeAttribute("aria-disabled");
@@ -52,14 +52,14 @@ async function ask(url, body) {
   return content;
 }
 
-// The grid, a cell for each number that is to be given, and what is known of the answers.
+// The grid, with a cell for each number, and the answers until now.
 class Board {
   constructor(run) {
     this.run = run;
     this.answers = []; // in the order in which they came
-    this.given = new Map(); // number -> the answers that brought it
+    this.given = new Map(); // number -> its answers
     this.workers = new Map(); // pid -> its letter
-    this.failures = []; // of clients that were given no number: why
+    this.failures = []; // the errors of clients that got no number
     this.cells = Array.from({ length: run.clients }, () => document.createElement("li"));
     grid.replaceChildren(...this.cells);
     document.getElementById("workers").replaceChildren();
@@ -85,7 +85,7 @@ class Board {
 
   show(number, state, mark, letters = []) {
     const cell = this.cells[number - 1];
-    if (!cell) return; // more than clients: the table and the sums tell it
+    if (!cell) return; // more than there are clients: only the table shows it
     const seen = [element("b", number), element("small", mark), element("small", some(letters))];
     seen.forEach((part) => part.setAttribute("aria-hidden", "true"));
     const times = state === "duplicate" ? `, ${mark.slice(0, -1)} times` : "";
@@ -123,7 +123,7 @@ class Board {
   }
 }
 
-// The story of the run: why it went so, and the seed's four steps as two of its clients took them.
+// The story of the run: why it was right or wrong, and the four steps of two of its clients.
 function tell(board) {
   const { run } = board;
   const pair = collision(board) ?? neighbours(board);
@@ -141,12 +141,12 @@ function tell(board) {
   document.getElementById("story").hidden = board.answers.length === 0;
 }
 
-// Two clients that were given the same number: best if both had read it before either wrote, and in one worker.
+// Two clients that got the same number: preferably in one worker, with both reads before either write.
 function collision(board) {
   return best([...board.given.values()].flatMap(pairs));
 }
 
-// Two clients that were given numbers in a row: best if both were under way together, and in different workers.
+// Two clients that got consecutive numbers: preferably at the same time, in different workers.
 function neighbours(board) {
   const found = board.answers.flatMap((one) => (board.given.get(one.number + 1) ?? []).map((other) => [one, other]));
   return best(found, (one, other) => one.worker !== other.worker);
@@ -186,16 +186,16 @@ function beginning(board, answer) {
 }
 
 function ending(board, answer) {
-  const told = `client ${answer.client} is told ${answer.number}`;
-  if (answer.read === null) return `${board.run.place} has answered ${board.worker(answer)}: ${told}`;
-  return `${board.worker(answer)} writes ${answer.number} to ${board.run.place}: ${told}`;
+  const result = `client ${answer.client} gets ${answer.number}`;
+  if (answer.read === null) return `${board.run.place} has answered ${board.worker(answer)}: ${result}`;
+  return `${board.worker(answer)} writes ${answer.number} to ${board.run.place}: ${result}`;
 }
 
 function verdict([one, other]) {
   const low = Math.min(one.number, other.number);
   const same = one.number === other.number;
   const numbers = `${low} and ${low + 1}`;
-  return same ? `Expected were ${numbers}; they were given ${low} and ${low}.` : `${capital(numbers)}, as expected.`;
+  return same ? `They should get ${numbers}, and got ${low} and ${low}.` : `${capital(numbers)}, as expected.`;
 }
 
 function element(name, text) {

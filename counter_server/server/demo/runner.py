@@ -1,0 +1,410 @@
+"""The race: one small app behind a server, asked by many clients at once.
+
+`python -m counter_server.server.demo.runner SERVER STRATEGY DESCRIPTOR...` serves the app on inherited sockets.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing, contextmanager
+from http.client import HTTPException
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from flask import Flask, flash, render_template_string
+from msgspec import Struct
+
+from ...errors import InvalidRequest, StartupError
+from ...extension import SharedState
+from ...manager.directory import DataDirectory
+from ...manager.starter import python_command
+from ..guard import Guarded, guarded
+from ..prove.load import Client, described
+from ..strategies import RECIPE, STRATEGIES, Run, pause
+
+OURS = "ours"
+_MODULE = "counter_server.server.demo.runner"
+_PATIENCE = 30.0  # seconds that a client waits, that a server takes to start, and that a request waits for a manager
+_BACKLOG = 1024  # connections that may wait to be accepted; a server may lower it to its own
+_PROBES = 16  # simultaneous requests that find all processes of a server
+_DATA = "data"  # our manager's directory, among the files of a server
+
+# Of gunicorn, which reads its settings here: its control socket would be in the user's home. Older versions ignore it
+# here, but would refuse it as an option.
+control_socket_disable = True
+
+
+class Server(NamedTuple):
+    """A server: its usual name, the number of processes that answer, and its options if it is gunicorn."""
+
+    title: str
+    processes: int = 1
+    gunicorn: tuple[str, ...] = ()
+
+
+SERVERS = {
+    "development": Server("development server, one thread"),
+    "threaded": Server("development server, threaded"),
+    "processes": Server("development server, processes=10"),
+    "waitress": Server("waitress, 4 processes", 4),
+    "gunicorn": Server("gunicorn, 4 workers", 4, ("-w", "4")),
+    "preload": Server("gunicorn, 4 workers, preloaded", 4, ("-w", "4", "--preload")),
+    "gevent": Server("gunicorn, 1 gevent worker", 1, ("-k", "gevent")),
+    "gevent-4": Server("gunicorn, 4 gevent workers", 4, ("-k", "gevent", "-w", "4")),
+}
+
+
+class Pair(NamedTuple):
+    """A strategy behind a server, with the expected verdict and its reason."""
+
+    server: str
+    strategy: str
+    expected: str
+    why: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.server}/{self.strategy}"
+
+    @property
+    def title(self) -> str:
+        return f"{SERVERS[self.server].title} · {STRATEGIES[self.strategy].title}"
+
+    def missing(self) -> str:
+        """Say which packages are not installed; empty if all are."""
+        strategy, options = STRATEGIES[self.strategy], SERVERS[self.server].gunicorn
+        program = ["waitress"] if self.server == "waitress" else ["gunicorn"] if options else []
+        needed = {*strategy.needs, *program, *(["gevent"] if "gevent" in options else [])}
+        if absent := sorted(name for name in needed if find_spec(name) is None):
+            return f"{' and '.join(absent)} not installed: pip install 'counter-server[demo]'"
+        if strategy.newer and find_spec(strategy.newer) is None:
+            return f"the installed {strategy.needs[0]} is too old for it: upgrade it"
+        return ""
+
+
+_OWN = "Each process has one of its own, and counts alone."
+_READ_WRITE = "It is read, then written: two requests that read the same number both return the next one."
+_SHARED = "One object for all, each call atomic, and on disk before it is answered."
+
+PAIRS = [
+    Pair("development", "global", "right", "One request at a time. This is why the bug does not show at home."),
+    Pair("threaded", "global", "wrong", "Other threads read the number before a thread has written the next."),
+    Pair("threaded", "lock", "right", "A lock is enough for one process, while there is only one."),
+    Pair("processes", "global", "wrong", "Each request is a process, which begins at 0 again."),
+    Pair("waitress", "global", "wrong", _OWN),
+    Pair("waitress", "lock", "wrong", "A lock is for the threads of one process, and there are four processes."),
+    Pair("gunicorn", "global", "wrong", _OWN),
+    Pair("gevent", "global", "wrong", "One process and no threads, but greenlets switch too, wherever one waits."),
+    Pair("gunicorn", "value", "wrong", "Each worker imports the app, and so makes a value of its own."),
+    Pair("preload", "value", "right", "Workers forked from one parent share it: a number only, lost with that parent."),
+    Pair(
+        "gunicorn", "textbook", "wrong", "One object for all, but its process serves it with threads, without a lock."
+    ),
+    Pair("gunicorn", "textbook-lock", "right", "With a lock it is right, while its process lives."),
+    Pair("gunicorn", "textbook-killed", "wrong", "Its process is not restarted, and the number is lost with it."),
+    Pair("waitress", "cachelib", "wrong", f"Its inc() is a get and then a set. {_READ_WRITE}"),
+    Pair("waitress", "flask-caching", "wrong", _READ_WRITE),
+    Pair("waitress", "session", "wrong", "A session belongs to one visitor: each visitor has another."),
+    Pair("gunicorn", "stash", "wrong", f"It has get and put, but no increment. {_READ_WRITE}"),
+    *(Pair(server, OURS, "right", _SHARED) for server in ("processes", "waitress", "gunicorn", "gevent-4")),
+]
+
+
+def chosen(only: Sequence[str]) -> list[Pair]:
+    """Select pairs by server, strategy or both, as `waitress/ours`; all without a selection.
+
+    :raises InvalidRequest: if no pair has one of the names.
+    """
+    names = {pair: {pair.server, pair.strategy, pair.name} for pair in PAIRS}
+    for name in {*only}.difference(*names.values()):
+        known = ", ".join(dict.fromkeys([pair.server for pair in PAIRS] + [pair.strategy for pair in PAIRS]))
+        raise InvalidRequest(f"{name!r} is none of {known}, nor a pair of them, as waitress/ours")
+    return [pair for pair in PAIRS if not only or names[pair] & {*only}]
+
+
+class Reply(NamedTuple):
+    """What one client got: a number, or else an error."""
+
+    number: int | None
+    seconds: float
+    error: str = ""
+
+
+def visit_at_once(
+    port: int,
+    count: int,
+    path: str = "/",
+    *,
+    progress: Callable[[int], None] = lambda _: None,
+    patience: float = _PATIENCE,
+) -> list[Reply]:
+    """Send `count` requests at the same moment, each over a connection that is open by then.
+
+    :param progress: is called after each number with how many have arrived.
+    :param patience: seconds that each client waits.
+    """
+    barrier = threading.Barrier(count)
+
+    def visit() -> Reply:
+        began = time.monotonic()
+        number, error = None, ""
+        try:
+            with closing(Client(f"http://127.0.0.1:{port}", patience)) as client:
+                client.connect()
+                barrier.wait(patience)
+                began = time.monotonic()
+                status, content = client.request("GET", path, Connection="close")
+                if status == 200 and isinstance(content, int):
+                    number = content
+                else:
+                    error = described(status, content)
+        except (OSError, HTTPException, threading.BrokenBarrierError) as failure:
+            error = str(failure) or type(failure).__name__
+        return Reply(number, time.monotonic() - began, error)
+
+    clients = ThreadPoolExecutor(count)
+    replies: list[Reply] = []
+    try:
+        for done in as_completed([clients.submit(visit) for _ in range(count)]):
+            replies.append(done.result())
+            progress(sum(reply.number is not None for reply in replies))
+        return replies
+    finally:  # after a Ctrl-C some clients still wait for the server, which ends next
+        barrier.abort()
+        clients.shutdown(wait=False)
+
+
+class Round(Struct, frozen=True):
+    """The result of one round; `numbers` are in the order of the replies."""
+
+    right: bool  # the clients got exactly the numbers 1, 2, 3, …, each once
+    unique: int
+    duplicates: int  # clients with a number that another client had got
+    skipped: int  # numbers, from 1 to the number of clients, that no client got
+    unanswered: int
+    slowest_seconds: float
+    killed_after: int | None  # numbers that had arrived when the manager was killed; None if it was not
+    numbers: list[int | None]
+    errors: list[str]
+
+
+def judge(replies: list[Reply], killed_after: int | None = None) -> Round:
+    """Count what the clients of a round got."""
+    numbers = [reply.number for reply in replies]
+    given = {number for number in numbers if number is not None}
+    unanswered = numbers.count(None)
+    skipped = len(set(range(1, len(numbers) + 1)) - given)
+    return Round(
+        right=skipped == 0,
+        unique=len(given),
+        duplicates=len(numbers) - unanswered - len(given),
+        skipped=skipped,
+        unanswered=unanswered,
+        slowest_seconds=round(max((reply.seconds for reply in replies if reply.number is not None), default=0.0), 3),
+        killed_after=killed_after,
+        numbers=numbers,
+        errors=sorted({reply.error for reply in replies if reply.error}),
+    )
+
+
+class Outcome(NamedTuple):
+    """All rounds of a pair, or the reason why it was left out."""
+
+    pair: Pair
+    rounds: list[Round]
+    left_out: str = ""
+
+    @property
+    def verdict(self) -> str:
+        return "left out" if self.left_out else "right" if all(each.right for each in self.rounds) else "wrong"
+
+    @property
+    def failed(self) -> bool:
+        """Whether counter-server was not right."""
+        return self.pair.strategy == OURS and self.verdict != "right"
+
+    @property
+    def shown(self) -> Round:
+        """The round to show in a table: the first wrong one, else the slowest."""
+        return min(self.rounds, key=lambda each: (each.right, each.right and -each.slowest_seconds))
+
+    @property
+    def sentence(self) -> str:
+        """What happened, and why."""
+        shown = self.shown
+        given = Counter(number for number in shown.numbers if number is not None)
+        number, times = max(given.items(), key=lambda item: item[1], default=(0, 0))
+        reason = f"a client without a number got {shown.errors[0]!r}" if shown.errors else "please report it"
+        unexpected = "Right this time, by luck." if self.verdict == "right" else f"Not expected: {reason}."
+        parts = {
+            self.pair.why: self.verdict == self.pair.expected,
+            unexpected: self.verdict != self.pair.expected,
+            f"The number {number} was given {times} times.": times > 1,
+            f"Killed after {shown.killed_after} answers.": shown.killed_after is not None,
+            f"{shown.unanswered} clients got no number.": shown.unanswered > 0,
+            f"Right in {sum(each.right for each in self.rounds)} of {len(self.rounds)} rounds.": len(self.rounds) > 1,
+        }
+        return " ".join(part for part, said in parts.items() if said)
+
+
+def listen(port: int, sockets: int = 1) -> list[socket.socket]:
+    """Listen on a port of loopback; 0 is a free port.
+
+    :param sockets: how many sockets share the port; the system spreads the connections evenly over them.
+    :raises StartupError: if the port is not available.
+    """
+    found: list[socket.socket] = []
+    try:
+        for _ in range(sockets):
+            found.append(socket.create_server(("127.0.0.1", port), backlog=_BACKLOG, reuse_port=sockets > 1))
+            port = found[-1].getsockname()[1]
+    except OSError as error:
+        for sock in found:
+            sock.close()
+        raise StartupError(
+            f"cannot listen on 127.0.0.1 port {port}: {os.strerror(error.errno or 0)}; choose another with --port, or"
+            " omit it to use free ports"
+        ) from error
+    return found
+
+
+class Running(NamedTuple):
+    """A server that runs, on a port of loopback."""
+
+    port: int
+    server: Guarded
+    recipe: Guarded | None
+
+    def manager(self) -> int | None:
+        """Return the process that holds the number for all others, if there is one."""
+        return self.recipe.pid if self.recipe else DataDirectory(self.server.directory / _DATA).manager_pid()
+
+
+@contextmanager
+def run_server(server: str, strategy: str, *, port: int = 0) -> Iterator[Running]:
+    """Run a server, with the process of the textbook recipe if the strategy needs it, while the block runs.
+
+    :raises StartupError: if the port is not available, or a process does not start.
+    """
+    options, way = SERVERS[server].gunicorn, STRATEGIES[strategy]
+    with ExitStack() as stack:
+        # With one socket for all, one process may accept every connection.
+        sockets = listen(port, SERVERS[server].processes if server == "waitress" else 1)
+        opened = [stack.enter_context(sock).fileno() for sock in sockets]
+        recipe, environment = None, {}
+        if way.recipe:
+            recipe = stack.enter_context(guarded(python_command("counter_server.server.strategies", way.recipe)))
+            environment[RECIPE] = recipe.expect(f"{RECIPE}=")
+        command = python_command(_MODULE, server, strategy, *map(str, opened))
+        if options:
+            settings = ("-c", f"python:{_MODULE}", "-b", f"fd://{opened[0]}", *options, *way.gunicorn)
+            command = python_command("gunicorn", *settings, f"{_MODULE}:create_app({strategy!r})")
+        program = stack.enter_context(guarded(command, descriptors=opened, environment=environment))
+        running = Running(sockets[0].getsockname()[1], program, recipe)
+        for sock in sockets:  # when the server ends, its clients must get an error
+            sock.close()
+        _await_processes(running, SERVERS[server].processes)
+        yield running
+
+
+def _await_processes(running: Running, count: int) -> None:
+    seen: set[int] = set()
+    deadline = time.monotonic() + _PATIENCE
+    while len(seen) < count:
+        running.server.check()
+        if time.monotonic() > deadline:
+            raise StartupError(f"{len(seen)} of {count} processes answered in {_PATIENCE:g} seconds")
+        probes = visit_at_once(running.port, 1 if count == 1 else _PROBES, "/ready", patience=1)
+        seen |= {reply.number for reply in probes if reply.number is not None}
+
+
+def run(pairs: list[Pair], tell: Callable[[str], None], *, clients: int, rounds: int, port: int) -> Iterator[Outcome]:
+    """Yield the outcome of each pair.
+
+    :param tell: is called with a few words about each step.
+    :param clients: how many ask at once.
+    :param rounds: how many for each pair, each with a new server.
+    :param port: of all servers, one after the other; 0: free ports.
+    :raises StartupError: if the port is not available.
+    """
+    for sock in listen(port):
+        sock.close()
+    for pair in pairs:
+        done: list[Round] = []
+        left_out = pair.missing()
+        try:
+            while not left_out and len(done) < rounds:
+                done.append(_round(pair, tell, clients, port))
+        except StartupError as error:
+            left_out = f"it could not be shown: {error}"
+        yield Outcome(pair, done, left_out)
+
+
+def _round(pair: Pair, tell: Callable[[str], None], clients: int, port: int) -> Round:
+    killed_after: int | None = None
+    kill = STRATEGIES[pair.strategy].killed
+    tell(f"starting: {pair.title}")
+    with run_server(pair.server, pair.strategy, port=port) as running:
+
+        def kill_manager(answered: int) -> None:
+            nonlocal killed_after
+            if kill and killed_after is None and answered >= clients // 4 and (manager := running.manager()):
+                os.kill(manager, signal.SIGKILL)
+                killed_after = answered
+                tell(f"killed after {answered} answers: {pair.title}")
+
+        tell(f"{clients} clients: {pair.title}")
+        replies = visit_at_once(running.port, clients, progress=kill_manager)
+    if kill and killed_after is None:
+        raise StartupError("there was no manager to kill")
+    return judge(replies, killed_after)
+
+
+def create_app(strategy: str) -> Flask:
+    """Return the app of the question, which flashes the next number and shows it; its files go into this directory."""
+    app = Flask(__name__)
+    app.secret_key = os.urandom(16)
+    app.config["COUNTER_SERVER_STORE"] = DataDirectory(Path.cwd() / _DATA).url
+    app.config["COUNTER_SERVER_DEADLINE"] = _PATIENCE
+    take = STRATEGIES[strategy].join(Run("demo", app, SharedState(app), Path.cwd()))
+
+    @app.get("/")
+    def home() -> str:
+        flash(str(take().number))
+        return render_template_string("{{ get_flashed_messages() | join }}")
+
+    @app.get("/ready")
+    def ready() -> str:
+        """Return the id of this process, slowly: simultaneous requests then reach the other processes too."""
+        pause()
+        return str(os.getpid())
+
+    return app
+
+
+def serve(server: str, strategy: str, *descriptors: str) -> None:
+    """Serve the app until this process is killed."""
+    if server == "waitress":
+        import waitress
+
+        for descriptor in descriptors:
+            if os.fork() == 0:
+                waitress.serve(create_app(strategy), sockets=[socket.socket(fileno=int(descriptor))], _quiet=True)
+        os.wait()
+    else:  # as app.run(threaded=..., processes=...) does
+        from werkzeug.serving import make_server
+
+        threaded, processes = server == "threaded", 10 if server == "processes" else 1
+        fd = int(descriptors[0])
+        make_server("127.0.0.1", 0, create_app(strategy), threaded, processes, fd=fd).serve_forever()
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])

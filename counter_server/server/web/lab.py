@@ -1,0 +1,217 @@
+"""The lab: shows the bug of the seed question, and its fix, in the browser.
+
+A run is begun by one worker, known to all of them, and over after a minute. Its name contains when it began, so that
+the data of old runs can be found and removed.
+"""
+
+import os
+import re
+import secrets
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+from cachetools import TTLCache
+from flask import Blueprint, Flask, Response, current_app, render_template, request, url_for
+from itsdangerous import BadSignature, SignatureExpired, URLSafeTimedSerializer
+from werkzeug.exceptions import Gone, NotFound, ServiceUnavailable
+
+from ...errors import InvalidRequest, StartupError, Unsupported
+from ...extension import SharedState
+from ...manager.directory import DataDirectory
+from ...settings import default_data_dir
+from ..strategies import LAB_COUNTERS, STRATEGIES, Run, Take
+from .hosts import is_loopback
+
+_MOST_CLIENTS = 100
+_SECONDS = 60  # that a run may last
+FORGOTTEN = 2 * _SECONDS  # after its begin no client of a run asks, or waits for an answer
+_MOST_RUNS = 100  # whose numbers a worker keeps in its memory
+_MEMORY = "memory:// is each worker process's own: in none did a number come twice, but each began at 0."
+_NAME = re.compile(r"([0-9]{1,12})-[0-9a-f]{16}")
+
+
+def init_app(app: Flask, shared: SharedState) -> None:
+    """Add the lab at `/lab` to `app`; if it is off, a page that says how to turn it on.
+
+    ``COUNTER_SERVER_LAB`` says whether it is on; by default it is if only this machine can connect.
+    """
+    app.config.setdefault("COUNTER_SERVER_DATA_DIR", default_data_dir(app.instance_path))
+    wanted = app.config.get("COUNTER_SERVER_LAB")
+    lab = Blueprint("lab", __name__, url_prefix="/lab")
+    if is_loopback(app) if wanted is None else wanted:
+        _Lab(app, shared, lab)
+    else:
+        for path in ("", "/<path:_path>"):
+            lab.add_url_rule(path, view_func=_off, methods=["GET", "POST", "DELETE"])
+    app.register_blueprint(lab)
+
+
+def _off(_path: str = "") -> NoReturn:
+    raise NotFound(
+        "the lab is off, because it gives wrong answers on purpose: turn it on with counter-server run --lab, or with"
+        " COUNTER_SERVER_LAB = True in the app's configuration"
+    )
+
+
+class _Lab:
+    def __init__(self, app: Flask, shared: SharedState, lab: Blueprint) -> None:
+        with app.app_context():
+            scheme = str(shared.state.store).partition("://")[0]  # the whole URL is for operators only
+        self._app = app
+        self._shared = shared
+        self._strategies = {name: strategy for name, strategy in STRATEGIES.items() if strategy.about}
+        store = self._strategies["store"]._replace(title=f"the configured store, {scheme}://")
+        self._strategies["store"] = store._replace(wrong=_MEMORY) if scheme == "memory" else store
+        no_manager = {"manager": f"the configured store is {scheme}://, and has no manager"}
+        self._missing = {} if scheme == "manager" else no_manager
+        self._numbers = None if self._missing else shared.dict("lab", max_entries=1000, ttl=FORGOTTEN)
+        self._memory = Memory()
+        url, default = app.config["COUNTER_SERVER_STORE"], app.config["COUNTER_SERVER_DATA_DIR"]
+        # The manager's, or for another store the directory of the app's keys.
+        self._data = DataDirectory.from_url(url, default) if scheme == "manager" else DataDirectory(default)
+        lab.get("")(self.page)
+        lab.post("/runs")(self.begin)
+        lab.post("/runs/<run_id>/clients")(self.client)
+        lab.delete("/runs/<run_id>")(self.end)
+
+    def page(self) -> str:
+        """Show the form. The query may contain its choices, as a browser without scripts sends them."""
+        return render_template(
+            "lab.html",
+            strategies=self._strategies,
+            missing=self._missing,
+            chosen=self._strategy(request.args.get("strategy", "global")),
+            clients=_clients(request.args.get("clients", str(_MOST_CLIENTS))),
+            most=_MOST_CLIENTS,
+        )
+
+    def begin(self) -> Response:
+        """Begin a run with the form's choices, and return where its clients ask."""
+        name = self._strategy(request.form.get("strategy", ""))
+        strategy, clients = self._strategies[name], _clients(request.form.get("clients", ""))
+        if name in self._missing:
+            raise Unsupported(f"{strategy.title} cannot be shown here: {self._missing[name]}")
+        run_id = _signer().dumps([name, secrets.token_hex(8)])  # signed, so that every worker knows it
+        if name == "file":
+            self._data.make()
+            _make_directory(self._find(run_id)[1].directory)
+        if name == "store":
+            _delete_old_counters(self._shared)
+        where = url_for("lab.end", run_id=run_id)
+        words = {word: getattr(strategy, word) for word in ("title", "place", "right", "wrong")}
+        content = {"run": where, "ask": url_for("lab.client", run_id=run_id), "clients": clients, **words}
+        return _json(content, 201, {"Location": where})
+
+    def client(self, run_id: str) -> Response:
+        """Give a client of a run its number, in the way of the run's strategy."""
+        name, run = self._find(run_id)
+        strategy = self._strategies[name]
+        take = self._memory.take_of(run.name, lambda: strategy.join(run)) if strategy.memory else strategy.join(run)
+        try:
+            return _json(take())
+        except FileNotFoundError:
+            raise Gone("this run has ended: start another") from None
+
+    def end(self, run_id: str) -> Response:
+        """End a run: delete its data now."""
+        name, run = self._find(run_id)
+        self._memory.forget(run.name)
+        self._strategies[name].end(run)
+        # A late client may still be writing there: the rest is removed when the next run begins.
+        shutil.rmtree(run.directory, ignore_errors=True)
+        return Response(status=204)
+
+    def _strategy(self, name: str) -> str:
+        if name not in self._strategies:
+            raise InvalidRequest(f"strategy is one of {', '.join(self._strategies)}")
+        return name
+
+    def _find(self, run_id: str) -> tuple[str, Run]:
+        """Find a run and the name of its strategy.
+
+        :raises NotFound: if this server did not begin it.
+        :raises Gone: if it is over.
+        """
+        try:
+            (strategy, nonce), began = _signer().loads(run_id, max_age=_SECONDS, return_timestamp=True)
+        except SignatureExpired:
+            raise Gone(f"this run began more than {_SECONDS} seconds ago and is over: start another") from None
+        except BadSignature:
+            raise NotFound("this run does not exist: start one") from None
+        name = f"{began.timestamp():.0f}-{nonce}"
+        directory = self._data.path / "lab" / name
+        return strategy, Run(name, self._app, self._shared, directory, url_for("lab.page"), self._numbers)
+
+
+def _signer() -> URLSafeTimedSerializer:
+    assert current_app.secret_key is not None
+    return URLSafeTimedSerializer(current_app.secret_key, salt="counter_server lab run")
+
+
+def _clients(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= _MOST_CLIENTS):
+        raise InvalidRequest(f"clients is a number from 1 to {_MOST_CLIENTS}")
+    return int(text)
+
+
+def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, content_type="application/json")
+
+
+class Memory:
+    """Keeps the number of each run in one worker process, until the run is over."""
+
+    def __init__(self) -> None:
+        self._kept: TTLCache[str, Take] = TTLCache(_MOST_RUNS, FORGOTTEN, time.monotonic)
+        self._lock = threading.Lock()
+
+    def take_of(self, run: str, join: Callable[[], Take]) -> Take:
+        """Return the function that `join` returned at the run's first client.
+
+        :raises ServiceUnavailable: if there are too many runs. No run is forgotten to make room: its numbers would be
+            wrong for a reason that the lab does not show.
+        """
+        with self._lock:
+            if run not in self._kept and len(self._kept) >= _MOST_RUNS:
+                raise ServiceUnavailable("too many runs are under way in the lab: nothing was counted; retry later")
+            return self._kept.setdefault(run, self._kept.get(run) or join())
+
+    def forget(self, run: str) -> None:
+        with self._lock:
+            self._kept.pop(run, None)
+
+
+def is_over(name: str) -> bool:
+    """Whether this is the name of a run whose data is not needed any more."""
+    match = _NAME.fullmatch(name)
+    return match is not None and int(match[1]) + FORGOTTEN < time.time()
+
+
+def _make_directory(run: Path) -> None:
+    """Make the directory of a run, and remove the directories of old runs.
+
+    :raises StartupError: if other users can write to the directory of all runs.
+    """
+    path = run.parent
+    path.mkdir(0o700, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise StartupError(f"{path} is not a directory that only this user can write to: remove it")
+    for directory in path.iterdir():
+        if is_over(directory.name):
+            shutil.rmtree(directory, ignore_errors=True)
+    run.mkdir(0o700)  # one that exists was not made for this run, and is an error
+
+
+def _delete_old_counters(shared: SharedState) -> None:
+    with suppress(Unsupported):  # memcached lists no counters; it evicts old ones when it needs the room
+        for name, _ in shared.counters(after=LAB_COUNTERS).counters:  # the oldest first
+            if name.startswith(LAB_COUNTERS) and is_over(name.removeprefix(LAB_COUNTERS)):
+                shared.counter(name).delete()
