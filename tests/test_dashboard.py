@@ -25,8 +25,7 @@ from msgspec import structs
 from counter_server import SharedState
 from counter_server.operations import LARGEST, SMALLEST
 from counter_server.server.web import create_app
-from counter_server.server.web.figures import duration, figures, means, processes, size
-from counter_server.server.web.listing import find
+from counter_server.server.web.dashboard import duration, figures, find, means, processes, size
 from counter_server.state import State
 from counter_server.status import Process, Status
 from tests.engines import MemcachedServer

@@ -28,7 +28,7 @@ from .managing import manage
 from .processes import Processes
 from .replacement import Replacement
 from .service_manager import inherited_socket, notify, notify_reloading
-from .web.signing import signing_key
+from .web.security import signing_key
 from .worker import BACKLOG, BEAT_SECONDS, DRAIN_SECONDS, work
 
 log = logging.getLogger(__name__)

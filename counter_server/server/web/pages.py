@@ -1,30 +1,50 @@
-"""The pages that people see."""
+"""The pages that people see: the home page, the visitor's own counter, and what every page shows."""
 
+import logging
 import os
+import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from flask import Blueprint, Response, flash, render_template, request
+from flask import Blueprint, Response, current_app, flash, render_template, request
 from werkzeug.exceptions import ServiceUnavailable
 
-from ...errors import Unsupported
+from ...errors import CounterServerError, Unsupported
 from ...extension import SharedState
+from ...handles import forgetful
+from ...recent import Recent
 from ...visitors import VisitorCounter
-from .forms import is_prefetch
-from .visits import LastVisits
+
+log = logging.getLogger(__name__)
+
+_VISITS_SHOWN = 5
+_TITLES = {
+    "pages.home": "Home",
+    "lab.page": "Lab",
+    "dashboard.page": "Counters",
+    "pages.session": "Your own",
+    "documentation.page": "API",
+}
+
+
+def navigation() -> dict[str, Any]:
+    """Return what every template uses: links to the app's pages, with their titles, and the pid of this process."""
+    links = {endpoint: title for endpoint, title in _TITLES.items() if endpoint in current_app.view_functions}
+    return {"links": links, "pid": os.getpid()}
 
 
 def blueprint(shared: SharedState) -> Blueprint:
+    """Make the home page and the pages of the visitor's own counter."""
     pages = Blueprint("pages", __name__)
     visits = shared.counter("visits")
-    last_visits = LastVisits(shared)
+    last_visits = _LastVisits(shared)
     yours = _visitor_counter(shared)
 
     @pages.get("/")
     def home() -> str:
         """Count this visit and show its number."""
         if is_prefetch():
-            # A page fetched ahead might be shown later, or never: refused, so the browser asks again for a real visit.
+            # A prefetched page may be shown later or never. The browser asks again when the visit is real.
             raise ServiceUnavailable("a visit is counted when it is made, not ahead of it")
         if request.method == "HEAD":
             return ""
@@ -34,41 +54,79 @@ def blueprint(shared: SharedState) -> Blueprint:
 
     @pages.get("/session")
     def session() -> str:
-        """The visitor's own counter, and the buttons that change it."""
         return render_template("session.html", sentence=f"counter is {yours().value}")
 
     @pages.post("/session/inc")
     def session_inc() -> Response:
-        return _told(f"counter is {yours().increment()}")
+        return _say(f"counter is {yours().increment()}")
 
     @pages.post("/session/dec")
     def session_dec() -> Response:
-        return _told(f"counter is {yours().decrement()}")
+        return _say(f"counter is {yours().decrement()}")
 
     @pages.post("/session/reset")
     def session_reset() -> Response:
         yours().reset()
-        return _told("counter was reset")
+        return _say("counter was reset")
 
     return pages
 
 
+def is_prefetch() -> bool:
+    """Return whether a browser asks ahead for something that it may show later or never."""
+    purposes = (request.headers.get(name, "") for name in ("Sec-Purpose", "Purpose", "X-Purpose", "X-Moz"))
+    return any("prefetch" in purpose.lower() or "preview" in purpose.lower() for purpose in purposes)
+
+
+def _say(sentence: str) -> Response:
+    if request.accept_mimetypes.best_match(["text/plain", "text/html"]) == "text/html":
+        return Response(render_template("session.html", sentence=sentence))
+    return Response(sentence, mimetype="text/plain")
+
+
 def _visitor_counter(shared: SharedState) -> Callable[[], VisitorCounter]:
-    """The visitor's own counter; on a store that hosts none, its refusal at each use: the others count all the same."""
+    """Return a function for the visitor's own counter; it raises `Unsupported` if the store hosts no objects."""
     try:
         counter = shared.visitor_counter("session")
     except Unsupported as error:
-        refusal = str(error)
+        message = str(error)
 
         def refuse() -> NoReturn:
-            raise Unsupported(refusal)
+            raise Unsupported(message)
 
         return refuse
     return lambda: counter
 
 
-def _told(sentence: str) -> Response:
-    """The sentence: on the page, buttons and all, for a browser, and alone for everybody else."""
-    if request.accept_mimetypes.best_match(["text/plain", "text/html"]) == "text/html":
-        return Response(render_template("session.html", sentence=sentence))
-    return Response(sentence, mimetype="text/plain")
+class Visit(NamedTuple):
+    """A visit: its number, the worker process that answered, and its time in seconds of Unix time."""
+
+    number: int
+    pid: int
+    at: float
+
+    @property
+    def time(self) -> str:
+        """The time of day, UTC."""
+        return time.strftime("%H:%M:%S", time.gmtime(self.at))
+
+
+class _LastVisits:
+    """One list for all workers, in the manager's memory. A visit counts even if the list is unavailable."""
+
+    def __init__(self, shared: SharedState) -> None:
+        self._log: Recent | None = None
+        try:
+            self._log = forgetful(shared.object("last visits", Recent, _VISITS_SHOWN))
+        except Unsupported as error:
+            log.info("the home page shows no last visits: %s", error)
+
+    def add(self, number: int, pid: int) -> list[Visit]:
+        """Add a visit, and return the last visits, the newest first."""
+        if self._log is None:
+            return []
+        try:
+            return [Visit(*visit) for visit in self._log.add([number, pid, time.time()])]
+        except CounterServerError as error:
+            log.warning("visit %s was counted, but the last visits are unavailable: %s", number, error)
+            return []

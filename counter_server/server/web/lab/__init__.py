@@ -9,7 +9,7 @@ from werkzeug.exceptions import NotFound
 from ....errors import InvalidRequest, Unsupported
 from ....extension import SharedState
 from ....settings import default_data_dir
-from ..hosts import is_loopback
+from ..security import is_loopback
 from . import runs
 from .strategies import Strategy, strategies
 

@@ -22,7 +22,7 @@ from ....errors import StartupError, Unsupported
 from ....extension import SharedState
 from ....manager.directory import DataDirectory
 from ....stores import HostsObjects, Store
-from ..signing import Sessions
+from ..security import Sessions
 from .runs import FORGOTTEN, PerRun, Run, is_over
 
 YIELD_SECONDS = 0.02  # much longer than requests that a browser sends together are apart
