@@ -44,7 +44,7 @@ def sign_in(url: str, headers: dict[str, str] | None = None) -> str:
     body = b"token=" + TOKEN.replace("=", "%3D").replace("+", "%2B").encode()
     status, answered, text = ask(url, "POST", "/sign-in", body, {**FORM, **(headers or {})})
     assert status == 303, text
-    assert answered["Set-Cookie"].startswith(f"session=")
+    assert answered["Set-Cookie"].startswith("session=")
     return answered["Set-Cookie"]
 
 
@@ -171,7 +171,7 @@ def test_a_copied_cookie_is_ended_at_every_worker_and_after_every_restart(
     with Server(*options) as server:
         copied, kept = with_cookie(sign_in(server.url)), with_cookie(sign_in(server.url))
         assert {put(server.url, 1, cookie) for cookie in (copied, kept) for _ in range(8)} == {200}
-        for cookie in (copied, {"Cookie": f"session=nonsense.nonsense.nonsense"}, {}):
+        for cookie in (copied, {"Cookie": "session=nonsense.nonsense.nonsense"}, {}):
             assert ask(server.url, "POST", "/sign-out", b"", {**FORM, **cookie})[0] == 303
         for child in server.children("manager"):
             os.kill(child, signal.SIGKILL)
@@ -314,7 +314,7 @@ def test_a_token_that_is_none_stops_the_start_in_one_line(
 ) -> None:
     monkeypatch.setenv("COUNTER_SERVER_TOKEN", token)
     program = stack.enter_context(Program("run.py", "--port", "0", "--data-dir", data_dir))
-    assert_not_started(program, "COUNTER_SERVER_TOKEN is set, but to no token")
+    assert_not_started(program, "COUNTER_SERVER_TOKEN is not a token")
     assert len(program.errors) == 1
     assert not token or token not in program.errors[0]
 

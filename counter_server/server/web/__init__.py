@@ -51,16 +51,11 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     problems.init_app(app)
     rate_limit.init_app(app, shared)
     app.context_processor(pages.navigation)
-    for blueprint in (
-        api.blueprint(shared),
-        badge.blueprint(shared, app.config.setdefault("COUNTER_SERVER_BADGES", ())),
-        pages.blueprint(shared),
-        dashboard.blueprint(shared),
-        health.blueprint(state_of(app)),
-        security.blueprint(),
-        api.documentation(),
-    ):
+    for blueprint in (api.api, api.documentation, dashboard.dashboard, security.sign_in):
         app.register_blueprint(blueprint)
+    badge.init_app(app)
+    app.register_blueprint(pages.blueprint(shared))
+    app.register_blueprint(health.blueprint(state_of(app)))
     lab.init_app(app, shared)
     return app
 

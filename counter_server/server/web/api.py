@@ -22,21 +22,13 @@ from .security import operators_only
 
 Form = TypeVar("Form", bound=Struct)
 
+shared = SharedState()  # of the current app
+api = Blueprint("api", __name__, url_prefix="/api/v1/counters")
+documentation = Blueprint("documentation", __name__)
+
+_DOCUMENT = msgspec.json.decode(Path(__file__).with_name("openapi.json").read_bytes())
+_DOCUMENT["info"]["version"] = version("counter-server")
 _encode = msgspec.json.Encoder().encode
-
-
-class CounterValue(Struct, frozen=True):
-    """A counter and its value."""
-
-    counter: str
-    value: int
-
-
-class CounterPage(Struct, frozen=True):
-    """Counters in the order of their names; `next` is the `after` of the next page, or null."""
-
-    counters: list[CounterValue]
-    next: str | None
 
 
 class PageQuery(Struct, frozen=True):
@@ -53,66 +45,61 @@ class CounterNameConverter(PathConverter):
     part_isolating = False
 
 
-def blueprint(shared: SharedState) -> Blueprint:
-    """Make the API's routes."""
-    api = Blueprint("api", __name__, url_prefix="/api/v1/counters")
-
-    @api.get("")
-    def page() -> Response:
-        query = read_query(PageQuery)
-        found = shared.counters(after=query.after, limit=query.limit)
-        counters = [CounterValue(name, value) for name, value in found.counters]
-        return _json(CounterPage(counters, counters[-1].counter if found.more else None))
-
-    @api.post("/<counter:name>/increment")
-    def increment(name: str) -> Response:
-        step = _read_body(Step, default=Step())
-        result = shared.submit(Increment(name, step.by, step.minimum, step.maximum, _idempotency_key()))
-        if isinstance(result, Replayed):
-            return _json(CounterValue(name, result.value), {"Idempotent-Replayed": "true"})
-        return _json(CounterValue(name, expect(int, result)))
-
-    @api.get("/<counter:name>")
-    def get(name: str) -> Response:
-        value = shared.submit(Get(name))
-        if value is None:
-            raise _unknown(name)
-        return _json(CounterValue(name, expect(int, value)))
-
-    @api.put("/<counter:name>")
-    @operators_only
-    def put(name: str) -> Response:
-        return _json(CounterValue(name, shared.counter(name).set(_read_body(Assignment).value)))
-
-    @api.delete("/<counter:name>")
-    @operators_only
-    def delete(name: str) -> Response:
-        if not shared.counter(name).delete():
-            raise _unknown(name)
-        return Response(status=204)
-
-    return api
+@api.get("")
+def page() -> Response:
+    query = read_query(PageQuery)
+    found = shared.counters(after=query.after, limit=query.limit)
+    counters = [{"counter": name, "value": value} for name, value in found.counters]
+    return _json({"counters": counters, "next": counters[-1]["counter"] if found.more else None})
 
 
-def documentation() -> Blueprint:
-    """Make the routes of the API's document, for programs and for people."""
-    pages = Blueprint("documentation", __name__)
-    template = msgspec.json.decode(Path(__file__).with_name("openapi.json").read_bytes())
-    template["info"]["version"] = version("counter-server")
+@api.post("/<counter:name>/increment")
+def increment(name: str) -> Response:
+    step = _read_body(Step, default=Step())
+    result = shared.submit(Increment(name, step.by, step.minimum, step.maximum, _idempotency_key()))
+    if isinstance(result, Replayed):
+        return _value(name, result.value, {"Idempotent-Replayed": "true"})
+    return _value(name, expect(int, result))
 
-    @pages.get("/openapi.json")
-    def openapi() -> Response:
-        return _json({**template, "servers": [{"url": request.script_root or "/"}]})
 
-    @pages.get("/docs")
-    def page() -> str:
-        return render_template("documentation.html", document=template, root=request.url_root.rstrip("/"))
+@api.get("/<counter:name>")
+def get(name: str) -> Response:
+    value = shared.submit(Get(name))
+    if value is None:
+        raise _unknown(name)
+    return _value(name, expect(int, value))
 
-    return pages
+
+@api.put("/<counter:name>")
+@operators_only
+def put(name: str) -> Response:
+    return _value(name, shared.counter(name).set(_read_body(Assignment).value))
+
+
+@api.delete("/<counter:name>")
+@operators_only
+def delete(name: str) -> Response:
+    if not shared.counter(name).delete():
+        raise _unknown(name)
+    return Response(status=204)
+
+
+@documentation.get("/openapi.json")
+def openapi() -> Response:
+    return _json({**_DOCUMENT, "servers": [{"url": request.script_root or "/"}]})
+
+
+@documentation.get("/docs")
+def docs() -> str:
+    return render_template("documentation.html", document=_DOCUMENT, root=request.url_root.rstrip("/"))
 
 
 def _json(content: object, headers: Mapping[str, str] | None = None) -> Response:
     return Response(_encode(content), headers=headers, content_type="application/json")
+
+
+def _value(name: str, value: int, headers: Mapping[str, str] | None = None) -> Response:
+    return _json({"counter": name, "value": value}, headers)
 
 
 def _unknown(name: str) -> NotFound:

@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Collection
 from typing import Annotated, Literal
 
-from flask import Blueprint, Response, render_template, request
+from flask import Blueprint, Flask, Response, current_app, render_template, request
 from msgspec import Meta, Struct
 from werkzeug.exceptions import Forbidden
 
@@ -12,9 +12,12 @@ from ...errors import CounterServerError, InvalidRequest
 from ...extension import SharedState
 from ...handles import expect
 from ...operations import Get, check_name
-from . import problems
 from .api import read_query
 from .pages import is_prefetch
+from .problems import refuse
+
+shared = SharedState()  # of the current app
+badge = Blueprint("badge", __name__)
 
 # The names and colours of badges elsewhere.
 PALETTE = {
@@ -44,44 +47,44 @@ class BadgeQuery(Struct, frozen=True):
             raise ValueError("neither label nor color has a line break")
 
 
-def blueprint(shared: SharedState, counting: Collection[str] = ()) -> Blueprint:
-    """Make the route of badges.
+def init_app(app: Flask) -> None:
+    """Give `app` the badges; those of the counters in ``COUNTER_SERVER_BADGES`` may count.
 
-    :param counting: the names of counters whose badges may count.
     :raises InvalidRequest: if these are not names.
     """
+    counting: Collection[str] = app.config.setdefault("COUNTER_SERVER_BADGES", ())
     if isinstance(counting, str):
         raise InvalidRequest(f"COUNTER_SERVER_BADGES must be a list of counters' names, not {counting!r}")
     for name in counting:
         check_name(name)
-    allowed = frozenset(counting)
-    badge = Blueprint("badge", __name__)
+    app.register_blueprint(badge)
 
-    @badge.get("/badge/<counter:name>.svg")
-    def picture(name: str) -> Response:
-        query = read_query(BadgeQuery)
-        check_name(name)
-        if query.count and name not in allowed:
-            raise Forbidden(f"the badge of {name!r} does not count: the operator has not allowed it")
-        if query.count and request.method == "GET" and not is_prefetch():
-            value: int | None = shared.counter(name).increment()
-        else:
-            read = shared.submit(Get(name))
-            value = None if read is None else expect(int, read)
-        if value is None:
-            return _answer(query.label or name, "none", 404)
-        return _answer(query.label or name, str(value), 200, PALETTE.get(query.color, query.color))
 
-    @badge.errorhandler(CounterServerError)
-    def unavailable(error: CounterServerError) -> Response:
-        problem = problems.refuse(error)
-        if problem.status_code != 503:
-            return problem
-        response = _answer((request.view_args or {}).get("name", ""), "unavailable", 503)
-        response.headers["Retry-After"] = problem.headers["Retry-After"]
-        return response
+@badge.get("/badge/<counter:name>.svg")
+def picture(name: str) -> Response:
+    query = read_query(BadgeQuery)
+    check_name(name)
+    if query.count and name not in current_app.config["COUNTER_SERVER_BADGES"]:
+        raise Forbidden(f"the badge of {name!r} does not count: the operator has not allowed it")
+    if query.count and request.method == "GET" and not is_prefetch():
+        value: int | None = shared.counter(name).increment()
+    else:
+        read = shared.submit(Get(name))
+        value = None if read is None else expect(int, read)
+    if value is None:
+        return _answer(query.label or name, "none", 404)
+    return _answer(query.label or name, str(value), 200, PALETTE.get(query.color, query.color))
 
-    return badge
+
+@badge.errorhandler(CounterServerError)
+def unavailable(error: CounterServerError) -> Response:
+    """Show in a picture that the store is unavailable: a page has no place for a problem document."""
+    problem = refuse(error)
+    if problem.status_code != 503:
+        return problem
+    response = _answer((request.view_args or {}).get("name", ""), "unavailable", 503)
+    response.headers["Retry-After"] = problem.headers["Retry-After"]
+    return response
 
 
 def _answer(label: str, message: str, status: int, colour: str = PALETTE["lightgrey"]) -> Response:
@@ -105,7 +108,7 @@ def _width(text: str) -> int:
     """Estimate the width of a text in pixels; the picture makes the letters fit."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     narrow = sum(not unicodedata.combining(character) for character in text) - wide
-    return max(1, 7 * narrow + 11 * wide)
+    return max(1, round(6.5 * narrow + 11 * wide))
 
 
 def _ink(ground: str) -> str:

@@ -4,11 +4,11 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from flask import Blueprint, Response, current_app, flash, redirect, render_template, request, url_for
-from msgspec import Struct
+from jinja2.filters import do_filesizeformat
 
 from ...errors import CounterServerError, InvalidRequest, Unsupported
 from ...extension import SharedState
@@ -19,44 +19,16 @@ from .security import operators_only, wants_page
 
 _ROWS = "50"  # counters on a page by default
 _MOST_ROWS = 500
-_TOTALS = ("epoch", "pid", "batches", "operations", "commits", "commit_seconds")  # the script makes rates of them
+_TOTALS = ("epoch", "pid", "batches", "operations", "commits", "commit_seconds")  # the page shows their rates
+
+shared = SharedState()  # of the current app
+dashboard = Blueprint("dashboard", __name__)
+dashboard.register_error_handler(CounterServerError, lambda error: _for_people(refuse(error)))
 
 _encode = msgspec.json.Encoder().encode
 
 
-class CounterRow(Struct, frozen=True):
-    """A counter. Its value is text, as JavaScript's numbers are exact only up to 2^53."""
-
-    name: str
-    value: str
-
-
-class Figures(Struct, frozen=True):
-    """The manager's figures: those of now by their labels, and totals, which only grow in one epoch and process."""
-
-    now: dict[str, str]
-    totals: dict[str, Any]
-
-
-class ProcessRow(Struct, frozen=True):
-    """A process of the server."""
-
-    name: str
-    pid: str
-    uptime: str
-    restarts: str
-
-
-class Live(Struct, frozen=True):
-    """Everything that can change on the page: its script asks for this again and again."""
-
-    counters: list[CounterRow]
-    next: str | None
-    manager: Figures | None
-    processes: list[ProcessRow] | None
-
-
-class Listing(Struct, frozen=True):
+class Listing(NamedTuple):
     """A page of counters; `next` is its last name if others follow, and `refusal` says why the store lists none."""
 
     counters: list[tuple[str, int]]
@@ -64,83 +36,79 @@ class Listing(Struct, frozen=True):
     refusal: str | None = None
 
 
-def blueprint(shared: SharedState) -> Blueprint:
-    """Make the dashboard's routes. Its errors are pages for browsers."""
-    dashboard = Blueprint("dashboard", __name__)
-    dashboard.register_error_handler(CounterServerError, lambda error: _for_people(refuse(error)))
-
-    @dashboard.get("/counters")
-    def page() -> str:
-        """List the counters whose names begin with `q`, in order: `limit` of them, after the name `after`."""
-        listing = _listing(shared)
-        status = shared.state.status()
-        return render_template(
-            "dashboard.html",
-            listing=listing,
-            here=_here(),
-            next=None if listing.next is None else url_for(".page", **{**_here(), "after": listing.next}),
-            manager=None if status is None else figures(status),
-            means=None if status is None else means(status),
-            processes=_processes(),
-            scheme=str(shared.state.store).partition("://")[0],
-        )
-
-    @dashboard.get("/counters.json")
-    def live() -> Response:
-        """Return the same as data, or 304 if nothing changed."""
-        listing = _listing(shared)
-        status = shared.state.status()
-        found = Live(
-            [CounterRow(name, str(value)) for name, value in listing.counters],
-            listing.next,
-            None if status is None else figures(status),
-            _processes(),
-        )
-        content = _encode(found)
-        response = Response(content, content_type="application/json")
-        response.set_etag(blake2b(content, digest_size=16).hexdigest())
-        return response.make_conditional(request)  # type: ignore[return-value]
-
-    @dashboard.post("/counters/increment")
-    def increment() -> Response:
-        counter = shared.counter(_name())
-        return _say(f"{_isolated(counter.name)} gave {counter.increment()}.")
-
-    @dashboard.post("/counters/set")
-    @operators_only
-    def set_() -> Response:
-        counter = shared.counter(_name())
-        value = counter.set(_number(request.form.get("value", "")))
-        return _say(f"{_isolated(counter.name)} is {value} now.")
-
-    @dashboard.get("/counters/delete")
-    @operators_only
-    def confirm() -> str | Response:
-        name = request.args.get("name", "")
-        value = shared.submit(Get(name))
-        if value is None:
-            return _for_people(problem(404, "Not Found", f"there is no counter {name!r}", "not_applied"))
-        return render_template("dashboard_delete.html", name=name, value=value, here=_here())
-
-    @dashboard.post("/counters/delete")
-    @operators_only
-    def delete() -> Response:
-        counter = shared.counter(_name())
-        result = "is deleted" if counter.delete() else "was not there"
-        return _say(f"{_isolated(counter.name)} {result}.")
-
-    return dashboard
+@dashboard.get("/counters")
+def page() -> str:
+    listing = _listing()
+    return render_template(
+        "dashboard.html",
+        listing=listing,
+        here=_here(),
+        next=url_for(".page", **{**_here(), "after": listing.next}),
+        status=shared.state.status(),
+        figures=figures,
+        processes=_processes(),
+        scheme=str(shared.state.store).partition("://")[0],
+    )
 
 
-def _listing(shared: SharedState) -> Listing:
+@dashboard.get("/counters.json")
+def live() -> Response:
+    """Return everything that can change on the page, or 304. Values are text: JavaScript is exact up to 2^53."""
+    listing = _listing()
+    status = shared.state.status()
+    found = {
+        "counters": [{"name": name, "value": str(value)} for name, value in listing.counters],
+        "next": listing.next,
+        "manager": None if status is None else figures(status),
+        "processes": _processes(),
+    }
+    content = _encode(found)
+    response = Response(content, content_type="application/json")
+    response.set_etag(blake2b(content, digest_size=16).hexdigest())
+    return response.make_conditional(request)  # type: ignore[return-value]
+
+
+@dashboard.post("/counters/increment")
+def increment() -> Response:
+    counter = shared.counter(_name())
+    return _say(f"{_isolated(counter.name)} gave {counter.increment()}.")
+
+
+@dashboard.post("/counters/set")
+@operators_only
+def set_() -> Response:
+    counter = shared.counter(_name())
+    value = counter.set(_number(request.form.get("value", "")))
+    return _say(f"{_isolated(counter.name)} is {value} now.")
+
+
+@dashboard.get("/counters/delete")
+@operators_only
+def confirm() -> str | Response:
+    name = request.args.get("name", "")
+    value = shared.submit(Get(name))
+    if value is None:
+        return _for_people(problem(404, "Not Found", f"there is no counter {name!r}", "not_applied"))
+    return render_template("dashboard_delete.html", name=name, value=value, here=_here())
+
+
+@dashboard.post("/counters/delete")
+@operators_only
+def delete() -> Response:
+    counter = shared.counter(_name())
+    result = "is deleted" if counter.delete() else "was not there"
+    return _say(f"{_isolated(counter.name)} {result}.")
+
+
+def _listing() -> Listing:
     here = _here()
     limit = here.get("limit", _ROWS)
     if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= _MOST_ROWS):
         raise InvalidRequest(f"limit must be 1 to {_MOST_ROWS}")
-    return find(shared, beginning=here.get("q", ""), after=here.get("after", ""), limit=int(limit))
+    return find(beginning=here.get("q", ""), after=here.get("after", ""), limit=int(limit))
 
 
-def find(shared: SharedState, *, beginning: str, after: str, limit: int) -> Listing:
+def find(*, beginning: str, after: str, limit: int) -> Listing:
     """List counters whose names begin with `beginning`, in order, after the name `after`.
 
     Such names are neighbours, so this costs the same among any number of counters.
@@ -198,47 +166,37 @@ def _for_people(answer: Response) -> Response:
     return answer
 
 
-def figures(status: Status) -> Figures:
-    """Return a manager's figures for people; apart from its uptime they stay the same while nothing happens."""
-    now = {figure.label: _shown(getattr(status, name), figure.unit) for name, figure in FIGURES.items() if figure.label}
-    return Figures(now, {name: getattr(status, name) for name in _TOTALS})
+def figures(status: Status) -> dict[str, dict[str, Any]]:
+    """Return a manager's figures by their labels, and totals. Only uptime changes if nothing happens."""
+    return {
+        "now": {
+            figure.label: _shown(getattr(status, name), figure.unit) for name, figure in FIGURES.items() if figure.label
+        },
+        "totals": {name: getattr(status, name) for name in _TOTALS},
+    }
 
 
 def _shown(value: Any, unit: str) -> str:
     if isinstance(value, list):
         return ", ".join(f"{call.object}.{call.method}" for call in value) or "none"
-    show: dict[str, Callable[[Any], str]] = {"number": "{:,}".format, "seconds": duration, "bytes": size, "text": str}
-    return show[unit](value)
+    show: dict[str, Callable[[Any], str]] = {"number": "{:,}".format, "seconds": duration, "bytes": do_filesizeformat}
+    return show.get(unit, str)(value)
 
 
-def means(status: Status) -> dict[str, str]:
-    """Return rates and means since the manager's start. The page's script shows those of the last seconds instead."""
-    return {
-        "batches": f"{status.batches / max(status.uptime, 1):,.1f}/s",
-        "batch": _mean(status.operations, status.batches, "operations"),
-        "commit": _mean(status.commit_seconds * 1000, status.commits, "ms"),
-    }
-
-
-def _mean(total: float, number: int, unit: str) -> str:
-    return f"{total / number:,.2f} {unit}" if number else "none yet"
-
-
-def _processes() -> list[ProcessRow] | None:
-    """Return the server's processes, if our own supervisor started it."""
+def _processes() -> list[dict[str, str]] | None:
     found: Callable[[], list[Process]] | None = current_app.config.get("COUNTER_SERVER_PROCESSES")
     return None if found is None else processes(found())
 
 
-def processes(found: Sequence[Process]) -> list[ProcessRow]:
-    """Return rows for people."""
+def processes(found: Sequence[Process]) -> list[dict[str, str]]:
+    """Return the supervisor's processes as rows for people."""
     return [
-        ProcessRow(
-            process.name,
-            "being started" if process.pid is None else str(process.pid),
-            "" if process.pid is None else duration(process.uptime),
-            f"{process.restarts:,}",
-        )
+        {
+            "name": process.name,
+            "pid": "being started" if process.pid is None else str(process.pid),
+            "uptime": "" if process.pid is None else duration(process.uptime),
+            "restarts": f"{process.restarts:,}",
+        }
         for process in found
     ]
 
@@ -250,13 +208,3 @@ def duration(seconds: float) -> str:
         if number:
             return f"{number} {unit}{'' if number == 1 else 's'}"
     return "under a minute"
-
-
-def size(number: int) -> str:
-    """Return bytes in the unit that makes the number less than 1000."""
-    amount, unit = float(number), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if amount < 1000:
-            break
-        amount, unit = amount / 1000, larger
-    return f"{amount:.0f} bytes" if unit == "bytes" else f"{amount:.1f} {unit}"

@@ -2,20 +2,18 @@
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from types import SimpleNamespace
+from typing import cast
 
 from flask import Blueprint, Response, current_app, request
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
-from ...errors import (
-    AccessDenied,
-    CounterServerError,
-    DeadlineExceeded,
-    LimitReached,
-    StateLost,
-    StorageFull,
-    Unsupported,
-)
+from ... import errors
+from ...errors import CounterServerError
 from ...operations import SMALLEST, Get, Increment
 from ...state import State
 from ...status import FIGURES, Process, Status
@@ -30,9 +28,9 @@ _SECONDS = 1.0  # that a probe may take: a monitor asks again soon
 _WRITE = Increment("ready?", maximum=SMALLEST)
 
 _REASONS: dict[type[CounterServerError], str] = {
-    StorageFull: "the store cannot write for now; reads go on, and writes are refused until it can",
-    DeadlineExceeded: f"the store has not answered within {_SECONDS:g} s; nothing of what it holds is lost by that",
-    AccessDenied: "the store does not let this server in; its log says more",
+    errors.StorageFull: "the store cannot write for now; reads go on, and writes are refused until it can",
+    errors.DeadlineExceeded: f"the store has not answered within {_SECONDS:g} s; nothing that it holds is lost by that",
+    errors.AccessDenied: "the store does not let this server in; its log says more",
 }
 _OTHER_REASON = "the store cannot be used as it is; the server's log says why"
 
@@ -40,31 +38,40 @@ _OTHER_REASON = "the store cannot be used as it is; the server's log says why"
 def blueprint(state: State) -> Blueprint:
     """Make the three routes, for GET and HEAD.
 
-    :param state: a state of the application's store for probes only: neither probes nor calls of the application wait
-        for each other.
+    :param state: a state of the application's store for probes only, so that neither probes nor other calls wait for
+        each other.
     """
     health = Blueprint("health", __name__)
     readiness = _Readiness(state)
 
     @health.get(LIVEZ)
     def livez() -> Response:
-        return Response("alive\n", content_type="text/plain; charset=utf-8")
+        return _text("alive\n")
 
     @health.get("/readyz")
     def readyz() -> Response:
-        reason = readiness.reason_against()
-        if reason is not None:
-            return problem(503, "Not Ready", reason, "not_applied")
-        return Response("ready\n", content_type="text/plain; charset=utf-8")
+        failure = readiness.failure()
+        if failure is not None:
+            return problem(503, "Not Ready", _REASONS.get(type(failure), _OTHER_REASON), "not_applied")
+        return _text("ready\n")
 
     @health.get("/metrics")
-    def metrics() -> Response:
+    def exposition() -> Response:
         up, status = _ask(state)
-        processes = current_app.config.get("COUNTER_SERVER_PROCESSES") or list
-        text, content_type = _exposition(request.headers.get("Accept", ""), up=up, status=status, processes=processes())
-        return Response(text, content_type=content_type)
+        processes = current_app.config.get("COUNTER_SERVER_PROCESSES")
+        metrics = list(_metrics(up, status, processes() if processes is not None else []))
+        try:
+            encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        except TypeError:  # the header asks for a version that is not a number
+            encode, content_type = choose_encoder("")
+        # In no registry, which holds the metrics of one process.
+        return Response(encode(cast(Collector, SimpleNamespace(collect=lambda: metrics))), content_type=content_type)
 
     return health
+
+
+def _text(text: str) -> Response:
+    return Response(text, content_type="text/plain; charset=utf-8")
 
 
 class _Readiness:
@@ -75,39 +82,35 @@ class _Readiness:
         self._failure: CounterServerError | None = None  # of the last probe
         self._trying = threading.Lock()  # held by the thread that finds out whether the failure has passed
 
-    def reason_against(self) -> str | None:
-        """Return why the store is not ready, in words for the public; None if it is ready."""
-        failure = self._failure
-        if failure is not None and not self._trying.acquire(blocking=False):
-            return _explain(failure)  # another thread waits for the store already
+    def failure(self) -> CounterServerError | None:
+        """Return why the store is not ready, or None."""
+        before = self._failure
+        if before is not None and not self._trying.acquire(blocking=False):
+            return before  # another thread waits for the store already
         try:
             self._probe()
+            self._failure = None
         except CounterServerError as error:
-            if type(error) is not type(failure):
+            if type(error) is not type(before):
                 log.warning("not ready: %s", error)
             self._failure = error
-            return _explain(error)
+            return error
         finally:
-            if failure is not None:
+            if before is not None:
                 self._trying.release()
-        self._failure = None
         return None
 
     def _probe(self) -> None:
         try:
             self._write()
-        except StateLost:  # raised once per client; the new epoch can be written to
+        except errors.StateLost:  # raised once per client; the new epoch can be written to
             self._write()
-        except Unsupported:
+        except errors.Unsupported:
             self._state.submit(Get(_WRITE.name), within=_SECONDS)
 
     def _write(self) -> None:
-        with suppress(LimitReached):
+        with suppress(errors.LimitReached):
             self._state.submit(_WRITE, within=_SECONDS)
-
-
-def _explain(failure: CounterServerError) -> str:
-    return _REASONS.get(type(failure), _OTHER_REASON)
 
 
 def _ask(state: State) -> tuple[bool, Status | None]:
@@ -122,49 +125,30 @@ def _ask(state: State) -> tuple[bool, Status | None]:
     return True, status
 
 
-def _exposition(accept: str, *, up: bool, status: Status | None, processes: list[Process]) -> tuple[bytes, str]:
-    """Return the metrics as text, and its content type: OpenMetrics or Prometheus' own, as `accept` prefers.
-
-    The names follow https://prometheus.io/docs/practices/naming/. The families are in no registry, as this describes
-    the whole server, and a registry holds the metrics of one process.
-    """
-    # Imported at the first use: most workers never need it.
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
-    from prometheus_client.exposition import choose_encoder
-    from prometheus_client.registry import Collector
-
-    def family(name: str, help_text: str, value: float | None = None, *labels: str, grows: bool = False) -> Metric:
-        kind = CounterMetricFamily if grows else GaugeMetricFamily
-        return kind(f"counter_server_{name}", help_text, value, labels or None)
-
-    families = [family("up", "Whether the store answered.", up)]
+def _metrics(up: bool, status: Status | None, processes: Sequence[Process]) -> Iterator[Metric]:  # noqa: FBT001
+    """Describe the whole server, with names by https://prometheus.io/docs/practices/naming/."""
+    yield GaugeMetricFamily("counter_server_up", "Whether the store answered.", up)
     if status is not None:
         epoch = {"durability": status.durability, "epoch": status.epoch}
-        families.append(InfoMetricFamily("counter_server_manager", "The manager, and the epoch of its counters.", epoch))
-        for field, figure in FIGURES.items():
+        yield InfoMetricFamily("counter_server_manager", "The manager, and the epoch of its counters.", epoch)
+        for name, figure in FIGURES.items():
             if figure.metric:
-                families.append(family(figure.metric, figure.help, getattr(status, field), grows=figure.grows))
-        slow = family("slow_call_seconds", "Seconds that a running call has taken so far.", None, "object", "method")
+                kind = CounterMetricFamily if figure.grows else GaugeMetricFamily
+                yield kind(f"counter_server_{figure.metric}", figure.help, getattr(status, name))
+        text = "Seconds that a long call has taken so far."
+        slow = GaugeMetricFamily("counter_server_slow_call_seconds", text, labels=["object", "method"])
         for call in status.slow_calls:
             slow.add_metric([call.object, call.method], call.seconds)
-        families.append(slow)
+        yield slow
     if processes:
-        places = [
-            family("process_up", "Whether a process fills this place.", None, "process"),
-            family("process_uptime_seconds", "Seconds since that process was started.", None, "process"),
-            family("process_restarts", "How often another process was started there.", None, "process", grows=True),
-        ]
+        text = "Whether a process fills this place."
+        up_now = GaugeMetricFamily("counter_server_process_up", text, labels=["process"])
+        text = "Seconds since that process was started."
+        uptime = GaugeMetricFamily("counter_server_process_uptime_seconds", text, labels=["process"])
+        text = "How often another process was started there."
+        restarts = CounterMetricFamily("counter_server_process_restarts", text, labels=["process"])
         for process in processes:
-            for place, value in zip(places, (process.pid is not None, process.uptime, process.restarts), strict=True):
-                place.add_metric([process.name], value)
-        families += places
-
-    class Families(Collector):
-        def collect(self) -> Iterable[Metric]:
-            return families
-
-    try:
-        encode, content_type = choose_encoder(accept)
-    except TypeError:  # the header asks for a version that is not a number
-        encode, content_type = choose_encoder("")
-    return encode(Families()), content_type
+            up_now.add_metric([process.name], process.pid is not None)
+            uptime.add_metric([process.name], process.uptime)
+            restarts.add_metric([process.name], process.restarts)
+        yield from (up_now, uptime, restarts)

@@ -3,8 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 from flask import Blueprint, Response, current_app, flash, render_template, request
 from werkzeug.exceptions import ServiceUnavailable
@@ -23,7 +22,7 @@ _TITLES = {
     "lab.page": "Lab",
     "dashboard.page": "Counters",
     "pages.session": "Your own",
-    "documentation.page": "API",
+    "documentation.docs": "API",
 }
 
 
@@ -37,8 +36,15 @@ def blueprint(shared: SharedState) -> Blueprint:
     """Make the home page and the pages of the visitor's own counter."""
     pages = Blueprint("pages", __name__)
     visits = shared.counter("visits")
-    last_visits = _LastVisits(shared)
-    yours = _visitor_counter(shared)
+
+    def yours() -> VisitorCounter:
+        return shared.visitor_counter("session")
+
+    try:  # declare them before the first request; without them each use raises the error again
+        _recent(shared)
+        yours()
+    except Unsupported as error:
+        log.info("the home page shows no last visits: %s", error)
 
     @pages.get("/")
     def home() -> str:
@@ -50,7 +56,7 @@ def blueprint(shared: SharedState) -> Blueprint:
             return ""
         number = visits.increment()
         flash(f"You are visitor number {number}.")
-        return render_template("index.html", number=number, visits=last_visits.add(number, os.getpid()))
+        return render_template("index.html", number=number, visits=_last_visits(shared, number))
 
     @pages.get("/session")
     def session() -> str:
@@ -84,49 +90,16 @@ def _say(sentence: str) -> Response:
     return Response(sentence, mimetype="text/plain")
 
 
-def _visitor_counter(shared: SharedState) -> Callable[[], VisitorCounter]:
-    """Return a function for the visitor's own counter; it raises `Unsupported` if the store hosts no objects."""
+def _recent(shared: SharedState) -> Recent:
+    return forgetful(shared.object("last visits", Recent, _VISITS_SHOWN))
+
+
+def _last_visits(shared: SharedState, number: int) -> list[list[Any]]:
+    """Add a visit to the list of all workers, and return the last visits. A visit counts even without the list."""
     try:
-        counter = shared.visitor_counter("session")
-    except Unsupported as error:
-        message = str(error)
-
-        def refuse() -> NoReturn:
-            raise Unsupported(message)
-
-        return refuse
-    return lambda: counter
-
-
-class Visit(NamedTuple):
-    """A visit: its number, the worker process that answered, and its time in seconds of Unix time."""
-
-    number: int
-    pid: int
-    at: float
-
-    @property
-    def time(self) -> str:
-        """The time of day, UTC."""
-        return time.strftime("%H:%M:%S", time.gmtime(self.at))
-
-
-class _LastVisits:
-    """One list for all workers, in the manager's memory. A visit counts even if the list is unavailable."""
-
-    def __init__(self, shared: SharedState) -> None:
-        self._log: Recent | None = None
-        try:
-            self._log = forgetful(shared.object("last visits", Recent, _VISITS_SHOWN))
-        except Unsupported as error:
-            log.info("the home page shows no last visits: %s", error)
-
-    def add(self, number: int, pid: int) -> list[Visit]:
-        """Add a visit, and return the last visits, the newest first."""
-        if self._log is None:
-            return []
-        try:
-            return [Visit(*visit) for visit in self._log.add([number, pid, time.time()])]
-        except CounterServerError as error:
-            log.warning("visit %s was counted, but the last visits are unavailable: %s", number, error)
-            return []
+        return _recent(shared).add([number, os.getpid(), time.strftime("%H:%M:%S", time.gmtime())])
+    except Unsupported:
+        return []
+    except CounterServerError as error:
+        log.warning("visit %s was counted, but the last visits are unavailable: %s", number, error)
+        return []

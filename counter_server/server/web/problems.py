@@ -21,9 +21,8 @@ _DETAIL: dict[Outcome, str] = {
 
 
 def init_app(app: Flask) -> None:
-    """Answer every error of `app` with a problem document, and let no answer be cached."""
+    """Answer every error of `app` with a problem document."""
     app.before_request(_refuse_malformed_path)
-    app.after_request(_forbid_caching)
     app.register_error_handler(CounterServerError, refuse)
     app.register_error_handler(HTTPException, _refuse_http)
     app.register_error_handler(Exception, _fail)
@@ -34,12 +33,6 @@ def _refuse_malformed_path() -> None:
         request.environ["PATH_INFO"].encode("latin-1").decode()
     except UnicodeDecodeError:
         raise BadRequest("the path is not valid UTF-8") from None
-
-
-def _forbid_caching(response: Response) -> Response:
-    if request.endpoint != "static":
-        response.headers["Cache-Control"] = "no-store"
-    return response
 
 
 class Problem(Struct, frozen=True):

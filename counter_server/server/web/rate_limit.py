@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from limits import RateLimitItem
     from limits.strategies import FixedWindowRateLimiter
 
+_HEADER = "_counter_server_rate_limit"  # in `g`
 _TAKEN = "_counter_server_taken"  # in `g`: the client's requests in this window, and the seconds until it ends
 _LIMITED = ("api", "badge")  # the blueprints; probes of health must never be refused
 _NETWORK = 64  # bits of an IPv6 address that identify one customer of an access provider
@@ -37,7 +38,7 @@ def init_app(app: Flask, shared: SharedState) -> None:
     item = _parse(text)
 
     def take() -> None:
-        if (request.endpoint or "").partition(".")[0] not in _LIMITED:
+        if request.blueprint not in _LIMITED:
             return
         try:
             admitted = limiter.hit(item, client())
@@ -45,14 +46,15 @@ def init_app(app: Flask, shared: SharedState) -> None:
             if error.outcome == "unknown":  # only the budget is in doubt: the request itself has not begun
                 raise DeadlineExceeded(f"the rate limit could not be read: {error}", "not_applied") from error
             raise
+        taken, left = g.pop(_TAKEN)
+        seconds = min(max(ceil(left), 1), item.get_expiry())
+        setattr(g, _HEADER, f'"client";r={max(item.amount - taken, 0)};t={seconds}')
         if not admitted:
-            _, seconds = _left(item)
             raise TooManyRequests(f"more than {item} from one address; nothing was counted", retry_after=seconds)
 
     def add_headers(response: Response) -> Response:
-        if _TAKEN in g:
-            left, seconds = _left(item)
-            response.headers["RateLimit"] = f'"client";r={left};t={seconds}'
+        if _HEADER in g:
+            response.headers["RateLimit"] = g.get(_HEADER)
             response.headers["RateLimit-Policy"] = f'"client";q={item.amount};w={item.get_expiry()}'
         return response
 
@@ -98,12 +100,6 @@ def _parse(text: object) -> "RateLimitItem":
     if len(items) != 1 or items[0].amount < 1 or items[0].get_expiry() < 1:
         raise InvalidRequest(f"a rate limit is a number of requests in a time, such as 100/minute, not {text!r}")
     return items[0]
-
-
-def _left(item: "RateLimitItem") -> tuple[int, int]:
-    """Return the requests that are left to the client, and the seconds until the window ends."""
-    taken, seconds = g.get(_TAKEN)
-    return max(item.amount - taken, 0), min(max(ceil(seconds), 1), item.get_expiry())
 
 
 def client() -> str:

@@ -17,11 +17,11 @@ from contextlib import suppress
 from functools import wraps
 from ipaddress import ip_address
 from math import ceil
-from typing import ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
-from flask import Blueprint, Flask, Response, current_app, make_response, redirect, render_template, request, session
-from flask import url_for
+from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, session, url_for
 from flask.sessions import SecureCookieSessionInterface
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Forbidden, HTTPException, MisdirectedRequest, TooManyRequests, Unauthorized
@@ -39,12 +39,14 @@ from .rate_limit import client
 
 log = logging.getLogger(__name__)
 
-Parameters = ParamSpec("Parameters")
-Answer = TypeVar("Answer")
+View = TypeVar("View", bound=Callable[..., Any])
+
+sign_in = Blueprint("sign_in", __name__)
 
 SIGNED_IN_SECONDS = 12 * 3600
 _TOKEN = "COUNTER_SERVER_TOKEN"  # noqa: S105 - the name of the setting
 _SHORTEST_TOKEN = 16  # characters: long enough to resist guessing over a network
+_CLOCK_JUMP = 48 * 3600  # seconds by which the clock may be set back without reviving an ended sign-in
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:]+", re.ASCII)
 # A path on this site. Some browsers take a backslash for a slash, and "//" starts the name of another host.
 _LOCAL_PATH = re.compile(r"/(?![/\\])[!-\[\]-~]*")
@@ -66,7 +68,7 @@ _VERDICT = "counter_server.right_token"
 
 
 def init_app(app: Flask, shared: SharedState) -> None:
-    """Protect `app`, and give its templates `has_token`, `may_operate` and `why_not`.
+    """Protect `app`, and give its templates `may_operate` and `why_not`.
 
     :raises StartupError: if the configuration is invalid, or the data directory cannot be written.
     """
@@ -78,14 +80,20 @@ def init_app(app: Flask, shared: SharedState) -> None:
     if token is not None:
         if not (isinstance(token, str) and re.fullmatch(r"[!-~]+", token) and len(token) >= _SHORTEST_TOKEN):
             raise StartupError(
-                f"{_TOKEN} is not a usable token: it needs {_SHORTEST_TOKEN} or more ASCII characters without spaces;"
+                f"{_TOKEN} is not a token: it must have {_SHORTEST_TOKEN} or more ASCII characters without spaces;"
                 " make one with `openssl rand -hex 32`"
             )
-        app.extensions[_ATTEMPTS] = _WrongTokens(shared)
-    app.context_processor(lambda: {"has_token": has_token, "may_operate": may_operate, "why_not": why_not})
+        attempts = None
+        try:
+            attempts = forgetful(shared.object("wrong tokens", Attempts))
+        except Unsupported as error:
+            log.info("wrong tokens are counted in each process: %s", error)
+        app.extensions[_ATTEMPTS] = attempts, Attempts(), threading.Lock()
+    app.context_processor(lambda: {"may_operate": may_operate, "why_not": why_not})
     store, data_dir = app.config["COUNTER_SERVER_STORE"], default_data_dir(app.instance_path)
     app.session_interface = Sessions()
-    app.extensions[_ENDED] = _EndedSignIns(store, data_dir)
+    directory = _directory(store, data_dir)
+    app.extensions[_ENDED] = set() if directory is None else directory.path / "signed-out"
     if not app.config["SECRET_KEY"]:
         app.config["SECRET_KEY"] = signing_key(store, data_dir)
 
@@ -135,7 +143,9 @@ def _refuse_other_hosts() -> None:
     given = request.host if "Host" in request.headers else ""  # Werkzeug makes it empty if it is malformed
     host = (given if given.endswith("]") else given.rpartition(":")[0] or given).strip("[]").lower()
     if host not in allowed and not _is_loopback_host(host):
-        raise MisdirectedRequest("the Host header names another server: to allow this name, start with --allow-host NAME")
+        raise MisdirectedRequest(
+            "the Host header names another server: to allow this name, start with --allow-host NAME"
+        )
 
 
 def own_origin() -> str:
@@ -150,32 +160,27 @@ def _refuse_other_sites() -> None:
     """
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return
-    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
-    if site is not None:  # the browser compared the origins itself, so this holds behind any proxy
-        is_ours = site in ("same-origin", "none")
-    else:
-        is_ours = origin is None or origin.lower() == own_origin()
-    if not is_ours:
+    # If the browser compared the origins itself, this holds behind any proxy.
+    site = request.headers.get("Sec-Fetch-Site")
+    origin = request.headers.get("Origin", own_origin()).lower()
+    if site not in ("same-origin", "none") and (site is not None or origin != own_origin()):
         raise Forbidden("requests from other sites' pages change nothing here")
 
 
 def _add_headers(response: Response) -> Response:
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
+    if request.endpoint != "static":
+        response.headers["Cache-Control"] = "no-store"
     return response
 
 
 # Operators
 
 
-def has_token() -> bool:
-    """Return whether this server has a token that operators prove to know."""
-    return _token() is not None
-
-
 def may_operate() -> bool:
     """Return whether the sender of this request may set and delete."""
-    if not has_token():
+    if _token() is None:
         return is_loopback(current_app)
     token = _bearer()
     if token is None:
@@ -190,7 +195,7 @@ def why_not() -> str:
     """Return why the sender of this request may not set and delete, and what to do; empty if it may."""
     if may_operate():
         return ""
-    if has_token():
+    if _token() is not None:
         return "set and delete are for operators: sign in, or send the server's token as Authorization: Bearer"
     return (
         "set and delete are off: other machines may reach this server, and it has no token; start it with a token in"
@@ -198,14 +203,14 @@ def why_not() -> str:
     )
 
 
-def operators_only(view: Callable[Parameters, Answer]) -> Callable[Parameters, Answer | AnyResponse]:
+def operators_only(view: View) -> View:
     """Let only operators call a view: others get a problem document, or in a browser the form to sign in."""
 
     @wraps(view)
-    def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Answer | AnyResponse:
+    def guarded(*args: Any, **kwargs: Any) -> Any:
         if may_operate():
             return view(*args, **kwargs)
-        if not has_token():
+        if _token() is None:
             raise Forbidden(why_not())
         if _bearer() is not None:
             raise _wrong_token()
@@ -213,7 +218,7 @@ def operators_only(view: Callable[Parameters, Answer]) -> Callable[Parameters, A
             return redirect(url_for("sign_in.page", next=_way_back()), 303)
         raise Unauthorized(why_not(), www_authenticate=WWWAuthenticate("bearer", {"realm": "counter_server"}))
 
-    return guarded
+    return cast(View, guarded)
 
 
 def wants_page() -> bool:
@@ -238,8 +243,7 @@ def _is_right_token(given: str) -> bool:
     :raises TooManyRequests: if there were too many wrong tokens, whether this token is right or not.
     """
     right = hmac.compare_digest(given.encode(errors="replace"), (_token() or "").encode())
-    attempts: _WrongTokens = current_app.extensions[_ATTEMPTS]
-    if seconds := ceil(attempts.note(client(), right=right)):
+    if seconds := ceil(_note_attempt(right=right)):
         raise TooManyRequests(f"too many wrong tokens: try again in {seconds} s", retry_after=seconds)
     return right
 
@@ -258,68 +262,53 @@ def _way_back() -> str | None:
     return path if path.startswith("/") else None
 
 
-class _WrongTokens:
-    """Counts wrong tokens: for all workers in the manager, or in each process with a store that hosts no objects."""
-
-    def __init__(self, shared: SharedState) -> None:
-        self._own = Attempts()
-        self._lock = threading.Lock()  # guards `_own`
-        self._shared: Attempts | None = None
+def _note_attempt(*, right: bool) -> float:
+    """Note an attempt in the manager for all workers, or in this process if the store hosts no objects."""
+    shared, own, lock = current_app.extensions[_ATTEMPTS]
+    if shared is not None:
         try:
-            self._shared = forgetful(shared.object("wrong tokens", Attempts))
-        except Unsupported as error:
-            log.info("wrong tokens are counted in each process: %s", error)
-
-    def note(self, address: str, *, right: bool) -> float:
-        """See `Attempts.note`."""
-        if self._shared is not None:
-            try:
-                return self._shared.note(address, right)
-            except NotHosted as error:
-                log.warning("wrong tokens are counted in each process: %s", error)
-        with self._lock:
-            return self._own.note(address, right)
+            return float(shared.note(client(), right))
+        except NotHosted as error:
+            log.warning("wrong tokens are counted in each process: %s", error)
+    with lock:
+        return float(own.note(client(), right))
 
 
 # Signing in
 
 
-def blueprint() -> Blueprint:
-    """Make the form to sign in with the server's token, and to sign out."""
-    pages = Blueprint("sign_in", __name__)
+@sign_in.get("/sign-in")
+def page() -> str:
+    return _form()
 
-    @pages.get("/sign-in")
-    def page() -> str:
-        return _form()
 
-    @pages.post("/sign-in")
-    def enter() -> AnyResponse:
-        if not has_token():
-            raise Forbidden(why_not() or "this server has no token to sign in with: everyone may set and delete")
-        error: HTTPException = _wrong_token()
-        try:
-            if _is_right_token(request.form.get("token", "")):
-                session[_SIGN_IN] = (secrets.token_hex(16), int(time.time()), _proof())
-                session.permanent = True  # the cookie outlasts the browser's window, and we end the sign-in
-                return redirect(_next(), 303)
-        except TooManyRequests as too_many:
-            error = too_many
-        if not wants_page():
-            raise error
-        response = make_response(_form(wrong=error.description or ""), error.code)
-        headers = error.get_response().headers
-        response.headers.update({name: headers[name] for name in ("Retry-After", "WWW-Authenticate") if name in headers})
-        return response
+@sign_in.post("/sign-in")
+def enter() -> AnyResponse:
+    if _token() is None:
+        raise Forbidden(why_not() or "this server has no token to sign in with: everyone may set and delete")
+    error: HTTPException = _wrong_token()
+    try:
+        if _is_right_token(request.form.get("token", "")):
+            session[_SIGN_IN] = (secrets.token_hex(16), int(time.time()), _proof())
+            session.permanent = True  # the cookie outlasts the browser's window, and we end the sign-in
+            return redirect(_next(), 303)
+    except TooManyRequests as too_many:
+        error = too_many
+    if not wants_page():
+        raise error
+    response = Response(_form(wrong=error.description or ""), error.code)
+    headers = error.get_response().headers
+    response.headers.update({name: headers[name] for name in ("Retry-After", "WWW-Authenticate") if name in headers})
+    return response
 
-    @pages.post("/sign-out")
-    def leave() -> AnyResponse:
-        if name := _sign_in_id():
-            _ended().add(name)
-            for key in (_SIGN_IN, "_permanent"):
-                session.pop(key)
-        return redirect(_next(), 303)
 
-    return pages
+@sign_in.post("/sign-out")
+def leave() -> AnyResponse:
+    if name := _sign_in_id():
+        _end(name)
+        for key in (_SIGN_IN, "_permanent"):
+            session.pop(key)
+    return redirect(_next(), 303)
 
 
 def _form(*, wrong: str = "") -> str:
@@ -333,13 +322,13 @@ def _next() -> str:
 
 def _is_signed_in() -> bool:
     name = _sign_in_id()
-    return name is not None and 0 <= time.time() - session[_SIGN_IN][1] < SIGNED_IN_SECONDS and name not in _ended()
+    return name is not None and 0 <= time.time() - session[_SIGN_IN][1] < SIGNED_IN_SECONDS and not _is_ended(name)
 
 
 def _sign_in_id() -> str | None:
     """Return the id of the session's sign-in, also if it is over, if it was made with today's token."""
     name, _, proof = session.get(_SIGN_IN, ("", 0, ""))
-    return name if has_token() and hmac.compare_digest(proof, _proof()) else None
+    return name if _token() is not None and hmac.compare_digest(proof, _proof()) else None
 
 
 def _proof() -> str:
@@ -349,59 +338,11 @@ def _proof() -> str:
     return hmac.new(key if isinstance(key, bytes) else key.encode(), text, "sha256").hexdigest()
 
 
-def _ended() -> "_EndedSignIns":
-    ended: _EndedSignIns = current_app.extensions[_ENDED]
-    return ended
-
-
 class Sessions(SecureCookieSessionInterface):
     """Flask's sessions, whose cookie is Secure if the request came by https, as it may through a proxy."""
 
     def get_cookie_secure(self, app: Flask) -> bool:
         return super().get_cookie_secure(app) or request.is_secure
-
-
-class _EndedSignIns:
-    """The ids of sign-ins that operators ended: one file each in the data directory, so all workers see them.
-
-    They stay ended after a restart. With a store in this process's memory they are kept there, and nothing is written.
-    """
-
-    _MARGIN = 48 * 3600.0  # seconds that a file outlasts its sign-in: a clock that jumps revives nothing
-
-    def __init__(self, store: str, data_dir: str) -> None:
-        self._in_memory: set[str] = set()
-        self._directory = None if store == "memory://" else _directory(store, data_dir)
-
-    def __contains__(self, name: str) -> bool:
-        if self._directory is None:
-            return name in self._in_memory
-        return (self._directory.path / "signed-out" / name).exists()
-
-    def add(self, name: str) -> None:
-        """End a sign-in for good, and remove the files of those that expired.
-
-        :raises StorageFull: if the file cannot be written; then the sign-in is not ended.
-        """
-        if self._directory is None:
-            self._in_memory.add(name)
-            return
-        self._directory.make()
-        place = self._directory.path / "signed-out"
-        try:
-            place.mkdir(mode=0o700, exist_ok=True)
-            for file in place.iterdir():
-                with suppress(FileNotFoundError):  # another worker removed it
-                    if time.time() - file.stat().st_mtime > SIGNED_IN_SECONDS + self._MARGIN:
-                        file.unlink()
-            (place / name).touch(mode=0o600)
-            for directory in (place, self._directory.path):
-                sync(directory)
-        except OSError as error:
-            raise StorageFull(
-                f"the sign-in was not ended: {place} cannot be written: {error.strerror}; make room and sign out"
-                " again, or start the server with another token"
-            ) from error
 
 
 def signing_key(store: str, data_dir: str) -> bytes:
@@ -411,12 +352,45 @@ def signing_key(store: str, data_dir: str) -> bytes:
     :param data_dir: the directory that keeps the key if the store has no data directory.
     :raises StartupError: if the directory cannot be made or written.
     """
-    if store == "memory://":
-        return secrets.token_bytes(32)
     directory = _directory(store, data_dir)
+    if directory is None:
+        return secrets.token_bytes(32)
     directory.make()
     return directory.key("session")
 
 
-def _directory(store: str, data_dir: str) -> DataDirectory:
+def _directory(store: str, data_dir: str) -> DataDirectory | None:
+    if store == "memory://":
+        return None
     return DataDirectory.from_url(store, data_dir) if store.startswith("manager:") else DataDirectory(data_dir)
+
+
+def _is_ended(name: str) -> bool:
+    ended: set[str] | Path = current_app.extensions[_ENDED]
+    return name in ended if isinstance(ended, set) else (ended / name).exists()
+
+
+def _end(name: str) -> None:
+    """End a sign-in at all workers and for good: a file in the data directory outlasts every restart.
+
+    :raises StorageFull: if the file cannot be written; then the sign-in is not ended.
+    """
+    ended: set[str] | Path = current_app.extensions[_ENDED]
+    if isinstance(ended, set):
+        ended.add(name)
+        return
+    DataDirectory(ended.parent).make()
+    try:
+        ended.mkdir(mode=0o700, exist_ok=True)
+        for file in ended.iterdir():
+            with suppress(FileNotFoundError):  # another worker removed it
+                if time.time() - file.stat().st_mtime > SIGNED_IN_SECONDS + _CLOCK_JUMP:
+                    file.unlink()
+        (ended / name).touch(mode=0o600)
+        for directory in (ended, ended.parent):
+            sync(directory)
+    except OSError as error:
+        raise StorageFull(
+            f"the sign-in was not ended: {ended} cannot be written: {error.strerror}; make room and sign out again, or"
+            " start the server with another token"
+        ) from error
