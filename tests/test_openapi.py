@@ -10,6 +10,7 @@ from copy import deepcopy
 from itertools import count
 from typing import Any
 
+import msgspec
 import pytest
 import requests
 import schemathesis
@@ -18,9 +19,11 @@ from hypothesis import strategies as st
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import positive_data_acceptance, use_after_free
 
-from counter_server.errors import InvalidRequest
-from counter_server.operations import check_name
+from counter_server.errors import DeadlineExceeded, InvalidRequest, KeyReused, LimitReached, Unsupported
+from counter_server.operations import Assignment, Step, check_name
 from counter_server.server.web import create_app
+from counter_server.server.web.problems import Problem
+from counter_server.state import State
 from tests.processes import PATIENCE, Program, Server
 
 TOKEN = "a-token-of-operators-in-tests"
@@ -38,13 +41,22 @@ def _is_name(text: str) -> bool:
     return True
 
 
-def document(config: dict[str, Any] | None = None) -> dict[str, Any]:
-    made = create_app({"COUNTER_SERVER_STORE": "memory://", "SECRET_KEY": "k", **(config or {})})
+def document() -> dict[str, Any]:
+    made = create_app({"COUNTER_SERVER_STORE": "memory://", "SECRET_KEY": "k"})
     found: dict[str, Any] = made.test_client().get("/openapi.json").get_json()
     return found
 
 
 DOCUMENT = document()
+
+
+def operations() -> dict[str, dict[str, Any]]:
+    return {
+        operation["operationId"]: {**operation, "method": method}
+        for item in DOCUMENT["paths"].values()
+        for method, operation in item.items()
+    }
+
 
 # The format that the document names, as Schemathesis is to fill it.
 NAMES = (
@@ -174,22 +186,122 @@ def test_a_document_that_is_none_is_found() -> None:
         schemathesis.openapi.from_dict(broken).validate()
 
 
-def test_every_route_of_the_api_describes_itself() -> None:
-    app = create_app({"COUNTER_SERVER_STORE": "memory://", "SECRET_KEY": "k"})
-    undescribed = {
-        rule.rule
-        for rule in app.url_map.iter_rules()
-        if rule.rule.startswith(("/api/", "/badge/")) and rule.endpoint.replace(".", "_") not in operations()
+def test_the_paths_are_the_routes_for_programs() -> None:
+    routes = {
+        (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), method.lower())
+        for rule in create_app({"COUNTER_SERVER_STORE": "memory://"}).url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+        if rule.endpoint.partition(".")[0] in ("api", "badge", "health") or rule.endpoint == "documentation.openapi"
     }
-    assert undescribed == set()
+    assert routes == {(path, method) for path, item in DOCUMENT["paths"].items() for method in item}
 
 
-def operations() -> dict[str, dict[str, Any]]:
-    return {
-        operation["operationId"]: {**operation, "method": method}
-        for item in DOCUMENT["paths"].values()
-        for method, operation in item.items()
-    }
+def without_texts(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        return {key: without_texts(value) for key, value in schema.items() if key not in ("title", "description")}
+    return schema
+
+
+@pytest.mark.parametrize("body", [Step, Assignment, Problem])
+def test_the_schemas_of_bodies_are_those_of_the_types_that_read_and_write_them(body: type) -> None:
+    _, components = msgspec.json.schema_components([body])
+    (schema,) = components.values()
+    expected = {key: value for key, value in without_texts(schema).items() if value != []}
+    assert without_texts(DOCUMENT["components"]["schemas"][body.__name__]) == expected
+
+
+# Each response that the document names, and how to get it: method, path, headers or body, and what the store raises.
+
+COUNTER = "/api/v1/counters/visits"
+BADGE = "/badge/visits.svg"
+CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "api_page": ("GET", "/api/v1/counters", {}),
+    "api_increment": ("POST", f"{COUNTER}/increment", {"json": {"by": 1}}),
+    "api_get": ("GET", COUNTER, {}),
+    "api_put": ("PUT", COUNTER, {"json": {"value": 1}, "headers": OPERATOR}),
+    "api_delete": ("DELETE", COUNTER, {"headers": OPERATOR}),
+    "badge_picture": ("GET", BADGE, {}),
+    "health_livez": ("GET", "/livez", {}),
+    "health_readyz": ("GET", "/readyz", {}),
+    "health_metrics": ("GET", "/metrics", {}),
+    "documentation_openapi": ("GET", "/openapi.json", {}),
+}
+ERRORS: dict[int, Exception] = {
+    409: LimitReached("of this test"),
+    422: KeyReused("of this test"),
+    500: ZeroDivisionError("of this test"),
+    501: Unsupported("of this test"),
+    503: DeadlineExceeded("of this test", "unknown"),
+}
+
+
+def changed(name: str, status: int) -> tuple[str, str, dict[str, Any]]:
+    """Return a call of an operation that is answered with this status, where the store is not to blame."""
+    method, path, options = CALLS[name]
+    headers = dict(options.get("headers", {}))
+    match status:
+        case 400 if name in ("api_page", "badge_picture"):
+            path += "?limit=0&count=2"
+        case 400:
+            path = path.replace("visits", "%00")
+        case 401:
+            headers = {"Authorization": "Bearer of-another-server"}
+        case 403 if name == "badge_picture":
+            path += "?count=1"
+        case 403:
+            headers["Origin"] = "http://evil.example"
+        case 404:
+            path = path.replace("visits", "unknown")
+        case 413:
+            return method, path, {"data": b" " * 20_000, "content_type": "application/json", "headers": headers}
+        case 415:
+            return method, path, {"data": b"1", "content_type": "text/plain", "headers": headers}
+        case 421:
+            headers["Host"] = "evil.example"
+    return method, path, {**options, "headers": headers}
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [(name, int(status)) for name, one in operations().items() for status in one["responses"]]
+)
+def test_each_response_in_the_document_is_given_as_it_says(
+    name: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(
+        {
+            "COUNTER_SERVER_STORE": "memory://",
+            "COUNTER_SERVER_HOST": "127.0.0.1",
+            "COUNTER_SERVER_TOKEN": TOKEN,
+            "COUNTER_SERVER_RATE_LIMIT": "2/hour" if status == 429 else "100/hour",
+        }
+    )
+    client = app.test_client()
+    app.extensions["counter_server"].counter("visits").set(1)
+    if status == 500:  # in the view itself: not every operation asks the store
+        app.view_functions[name.replace("_", ".", 1)] = lambda **_: 1 // 0
+    elif status in ERRORS:
+
+        def fail(*_: object, **__: object) -> None:
+            raise ERRORS[status]
+
+        monkeypatch.setattr(State, "submit", fail)
+    method, path, options = changed(name, status)
+    for _ in range(2 if status == 429 else 0):
+        client.open(path, method=method, **options)
+    response = client.open(path, method=method, **options)
+    assert response.status_code == status, response.text
+    operation = api[path_of(name)][method]
+    operation.validate_response(schemathesis.Response.from_any(response))
+    promised = DOCUMENT["paths"][path_of(name)][method.lower()]["responses"][str(status)]
+    if "$ref" in promised:
+        promised = DOCUMENT["components"]["responses"][promised["$ref"].rpartition("/")[2]]
+    assert ([response.mimetype] if response.data else []) == list(promised.get("content", {}))
+    assert set(promised.get("headers", {})) - set(response.headers.keys()) <= {"Idempotent-Replayed"}
+
+
+def path_of(name: str) -> str:
+    (found,) = (path for path, item in DOCUMENT["paths"].items() for o in item.values() if o["operationId"] == name)
+    return str(found)
 
 
 def test_what_changes_counters_at_will_needs_the_operators_token_and_nothing_else_does() -> None:
@@ -207,17 +319,12 @@ def test_every_refusal_is_a_problem_document() -> None:
                 assert set(answer["content"]) == {"image/svg+xml"}, status
 
 
-def test_the_document_tells_a_rate_limit_where_there_is_one() -> None:
-    limited = document({"COUNTER_SERVER_RATE_LIMIT": "100/minute"})
-    for path, item in limited["paths"].items():
-        for method, operation in item.items():
-            is_limited = path.startswith(("/api/", "/badge/"))
-            assert ("429" in operation["responses"]) == is_limited
-            # Without one, too many wrong tokens are still refused.
-            assert ("429" in DOCUMENT["paths"][path][method]["responses"]) == ("security" in operation)
-    problem = limited["components"]["responses"]["Problem429"]
+def test_the_document_names_a_rate_limit_where_requests_are_limited() -> None:
+    for path, item in DOCUMENT["paths"].items():
+        for operation in item.values():
+            assert ("429" in operation["responses"]) == path.startswith(("/api/", "/badge/"))
+    problem = DOCUMENT["components"]["responses"]["Problem429"]
     assert set(problem["headers"]) == {"Retry-After", "RateLimit", "RateLimit-Policy"}
-    assert set(DOCUMENT["components"]["responses"]["Problem429"]["headers"]) == {"Retry-After"}
 
 
 def test_the_document_names_the_place_that_the_app_is_mounted_at() -> None:

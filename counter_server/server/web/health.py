@@ -56,16 +56,16 @@ def blueprint(state: State) -> Blueprint:
         return _text("ready\n")
 
     @health.get("/metrics")
-    def exposition() -> Response:
+    def metrics() -> Response:
         up, status = _ask(state)
         processes = current_app.config.get("COUNTER_SERVER_PROCESSES")
-        metrics = list(_metrics(up, status, processes() if processes is not None else []))
+        families = list(_metrics(up, status, processes() if processes is not None else []))
         try:
             encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         except TypeError:  # the header asks for a version that is not a number
             encode, content_type = choose_encoder("")
         # In no registry, which holds the metrics of one process.
-        return Response(encode(cast(Collector, SimpleNamespace(collect=lambda: metrics))), content_type=content_type)
+        return Response(encode(cast(Collector, SimpleNamespace(collect=lambda: families))), content_type=content_type)
 
     return health
 
