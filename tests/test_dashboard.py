@@ -24,7 +24,7 @@ from msgspec import structs
 
 from counter_server.operations import LARGEST, SMALLEST
 from counter_server.server.web import create_app
-from counter_server.server.web.dashboard import duration, figures, find, processes
+from counter_server.server.web.dashboard import duration, figures, find
 from counter_server.state import State
 from counter_server.status import Process, Status
 from tests.engines import MemcachedServer
@@ -626,6 +626,8 @@ def test_a_duration_is_told_in_its_largest_unit(seconds: float, text: str) -> No
     assert duration(seconds) == text
 
 
-def test_a_process_that_is_yet_to_be_started_again_is_told_as_such() -> None:
-    (row,) = processes([Process(name="worker-1", pid=None, uptime=0.0, restarts=4)])
+def test_a_process_that_is_not_started_again_yet_is_shown_as_such(in_memory: Flask) -> None:
+    found = [Process(name="worker-1", pid=None, uptime=0.0, restarts=4)]
+    in_memory.config["COUNTER_SERVER_PROCESSES"] = lambda: found
+    (row,) = in_memory.test_client().get("/counters.json").get_json()["processes"]
     assert row == {"name": "worker-1", "pid": "being started", "uptime": "", "restarts": "4"}

@@ -28,7 +28,6 @@ documentation = Blueprint("documentation", __name__)
 
 _DOCUMENT = msgspec.json.decode(Path(__file__).with_name("openapi.json").read_bytes())
 _DOCUMENT["info"]["version"] = version("counter-server")
-_encode = msgspec.json.Encoder().encode
 
 
 class PageQuery(Struct, frozen=True):
@@ -66,7 +65,7 @@ def increment(name: str) -> Response:
 def get(name: str) -> Response:
     value = shared.submit(Get(name))
     if value is None:
-        raise _unknown(name)
+        raise NotFound(f"there is no counter {name!r}")
     return _value(name, expect(int, value))
 
 
@@ -80,7 +79,7 @@ def put(name: str) -> Response:
 @operators_only
 def delete(name: str) -> Response:
     if not shared.counter(name).delete():
-        raise _unknown(name)
+        raise NotFound(f"there is no counter {name!r}")
     return Response(status=204)
 
 
@@ -95,15 +94,11 @@ def docs() -> str:
 
 
 def _json(content: object, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(_encode(content), headers=headers, content_type="application/json")
+    return Response(msgspec.json.encode(content), headers=headers, content_type="application/json")
 
 
 def _value(name: str, value: int, headers: Mapping[str, str] | None = None) -> Response:
     return _json({"counter": name, "value": value}, headers)
-
-
-def _unknown(name: str) -> NotFound:
-    return NotFound(f"there is no counter {name!r}")
 
 
 def _idempotency_key() -> str | None:

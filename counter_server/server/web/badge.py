@@ -106,9 +106,8 @@ def draw(label: str, message: str, colour: str) -> str:
 
 def _width(text: str) -> int:
     """Estimate the width of a text in pixels; the picture makes the letters fit."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    narrow = sum(not unicodedata.combining(character) for character in text) - wide
-    return max(1, round(6.5 * narrow + 11 * wide))
+    letters = (letter for letter in text if not unicodedata.combining(letter))
+    return max(1, round(sum(11 if unicodedata.east_asian_width(letter) in "WF" else 6.5 for letter in letters)))
 
 
 def _ink(ground: str) -> str:

@@ -1,8 +1,7 @@
 """The dashboard: all counters, live, with forms to change them; the manager and the processes of the server."""
 
 import unicodedata
-from collections.abc import Callable, Sequence
-from hashlib import blake2b
+from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -25,8 +24,6 @@ shared = SharedState()  # of the current app
 dashboard = Blueprint("dashboard", __name__)
 dashboard.register_error_handler(CounterServerError, lambda error: _for_people(refuse(error)))
 
-_encode = msgspec.json.Encoder().encode
-
 
 class Listing(NamedTuple):
     """A page of counters; `next` is its last name if others follow, and `refusal` says why the store lists none."""
@@ -46,7 +43,7 @@ def page() -> str:
         next=url_for(".page", **{**_here(), "after": listing.next}),
         status=shared.state.status(),
         figures=figures,
-        processes=_processes(),
+        processes=processes(),
         scheme=str(shared.state.store).partition("://")[0],
     )
 
@@ -60,26 +57,24 @@ def live() -> Response:
         "counters": [{"name": name, "value": str(value)} for name, value in listing.counters],
         "next": listing.next,
         "manager": None if status is None else figures(status),
-        "processes": _processes(),
+        "processes": processes(),
     }
-    content = _encode(found)
-    response = Response(content, content_type="application/json")
-    response.set_etag(blake2b(content, digest_size=16).hexdigest())
+    response = Response(msgspec.json.encode(found), content_type="application/json")
+    response.add_etag()
     return response.make_conditional(request)  # type: ignore[return-value]
 
 
 @dashboard.post("/counters/increment")
 def increment() -> Response:
-    counter = shared.counter(_name())
-    return _say(f"{_isolated(counter.name)} gave {counter.increment()}.")
+    counter = shared.counter(request.form.get("name", ""))
+    return _say(counter.name, f"gave {counter.increment()}")
 
 
 @dashboard.post("/counters/set")
 @operators_only
 def set_() -> Response:
-    counter = shared.counter(_name())
-    value = counter.set(_number(request.form.get("value", "")))
-    return _say(f"{_isolated(counter.name)} is {value} now.")
+    counter = shared.counter(request.form.get("name", ""))
+    return _say(counter.name, f"is {counter.set(_number(request.form.get('value', '')))} now")
 
 
 @dashboard.get("/counters/delete")
@@ -95,9 +90,8 @@ def confirm() -> str | Response:
 @dashboard.post("/counters/delete")
 @operators_only
 def delete() -> Response:
-    counter = shared.counter(_name())
-    result = "is deleted" if counter.delete() else "was not there"
-    return _say(f"{_isolated(counter.name)} {result}.")
+    counter = shared.counter(request.form.get("name", ""))
+    return _say(counter.name, "is deleted" if counter.delete() else "was not there")
 
 
 def _listing() -> Listing:
@@ -134,10 +128,6 @@ def _here() -> dict[str, Any]:
     return {name: unicodedata.normalize("NFC", text) for name, text in given.items() if text}
 
 
-def _name() -> str:
-    return request.form.get("name", "")
-
-
 def _number(text: str) -> int:
     digits = text.strip().removeprefix("-")
     if not (digits.isascii() and digits.isdigit() and len(digits) < 20):
@@ -145,15 +135,12 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _isolated(name: str) -> str:
-    """Isolate a name's writing direction from its sentence, as `<bdi>` does in HTML."""
-    return f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE}"
-
-
-def _say(sentence: str) -> Response:
+def _say(name: str, result: str) -> Response:
     """Answer the page's script with a sentence, and show it to people on the page that they came from."""
+    # Isolated, the name has its own writing direction, as in `<bdi>`.
+    sentence = f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE} {result}."
     if request.accept_mimetypes.best_match(["text/html", "application/json"]) == "application/json":
-        return Response(_encode({"sentence": sentence}), content_type="application/json")
+        return Response(msgspec.json.encode({"sentence": sentence}), content_type="application/json")
     flash(sentence)
     return redirect(url_for(".page", **_here()), 303)  # type: ignore[return-value]
 
@@ -183,21 +170,17 @@ def _shown(value: Any, unit: str) -> str:
     return show.get(unit, str)(value)
 
 
-def _processes() -> list[dict[str, str]] | None:
+def processes() -> list[dict[str, str]] | None:
+    """Return the supervisor's processes as rows for people, or None without a supervisor."""
     found: Callable[[], list[Process]] | None = current_app.config.get("COUNTER_SERVER_PROCESSES")
-    return None if found is None else processes(found())
-
-
-def processes(found: Sequence[Process]) -> list[dict[str, str]]:
-    """Return the supervisor's processes as rows for people."""
-    return [
+    return None if found is None else [
         {
             "name": process.name,
             "pid": "being started" if process.pid is None else str(process.pid),
             "uptime": "" if process.pid is None else duration(process.uptime),
             "restarts": f"{process.restarts:,}",
         }
-        for process in found
+        for process in found()
     ]
 
 

@@ -46,14 +46,14 @@ def blueprint(state: State) -> Blueprint:
 
     @health.get(LIVEZ)
     def livez() -> Response:
-        return _text("alive\n")
+        return Response("alive\n", mimetype="text/plain")
 
     @health.get("/readyz")
     def readyz() -> Response:
         failure = readiness.failure()
         if failure is not None:
             return problem(503, "Not Ready", _REASONS.get(type(failure), _OTHER_REASON), "not_applied")
-        return _text("ready\n")
+        return Response("ready\n", mimetype="text/plain")
 
     @health.get("/metrics")
     def metrics() -> Response:
@@ -68,10 +68,6 @@ def blueprint(state: State) -> Blueprint:
         return Response(encode(cast(Collector, SimpleNamespace(collect=lambda: families))), content_type=content_type)
 
     return health
-
-
-def _text(text: str) -> Response:
-    return Response(text, content_type="text/plain; charset=utf-8")
 
 
 class _Readiness:

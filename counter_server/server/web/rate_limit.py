@@ -53,8 +53,8 @@ def init_app(app: Flask, shared: SharedState) -> None:
             raise TooManyRequests(f"more than {item} from one address; nothing was counted", retry_after=seconds)
 
     def add_headers(response: Response) -> Response:
-        if _HEADER in g:
-            response.headers["RateLimit"] = g.get(_HEADER)
+        if (left := g.pop(_HEADER, None)) is not None:
+            response.headers["RateLimit"] = left
             response.headers["RateLimit-Policy"] = f'"client";q={item.amount};w={item.get_expiry()}'
         return response
 

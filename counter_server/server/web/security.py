@@ -106,11 +106,13 @@ def _configure_hosts(app: Flask) -> None:
     names = app.config.setdefault("COUNTER_SERVER_ALLOWED_HOSTS", ())
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise StartupError(f"COUNTER_SERVER_ALLOWED_HOSTS must be a list of host names, not {names!r}")
-    allowed = {name: name.lower().strip("[]") if isinstance(name, str) else "" for name in names}
-    for name, host in allowed.items():
+    allowed = set()
+    for name in names:
+        host = name.lower().strip("[]") if isinstance(name, str) else ""
         if not _HOST.fullmatch(host):
             raise StartupError(f"{name!r} is not a host name: give it as browsers send it, without scheme and port")
-    app.config["COUNTER_SERVER_ALLOWED_HOSTS"] = frozenset(allowed.values())
+        allowed.add(host)
+    app.config["COUNTER_SERVER_ALLOWED_HOSTS"] = allowed
     proxies = app.config.setdefault("COUNTER_SERVER_TRUSTED_PROXIES", 0)
     if not isinstance(proxies, int) or isinstance(proxies, bool) or proxies < 0:
         raise StartupError(f"COUNTER_SERVER_TRUSTED_PROXIES must be a number of proxies, 0 or more, not {proxies!r}")
@@ -307,7 +309,7 @@ def leave() -> AnyResponse:
     if name := _sign_in_id():
         _end(name)
         for key in (_SIGN_IN, "_permanent"):
-            session.pop(key)
+            session.pop(key, None)
     return redirect(_next(), 303)
 
 
