@@ -255,7 +255,7 @@ def test_the_form_itself_is_no_accusation(setting: Setting) -> None:
 
 
 def test_without_a_token_there_is_nothing_to_sign_in_to() -> None:
-    for host, says in (("127.0.0.1", "everybody on this machine"), ("0.0.0.0", "set and delete are off")):
+    for host, says in (("127.0.0.1", "everyone on this machine"), ("0.0.0.0", "set and delete are off")):
         client = make_app(host=host).test_client()
         page = client.get("/sign-in", headers=BROWSER)
         assert page.status_code == 200

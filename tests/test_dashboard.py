@@ -181,7 +181,7 @@ def sentence(page: Page) -> str:
 def test_every_form_does_what_it_says_and_says_what_it_did(client: FlaskClient, app: Flask) -> None:
     page = look(client)
     assert page.counters == {}
-    assert page.texts["none"] == "Nothing is counted yet."
+    assert page.texts["none"] == "Nothing has been counted yet."
     page = press(client, page.form("/counters/increment"), name="tickets")
     assert sentence(page) == "tickets gave 1."
     assert page.counters == {"tickets": "1"}
@@ -423,7 +423,7 @@ def test_a_search_finds_the_names_that_begin_so_page_by_page(client: FlaskClient
     assert list(look(client, page.links["All counters"]).counters) == ["A", "a", "a/1", "a/2", "a/3", "ab", "b a"]
     page = look(client, "/counters?q=nothing")
     assert page.counters == {}
-    assert page.texts["none"] == "No counter here: none has such a name."
+    assert page.texts["none"] == "No counter has such a name."
 
 
 def test_a_search_may_be_typed_in_another_normal_form(in_memory: Flask) -> None:
@@ -465,7 +465,7 @@ def test_a_store_that_cannot_list_says_so_and_does_the_rest(tmp_path: Path, stac
     assert page.counters == {}
     text = client.get("/counters").text
     assert "memcached cannot list its counters; use another store for it. Search for a whole name" in text
-    assert "The store memcached:// tells no figures of itself here" in text
+    assert "The store memcached:// gives no figures here" in text
     page = press(client, page.form("/counters/increment"), name="a b")
     assert sentence(page) == "a b gave 1."
     page = press(client, page.form("/counters"), q="a b")

@@ -104,7 +104,7 @@ def _value(name: str, value: int, headers: Mapping[str, str] | None = None) -> R
 def _idempotency_key() -> str | None:
     key = request.headers.get("Idempotency-Key")
     if key is not None and "," in key:
-        # WSGI joins repeated headers with a comma, so the two cannot be told apart.
+        # WSGI joins repeated headers with a comma, so a comma may stand for two keys.
         raise InvalidRequest("an Idempotency-Key may be given once, without a comma")
     return key
 

@@ -48,7 +48,7 @@ class BadgeQuery(Struct, frozen=True):
 
 
 def init_app(app: Flask) -> None:
-    """Give `app` the badges; those of the counters in ``COUNTER_SERVER_BADGES`` may count.
+    """Give `app` the badges. ``COUNTER_SERVER_BADGES`` lists the counters whose badges may count.
 
     :raises InvalidRequest: if these are not names.
     """

@@ -32,7 +32,7 @@ _REASONS: dict[type[CounterServerError], str] = {
     errors.DeadlineExceeded: f"the store has not answered within {_SECONDS:g} s; nothing that it holds is lost by that",
     errors.AccessDenied: "the store does not let this server in; its log says more",
 }
-_OTHER_REASON = "the store cannot be used as it is; the server's log says why"
+_OTHER_REASON = "the store cannot be used; the server's log says why"
 
 
 def blueprint(state: State) -> Blueprint:

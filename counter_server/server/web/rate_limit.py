@@ -1,6 +1,6 @@
 """A limit on the requests of one client to the API and the badges: one budget for all workers, in the manager.
 
-The headers are those of the IETF's draft-ietf-httpapi-ratelimit-headers-10: ``RateLimit-Policy`` says how much each
+The headers follow the IETF's draft-ietf-httpapi-ratelimit-headers-10: ``RateLimit-Policy`` says how much each
 client may ask, ``RateLimit`` how much is left.
 """
 
@@ -103,7 +103,7 @@ def _parse(text: object) -> "RateLimitItem":
 
 
 def client() -> str:
-    """Return who asks: an address, or the IPv6 network that belongs to one customer of an access provider."""
+    """Return the client: its address, or the IPv6 network that belongs to one customer of an access provider."""
     try:
         address = ip_address(request.remote_addr or "")
     except ValueError:  # clients of a socket file have no addresses: they share one budget
