@@ -1,5 +1,6 @@
 """The dashboard: all counters, live, with forms to change them; the manager and the processes of the server."""
 
+import re
 import unicodedata
 from collections.abc import Callable
 from itertools import takewhile
@@ -11,13 +12,12 @@ from jinja2.filters import do_filesizeformat
 
 from ...errors import CounterServerError, InvalidRequest, Unsupported
 from ...extension import SharedState
-from ...operations import Get
+from ...operations import LARGEST, SMALLEST, Get
 from ...status import FIGURES, Process, Status
 from .problems import problem, refuse
 from .security import operators_only, wants_page
 
-_ROWS = "50"  # counters on a page by default
-_MOST_ROWS = 500
+_MOST_ROWS = 500  # counters on a page
 _TOTALS = ("epoch", "pid", "batches", "operations", "commits", "commit_seconds")  # the page shows their rates
 
 shared = SharedState()  # of the current app
@@ -74,7 +74,8 @@ def increment() -> Response:
 @operators_only
 def set_() -> Response:
     counter = shared.counter(request.form.get("name", ""))
-    return _say(counter.name, f"is {counter.set(_number(request.form.get('value', '')))} now")
+    value = _integer("value", request.form.get("value", ""), SMALLEST, LARGEST)
+    return _say(counter.name, f"is {counter.set(value)} now")
 
 
 @dashboard.get("/counters/delete")
@@ -96,10 +97,8 @@ def delete() -> Response:
 
 def _listing() -> Listing:
     here = _here()
-    limit = here.get("limit", _ROWS)
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= _MOST_ROWS):
-        raise InvalidRequest(f"limit must be 1 to {_MOST_ROWS}")
-    return find(beginning=here.get("q", ""), after=here.get("after", ""), limit=int(limit))
+    limit = _integer("limit", here.get("limit", "50"), 1, _MOST_ROWS)
+    return find(beginning=here.get("q", ""), after=here.get("after", ""), limit=limit)
 
 
 def find(*, beginning: str, after: str, limit: int) -> Listing:
@@ -128,10 +127,9 @@ def _here() -> dict[str, Any]:
     return {name: unicodedata.normalize("NFC", text) for name, text in given.items() if text}
 
 
-def _number(text: str) -> int:
-    digits = text.strip().removeprefix("-")
-    if not (digits.isascii() and digits.isdigit() and len(digits) < 20):
-        raise InvalidRequest("a value is a whole number within 64 bits")
+def _integer(name: str, text: str, least: int, most: int) -> int:
+    if not re.fullmatch(r"\s*-?[0-9]{1,19}\s*", text) or not least <= int(text) <= most:
+        raise InvalidRequest(f"{name} must be an integer from {least} to {most}")
     return int(text)
 
 

@@ -57,7 +57,14 @@ def blueprint(state: State) -> Blueprint:
 
     @health.get("/metrics")
     def metrics() -> Response:
-        up, status = _ask(state)
+        up, status = True, None
+        try:
+            status = state.status(within=_SECONDS)
+            if status is None:  # the store has no figures, but does it answer?
+                state.submit(Get("any"), within=_SECONDS)
+        except CounterServerError as error:
+            log.warning("no figures: %s", error)
+            up = False
         processes = current_app.config.get("COUNTER_SERVER_PROCESSES")
         families = list(_metrics(up, status, processes() if processes is not None else []))
         try:
@@ -107,18 +114,6 @@ class _Readiness:
     def _write(self) -> None:
         with suppress(errors.LimitReached):
             self._state.submit(_WRITE, within=_SECONDS)
-
-
-def _ask(state: State) -> tuple[bool, Status | None]:
-    """Return whether the store answers, and its figures if it has any."""
-    try:
-        status = state.status(within=_SECONDS)
-        if status is None:
-            state.submit(Get("any"), within=_SECONDS)
-    except CounterServerError as error:
-        log.warning("no figures: %s", error)
-        return False, None
-    return True, status
 
 
 def _metrics(up: bool, status: Status | None, processes: Sequence[Process]) -> Iterator[Metric]:  # noqa: FBT001

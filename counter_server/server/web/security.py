@@ -18,13 +18,13 @@ from functools import wraps
 from ipaddress import ip_address
 from math import ceil
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 from urllib.parse import quote
 
 from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, session, url_for
 from flask.sessions import SecureCookieSessionInterface
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import Forbidden, HTTPException, MisdirectedRequest, TooManyRequests, Unauthorized
+from werkzeug.exceptions import Forbidden, MisdirectedRequest, TooManyRequests, Unauthorized
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.wrappers import Response as AnyResponse
 
@@ -38,8 +38,6 @@ from ...windows import Attempts
 from .rate_limit import client
 
 log = logging.getLogger(__name__)
-
-View = TypeVar("View", bound=Callable[..., Any])
 
 sign_in = Blueprint("sign_in", __name__)
 
@@ -182,14 +180,16 @@ def _add_headers(response: Response) -> Response:
 
 def may_operate() -> bool:
     """Return whether the sender of this request may set and delete."""
-    if _token() is None:
+    if not current_app.config[_TOKEN]:
         return is_loopback(current_app)
     token = _bearer()
     if token is None:
         return _is_signed_in()
     if _VERDICT not in request.environ:  # a request is one attempt, even if this is called again
-        request.environ[_VERDICT] = False  # also if the attempt is refused
-        request.environ[_VERDICT] = _is_right_token(token)
+        request.environ[_VERDICT] = False  # also if there were too many attempts
+        with suppress(Unauthorized):
+            _check_token(token)
+            request.environ[_VERDICT] = True
     return bool(request.environ[_VERDICT])
 
 
@@ -197,7 +197,7 @@ def why_not() -> str:
     """Return why the sender of this request may not set and delete, and what to do; empty if it may."""
     if may_operate():
         return ""
-    if _token() is not None:
+    if current_app.config[_TOKEN]:
         return "set and delete are for operators: sign in, or send the server's token as Authorization: Bearer"
     return (
         "set and delete are off: other machines may reach this server, and it has no token; start it with a token in"
@@ -205,14 +205,14 @@ def why_not() -> str:
     )
 
 
-def operators_only(view: View) -> View:
+def operators_only(view: Callable[..., Any]) -> Callable[..., Any]:
     """Let only operators call a view: others get a problem document, or in a browser the form to sign in."""
 
     @wraps(view)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if may_operate():
             return view(*args, **kwargs)
-        if _token() is None:
+        if not current_app.config[_TOKEN]:
             raise Forbidden(why_not())
         if _bearer() is not None:
             raise _wrong_token()
@@ -220,17 +220,12 @@ def operators_only(view: View) -> View:
             return redirect(url_for("sign_in.page", next=_way_back()), 303)
         raise Unauthorized(why_not(), www_authenticate=WWWAuthenticate("bearer", {"realm": "counter_server"}))
 
-    return cast(View, guarded)
+    return guarded
 
 
 def wants_page() -> bool:
     """Return whether the client is a browser, which names HTML among the types that it accepts."""
     return request.accept_mimetypes.best_match(["application/problem+json", "text/html"]) == "text/html"
-
-
-def _token() -> str | None:
-    token: str | None = current_app.config[_TOKEN]
-    return token
 
 
 def _bearer() -> str | None:
@@ -239,15 +234,17 @@ def _bearer() -> str | None:
     return credentials.strip() if scheme.lower() == "bearer" else None
 
 
-def _is_right_token(given: str) -> bool:
+def _check_token(given: str) -> None:
     """Compare a token in constant time, and limit wrong tokens, per address and in total.
 
+    :raises Unauthorized: if it is not the server's token.
     :raises TooManyRequests: if there were too many wrong tokens, whether this token is right or not.
     """
-    right = hmac.compare_digest(given.encode(errors="replace"), (_token() or "").encode())
+    right = hmac.compare_digest(given.encode(errors="replace"), current_app.config[_TOKEN].encode())
     if seconds := ceil(_note_attempt(right=right)):
         raise TooManyRequests(f"too many wrong tokens: try again in {seconds} s", retry_after=seconds)
-    return right
+    if not right:
+        raise _wrong_token()
 
 
 def _wrong_token() -> Unauthorized:
@@ -286,22 +283,19 @@ def page() -> str:
 
 @sign_in.post("/sign-in")
 def enter() -> AnyResponse:
-    if _token() is None:
+    if not current_app.config[_TOKEN]:
         raise Forbidden(why_not() or "this server has no token to sign in with: everyone may set and delete")
-    error: HTTPException = _wrong_token()
     try:
-        if _is_right_token(request.form.get("token", "")):
-            session[_SIGN_IN] = (secrets.token_hex(16), int(time.time()), _proof())
-            session.permanent = True  # the cookie outlasts the browser's window, and we end the sign-in
-            return redirect(_next(), 303)
-    except TooManyRequests as too_many:
-        error = too_many
-    if not wants_page():
-        raise error
-    response = Response(_form(wrong=error.description or ""), error.code)
-    headers = error.get_response().headers
-    response.headers.update({name: headers[name] for name in ("Retry-After", "WWW-Authenticate") if name in headers})
-    return response
+        _check_token(request.form.get("token", ""))
+    except (Unauthorized, TooManyRequests) as error:
+        if not wants_page():
+            raise
+        answer = error.get_response()
+        answer.set_data(_form(wrong=error.description or ""))
+        return answer
+    session[_SIGN_IN] = (secrets.token_hex(16), int(time.time()), _proof())
+    session.permanent = True  # the cookie outlasts the browser's window; the server ends the sign-in
+    return redirect(_next(), 303)
 
 
 @sign_in.post("/sign-out")
@@ -324,19 +318,22 @@ def _next() -> str:
 
 def _is_signed_in() -> bool:
     name = _sign_in_id()
-    return name is not None and 0 <= time.time() - session[_SIGN_IN][1] < SIGNED_IN_SECONDS and not _is_ended(name)
+    if name is None or not 0 <= time.time() - session[_SIGN_IN][1] < SIGNED_IN_SECONDS:
+        return False
+    ended: set[str] | Path = current_app.extensions[_ENDED]
+    return name not in ended if isinstance(ended, set) else not (ended / name).exists()
 
 
 def _sign_in_id() -> str | None:
     """Return the id of the session's sign-in, also if it is over, if it was made with today's token."""
     name, _, proof = session.get(_SIGN_IN, ("", 0, ""))
-    return name if _token() is not None and hmac.compare_digest(proof, _proof()) else None
+    return name if current_app.config[_TOKEN] and hmac.compare_digest(proof, _proof()) else None
 
 
 def _proof() -> str:
     """Return a keyed digest of the token: a new token or key signs everyone out, and the cookie reveals neither."""
     key = current_app.secret_key or b""
-    text = f"{_SIGN_IN} {_token()}".encode()
+    text = f"{_SIGN_IN} {current_app.config[_TOKEN]}".encode()
     return hmac.new(key if isinstance(key, bytes) else key.encode(), text, "sha256").hexdigest()
 
 
@@ -348,10 +345,9 @@ class Sessions(SecureCookieSessionInterface):
 
 
 def signing_key(store: str, data_dir: str) -> bytes:
-    """Return the key that signs cookies, the same for all workers and after a restart.
+    """Return the key that signs cookies for the app of a store: the same for all workers, and after a restart.
 
-    :param store: the store's URL. With `memory://` each process has its own key, and nothing is written.
-    :param data_dir: the directory that keeps the key if the store has no data directory.
+    :param data_dir: keeps the key of a store without a data directory; with `memory://` nothing is written.
     :raises StartupError: if the directory cannot be made or written.
     """
     directory = _directory(store, data_dir)
@@ -365,11 +361,6 @@ def _directory(store: str, data_dir: str) -> DataDirectory | None:
     if store == "memory://":
         return None
     return DataDirectory.from_url(store, data_dir) if store.startswith("manager:") else DataDirectory(data_dir)
-
-
-def _is_ended(name: str) -> bool:
-    ended: set[str] | Path = current_app.extensions[_ENDED]
-    return name in ended if isinstance(ended, set) else (ended / name).exists()
 
 
 def _end(name: str) -> None:

@@ -104,7 +104,7 @@ function showMeans(time, now) {
   find("[data-mean=batches]").textContent = `${(gained("batches") / ((time - first.time) / 1000)).toFixed(1)}/s`;
   say("batch", gained("operations"), gained("batches"), "operations");
   say("commit", gained("commit_seconds") * 1000, gained("commits"), "ms");
-  find("#basis").textContent = "The first three are means of the last seconds with any.";
+  find("#basis").textContent = "The first three are means over the last seconds with traffic.";
 }
 
 function showProcesses(processes) {
