@@ -1,4 +1,4 @@
-"""The form to sign in with, as people see and use it in a browser."""
+"""The form to sign in, as people see and use it in a browser."""
 
 from collections.abc import Callable
 
@@ -41,11 +41,11 @@ def test_the_form_fits_and_is_accessible(browser: Browser, server: Server, colou
     screenshot(page, f"sign-in-{colours}-{width}")
 
 
-def test_a_wrong_token_is_told_to_those_who_hear_and_to_those_who_see(browser: Browser, server: Server) -> None:
+def test_an_error_is_announced_and_shown_at_the_field(browser: Browser, server: Server) -> None:
     page = browser.open(f"{server.url}/sign-in", javascript=False, width=NARROW)
     page.locator("#token").fill("not the token of this server")
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("alert")).to_have_text("That is not this server's token.")
     expect(page.locator("#token")).to_have_accessible_description("That is not this server's token.")
     assert overflow(page) <= 0
-    browser.complaints[:] = [said for said in browser.complaints if "401" not in said]  # of which Chromium complains
+    browser.complaints[:] = [said for said in browser.complaints if "401" not in said]  # Chromium complains of it

@@ -1,4 +1,4 @@
-"""What the documents say is so: their examples run, and the tests that they name are there."""
+"""The documents are right: their examples run, and the tests that they name exist."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ DOCUMENTS = [*(ROOT / name for name in BESIDE), *sorted((ROOT / "docs").glob("*.
 
 
 def examples(document: Path) -> list[str]:
-    """The indented blocks of a document."""
+    """Return the indented blocks of a document."""
     blocks = re.findall(r"(?:^ {4}.*\n(?:\n(?= {4}))?)+", document.read_text(), re.MULTILINE)
     return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in blocks]
 
@@ -40,22 +40,22 @@ def test_the_lines_for_any_app_count(document: str) -> None:
     assert names["number"] == 1
 
 
-def test_the_example_without_flask_says_what_it_gives(start_manager: Callable[..., Manager]) -> None:
+def test_the_example_without_flask_states_its_results(start_manager: Callable[..., Manager]) -> None:
     code = example("docs/any-app.md", "from counter_server import open_state")
     code = code.replace("manager:///var/lib/counters", start_manager().url)
     head, *lines = code.rstrip().split("\n")
     with_line, assignment, *calls = (line for line in lines if line)
-    told = [int(line.partition("#")[2].split(",")[0].split()[0]) for line in calls if "#" in line]
+    reported = [int(line.partition("#")[2].split(",")[0].split()[0]) for line in calls if "#" in line]
     program = "\n".join(
         [head, with_line, assignment, *(f"    print({line.partition('#')[0].strip()})" for line in calls)]
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert [int(line) for line in result.stdout.split()[: len(told)]] == told
-    assert told == [1, 6, 7, 6, 6]
+    assert [int(line) for line in result.stdout.split()[: len(reported)]] == reported
+    assert reported == [1, 6, 7, 6, 6]
 
 
 def test_the_examples_of_a_dict_a_visitors_counter_a_cache_and_limits_work(on_demand: str, tmp_path: Path) -> None:
-    """With a directory that a test may write to; each line of the dict gives what stands beside it."""
+    """The directory is one for tests; each line of the dict returns the value in its comment."""
     app = Flask(__name__, instance_path=str(tmp_path))
     app.config.update(COUNTER_SERVER_STORE=on_demand, SECRET_KEY="for this test")
     shared = SharedState(app)
@@ -64,7 +64,7 @@ def test_the_examples_of_a_dict_a_visitors_counter_a_cache_and_limits_work(on_de
     def code(start: str) -> str:
         return example("docs/any-app.md", start).replace("manager:///var/lib/counters", on_demand)
 
-    # What is declared, is declared before the first use of any.
+    # All declarations come before the first use of any.
     (carts, *uses), (basket, use) = (code(start).strip().split("\n") for start in ("carts = ", "basket = "))
     declarations = (
         code(s) for s in ("from flask_caching", "from counter_server.caching", "import counter_server.limiting")
@@ -78,10 +78,10 @@ def test_the_examples_of_a_dict_a_visitors_counter_a_cache_and_limits_work(on_de
 
 
 def run_example_line(line: str, names: dict[str, object]) -> None:
-    """Run it; where it says beside it what it gives, look whether it does."""
-    statement, _, told = (part.strip() for part in line.partition("  #"))
-    if told.startswith(("'", "[")) or told.isdigit():
-        assert repr(eval(statement, names)) == told, statement  # noqa: S307 - of our own document
+    """Run a line; if its comment is a value, check that the line returns it."""
+    statement, _, reported = (part.strip() for part in line.partition("  #"))
+    if reported.startswith(("'", "[")) or reported.isdigit():
+        assert repr(eval(statement, names)) == reported, statement  # noqa: S307 - of our own document
     else:
         exec(statement, names)  # noqa: S102 - of our own document
 
@@ -102,7 +102,7 @@ def test_the_readmes_commands_for_counters_work(start_server: Callable[..., Serv
 
 
 def curl(arguments: list[str]) -> str:
-    """What curl would be answered, for the options that our documents use; it may not be installed."""
+    """Return what curl would print, for the options in our documents; curl may not be installed."""
     from urllib.request import Request, urlopen
 
     method, data, headers, url = "GET", None, {}, ""
@@ -122,14 +122,14 @@ def curl(arguments: list[str]) -> str:
         return str(response.read().decode())
 
 
-def test_every_test_that_a_document_names_is_there() -> None:
+def test_every_test_named_in_a_document_exists() -> None:
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for document in DOCUMENTS:
         for name in re.findall(r"`(test_\w+)`", document.read_text()):
             assert f"def {name}(" in tests, f"{document.name} names {name}"
 
 
-def test_every_file_that_a_document_names_is_there() -> None:
+def test_every_file_named_in_a_document_exists() -> None:
     for document in DOCUMENTS:
         text = document.read_text()
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
@@ -138,22 +138,22 @@ def test_every_file_that_a_document_names_is_there() -> None:
             assert (ROOT / path).exists(), f"{document.name} names {path}"
 
 
-def test_the_figures_of_what_is_survived_are_of_every_kind_of_fault() -> None:
+def test_the_table_of_survived_faults_has_every_kind_of_fault() -> None:
     page = (ROOT / "docs" / "guarantees.md").read_text()
-    told = re.findall(r"^\| ([^|]+) \| \d+ \| [\d.]+ s \|", page, re.MULTILINE)
-    assert set(told) >= {*Faults.replacing, *Faults.passing}
+    reported = re.findall(r"^\| ([^|]+) \| \d+ \| [\d.]+ s \|", page, re.MULTILINE)
+    assert set(reported) >= {*Faults.replacing, *Faults.passing}
 
 
 def test_no_line_of_a_document_needs_a_scroll_bar() -> None:
-    """140 columns at the most, but for tables and commands."""
+    """A line has at most 140 columns, except in tables and commands."""
     for document in DOCUMENTS:
         for line in document.read_text().splitlines():
             assert len(line) <= 140 or line.startswith(("|", "    ")), f"{document.name}: {line[:60]}…"
 
 
-def test_the_figures_of_how_far_it_goes_are_those_of_the_model() -> None:
-    told = subprocess.run([sys.executable, "docs/scale.py"], capture_output=True, text=True, check=True, cwd=ROOT)
+def test_the_figures_of_the_scale_page_come_from_its_model() -> None:
+    reported = subprocess.run([sys.executable, "docs/scale.py"], capture_output=True, text=True, check=True, cwd=ROOT)
     page = (ROOT / "docs" / "scale.md").read_text()
-    tables = told.stdout.strip().split("\n\n")
+    tables = reported.stdout.strip().split("\n\n")
     assert len(tables) == 3
     assert re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE) == [f"{table}\n" for table in tables]
