@@ -171,19 +171,17 @@ def _shown(value: Any, unit: str) -> str:
 def processes() -> list[dict[str, str]] | None:
     """Return the supervisor's processes as rows for people, or None without a supervisor."""
     found: Callable[[], list[Process]] | None = current_app.config.get("COUNTER_SERVER_PROCESSES")
-    return (
-        None
-        if found is None
-        else [
-            {
-                "name": process.name,
-                "pid": "being started" if process.pid is None else str(process.pid),
-                "uptime": "" if process.pid is None else duration(process.uptime),
-                "restarts": f"{process.restarts:,}",
-            }
-            for process in found()
-        ]
-    )
+    if found is None:
+        return None
+    return [
+        {
+            "name": process.name,
+            "pid": "being started" if process.pid is None else str(process.pid),
+            "uptime": "" if process.pid is None else duration(process.uptime),
+            "restarts": f"{process.restarts:,}",
+        }
+        for process in found()
+    ]
 
 
 def duration(seconds: float) -> str:

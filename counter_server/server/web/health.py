@@ -126,18 +126,14 @@ def _metrics(up: bool, status: Status | None, processes: Sequence[Process]) -> I
             if figure.metric:
                 kind = CounterMetricFamily if figure.grows else GaugeMetricFamily
                 yield kind(f"counter_server_{figure.metric}", figure.help, getattr(status, name))
-        text = "Seconds that a long call has taken so far."
-        slow = GaugeMetricFamily("counter_server_slow_call_seconds", text, labels=["object", "method"])
+        slow = GaugeMetricFamily("counter_server_slow_call_seconds", "Seconds so far.", labels=["object", "method"])
         for call in status.slow_calls:
             slow.add_metric([call.object, call.method], call.seconds)
         yield slow
     if processes:
-        text = "Whether a process fills this place."
-        up_now = GaugeMetricFamily("counter_server_process_up", text, labels=["process"])
-        text = "Seconds since that process was started."
-        uptime = GaugeMetricFamily("counter_server_process_uptime_seconds", text, labels=["process"])
-        text = "How often another process was started there."
-        restarts = CounterMetricFamily("counter_server_process_restarts", text, labels=["process"])
+        up_now = GaugeMetricFamily("counter_server_process_up", "Whether the process runs.", labels=["process"])
+        uptime = GaugeMetricFamily("counter_server_process_uptime_seconds", "Seconds of its life.", labels=["process"])
+        restarts = CounterMetricFamily("counter_server_process_restarts", "Starts after the first.", labels=["process"])
         for process in processes:
             up_now.add_metric([process.name], process.pid is not None)
             uptime.add_metric([process.name], process.uptime)

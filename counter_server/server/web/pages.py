@@ -62,18 +62,12 @@ def blueprint(shared: SharedState) -> Blueprint:
     def session() -> str:
         return render_template("session.html", sentence=f"counter is {yours().value}")
 
-    @pages.post("/session/inc")
-    def session_inc() -> Response:
-        return _say(f"counter is {yours().increment()}")
-
-    @pages.post("/session/dec")
-    def session_dec() -> Response:
-        return _say(f"counter is {yours().decrement()}")
-
-    @pages.post("/session/reset")
-    def session_reset() -> Response:
-        yours().reset()
-        return _say("counter was reset")
+    @pages.post("/session/<any(inc, dec, reset):step>")
+    def session_step(step: str) -> Response:
+        if step == "reset":
+            yours().reset()
+            return _say("counter was reset")
+        return _say(f"counter is {yours().increment(1 if step == 'inc' else -1)}")
 
     return pages
 

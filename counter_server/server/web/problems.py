@@ -71,9 +71,8 @@ def _refuse_http(error: HTTPException) -> Response:
     if error.code is None or error.code < 400:  # a redirect is an HTTPException too
         return Response(original.get_data(), original.status, original.headers)
     response = problem(error.code, error.name, error.description or error.name, "not_applied")
-    for name in ("Allow", "Location", "Retry-After", "WWW-Authenticate"):
-        if name in original.headers:
-            response.headers[name] = original.headers[name]
+    kept = ("Allow", "Location", "Retry-After", "WWW-Authenticate")
+    response.headers.update({name: original.headers[name] for name in kept if name in original.headers})
     return response
 
 
