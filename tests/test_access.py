@@ -1,5 +1,6 @@
-"""Who may what: every way to set and delete, with and without the right to, and what is there afterwards."""
+"""Permissions: every way to set and delete, with and without permission, and the counters afterwards."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.cookies import Morsel, SimpleCookie
@@ -9,13 +10,11 @@ from pathlib import Path
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from itsdangerous import TimestampSigner
 from werkzeug.test import TestResponse
 
 from counter_server.errors import StartupError
 from counter_server.server.web import create_app
-from counter_server.server.web.access import is_loopback, may_operate, operators_only, why_not
-from counter_server.server.web.operators import COOKIE, SIGNED_IN_SECONDS
+from counter_server.server.web.security import SIGNED_IN_SECONDS, is_loopback, may_operate, operators_only, why_not
 from counter_server.state import State
 
 COUNTER = "/api/v1/counters/x"
@@ -33,7 +32,7 @@ def bearer(token: str, scheme: str = "Bearer") -> dict[str, str]:
 
 
 def make_app(**config: object) -> Flask:
-    """The application with the counter x in it; COUNTER_SERVER_ is before each name, and the token never the user's."""
+    """Make the application with the counter x. Names get the prefix COUNTER_SERVER_; no token is set by default."""
     keys = {name if name.isupper() else f"COUNTER_SERVER_{name.upper()}": value for name, value in config.items()}
     app = create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_TOKEN": None, **keys})
     state_of(app).counter("x").set(VALUE)
@@ -55,7 +54,7 @@ def send(client: FlaskClient, method: str, headers: dict[str, str] | None = None
 
 
 def assert_refused(response: TestResponse, status: int) -> str:
-    """It is a problem document of that status that says that nothing was changed; its detail."""
+    """Check for a problem document of this status that says that nothing was changed; return its detail."""
     assert response.status_code == status, response.text
     assert response.content_type == "application/problem+json"
     body = response.get_json()
@@ -67,7 +66,7 @@ def assert_refused(response: TestResponse, status: int) -> str:
     return detail
 
 
-# Who may set and delete
+# Permission to set and delete
 
 CREDENTIALS: dict[str, dict[str, str]] = {
     "none": {},
@@ -81,7 +80,7 @@ CREDENTIALS: dict[str, dict[str, str]] = {
     "not ASCII": bearer("größer als sechzehn"),
     "the token by another scheme": bearer(TOKEN, "Basic"),
     "the token twice": bearer(f"{TOKEN}, Bearer {TOKEN}"),
-    "the token in the wrong header": {"X-Token": TOKEN, "Cookie": f"{COOKIE}={TOKEN}"},
+    "the token in the wrong header": {"X-Token": TOKEN, "Cookie": f"session={TOKEN}"},
 }
 RIGHT = {"the token", "the token, scheme in capitals"}
 
@@ -89,9 +88,7 @@ RIGHT = {"the token", "the token, scheme in capitals"}
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
 @pytest.mark.parametrize("credentials", CREDENTIALS)
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", None])
-def test_where_there_is_a_token_who_has_it_sets_and_deletes_and_nobody_else(
-    host: str | None, credentials: str, method: str
-) -> None:
+def test_with_a_token_only_clients_that_send_it_set_and_delete(host: str | None, credentials: str, method: str) -> None:
     app = make_app(host=host, token=TOKEN)
     response = send(app.test_client(), method, CREDENTIALS[credentials])
     if credentials in RIGHT:
@@ -106,7 +103,7 @@ def test_where_there_is_a_token_who_has_it_sets_and_deletes_and_nobody_else(
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
 @pytest.mark.parametrize("credentials", ["none", "the token"])
 @pytest.mark.parametrize(("host", "proxies"), [*product(LOOPBACK, [0]), *product(ELSEWHERE, [0]), ("127.0.0.1", 1)])
-def test_without_a_token_set_and_delete_are_on_where_only_this_machine_asks(
+def test_without_a_token_set_and_delete_are_on_if_only_this_machine_can_connect(
     host: str | None, proxies: int, credentials: str, method: str
 ) -> None:
     app = make_app(host=host, trusted_proxies=proxies)
@@ -126,7 +123,7 @@ def test_without_a_token_set_and_delete_are_on_where_only_this_machine_asks(
 
 @pytest.mark.parametrize("token", [None, TOKEN])
 @pytest.mark.parametrize("host", ["127.0.0.1", None])
-def test_everybody_reads_and_counts(host: str | None, token: str | None) -> None:
+def test_everyone_reads_and_counts(host: str | None, token: str | None) -> None:
     client = make_app(host=host, token=token).test_client()
     assert client.get(COUNTER).get_json()["value"] == VALUE
     assert client.post(f"{COUNTER}/increment").get_json()["value"] == VALUE + 1
@@ -143,14 +140,14 @@ def test_the_token_comes_from_the_environment_too(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "token", ["", " ", "short", "x" * 15, "with a space in it", f"{TOKEN}\n", "größer" * 3, 10**20]
 )
-def test_what_can_be_no_token_is_refused_at_the_start_and_not_repeated(token: object) -> None:
+def test_an_unusable_token_is_refused_at_the_start_and_not_repeated(token: object) -> None:
     with pytest.raises(StartupError, match="COUNTER_SERVER_TOKEN") as caught:
         make_app(token=token)
     assert "\n" not in str(caught.value)
     assert not str(token).strip() or str(token) not in str(caught.value)
 
 
-def test_a_token_of_16_characters_will_do() -> None:
+def test_a_token_of_16_characters_is_long_enough() -> None:
     assert send(make_app(token="x" * 16).test_client(), "PUT", bearer("x" * 16)).status_code == 200
 
 
@@ -190,19 +187,19 @@ def sign_in(client: FlaskClient, token: str = TOKEN, **form: str) -> TestRespons
     return client.post("/sign-in", data={"token": token, **form}, headers=BROWSER)
 
 
-def cookie_of(response: TestResponse, name: str = COOKIE) -> "Morsel[str]":
+def cookie_of(response: TestResponse) -> "Morsel[str]":
     for header in response.headers.getlist("Set-Cookie"):
         cookies = SimpleCookie(header)
-        if name in cookies:
-            return cookies[name]
-    raise AssertionError(f"no cookie {name}: {response.headers}")
+        if "session" in cookies:
+            return cookies["session"]
+    raise AssertionError(f"no cookie: {response.headers}")
 
 
 def with_cookie(value: str) -> dict[str, str]:
-    return {"Cookie": f"{COOKIE}={value}"}
+    return {"Cookie": f"session={value}"}
 
 
-def test_who_signs_in_with_the_token_may_set_and_delete(setting: Setting) -> None:
+def test_after_signing_in_an_operator_may_set_and_delete(setting: Setting) -> None:
     client = setting.app.test_client()
     assert send(client, "PUT").status_code == 401
     response = sign_in(client)
@@ -214,7 +211,7 @@ def test_who_signs_in_with_the_token_may_set_and_delete(setting: Setting) -> Non
     assert "You are signed in" in client.get("/sign-in").text
 
 
-def test_who_signs_out_may_no_more(setting: Setting) -> None:
+def test_after_signing_out_an_operator_may_not_set_and_delete(setting: Setting) -> None:
     client = setting.app.test_client()
     sign_in(client)
     response = client.post("/sign-out", headers=BROWSER)
@@ -224,7 +221,7 @@ def test_who_signs_out_may_no_more(setting: Setting) -> None:
     assert client.get("/may").get_json()["may"] is False
 
 
-def test_a_copied_cookie_ends_with_its_sign_in_and_no_other_does(setting: Setting) -> None:
+def test_signing_out_ends_copies_of_the_cookie_and_leaves_other_sign_ins(setting: Setting) -> None:
     client = setting.app.test_client(use_cookies=False)
     mine, other = (with_cookie(cookie_of(sign_in(client)).value) for _ in range(2))
     assert client.post("/sign-out", headers=mine).status_code == 303
@@ -236,27 +233,27 @@ def test_a_copied_cookie_ends_with_its_sign_in_and_no_other_does(setting: Settin
 
 
 @pytest.mark.parametrize("token", ["", "short", OTHER_TOKEN, TOKEN + "=", "größer"])
-def test_a_wrong_token_signs_nobody_in(setting: Setting, token: str) -> None:
+def test_a_wrong_token_does_not_sign_in(setting: Setting, token: str) -> None:
     client = setting.app.test_client()
     response = sign_in(client, token, next="/form")
     assert response.status_code == 401
     assert response.headers["WWW-Authenticate"].startswith("Bearer ")
     assert "Set-Cookie" not in response.headers
     assert 'role="alert"' in response.text
-    assert 'value="/form"' in response.text  # the next try still leads there
+    assert 'value="/form"' in response.text  # the next attempt still leads there
     assert_refused(client.post("/sign-in", data={"token": token}), 401)
     assert send(client, "PUT").status_code == 401
 
 
-def test_the_form_itself_is_no_accusation(setting: Setting) -> None:
+def test_the_form_shows_no_error_at_first(setting: Setting) -> None:
     response = setting.app.test_client().get("/sign-in", headers=BROWSER)
     assert response.status_code == 200
     assert 'role="alert"' not in response.text
     assert 'type="password"' in response.text
 
 
-def test_without_a_token_there_is_nothing_to_sign_in_to() -> None:
-    for host, says in (("127.0.0.1", "everybody on this machine"), ("0.0.0.0", "set and delete are off")):
+def test_without_a_token_the_form_says_why_it_is_missing() -> None:
+    for host, says in (("127.0.0.1", "everyone on this machine"), ("0.0.0.0", "set and delete are off")):
         client = make_app(host=host).test_client()
         page = client.get("/sign-in", headers=BROWSER)
         assert page.status_code == 200
@@ -267,14 +264,14 @@ def test_without_a_token_there_is_nothing_to_sign_in_to() -> None:
 
 @pytest.mark.parametrize("headers", [{"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://evil.example"}])
 @pytest.mark.parametrize("path", ["/sign-in", "/sign-out"])
-def test_another_site_signs_nobody_in_or_out(setting: Setting, path: str, headers: dict[str, str]) -> None:
+def test_another_site_cannot_sign_a_visitor_in_or_out(setting: Setting, path: str, headers: dict[str, str]) -> None:
     client = setting.app.test_client()
     response = client.post(path, data={"token": TOKEN}, headers=headers)
     assert_refused(response, 403)
     assert "Set-Cookie" not in response.headers
 
 
-def test_the_cookie_is_of_no_use_to_another_site(setting: Setting) -> None:
+def test_another_site_cannot_use_the_cookie(setting: Setting) -> None:
     client = setting.app.test_client()
     sign_in(client)
     assert_refused(send(client, "PUT", {"Sec-Fetch-Site": "same-site"}), 403)
@@ -283,7 +280,7 @@ def test_the_cookie_is_of_no_use_to_another_site(setting: Setting) -> None:
     assert (value_of(setting.app), setting.done) == (VALUE, 0)
 
 
-def test_a_wrong_token_counts_for_more_than_a_good_cookie(setting: Setting) -> None:
+def test_a_wrong_token_is_refused_despite_a_good_cookie(setting: Setting) -> None:
     client = setting.app.test_client()
     sign_in(client)
     assert_refused(send(client, "PUT", bearer(OTHER_TOKEN)), 401)
@@ -295,20 +292,18 @@ def test_cookies_are_out_of_reach_for_scripts_and_other_sites_and_stay_on_https(
     client = setting.app.test_client()
     url = f"{scheme}://localhost"
     response = client.post("/sign-in", base_url=url, data={"token": TOKEN})
-    cookies = {COOKIE: cookie_of(response)}
-    cookies["session"] = cookie_of(client.get("/session", base_url=url), "session")
-    for name, cookie in cookies.items():
-        assert cookie["httponly"], name
-        assert cookie["samesite"] == "Lax", name
-        assert bool(cookie["secure"]) is (scheme == "https"), name
-        assert cookie["path"] == "/", name
-        assert not cookie["domain"], name
-    assert int(cookies[COOKIE]["max-age"]) == SIGNED_IN_SECONDS
+    for cookie in (cookie_of(response), cookie_of(client.get("/session", base_url=url))):
+        assert cookie["httponly"]
+        assert cookie["samesite"] == "Lax"
+        assert bool(cookie["secure"]) is (scheme == "https")
+        assert cookie["path"] == "/"
+        assert not cookie["domain"]
+    assert cookie_of(response)["expires"], "the window may be closed before the sign-in is over"
     assert bool(cookie_of(client.post("/sign-out", base_url=url))["secure"]) is (scheme == "https")
 
 
 def damaged(cookie: str) -> Iterator[tuple[str, str]]:
-    value, time, signature = cookie.split(".")
+    value, time, signature = cookie.rsplit(".", 2)
     yield "whole", cookie
     yield "nothing", ""
     yield "no signature", f"{value}.{time}"
@@ -323,7 +318,7 @@ def damaged(cookie: str) -> Iterator[tuple[str, str]]:
     yield "long", "a" * 5000
 
 
-def test_a_cookie_that_was_tampered_with_is_none(setting: Setting) -> None:
+def test_a_changed_cookie_is_ignored(setting: Setting) -> None:
     client = setting.app.test_client(use_cookies=False)
     cookie = cookie_of(sign_in(client)).value
     for name, value in damaged(cookie):
@@ -334,16 +329,16 @@ def test_a_cookie_that_was_tampered_with_is_none(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize(("age", "holds"), [(0, True), (SIGNED_IN_SECONDS - 60, True), (SIGNED_IN_SECONDS + 60, False)])
-def test_a_cookie_expires(setting: Setting, age: int, holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+def test_a_sign_in_expires(setting: Setting, age: int, holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
     client = setting.app.test_client(use_cookies=False)
     with monkeypatch.context() as then:
-        now = TimestampSigner.get_timestamp
-        then.setattr(TimestampSigner, "get_timestamp", lambda signer: now(signer) - age)
+        now = time.time()
+        then.setattr(time, "time", lambda: now - age)
         cookie = cookie_of(sign_in(client)).value
     assert send(client, "PUT", with_cookie(cookie)).status_code == (200 if holds else 401)
 
 
-def test_a_new_token_or_a_new_key_signs_everybody_out() -> None:
+def test_a_new_token_or_a_new_key_signs_everyone_out() -> None:
     def app(token: str, key: str) -> FlaskClient:
         return make_app(host="127.0.0.1", token=token, SECRET_KEY=key).test_client(use_cookies=False)
 
@@ -353,14 +348,14 @@ def test_a_new_token_or_a_new_key_signs_everybody_out() -> None:
     assert_refused(send(app(TOKEN, "another key"), "PUT", cookie), 401)
 
 
-def test_a_visitors_session_is_no_operators_cookie(setting: Setting) -> None:
+def test_a_visitors_session_is_not_a_sign_in(setting: Setting) -> None:
     client = setting.app.test_client(use_cookies=False)
-    session = cookie_of(client.get("/session"), "session").value
+    session = cookie_of(client.get("/session")).value
     assert_refused(send(client, "PUT", with_cookie(session)), 401)
 
 
 @pytest.mark.parametrize("path", ["/", "/counters", "/counters?after=a%2Fb&q=%F0%9F%90%A6", "/a//b", "/@evil.example"])
-def test_signing_in_leads_on_to_where_one_wanted_to_go(setting: Setting, path: str) -> None:
+def test_signing_in_redirects_to_the_requested_page(setting: Setting, path: str) -> None:
     response = sign_in(setting.app.test_client(), next=path)
     assert (response.status_code, response.location) == (303, path)
 
@@ -385,7 +380,7 @@ def test_signing_in_leads_on_to_where_one_wanted_to_go(setting: Setting, path: s
     ],
 )
 @pytest.mark.parametrize("way", ["/sign-in", "/sign-out"])
-def test_signing_in_and_out_lead_to_no_other_site(setting: Setting, way: str, path: str) -> None:
+def test_signing_in_and_out_never_redirect_to_another_site(setting: Setting, way: str, path: str) -> None:
     response = setting.app.test_client().post(way, data={"token": TOKEN, "next": path})
     assert (response.status_code, response.location) == (303, "/")
     page = setting.app.test_client().get("/sign-in", query_string={"next": path})
@@ -395,7 +390,7 @@ def test_signing_in_and_out_lead_to_no_other_site(setting: Setting, way: str, pa
 # Pages for operators
 
 
-def test_a_browser_that_may_not_is_led_to_sign_in_and_back(setting: Setting) -> None:
+def test_a_browser_is_redirected_to_sign_in_and_back(setting: Setting) -> None:
     client = setting.app.test_client()
     led = client.get("/form?a=%2F&b=ü", headers=BROWSER)
     assert led.status_code == 303
@@ -414,7 +409,9 @@ def test_a_browser_that_may_not_is_led_to_sign_in_and_back(setting: Setting) -> 
         (None, "/sign-in"),
     ],
 )
-def test_a_form_that_may_not_be_sent_leads_back_to_its_page(setting: Setting, referrer: str | None, back: str) -> None:
+def test_after_a_refused_form_signing_in_redirects_to_its_page(
+    setting: Setting, referrer: str | None, back: str
+) -> None:
     headers = {**BROWSER, "Origin": "http://localhost", **({"Referer": referrer} if referrer else {})}
     response = setting.app.test_client().post("/set", headers=headers)
     assert (response.status_code, response.location) == (303, back)
@@ -422,7 +419,7 @@ def test_a_form_that_may_not_be_sent_leads_back_to_its_page(setting: Setting, re
 
 
 @pytest.mark.parametrize("accept", [None, "*/*", "application/json"])
-def test_a_program_that_may_not_is_told(setting: Setting, accept: str | None) -> None:
+def test_a_program_gets_a_problem_document(setting: Setting, accept: str | None) -> None:
     headers = {"Accept": accept} if accept else {}
     detail = assert_refused(setting.app.test_client().post("/set", headers=headers), 401)
     assert "sign in" in detail
@@ -430,7 +427,7 @@ def test_a_program_that_may_not_is_told(setting: Setting, accept: str | None) ->
 
 
 @pytest.mark.parametrize("headers", [{}, BROWSER])
-def test_where_set_and_delete_are_off_a_browser_too_is_told_why(headers: dict[str, str]) -> None:
+def test_if_set_and_delete_are_off_a_browser_learns_why(headers: dict[str, str]) -> None:
     off = Setting(make_app(host="0.0.0.0"))
     assert "COUNTER_SERVER_TOKEN" in assert_refused(off.app.test_client().post("/set", headers=headers), 403)
     assert off.done == 0
@@ -460,7 +457,7 @@ OTHER_NAMES = [
 
 @pytest.mark.parametrize("name", OWN_NAMES)
 @pytest.mark.parametrize("token", [None, TOKEN])
-def test_on_loopback_a_server_goes_by_loopbacks_names(name: str, token: str | None) -> None:
+def test_on_loopback_the_loopback_names_are_accepted(name: str, token: str | None) -> None:
     app = make_app(host="127.0.0.1", token=token)
     response = send(app.test_client(), "PUT", {"Host": name, **bearer(TOKEN)})
     assert response.status_code == 200
@@ -468,7 +465,7 @@ def test_on_loopback_a_server_goes_by_loopbacks_names(name: str, token: str | No
 
 @pytest.mark.parametrize("name", OTHER_NAMES)
 @pytest.mark.parametrize("allowed", [(), ("counter.example",)])
-def test_on_loopback_other_names_are_refused_for_every_request(name: str, allowed: tuple[str, ...]) -> None:
+def test_on_loopback_every_other_name_is_refused(name: str, allowed: tuple[str, ...]) -> None:
     app = make_app(host="127.0.0.1", allowed_hosts=allowed)
     client = app.test_client()
     for method, path in (
@@ -479,7 +476,7 @@ def test_on_loopback_other_names_are_refused_for_every_request(name: str, allowe
         ("POST", "/"),
     ):
         assert "--allow-host" in assert_refused(client.open(path, method=method, headers={"Host": name}), 421)
-    # The page of a site whose name points here is of one origin with ours, as far as its browser can tell.
+    # If a site's name points here, the browser takes the site and us for the same origin.
     rebound = {"Host": name, "Origin": f"http://{name}", "Sec-Fetch-Site": "same-origin"}
     assert_refused(send(client, "PUT", rebound), 421)
     assert_refused(send(client, "DELETE", rebound), 421)
@@ -488,7 +485,7 @@ def test_on_loopback_other_names_are_refused_for_every_request(name: str, allowe
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", None])
-def test_names_that_were_given_are_allowed(host: str | None) -> None:
+def test_configured_names_are_accepted(host: str | None) -> None:
     client = make_app(host=host, allowed_hosts=["Counter.example", "[2001:db8::1]", "app_1"]).test_client()
     for name in ("counter.example", "COUNTER.example:8000", "[2001:DB8::1]:80", "localhost:1", "127.0.0.1"):
         assert client.get(COUNTER, headers={"Host": name}).status_code == 200, name
@@ -497,7 +494,7 @@ def test_names_that_were_given_are_allowed(host: str | None) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", None])
-def test_elsewhere_a_server_goes_by_every_name(host: str | None) -> None:
+def test_bound_elsewhere_a_server_accepts_every_name(host: str | None) -> None:
     client = make_app(host=host).test_client()
     for name in ("evil.example", "counter.example:80", "192.0.2.1"):
         assert client.get(COUNTER, headers={"Host": name}).status_code == 200
@@ -506,7 +503,7 @@ def test_elsewhere_a_server_goes_by_every_name(host: str | None) -> None:
 @pytest.mark.parametrize(
     "names", ["localhost", ["http://counter.example"], ["counter.example:80"], ["a b"], [""], [7], 7]
 )
-def test_what_can_be_no_hosts_name_is_refused_at_the_start(names: object) -> None:
+def test_an_invalid_host_name_is_refused_at_the_start(names: object) -> None:
     with pytest.raises(StartupError, match="name"):
         make_app(allowed_hosts=names)
 
@@ -529,7 +526,7 @@ def forwarded(**values: str) -> dict[str, str]:
         (2, forwarded(proto="https", host="counter.example"), False),
     ],
 )
-def test_forwarded_headers_are_those_of_the_declared_proxies(
+def test_only_headers_of_declared_proxies_are_trusted(
     proxies: int,
     headers: dict[str, str],
     secure: bool,  # noqa: FBT001
@@ -541,13 +538,13 @@ def test_forwarded_headers_are_those_of_the_declared_proxies(
     assert client.post(f"{COUNTER}/increment", headers=own).status_code == (200 if secure else 403)
 
 
-def test_a_proxy_that_nobody_declared_gives_no_name() -> None:
+def test_an_undeclared_proxy_cannot_name_the_host() -> None:
     client = make_app(host="127.0.0.1").test_client()
     assert_refused(client.get(COUNTER, headers={"Host": "evil.example", **forwarded(host="localhost")}), 421)
 
 
 @pytest.mark.parametrize("proxies", [-1, "1", 1.0, True, None])
-def test_what_is_no_number_of_proxies_is_refused_at_the_start(proxies: object) -> None:
+def test_an_invalid_number_of_proxies_is_refused_at_the_start(proxies: object) -> None:
     with pytest.raises(StartupError, match="TRUSTED_PROXIES"):
         make_app(trusted_proxies=proxies)
 
@@ -577,7 +574,7 @@ def test_what_is_no_number_of_proxies_is_refused_at_the_start(proxies: object) -
         ({"Origin": ""}, False),
     ],
 )
-def test_what_other_sites_send_changes_nothing(headers: dict[str, str], passes: bool, method: str) -> None:  # noqa: FBT001
+def test_requests_from_other_sites_change_nothing(headers: dict[str, str], passes: bool, method: str) -> None:  # noqa: FBT001
     app = make_app(host="127.0.0.1")
     client = app.test_client()
     response = (
@@ -624,7 +621,7 @@ POLICY = {
         ("GET", "/fails", {}, 500),
     ],
 )
-def test_every_answer_says_what_browsers_may_do(method: str, path: str, headers: dict[str, str], status: int) -> None:
+def test_every_answer_has_the_protective_headers(method: str, path: str, headers: dict[str, str], status: int) -> None:
     app = make_app(host="127.0.0.1", token=TOKEN)
     app.add_url_rule("/fails", view_func=lambda: str(1 // 0))
     response = app.test_client().open(path, method=method, headers=headers)
@@ -639,7 +636,7 @@ def test_every_answer_says_what_browsers_may_do(method: str, path: str, headers:
     response.close()
 
 
-def test_a_view_may_say_that_others_may_show_what_it_gives() -> None:
+def test_a_view_may_allow_other_sites_to_show_its_answer() -> None:
     app = make_app()
     app.add_url_rule("/badge", view_func=lambda: ("", {"Cross-Origin-Resource-Policy": "cross-origin"}))
     assert app.test_client().get("/badge").headers.getlist("Cross-Origin-Resource-Policy") == ["cross-origin"]
@@ -648,14 +645,14 @@ def test_a_view_may_say_that_others_may_show_what_it_gives() -> None:
 # The key
 
 
-def test_what_is_in_memory_only_writes_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_in_memory_writes_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COUNTER_SERVER_DATA_DIR", str(tmp_path / "data"))
     keys = {make_app().secret_key for _ in range(2)}
     assert len(keys) == 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_key_that_was_configured_is_the_key(tmp_path: Path) -> None:
+def test_a_configured_key_is_used(tmp_path: Path) -> None:
     app = create_app({"COUNTER_SERVER_STORE": f"manager://{tmp_path}/data", "SECRET_KEY": "of this test"})
     assert app.secret_key == "of this test"
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,6 @@ import pytest
 
 from counter_server.errors import StartupError
 from counter_server.manager.directory import DataDirectory
-from counter_server.server.web.operators import COOKIE
 from tests.launchers import launch
 from tests.processes import PATIENCE, Program, Server, end_manager
 from tests.test_access import OTHER_NAMES, OTHER_TOKEN, OWN_NAMES, TOKEN, bearer, forwarded
@@ -45,7 +44,7 @@ def sign_in(url: str, headers: dict[str, str] | None = None) -> str:
     body = b"token=" + TOKEN.replace("=", "%3D").replace("+", "%2B").encode()
     status, answered, text = ask(url, "POST", "/sign-in", body, {**FORM, **(headers or {})})
     assert status == 303, text
-    assert answered["Set-Cookie"].startswith(f"{COOKIE}=")
+    assert answered["Set-Cookie"].startswith("session=")
     return answered["Set-Cookie"]
 
 
@@ -111,7 +110,7 @@ def test_what_a_proxy_says_holds_only_where_it_was_declared(plain: Server, guard
 
 def test_a_server_with_a_token_takes_no_request_without_it(guarded: Server) -> None:
     assert put(guarded.url, 5, bearer(TOKEN)) == 200
-    for headers in ({}, bearer(OTHER_TOKEN), bearer(TOKEN[:-1]), {"Cookie": f"{COOKIE}={TOKEN}"}):
+    for headers in ({}, bearer(OTHER_TOKEN), bearer(TOKEN[:-1]), {"Cookie": f"session={TOKEN}"}):
         assert put(guarded.url, 6, headers) == 401
         status, answered, _ = ask(guarded.url, "DELETE", COUNTER, headers=headers)
         assert status == 401
@@ -172,7 +171,7 @@ def test_a_copied_cookie_is_ended_at_every_worker_and_after_every_restart(
     with Server(*options) as server:
         copied, kept = with_cookie(sign_in(server.url)), with_cookie(sign_in(server.url))
         assert {put(server.url, 1, cookie) for cookie in (copied, kept) for _ in range(8)} == {200}
-        for cookie in (copied, {"Cookie": f"{COOKIE}=nonsense.nonsense.nonsense"}, {}):
+        for cookie in (copied, {"Cookie": "session=nonsense.nonsense.nonsense"}, {}):
             assert ask(server.url, "POST", "/sign-out", b"", {**FORM, **cookie})[0] == 303
         for child in server.children("manager"):
             os.kill(child, signal.SIGKILL)
@@ -315,7 +314,7 @@ def test_a_token_that_is_none_stops_the_start_in_one_line(
 ) -> None:
     monkeypatch.setenv("COUNTER_SERVER_TOKEN", token)
     program = stack.enter_context(Program("run.py", "--port", "0", "--data-dir", data_dir))
-    assert_not_started(program, "COUNTER_SERVER_TOKEN is set, but to no token")
+    assert_not_started(program, "COUNTER_SERVER_TOKEN is not a token")
     assert len(program.errors) == 1
     assert not token or token not in program.errors[0]
 

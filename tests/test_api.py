@@ -1,4 +1,4 @@
-"""The JSON API over a store in memory: what it answers, and that what it refuses changes nothing."""
+"""The JSON API over a store in memory: its answers, and that refused requests change nothing."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,7 +22,7 @@ COUNTERS = "/api/v1/counters"
 LARGEST_BODY = 16 * 1024
 JSON = "application/json"
 
-# What is there before a bad request, to be compared with what is there after it.
+# The counters before a bad request, to compare with the counters after it.
 BEFORE = {"visits": 7, "full": 3, "größe": -1, "top": LARGEST, "bottom": SMALLEST}
 
 NAMES = [
@@ -89,7 +89,7 @@ BAD_NAMES = {
     "not-NFC-angstrom": "\u212b",
 }
 
-# Bodies that are no JSON, or no object of the members that are known.
+# Bodies that are not JSON, or not an object with known members.
 BAD_DOCUMENTS = {
     "cut-off": b'{"by": 1',
     "only-a-brace": b"{",
@@ -190,13 +190,13 @@ BAD_KEYS = {
 
 @dataclass(frozen=True)
 class Bad:
-    """A request that is to be refused, and with what."""
+    """A request that must be refused, and the refusal."""
 
     method: str
     path: str
     status: int
     options: dict[str, Any] = field(default_factory=dict)
-    says: str = ""  # that the detail contains
+    says: str = ""  # part of the detail
 
 
 def with_body(data: bytes, content_type: str | None = JSON) -> dict[str, Any]:
@@ -208,12 +208,12 @@ def with_headers(*headers: tuple[str, str]) -> dict[str, Any]:
 
 
 def path_to(name: str) -> str:
-    """The path of a counter."""
+    """Return the path of a counter."""
     return f"{COUNTERS}/{quote(name, safe='')}"
 
 
 def path_info(raw: bytes) -> dict[str, Any]:
-    """A path in bytes that the test client would not send as they are."""
+    """Return a path in bytes that the test client would not send unchanged."""
     return {"environ_overrides": {"PATH_INFO": raw.decode("latin-1")}}
 
 
@@ -224,7 +224,7 @@ def app() -> Flask:
 
 @pytest.fixture
 def state(state: State) -> State:
-    """With the counters of `BEFORE` in it."""
+    """Make an application with the counters of `BEFORE`."""
     for name, value in BEFORE.items():
         state.counter(name).set(value)
     return state
@@ -237,7 +237,7 @@ def all_counters(state: State) -> dict[str, int]:
 
 
 def listed(client: FlaskClient, query: str = "") -> tuple[list[tuple[str, int]], str | None]:
-    """A page of counters, as the API gives it, and what comes next."""
+    """Return a page of counters, and the name to continue after."""
     response = client.get(f"{COUNTERS}{query}")
     assert response.status_code == 200, response.text
     assert response.mimetype == JSON
@@ -254,7 +254,7 @@ def assert_counter(response: TestResponse, name: str, value: int) -> None:
 
 
 def assert_problem(response: TestResponse, status: int) -> str:
-    """It is a problem document that says that nothing was counted; its detail."""
+    """Check for a problem document that says that nothing was counted; return its detail."""
     assert response.status_code == status, response.text
     assert response.content_type == "application/problem+json"
     assert response.headers["Cache-Control"] == "no-store"
@@ -272,7 +272,7 @@ def assert_problem(response: TestResponse, status: int) -> str:
     return detail
 
 
-# What is right
+# Good requests
 
 
 def test_an_increment_without_a_body_adds_one(client: FlaskClient) -> None:
@@ -281,7 +281,7 @@ def test_an_increment_without_a_body_adds_one(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("content_type", [JSON, f"{JSON}; charset=utf-8", "Application/JSON"])
-def test_an_increment_adds_what_its_body_says(client: FlaskClient, content_type: str) -> None:
+def test_an_increment_adds_the_step_in_its_body(client: FlaskClient, content_type: str) -> None:
     response = client.post(f"{COUNTERS}/x/increment", data=b' {"by": -5} ', content_type=content_type)
     assert_counter(response, "x", -5)
 
@@ -304,8 +304,8 @@ INTEGERS = {
 
 
 @pytest.mark.parametrize("text", INTEGERS, ids=lambda text: text[:20])
-def test_an_integer_may_be_spelled_as_json_schema_lets_it(client: FlaskClient, text: str) -> None:
-    """Exactly, also where a float would be another number."""
+def test_an_integer_may_be_spelled_in_every_way_of_json_schema(client: FlaskClient, text: str) -> None:
+    """The value is exact, also if a float would be another number."""
     number = INTEGERS[text]
     sent = {"content_type": JSON}
     assert_counter(client.put(f"{COUNTERS}/x", data=f'{{"value": {text}}}', **sent), "x", number)
@@ -314,7 +314,7 @@ def test_an_integer_may_be_spelled_as_json_schema_lets_it(client: FlaskClient, t
     assert_counter(client.put(f"{COUNTERS}/x", data='{"value": -0.0}', **sent), "x", 0)
 
 
-def test_a_content_type_without_a_body_is_no_reason_to_refuse(client: FlaskClient) -> None:
+def test_a_content_type_without_a_body_is_accepted(client: FlaskClient) -> None:
     assert_counter(client.post(f"{COUNTERS}/x/increment", content_type="text/plain"), "x", 1)
 
 
@@ -330,7 +330,7 @@ def test_a_counter_reaches_the_ends_of_64_bits(client: FlaskClient) -> None:
     assert_counter(client.post(f"{COUNTERS}/x/increment", json={"by": SMALLEST}), "x", SMALLEST)
 
 
-def test_a_body_of_the_largest_size_is_taken(client: FlaskClient) -> None:
+def test_a_body_of_the_largest_size_is_accepted(client: FlaskClient) -> None:
     response = client.post(f"{COUNTERS}/x/increment", **with_body(b'{"by": 4}'.ljust(LARGEST_BODY)))
     assert_counter(response, "x", 4)
 
@@ -369,14 +369,14 @@ def test_reading_a_counter_with_get_or_head_changes_nothing(client: FlaskClient,
     assert all_counters(state) == BEFORE
 
 
-def test_a_deleted_counter_begins_anew(client: FlaskClient, state: State) -> None:
+def test_a_deleted_counter_starts_again(client: FlaskClient, state: State) -> None:
     assert client.delete(f"{COUNTERS}/visits").status_code == 204
     assert_problem(client.delete(f"{COUNTERS}/visits"), 404)
     assert_counter(client.post(f"{COUNTERS}/visits/increment"), "visits", 1)
 
 
 @pytest.mark.parametrize("site", ["same-origin", "none"])
-def test_requests_of_this_site_and_of_programs_are_taken(client: FlaskClient, site: str) -> None:
+def test_requests_of_this_site_and_of_programs_are_accepted(client: FlaskClient, site: str) -> None:
     headers = {"Sec-Fetch-Site": site}
     assert_counter(client.post(f"{COUNTERS}/x/increment", headers=headers), "x", 1)
 
@@ -432,7 +432,7 @@ def test_a_replay_outlives_the_counter_and_its_bounds(client: FlaskClient) -> No
         ("X/increment", {}),
     ],
 )
-def test_a_key_of_another_request_is_refused(client: FlaskClient, state: State, path: str, body: object) -> None:
+def test_a_key_for_another_request_is_refused(client: FlaskClient, state: State, path: str, body: object) -> None:
     headers = {"Idempotency-Key": "k"}
     assert_counter(client.post(f"{COUNTERS}/x/increment", headers=headers), "x", 1)
     refused = client.post(f"{COUNTERS}/{path}", headers=headers, json=body)
@@ -492,12 +492,12 @@ def test_a_page_that_ends_with_the_last_counter_has_no_next(client: FlaskClient,
     assert after is None
 
 
-def test_a_page_after_a_name_that_is_not_there_begins_with_the_next(client: FlaskClient, state: State) -> None:
+def test_a_page_after_a_missing_name_begins_with_the_next(client: FlaskClient, state: State) -> None:
     assert listed(client, "?after=g&limit=2") == ([("größe", -1), ("top", LARGEST)], "top")
     assert listed(client, "?after=zzz") == ([], None)
 
 
-# What is refused
+# Refused requests
 
 
 INCREMENT = f"{COUNTERS}/visits/increment"
@@ -576,10 +576,10 @@ def _crossed_limits() -> Iterator[tuple[str, Bad]]:
 
 def _from_other_sites() -> Iterator[tuple[str, Bad]]:
     for site in ("cross-site", "same-site"):
-        told = with_headers(("Sec-Fetch-Site", site))
+        reported = with_headers(("Sec-Fetch-Site", site))
         for method, path in [("POST", INCREMENT), ("DELETE", VISITS), ("POST", "/"), ("POST", "/nowhere")]:
-            yield f"{site}-{method}-{path}", Bad(method, path, 403, told, "other sites")
-        yield f"{site}-PUT", Bad("PUT", VISITS, 403, {**told, **with_body(b'{"value": 1}')}, "other sites")
+            yield f"{site}-{method}-{path}", Bad(method, path, 403, reported, "other sites")
+        yield f"{site}-PUT", Bad("PUT", VISITS, 403, {**reported, **with_body(b'{"value": 1}')}, "other sites")
 
 
 BAD = dict(chain(_bad_names(), _bad_paths(), _bad_bodies(), _bad_keys(), _crossed_limits(), _from_other_sites()))
@@ -605,7 +605,7 @@ def test_a_bad_request_is_refused_and_changes_nothing(client: FlaskClient, state
         ("BREW", f"{COUNTERS}/visits", {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}),
     ],
 )
-def test_an_unknown_method_is_refused_with_those_that_are_allowed(
+def test_an_unknown_method_is_refused_with_the_allowed_methods(
     client: FlaskClient, state: State, method: str, path: str, allowed: set[str]
 ) -> None:
     response = client.open(path, method=method, json={"value": 1})
@@ -620,7 +620,7 @@ def test_a_refused_key_is_not_repeated_in_full(client: FlaskClient, key: str) ->
     assert len(detail) < 200
 
 
-# A store that cannot be reached
+# An unreachable store
 
 
 @pytest.mark.parametrize(
@@ -634,7 +634,7 @@ def test_a_refused_key_is_not_repeated_in_full(client: FlaskClient, key: str) ->
         ("DELETE", f"{COUNTERS}/x", None),
     ],
 )
-def test_a_store_that_cannot_be_reached_is_a_503_that_says_so(
+def test_an_unreachable_store_is_a_503_that_says_so(
     stack: ExitStack, tmp_path: Path, method: str, path: str, body: object
 ) -> None:
     config = {
@@ -648,19 +648,17 @@ def test_a_store_that_cannot_be_reached_is_a_503_that_says_so(
     detail = assert_problem(response, 503)
     assert int(response.headers["Retry-After"]) >= 1
     assert "could not be reached" in detail
-    assert str(tmp_path) not in detail  # where the counters are is for the operator's log
+    assert str(tmp_path) not in detail  # only the operator's log names the directory
     assert "nothing was counted" in detail
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bad_request_is_refused_even_where_the_store_cannot_be_reached(tmp_path: Path) -> None:
+def test_a_bad_request_is_refused_even_if_the_store_is_unreachable(tmp_path: Path) -> None:
     app = create_app({"COUNTER_SERVER_STORE": f"manager://{tmp_path}", "COUNTER_SERVER_DEADLINE": 60})
     assert_problem(app.test_client().post(f"{COUNTERS}/x/increment", json={"by": 0}), 400)
 
 
-def test_a_failure_of_our_own_shows_nothing_of_itself(
-    app: Flask, client: FlaskClient, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_internal_error_reveals_nothing(app: Flask, client: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
         round_trip: RoundTrip = "short"
 
@@ -671,10 +669,10 @@ def test_a_failure_of_our_own_shows_nothing_of_itself(
             raise ZeroDivisionError(f"a secret: {batch} by {deadline}")
 
         def after_fork(self) -> None:
-            """Nothing."""
+            """Do nothing."""
 
         def close(self) -> None:
-            """Nothing."""
+            """Do nothing."""
 
     app.extensions["counter_server"] = State(Broken())
     response = client.post(f"{COUNTERS}/x/increment")
@@ -691,7 +689,7 @@ def test_a_failure_of_our_own_shows_nothing_of_itself(
 )
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
 def test_the_page_of_another_origin_changes_nothing(client: FlaskClient, method: str, origin: str) -> None:
-    """Browsers that send no Sec-Fetch-Site (to a plain http:// address that is not this machine) send this."""
+    """Browsers send this header without Sec-Fetch-Site to plain http:// addresses of other machines."""
     client.put(f"{COUNTERS}/x", json={"value": 5})
     path = f"{COUNTERS}/x/increment" if method == "POST" else f"{COUNTERS}/x"
     response = client.open(
@@ -701,7 +699,7 @@ def test_the_page_of_another_origin_changes_nothing(client: FlaskClient, method:
     assert client.get(f"{COUNTERS}/x").get_json()["value"] == 5
 
 
-def test_our_own_page_and_programs_that_send_no_origin_may_count(client: FlaskClient) -> None:
+def test_our_own_page_and_programs_without_an_origin_may_count(client: FlaskClient) -> None:
     path = f"{COUNTERS}/x/increment"
     assert client.post(path, headers={"Origin": "http://localhost"}).get_json()["value"] == 1
     assert client.post(path).get_json()["value"] == 2

@@ -1,4 +1,4 @@
-"""Bad requests on a real server: each byte on the wire, through waitress, to the counters, which are as they were."""
+"""Bad requests on a real server: from the bytes on the wire through waitress to the counters, which stay unchanged."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def data_dir_of_server(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(data_dir_of_server: Path) -> Iterator[Server]:
-    """One for all, with the counters of `BEFORE`."""
+    """Start one server for all tests, with the counters of `BEFORE`."""
     options = ("--workers", "1", "--threads", "2", "--request-timeout", str(TIMEOUT))
     with Server(*options, "--data-dir", data_dir_of_server) as server:
         for name, value in BEFORE.items():
@@ -66,7 +66,7 @@ def connect(server: Server) -> socket.socket:
 
 
 def exchange(server: Server, request: bytes) -> bytes:
-    """All that is answered until the server closes the connection, also if it does not read the whole request."""
+    """Return everything that is answered until the server closes, even if it does not read the whole request."""
     with connect(server) as connection:
         answer = b""
         try:
@@ -79,7 +79,7 @@ def exchange(server: Server, request: bytes) -> bytes:
 
 
 def parsed(answer: bytes) -> tuple[int, str, bytes]:
-    """The status, the content's type and the content of one answer."""
+    """Return the status, the content's type and the content of one answer."""
     head, _, body = answer.partition(b"\r\n\r\n")
     first, _, lines = head.partition(b"\r\n")
     headers = BytesParser().parsebytes(lines)
@@ -88,8 +88,8 @@ def parsed(answer: bytes) -> tuple[int, str, bytes]:
 
 
 def assert_refused(server: Server, request: bytes, status: int) -> None:
-    told, content_type, body = parsed(exchange(server, request))
-    assert (told, content_type) == (status, PROBLEM), body
+    reported, content_type, body = parsed(exchange(server, request))
+    assert (reported, content_type) == (status, PROBLEM), body
     problem = json.loads(body)
     assert (problem["status"], problem["outcome"]) == (status, "not_applied")
     assert "Traceback" not in body.decode()
@@ -98,7 +98,7 @@ def assert_refused(server: Server, request: bytes, status: int) -> None:
 
 
 def on_the_wire(bad: Bad) -> bytes:
-    """The bytes of a request of `test_api`, where it is given to the application without any server."""
+    """Return the bytes of a request of `test_api`, which sends it to the application without a server."""
     raw = bad.options.get("environ_overrides", {}).get("PATH_INFO")
     path = bad.path if raw is None else quote(raw, encoding="latin-1")
     headers = [*bad.options.get("headers", []), ("Host", "localhost"), ("Connection", "close")]
@@ -115,7 +115,7 @@ def test_a_bad_request_is_refused_by_the_whole_server_and_changes_nothing(server
     assert_refused(server, on_the_wire(bad), bad.status)
 
 
-# What the test client cannot send: what is wrong as HTTP.
+# Invalid HTTP, which the test client cannot send.
 
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 EXPECT = b"Expect: 100-continue\r\n"
@@ -216,15 +216,15 @@ FRAMES = {
 
 
 @pytest.mark.parametrize(("request_", "status"), FRAMES.values(), ids=FRAMES.keys())
-def test_what_is_wrong_as_http_is_refused_with_a_problem_document_and_changes_nothing(
+def test_invalid_http_is_refused_with_a_problem_document_and_changes_nothing(
     server: Server, request_: bytes, status: int
 ) -> None:
     assert_refused(server, request_, status)
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_what_stands_behind_a_refused_request_is_not_read(server: Server, version: str) -> None:
-    """To who reads the first in another way it is a part of that: so a request is smuggled in."""
+def test_bytes_after_a_refused_request_are_not_read(server: Server, version: str) -> None:
+    """Another reader may take these bytes for a part of the first request: this is how requests are smuggled."""
     first = HEAD.replace(b"1.1", version.encode()) + HOST + b"Content-Length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n"
     assert_refused(server, first + HEAD + HOST + b"\r\n", 400)
 
@@ -239,8 +239,8 @@ SOUND = {
 
 
 @pytest.mark.parametrize("request_", SOUND.values(), ids=SOUND.keys())
-def test_what_is_unusual_but_sound_is_answered(server: Server, request_: bytes) -> None:
-    """All at once, and byte by byte."""
+def test_unusual_but_valid_requests_are_answered(server: Server, request_: bytes) -> None:
+    """Send it at once, and byte by byte."""
     request_ = request_.replace(INCREMENT.encode(), f"{COUNTERS}/sound/increment".encode())
     if b"chunked" in request_:
         request_ = request_.replace(b"\r\nTransfer", f"\r\nContent-Type: {JSON}\r\nTransfer".encode())
@@ -254,7 +254,7 @@ def test_what_is_unusual_but_sound_is_answered(server: Server, request_: bytes) 
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000])
-def test_behind_a_body_in_chunks_the_next_request_begins(server: Server, step: int) -> None:
+def test_after_a_body_in_chunks_the_next_request_begins(server: Server, step: int) -> None:
     head = f"POST {COUNTERS}/behind/increment HTTP/1.1\r\nHost: localhost\r\n".encode()
     body = CHUNKED + b'Content-Type: application/json\r\n\r\n7\r\n{"by": \r\n02\r\n1}\r\n0\r\n\r\n'
     requests = head + body + head + body + head + b"Connection: close\r\n\r\n"
@@ -266,8 +266,8 @@ def test_behind_a_body_in_chunks_the_next_request_begins(server: Server, step: i
     assert ask(server.url, "DELETE", f"{COUNTERS}/behind")[0] == 204
 
 
-def test_an_application_that_fails_is_a_problem_document_too() -> None:
-    """Ours answers its own failures; this is for what is beyond it, so it takes another application."""
+def test_a_failing_application_gives_a_problem_document_too() -> None:
+    """Our application handles its own errors; these come from beyond it, so the test takes another application."""
 
     def fails(environ: object, start_response: object) -> NoReturn:
         raise ZeroDivisionError("in detail")
@@ -292,17 +292,17 @@ def test_an_application_that_fails_is_a_problem_document_too() -> None:
     assert b"in detail" not in body
 
 
-# Clients that go, wait, or do not read
+# Clients that disconnect, wait, or do not read
 
 
-def test_a_client_that_is_gone_after_the_body_is_counted_once_and_the_retry_has_that_number(server: Server) -> None:
+def test_a_client_that_disconnects_after_the_body_is_counted_once_and_its_retry_gets_the_number(server: Server) -> None:
     numbers = []
     for turn in range(20):
         key = f"gone-{turn}"
         body = b'{"by": 1}'
         request = f"POST {COUNTERS}/gone/increment HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: {key}\r\n"
         with connect(server) as connection:
-            # Closed so, the connection is reset.
+            # This way of closing resets the connection.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.sendall(f"{request}Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         headers = {"Idempotency-Key": key, "Content-Type": JSON}
@@ -317,7 +317,7 @@ SLOW = {"head": HEAD + HOST, "body": HEAD + HOST + b"Content-Length: 1000\r\n\r\
 
 
 @pytest.mark.parametrize("begun", SLOW.values(), ids=SLOW.keys())
-def test_a_request_of_which_a_byte_comes_now_and_then_is_cut_off(server: Server, begun: bytes) -> None:
+def test_a_request_that_arrives_byte_by_byte_is_cut_off(server: Server, begun: bytes) -> None:
     with connect(server) as slow:
         slow.sendall(begun)
         slow.settimeout(0.2)
@@ -337,7 +337,7 @@ def test_a_request_of_which_a_byte_comes_now_and_then_is_cut_off(server: Server,
 
 @pytest.fixture
 def large_page(server: Server, data_dir_of_server: Path) -> Iterator[bytes]:
-    """A request for a page of the API of half a megabyte."""
+    """Return a request for a page of half a megabyte."""
     names = [f"{number:03}" + "\\" * 252 for number in range(1000)]
     with open_client(DataDirectory(data_dir_of_server).url) as state:
         for operation in (Increment, Delete):
@@ -348,18 +348,18 @@ def large_page(server: Server, data_dir_of_server: Path) -> Iterator[bytes]:
 
 
 def sockets_of(pid: int) -> set[str]:
-    """The kernel's names for those that a process has open."""
+    """Return the kernel's names of the sockets that a process has open."""
     return {name for name in open_in(pid) if name.startswith("socket:")}
 
 
 def test_clients_that_never_read_hold_no_thread_and_are_cut_off(server: Server, large_page: bytes) -> None:
-    """With waitress alone each of these has a thread until it reads, so as many as there are threads stop service."""
+    """With plain waitress each such client holds a thread until it reads: a few of them stop the service."""
     (worker,) = server.children("worker")
     before = sockets_of(worker)
     with ExitStack() as deaf:
 
         def connections() -> set[str]:
-            """Of at least four of these, as the worker has them; else another one comes: some may be cut off by now."""
+            """Return at least four of these sockets in the worker; else add a client, as some may be cut off by now."""
             there = sockets_of(worker) - before
             if len(there) >= 4:
                 return there
@@ -368,7 +368,7 @@ def test_clients_that_never_read_hold_no_thread_and_are_cut_off(server: Server, 
             connection.settimeout(PATIENCE)
             connection.connect(address(server))
             connection.sendall(f"GET {COUNTERS}/visits HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")  # so the worker has taken it
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")  # so the worker has accepted it
             connection.sendall(large_page * (8000 // len(large_page)))
             return set()
 
@@ -377,7 +377,7 @@ def test_clients_that_never_read_hold_no_thread_and_are_cut_off(server: Server, 
         eventually(lambda: not theirs & sockets_of(worker), "their end", seconds=TIMEOUT + 10)
 
 
-def test_of_many_requests_at_once_the_first_are_answered_and_the_others_not_applied(server: Server) -> None:
+def test_of_many_pipelined_requests_the_first_are_answered_and_the_others_not_applied(server: Server) -> None:
     path = f"{COUNTERS}/many/increment"
     request = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     answer = exchange(server, request * 100)

@@ -15,7 +15,7 @@ from tests.load import open_client
 from tests.processes import Server, eventually
 
 NAMES = {"tickets": 41, "a/b": 7, "100% sure?&#+": -3, "שלום עולם": 12, "計数器": 5, "<b>bold</b>": 1}
-SOON = 2000  # milliseconds of the page's clock in which a change elsewhere is to be asked for
+SOON = 2000  # milliseconds of the page's clock within which the page must ask for a change
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def server(start_server: Callable[..., Server]) -> Server:
 
 @pytest.fixture
 def elsewhere(server: Server, data_dir: Path) -> Iterator[State]:
-    """Another program that uses the same counters."""
+    """Open a state as another program that uses the same counters."""
     with open_client(f"manager://{data_dir}") as state:
         for name, value in NAMES.items():
             state.counter(name).set(value)
@@ -46,25 +46,25 @@ def names(page: Page) -> list[str]:
 
 
 def opened(browser: Browser, server: Server, query: str = "", **options: object) -> Page:
-    """The page, once it is live."""
+    """Open the page, and wait until it is live."""
     page = browser.open(f"{server.url}/counters{query}", **options)  # type: ignore[arg-type]
     expect(page.locator("#updates")).to_have_text("Up to date.")
     return page
 
 
 def test_a_change_made_elsewhere_is_seen_within_two_seconds(browser: Browser, server: Server, elsewhere: State) -> None:
-    """By the page's own clock, which stands still while the machine takes its time."""
+    """The page's own clock measures the time, as it stands still on a slow machine."""
     page = opened(browser, server)
     page.clock.install(time=0)
     page.clock.pause_at(1000)
     page.reload()
     expect(page.locator("#updates")).to_have_text("Up to date.")
     expect(value(page, "tickets")).to_have_text("41")
-    asked: list[Route] = []  # and not answered yet: so the page asks once
+    asked: list[Route] = []  # not answered yet, so the page sends only one
     page.route("**/counters.json*", lambda route: asked.append(route))
 
     def update() -> None:
-        page.evaluate("true")  # the events until now come with its answer
+        page.evaluate("true")  # delivers all events until now
         assert asked == [], "it should ask by its clock"
         page.clock.run_for(SOON)
         eventually(lambda: page.evaluate("true") and asked, "the page's question")
@@ -86,7 +86,7 @@ def test_a_change_made_elsewhere_is_seen_within_two_seconds(browser: Browser, se
     expect(value(page, "tickets")).to_have_text(str(LARGEST))
 
 
-def test_each_counter_has_its_rate_drawn_and_in_words(browser: Browser, server: Server, elsewhere: State) -> None:
+def test_each_counter_shows_its_rate_as_a_line_and_in_words(browser: Browser, server: Server, elsewhere: State) -> None:
     page = opened(browser, server)
     expect(row(page, "a/b").locator("[data-rate]")).to_have_text("0/s")
     line = row(page, "tickets").locator("polyline")
@@ -113,7 +113,7 @@ def test_the_manager_and_the_processes_are_live(browser: Browser, server: Server
     assert page.locator("#processes tbody th").all_inner_texts() == ["manager", "worker-1", "worker-2"]
 
 
-def test_it_can_all_be_done_by_keyboard_alone(browser: Browser, server: Server, elsewhere: State) -> None:
+def test_everything_works_by_keyboard_alone(browser: Browser, server: Server, elsewhere: State) -> None:
     page = opened(browser, server)
     press_until(page, "Tab", "#q")
     page.keyboard.type("ti")
@@ -158,7 +158,7 @@ def test_it_can_all_be_done_by_keyboard_alone(browser: Browser, server: Server, 
     expect(value(page, "ti me")).to_have_text("1")
 
 
-def test_a_row_that_came_later_is_as_good_as_the_others(browser: Browser, server: Server, elsewhere: State) -> None:
+def test_a_row_that_appears_later_works_like_the_others(browser: Browser, server: Server, elsewhere: State) -> None:
     page = opened(browser, server)
     odd = "\"later\" & <i>'odd'</i> 50% #1"
     elsewhere.counter(odd).increment()
@@ -176,7 +176,7 @@ def test_a_row_that_came_later_is_as_good_as_the_others(browser: Browser, server
     assert dict(elsewhere.counters().counters) == NAMES
 
 
-def test_who_types_is_not_disturbed_by_what_changes(browser: Browser, server: Server, elsewhere: State) -> None:
+def test_changes_do_not_disturb_typing(browser: Browser, server: Server, elsewhere: State) -> None:
     page = opened(browser, server)
     row(page, "tickets").locator("summary").click()
     field = row(page, "tickets").get_by_label("New value")
@@ -193,18 +193,18 @@ def test_who_types_is_not_disturbed_by_what_changes(browser: Browser, server: Se
     expect(field).to_have_value("123")
 
 
-def test_what_is_refused_is_said_in_words(browser: Browser, server: Server, elsewhere: State) -> None:
+def test_a_refusal_is_shown_in_words(browser: Browser, server: Server, elsewhere: State) -> None:
     elsewhere.counter("tickets").set(LARGEST)
     page = opened(browser, server)
     row(page, "tickets").get_by_role("button", name="Take one").click()
     expect(page.locator("#said")).to_contain_text("Not done: 'tickets' is 9223372036854775807")
     expect(value(page, "tickets")).to_have_text(str(LARGEST))
-    # The browser itself notes every answer that is an error.
+    # The browser itself complains of every answer with an error.
     assert [complaint for complaint in browser.complaints if "409" not in complaint] == []
     browser.complaints.clear()
 
 
-def test_it_says_that_the_server_has_gone_and_goes_on_when_it_is_back(
+def test_it_says_that_the_server_is_gone_and_continues_when_it_is_back(
     browser: Browser, start_server: Callable[..., Server], server: Server, elsewhere: State
 ) -> None:
     page = opened(browser, server)
@@ -223,7 +223,7 @@ def test_it_says_that_the_server_has_gone_and_goes_on_when_it_is_back(
     browser.complaints.clear()
 
 
-def test_it_stands_still_while_it_is_paused(browser: Browser, server: Server, elsewhere: State) -> None:
+def test_it_does_not_change_while_it_is_paused(browser: Browser, server: Server, elsewhere: State) -> None:
     page = opened(browser, server)
     page.clock.install()
     page.reload()

@@ -59,4 +59,4 @@ def test_a_badge_is_shown_as_a_picture(browser: Browser, server: Server) -> None
         }""",
         "/badge/visits.svg?label=visitors&color=green",
     )
-    assert 60 < width < 80
+    assert 60 < width < 90

@@ -1,4 +1,4 @@
-"""The home page, and what stands on every page, as people see them in a browser."""
+"""The home page, and the common parts of every page, as people see them in a browser."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def number(page: Page) -> int:
     return int(shown.inner_text())
 
 
-def test_each_visit_has_its_number_the_last_ones_and_the_worker_that_answered(browser: Browser, server: Server) -> None:
+def test_each_visit_shows_its_number_the_last_visits_and_its_worker(browser: Browser, server: Server) -> None:
     page = browser.open(server.url)
     assert number(page) == 1
     for expected in range(2, 9):
@@ -45,7 +45,7 @@ def test_it_works_without_javascript(browser: Browser, server: Server) -> None:
     assert number(page) == 2
 
 
-def test_every_page_is_a_link_away_and_links_back_by_keyboard_alone(browser: Browser, server: Server) -> None:
+def test_every_page_is_one_link_away_and_links_back_by_keyboard_alone(browser: Browser, server: Server) -> None:
     page = browser.open(server.url)
     titles = page.locator("nav a").all_inner_texts()
     assert titles[0] == "Home"
@@ -81,7 +81,7 @@ def test_it_fits_and_is_accessible(browser: Browser, server: Server, path: str, 
     screenshot(page, f"{path[1:] or 'home'}-{colours}-{width}")
 
 
-def test_the_largest_number_fits_a_telephone(browser: Browser, server: Server) -> None:
+def test_the_largest_number_fits_on_a_telephone(browser: Browser, server: Server) -> None:
     page = browser.open(server.url, width=NARROW)
     status = page.request.put(
         f"{server.url}/api/v1/counters/visits",

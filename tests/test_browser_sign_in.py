@@ -1,11 +1,10 @@
-"""The form to sign in with, as people see and use it in a browser."""
+"""The form to sign in, as people see and use it in a browser."""
 
 from collections.abc import Callable
 
 import pytest
 from playwright.sync_api import expect
 
-from counter_server.server.web.operators import COOKIE
 from tests.browser import LOOKS, NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
 from tests.processes import Server
 from tests.test_access import TOKEN
@@ -23,7 +22,7 @@ def test_an_operator_signs_in_and_out_by_keyboard_alone(browser: Browser, server
     page.keyboard.type(TOKEN)
     page.keyboard.press("Enter")
     expect(page.locator("nav a[aria-current=page]")).to_have_text("Your own")
-    assert COOKIE not in page.evaluate("document.cookie")
+    assert "session" not in page.evaluate("document.cookie")
     request = "{method: 'PUT', headers: {'Content-Type': 'application/json'}, body: '{\"value\": 7}'}"
     assert page.evaluate(f"async () => (await fetch('/api/v1/counters/x', {request})).status") == 200
     page.goto(f"{server.url}/sign-in")
@@ -42,11 +41,11 @@ def test_the_form_fits_and_is_accessible(browser: Browser, server: Server, colou
     screenshot(page, f"sign-in-{colours}-{width}")
 
 
-def test_a_wrong_token_is_told_to_those_who_hear_and_to_those_who_see(browser: Browser, server: Server) -> None:
+def test_an_error_is_announced_and_shown_at_the_field(browser: Browser, server: Server) -> None:
     page = browser.open(f"{server.url}/sign-in", javascript=False, width=NARROW)
     page.locator("#token").fill("not the token of this server")
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("alert")).to_have_text("That is not this server's token.")
     expect(page.locator("#token")).to_have_accessible_description("That is not this server's token.")
     assert overflow(page) <= 0
-    browser.complaints[:] = [said for said in browser.complaints if "401" not in said]  # of which Chromium complains
+    browser.complaints[:] = [said for said in browser.complaints if "401" not in said]  # Chromium complains of it

@@ -1,4 +1,4 @@
-"""The dashboard without its script: what is listed and found, what its forms do, and what it tells of the processes."""
+"""The dashboard without its script: its list, search and forms, and the figures of the processes."""
 
 import json
 import os
@@ -22,11 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from counter_server import SharedState
 from counter_server.operations import LARGEST, SMALLEST
 from counter_server.server.web import create_app
-from counter_server.server.web.figures import duration, figures, means, processes, size
-from counter_server.server.web.listing import find
+from counter_server.server.web.dashboard import duration, figures, find
 from counter_server.state import State
 from counter_server.status import Process, Status
 from tests.engines import MemcachedServer
@@ -39,7 +37,7 @@ SCRIPT = {"Accept": "application/json"}
 
 @dataclass
 class Form:
-    """What a press of its button sends."""
+    """A form, as a press of its button sends it."""
 
     method: str
     action: str
@@ -48,7 +46,7 @@ class Form:
 
 
 class Page(HTMLParser):
-    """What a person finds on the page: its counters, forms, links and texts."""
+    """The content of a page for a person: counters, forms, links and texts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -56,7 +54,7 @@ class Page(HTMLParser):
         self.forms: list[Form] = []
         self.links: dict[str, str] = {}
         self.texts: dict[str, str] = {}  # of elements with an id
-        self.isolated: list[str] = []  # what stands in a `<bdi>`
+        self.isolated: list[str] = []  # texts in a `<bdi>`
         self.figures: dict[str, str] = {}
         self._open: list[tuple[str, dict[str, str | None], list[str]]] = []
         self._in_template = False
@@ -108,7 +106,7 @@ class Page(HTMLParser):
             self.figures[attributes.get("data-figure") or str(attributes["data-mean"])] = text
 
     def form(self, action: str, name: str = "") -> Form:
-        """The one that goes there, for a counter if one is named."""
+        """Return the only form with this action, for a counter if it is named."""
         found = [
             form
             for form in self.forms
@@ -119,7 +117,7 @@ class Page(HTMLParser):
 
 
 def press(client: FlaskClient, form: Form, **typed: str) -> Page:
-    """Send a form as a browser without JavaScript does, and follow where it leads."""
+    """Send a form like a browser without JavaScript, and follow the redirect."""
     fields = {**form.fields, **typed}
     if form.method == "get":
         response = client.get(form.action, query_string=fields, headers=BROWSER)
@@ -173,17 +171,17 @@ def all_counters(app: Flask) -> dict[str, int]:
 
 
 def sentence(page: Page) -> str:
-    """What was flashed, without the marks that isolate the names."""
+    """Return the flashed message without the marks that isolate names."""
     return page.texts["said"].replace("\N{FIRST STRONG ISOLATE}", "").replace("\N{POP DIRECTIONAL ISOLATE}", "")
 
 
-# Doing, without JavaScript
+# Forms, without JavaScript
 
 
-def test_every_form_does_what_it_says_and_says_what_it_did(client: FlaskClient, app: Flask) -> None:
+def test_every_form_works_and_reports_its_result(client: FlaskClient, app: Flask) -> None:
     page = look(client)
     assert page.counters == {}
-    assert page.texts["none"] == "Nothing is counted yet."
+    assert page.texts["none"] == "Nothing has been counted yet."
     page = press(client, page.form("/counters/increment"), name="tickets")
     assert sentence(page) == "tickets gave 1."
     assert page.counters == {"tickets": "1"}
@@ -201,7 +199,7 @@ def test_every_form_does_what_it_says_and_says_what_it_did(client: FlaskClient, 
     assert all_counters(app) == {}
 
 
-def test_who_keeps_the_counter_is_back_where_they_were(client: FlaskClient, app: Flask) -> None:
+def test_keeping_the_counter_leads_back_to_the_same_place(client: FlaskClient, app: Flask) -> None:
     state_of(app).counter("b").increment()
     page = look(client, "/counters?q=b&limit=7")
     question = press(client, page.form("/counters/delete", "b"))
@@ -217,7 +215,7 @@ def test_a_form_leads_back_to_the_place_in_the_list(client: FlaskClient, app: Fl
     assert page.counters == {"a2": "2"}
 
 
-def test_a_counter_that_has_gone_meanwhile_is_no_failure(client: FlaskClient, app: Flask) -> None:
+def test_deleting_a_missing_counter_is_not_an_error(client: FlaskClient, app: Flask) -> None:
     state_of(app).counter("a").increment()
     page = look(client)
     question = press(client, page.form("/counters/delete", "a"))
@@ -231,7 +229,7 @@ def test_a_counter_that_has_gone_meanwhile_is_no_failure(client: FlaskClient, ap
 @pytest.mark.parametrize(
     "name", [*NAMES, *NAMES_WITH_SLASHES, "\u202eright to left", "a\u200db", "&lt;b&gt;", "' onx='"]
 )
-def test_any_name_is_shown_as_it_is_isolated_and_carried_safely(in_memory: Flask, name: str) -> None:
+def test_any_name_is_shown_unchanged_isolated_and_sent_safely(in_memory: Flask, name: str) -> None:
     client = in_memory.test_client()
     page = press(client, look(client).form("/counters/increment"), name=name)
     assert page.counters == {name: "1"}
@@ -244,16 +242,16 @@ def test_any_name_is_shown_as_it_is_isolated_and_carried_safely(in_memory: Flask
     assert press(client, question.form("/counters/delete", name)).counters == {}
 
 
-def test_values_beyond_a_scripts_numbers_are_told_exactly(in_memory: Flask) -> None:
+def test_values_beyond_the_numbers_of_javascript_are_exact(in_memory: Flask) -> None:
     state_of(in_memory).counter("top").set(LARGEST)
     state_of(in_memory).counter("bottom").set(SMALLEST)
     client = in_memory.test_client()
     assert look(client).counters == {"bottom": str(SMALLEST), "top": str(LARGEST)}
-    told = client.get("/counters.json").get_json()["counters"]
-    assert told == [{"name": "bottom", "value": str(SMALLEST)}, {"name": "top", "value": str(LARGEST)}]
+    reported = client.get("/counters.json").get_json()["counters"]
+    assert reported == [{"name": "bottom", "value": str(SMALLEST)}, {"name": "top", "value": str(LARGEST)}]
 
 
-def test_the_script_is_told_in_data(client: FlaskClient) -> None:
+def test_the_script_gets_data(client: FlaskClient) -> None:
     for number in (1, 2):
         response = client.post("/counters/increment", data={"name": "a"}, headers=SCRIPT)
         assert response.status_code == 200
@@ -261,7 +259,7 @@ def test_the_script_is_told_in_data(client: FlaskClient) -> None:
     assert "a gave" not in sentence(look(client)), "it says so itself: it is not said again on the next page"
 
 
-# What is refused
+# Refused requests
 
 
 @pytest.mark.parametrize(
@@ -282,7 +280,7 @@ def test_the_script_is_told_in_data(client: FlaskClient) -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["/counters", "/counters.json"])
-def test_a_list_that_cannot_be_is_refused(in_memory: Flask, path: str, query: str) -> None:
+def test_an_invalid_query_is_refused(in_memory: Flask, path: str, query: str) -> None:
     response = in_memory.test_client().get(f"{path}?{query}")
     assert response.status_code == 400
     assert response.content_type == "application/problem+json"
@@ -308,7 +306,7 @@ BAD_FORMS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("action", "fields"), BAD_FORMS)
 @pytest.mark.parametrize("asker", ["browser", "script", "other"])
-def test_a_form_that_cannot_be_is_refused_to_each_in_their_way(
+def test_an_invalid_form_is_refused_in_the_form_that_the_client_reads(
     in_memory: Flask, action: str, fields: dict[str, Any], asker: str
 ) -> None:
     state_of(in_memory).counter("a").set(7)
@@ -325,7 +323,7 @@ def test_a_form_that_cannot_be_is_refused_to_each_in_their_way(
     assert all_counters(in_memory) == {"a": 7}
 
 
-def test_the_end_of_64_bits_is_told_as_a_conflict(in_memory: Flask) -> None:
+def test_the_end_of_64_bits_is_a_conflict(in_memory: Flask) -> None:
     state_of(in_memory).counter("a").set(LARGEST)
     response = in_memory.test_client().post("/counters/increment", data={"name": "a"}, headers=SCRIPT)
     assert response.status_code == 409
@@ -344,13 +342,13 @@ def test_other_sites_and_links_change_nothing(in_memory: Flask, action: str) -> 
     assert all_counters(in_memory) == {"a": 7}
 
 
-# Who may what
+# Permissions
 
 TOKEN = "a-token-of-sixteen-characters-or-more"
 
 
 @pytest.mark.parametrize("token", [None, TOKEN])
-def test_who_is_no_operator_may_count_only_and_is_told_why(token: str | None) -> None:
+def test_without_permission_a_visitor_may_only_count_and_learns_why(token: str | None) -> None:
     app = application("memory://", host="0.0.0.0", token=token)
     state_of(app).counter("a").set(7)
     client = app.test_client()
@@ -371,7 +369,7 @@ def test_who_is_no_operator_may_count_only_and_is_told_why(token: str | None) ->
     assert all_counters(app) == {"a": 8}
 
 
-def test_who_signs_in_is_back_in_their_place_and_may_set_and_delete() -> None:
+def test_signing_in_leads_back_to_the_same_place_and_allows_set_and_delete() -> None:
     app = application("memory://", host="0.0.0.0", token=TOKEN)
     state_of(app).counter("a").set(7)
     client = app.test_client()
@@ -387,7 +385,7 @@ def test_who_signs_in_is_back_in_their_place_and_may_set_and_delete() -> None:
     assert page.counters == {}
 
 
-# Finding
+# Search
 
 
 def test_paging_sees_each_of_2500_counters_once(app: Flask, client: FlaskClient) -> None:
@@ -410,7 +408,7 @@ def test_paging_sees_each_of_2500_counters_once(app: Flask, client: FlaskClient)
     assert len(look(client).counters) == 50
 
 
-def test_a_search_finds_the_names_that_begin_so_page_by_page(client: FlaskClient, app: Flask) -> None:
+def test_a_search_finds_names_by_their_beginning_page_by_page(client: FlaskClient, app: Flask) -> None:
     for name in ("a", "a/1", "a/2", "a/3", "ab", "A", "b a"):
         state_of(app).counter(name).increment()
     page = press(client, look(client).form("/counters"), q="a")
@@ -425,7 +423,7 @@ def test_a_search_finds_the_names_that_begin_so_page_by_page(client: FlaskClient
     assert list(look(client, page.links["All counters"]).counters) == ["A", "a", "a/1", "a/2", "a/3", "ab", "b a"]
     page = look(client, "/counters?q=nothing")
     assert page.counters == {}
-    assert page.texts["none"] == "No counter here: none has such a name."
+    assert page.texts["none"] == "No counter has such a name."
 
 
 def test_a_search_may_be_typed_in_another_normal_form(in_memory: Flask) -> None:
@@ -445,20 +443,18 @@ LETTERS = st.text(st.sampled_from("ab/é名\U0001f426"), max_size=4)
     after=LETTERS,
     limit=st.integers(1, 5),
 )
-def test_a_listing_is_what_a_search_through_all_names_would_give(
-    names: set[str], beginning: str, after: str, limit: int
-) -> None:
+def test_a_listing_equals_a_search_through_all_names(names: set[str], beginning: str, after: str, limit: int) -> None:
     app = application("memory://")
     for name in names:
         state_of(app).counter(name).increment()
     wanted = [name for name in sorted(names) if name.startswith(beginning) and name > after]
     with app.app_context():
-        listing = find(SharedState(), beginning=beginning, after=after, limit=limit)
+        listing = find(beginning=beginning, after=after, limit=limit)
     assert [name for name, _ in listing.counters] == wanted[:limit]
     assert listing.next == (wanted[limit - 1] if len(wanted) > limit else None)
 
 
-def test_a_store_that_cannot_list_says_so_and_does_the_rest(tmp_path: Path, stack: ExitStack) -> None:
+def test_a_store_that_cannot_list_says_so_and_the_rest_works(tmp_path: Path, stack: ExitStack) -> None:
     server = stack.enter_context(MemcachedServer(tmp_path / "memcached"))
     app = application(server.url)
     stack.callback(state_of(app).close)
@@ -467,7 +463,7 @@ def test_a_store_that_cannot_list_says_so_and_does_the_rest(tmp_path: Path, stac
     assert page.counters == {}
     text = client.get("/counters").text
     assert "memcached cannot list its counters; use another store for it. Search for a whole name" in text
-    assert "The store memcached:// tells no figures of itself here" in text
+    assert "The store memcached:// gives no figures here" in text
     page = press(client, page.form("/counters/increment"), name="a b")
     assert sentence(page) == "a b gave 1."
     page = press(client, page.form("/counters"), q="a b")
@@ -483,7 +479,7 @@ def test_a_store_that_cannot_list_says_so_and_does_the_rest(tmp_path: Path, stac
 # Live
 
 
-def test_what_has_not_changed_is_not_sent_again(in_memory: Flask) -> None:
+def test_unchanged_content_is_not_sent_again(in_memory: Flask) -> None:
     client = in_memory.test_client()
     state = state_of(in_memory)
     state.counter("a").increment()
@@ -503,7 +499,7 @@ def test_what_has_not_changed_is_not_sent_again(in_memory: Flask) -> None:
 
 
 class Reader:
-    """Asks a running server for the data of the page, each time over a connection of its own."""
+    """Asks a running server for the data of the page, each time over a new connection."""
 
     def __init__(self, server: Server) -> None:
         self._address = urlsplit(server.url).netloc
@@ -511,7 +507,7 @@ class Reader:
         self.found: dict[str, Any] = {}
 
     def ask(self) -> int:
-        """The status of the answer; if that is not 304, its tag and content are the ones to know from now on."""
+        """Return the status of the answer; keep its tag and content unless it is 304."""
         connection = HTTPConnection(self._address, timeout=PATIENCE)
         with closing(connection):
             connection.request("GET", "/counters.json", headers={"If-None-Match": self.tag} if self.tag else {})
@@ -522,13 +518,13 @@ class Reader:
         return response.status
 
 
-def test_a_servers_workers_agree_on_what_has_not_changed(start_server: Callable[..., Server]) -> None:
-    """Asking changes nothing that is told; only the uptimes move on, in ever longer steps."""
+def test_all_workers_agree_that_nothing_has_changed(start_server: Callable[..., Server]) -> None:
+    """Requests change nothing on the page; only uptimes change, in ever longer steps."""
     reader = Reader(start_server("--workers", "2"))
     eventually(lambda: all(reader.ask() == 304 for _ in range(6)), "six answers that nothing has changed")
 
 
-def test_the_processes_and_their_restarts_are_told(start_server: Callable[..., Server]) -> None:
+def test_the_processes_and_their_restarts_are_shown(start_server: Callable[..., Server]) -> None:
     server = start_server("--workers", "2")
     reader = Reader(server)
     reader.ask()
@@ -543,7 +539,7 @@ def test_the_processes_and_their_restarts_are_told(start_server: Callable[..., S
     os.kill(int(rows[1]["pid"]), signal.SIGKILL)
 
     def replaced() -> bool:
-        with suppress(OSError, HTTPException):  # the one that was killed may have been about to answer
+        with suppress(OSError, HTTPException):  # the killed worker may have been about to answer
             reader.ask()
         row = reader.found["processes"][1]
         return bool(row["restarts"] == "1" and row["pid"].isdigit() and row["pid"] != rows[1]["pid"])
@@ -551,7 +547,7 @@ def test_the_processes_and_their_restarts_are_told(start_server: Callable[..., S
     eventually(replaced, "the next worker on the page")
 
 
-def test_the_managers_figures_are_told(on_demand: str) -> None:
+def test_the_managers_figures_are_shown(on_demand: str) -> None:
     app = application(on_demand)
     client = app.test_client()
     before = client.get("/counters.json").get_json()["manager"]
@@ -591,17 +587,22 @@ STATUS = Status(
 )
 
 
-def test_means_are_of_what_there_was() -> None:
-    assert means(STATUS) == {"batches": "50.0/s", "batch": "4.00 operations", "commit": "2.00 ms"}
+def test_means_need_at_least_one_event(in_memory: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(status: Status) -> dict[str, str]:
+        monkeypatch.setattr(State, "status", lambda _state: status)
+        figures = look(in_memory.test_client()).figures
+        return {name: figures[name] for name in ("batches", "batch", "commit")}
+
+    assert shown(STATUS) == {"batches": "50.0/s", "batch": "4.00 operations", "commit": "2.00 ms"}
     idle = structs.replace(STATUS, batches=0, operations=0, commits=0, commit_seconds=0.0)
-    assert means(idle) == {"batches": "0.0/s", "batch": "none yet", "commit": "none yet"}
+    assert shown(idle) == {"batches": "0.0/s", "batch": "none yet", "commit": "none yet"}
 
 
 def test_figures_are_for_people_and_stay_the_same_while_nothing_happens() -> None:
-    told = figures(STATUS)
-    assert told.now["Counters"] == "100,000"
-    assert told.now["Journal"] == "12.3 MB"
-    assert told.now["Starts on its data"] == "3"
+    reported = figures(STATUS)
+    assert reported["now"]["Counters"] == "100,000"
+    assert reported["now"]["Journal"] == "12.3 MB"
+    assert reported["now"]["Starts on its data"] == "3"
     hour = structs.replace(STATUS, uptime=3600.0)
     assert figures(hour) == figures(structs.replace(hour, uptime=7199.0)) != figures(structs.replace(hour, uptime=7200))
 
@@ -619,25 +620,12 @@ def test_figures_are_for_people_and_stay_the_same_while_nothing_happens() -> Non
         (10**8, "1157 days"),
     ],
 )
-def test_a_duration_is_told_in_its_largest_unit(seconds: float, text: str) -> None:
+def test_a_duration_is_shown_in_its_largest_unit(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0 bytes"),
-        (999, "999 bytes"),
-        (1000, "1.0 kB"),
-        (622_100, "622.1 kB"),
-        (5 * 10**9, "5.0 GB"),
-        (10**16, "10000.0 TB"),
-    ],
-)
-def test_a_size_is_told_in_the_unit_that_makes_it_short(number: int, text: str) -> None:
-    assert size(number) == text
-
-
-def test_a_process_that_is_yet_to_be_started_again_is_told_as_such() -> None:
-    (row,) = processes([Process(name="worker-1", pid=None, uptime=0.0, restarts=4)])
-    assert (row.pid, row.uptime, row.restarts) == ("being started", "", "4")
+def test_a_process_that_is_not_started_again_yet_is_shown_as_such(in_memory: Flask) -> None:
+    found = [Process(name="worker-1", pid=None, uptime=0.0, restarts=4)]
+    in_memory.config["COUNTER_SERVER_PROCESSES"] = lambda: found
+    (row,) = in_memory.test_client().get("/counters.json").get_json()["processes"]
+    assert row == {"name": "worker-1", "pid": "being started", "uptime": "", "restarts": "4"}

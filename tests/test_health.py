@@ -1,4 +1,4 @@
-"""What machines ask of real servers: is this process alive, is the store ready, and what are the figures."""
+"""The pages for machines on real servers: is this process alive, is the store ready, and the figures."""
 
 import multiprocessing
 import os
@@ -37,7 +37,12 @@ StartServer = Callable[..., Server]
 
 DEADLINE = 1.0  # seconds that a probe may take
 SLACK = 3.5  # seconds that a busy machine may add; together still under a call's deadline of 5
-MOVING = ("uptime", "connections", "commit_seconds", "journal_bytes")  # words of figures that differ from look to look
+MOVING = (
+    "uptime",
+    "connections",
+    "commit_seconds",
+    "journal_bytes",
+)  # parts of names of figures that change all the time
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def server(start_server: StartServer) -> Server:
 
 
 def parsed(text: str) -> dict[str, float]:
-    """The samples of a text, as Prometheus' own parser reads them: names with their labels, and values."""
+    """Return the samples of a text by Prometheus' own parser: values by names with labels."""
     return _by_name(parser.text_string_to_metric_families(text))
 
 
@@ -56,20 +61,20 @@ def _by_name(families: Any) -> dict[str, float]:
     for sample in samples:
         labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
         found[sample.name.removeprefix("counter_server_") + (f"{{{labels}}}" if labels else "")] = sample.value
-    assert len(found) == len(samples), "a figure is told twice"
+    assert len(found) == len(samples), "a figure appears twice"
     return found
 
 
 def figures(url: str) -> dict[str, float]:
-    """With those of the manager, which has a second to tell them: on a busy machine that is not always enough."""
+    """Return the figures, the manager's included: it has a second to answer, not always enough on a busy machine."""
 
-    def told() -> dict[str, float] | None:
+    def reported() -> dict[str, float] | None:
         status, headers, text = ask(url, "GET", "/metrics")
         assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
         found = parsed(text)
         return found if found["up"] == 1 else None
 
-    return eventually(told, "the manager's figures") or {}
+    return eventually(reported, "the manager's figures") or {}
 
 
 def timed(url: str, path: str) -> tuple[float, Answer]:
@@ -79,9 +84,9 @@ def timed(url: str, path: str) -> tuple[float, Answer]:
 
 
 def status_of(state: State) -> Status:
-    told = state.status()
-    assert told is not None
-    return told
+    reported = state.status()
+    assert reported is not None
+    return reported
 
 
 def assert_not_ready(answer: Answer, words: str) -> None:
@@ -98,14 +103,14 @@ def is_ready(url: str) -> bool:
 
 
 def becomes_ready(url: str) -> None:
-    """In a second, as a rule; but for that a busy machine need not have the time."""
+    """Wait until it is ready: usually within a second, on a busy machine longer."""
     eventually(lambda: is_ready(url), "readiness")
 
 
 # Alive and ready
 
 
-def test_a_server_is_alive_and_ready_and_nobody_may_keep_that_answer(server: Server) -> None:
+def test_a_server_is_alive_and_ready_and_the_answer_is_not_cached(server: Server) -> None:
     becomes_ready(server.url)
     for path, text in (("/livez", "alive\n"), ("/readyz", "ready\n")):
         for method, body in (("GET", text), ("HEAD", "")):
@@ -129,7 +134,7 @@ def test_a_probe_of_readiness_is_committed_and_changes_no_counter(server: Server
         assert state.counter("ready?").value == -(2**63)
 
 
-def test_with_the_disk_full_a_server_is_alive_not_ready_tells_its_figures_and_heals(
+def test_with_a_full_disk_a_server_is_alive_not_ready_gives_its_figures_and_recovers(
     start_server: StartServer, small_disk: Path
 ) -> None:
     server = start_server("--workers", "2", "--data-dir", small_disk / "data")
@@ -155,7 +160,7 @@ def test_with_the_disk_full_a_server_is_alive_not_ready_tells_its_figures_and_he
     assert increment(server.url) == 2
 
 
-def test_a_start_that_there_is_no_room_to_write_down_is_counted_in_memory(small_disk: Path) -> None:
+def test_a_start_that_a_full_disk_cannot_record_is_counted_in_memory(small_disk: Path) -> None:
     journal = Journal(small_disk / "journal.sqlite3")
     try:
         fill(small_disk / "filler")
@@ -183,8 +188,8 @@ def test_with_the_manager_frozen_livez_answers_at_once_and_readyz_within_its_dea
         seconds, (status, _, text) = timed(server.url, "/metrics")
         assert status == 200
         assert seconds < DEADLINE + SLACK
-        told = {name: value for name, value in parsed(text).items() if not name.startswith("process_")}
-        assert told == {"up": 0}
+        reported = {name: value for name, value in parsed(text).items() if not name.startswith("process_")}
+        assert reported == {"up": 0}
     eventually(lambda: is_ready(server.url), "readiness, with the manager there again")
 
 
@@ -212,21 +217,21 @@ def test_livez_is_answered_within_a_second_while_200_requests_wait(stack: ExitSt
     ]
 
 
-def test_a_crowd_of_probes_does_not_pile_up_behind_a_frozen_manager(start_server: StartServer) -> None:
+def test_many_probes_do_not_pile_up_behind_a_frozen_manager(start_server: StartServer) -> None:
     server = start_server("--workers", "1", "--threads", "4")
     (manager,) = server.children("manager")
     with frozen(manager):
         answers = at_once(80, lambda: timed(server.url, "/readyz"))
     for _, answer in answers:
         assert_not_ready(answer, "has not answered")
-    # 80 that each wait, 4 at a time, would take 20 s. But one thread finds out for all whether it has passed.
+    # 80 probes that each wait, 4 at a time, would take 20 s. But one thread waits for all.
     assert max(seconds for seconds, _ in answers) < 10 * DEADLINE
 
 
 # Figures
 
 
-def test_the_figures_are_what_was_done(server: Server, data_dir: Path) -> None:
+def test_the_figures_match_the_operations(server: Server, data_dir: Path) -> None:
     before = figures(server.url)
     for number in range(7):
         headers = {"Idempotency-Key": f"key-{number % 5}"}
@@ -237,11 +242,15 @@ def test_the_figures_are_what_was_done(server: Server, data_dir: Path) -> None:
         status = status_of(state)
     assert after["counters"] - before["counters"] == 5
     assert after["idempotency_keys"] == 5
-    for name in ("operations_total", "batches_total", "commits_total"):  # one after the other, so each has its own
+    for name in (
+        "operations_total",
+        "batches_total",
+        "commits_total",
+    ):  # they were sent one by one, so each has its own
         assert after[name] - before[name] == 7
     assert 0 < after["commit_seconds_total"] - before["commit_seconds_total"] < 7 * SLACK
     assert after["manager_uptime_seconds"] > before["manager_uptime_seconds"]
-    assert after["connections"] >= 2  # that of a worker, and ours
+    assert after["connections"] >= 2  # a worker's, and ours
     assert after["clients"] == status.clients > 0
     app = create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_HOST": "127.0.0.1"})
     declared = app.extensions["counter_server"].declarations
@@ -251,20 +260,22 @@ def test_the_figures_are_what_was_done(server: Server, data_dir: Path) -> None:
     assert (after["up"], after["manager_starts_total"]) == (1, 1)
 
 
-def test_every_worker_tells_the_same_figures(server: Server) -> None:
+def test_every_worker_gives_the_same_figures(server: Server) -> None:
     for number in range(3):
         increment(server.url, f"c{number}")
-    told = []
+    reported = []
     for worker in server.children("worker"):
-        with frozen(worker):  # so that another one answers
-            told.append(figures(server.url))
-    first, second = ({name: value for name, value in one.items() if not any(map(name.count, MOVING))} for one in told)
+        with frozen(worker):  # so that the other one answers
+            reported.append(figures(server.url))
+    first, second = (
+        {name: value for name, value in one.items() if not any(map(name.count, MOVING))} for one in reported
+    )
     assert first == second
     assert first["counters"] == 3
     assert {"process_up{process=worker-1}", "process_up{process=worker-2}"} <= set(first)
 
 
-def test_a_manager_and_a_worker_that_were_killed_are_told_of_by_the_worker_that_lives(server: Server) -> None:
+def test_the_surviving_worker_reports_a_killed_manager_and_a_killed_worker(server: Server) -> None:
     increment(server.url)
     (manager,) = server.children("manager")
     before = figures(server.url)
@@ -274,33 +285,33 @@ def test_a_manager_and_a_worker_that_were_killed_are_told_of_by_the_worker_that_
     os.kill(server.children("worker")[0], signal.SIGKILL)
     places = ("manager", "worker-1", "worker-2")
 
-    def told() -> dict[str, list[float]]:
+    def reported() -> dict[str, list[float]]:
         now = figures(server.url)
         kinds = ("up", "restarts_total", "uptime_seconds")
         return {kind: [now[f"process_{kind}{{process={place}}}"] for place in places] for kind in kinds}
 
     def manager_and_one_worker_restarted() -> bool:
-        now = told()
+        now = reported()
         manager, *workers = now["restarts_total"]
         return (manager, sorted(workers)) == (1, [0, 1]) and sum(now["up"]) == 3
 
     eventually(manager_and_one_worker_restarted, "the restarts, and the processes again")
     after = figures(server.url)
     assert (after["manager_starts_total"], after["counters"], after["batches_total"]) == (2, 1, 0)
-    assert after["manager_uptime_seconds"] < time.monotonic() - killed  # it is another one
-    uptimes, restarts = told()["uptime_seconds"], told()["restarts_total"]
-    assert max(zip(uptimes, restarts, strict=True))[1] == 0  # who was not killed is the oldest
+    assert after["manager_uptime_seconds"] < time.monotonic() - killed  # it is a new manager
+    uptimes, restarts = reported()["uptime_seconds"], reported()["restarts_total"]
+    assert max(zip(uptimes, restarts, strict=True))[1] == 0  # the survivor is the oldest
 
 
-def test_openmetrics_is_told_to_who_asks_for_it_and_strange_wishes_are_passed_over(server: Server) -> None:
+def test_openmetrics_is_sent_on_request_and_malformed_accept_headers_are_ignored(server: Server) -> None:
     wish = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
     status, headers, text = ask(server.url, "GET", "/metrics", headers={"Accept": wish})
     assert status == 200
     assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
     assert headers["Cache-Control"] == "no-store"
     assert text.endswith("# EOF\n")
-    told = _by_name(openmetrics_parser.text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
-    assert set(told) == set(figures(server.url))
+    reported = _by_name(openmetrics_parser.text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
+    assert set(reported) == set(figures(server.url))
     for strange in ("application/openmetrics-text; version=x.y", "text/plain; version=1.0.z", ";,;=", "é", "*/*" * 500):
         status, headers, text = ask(server.url, "GET", "/metrics", headers={"Accept": strange})
         assert (status, parsed(text)["up"]) == (200, 1)
@@ -311,7 +322,7 @@ def test_openmetrics_is_told_to_who_asks_for_it_and_strange_wishes_are_passed_ov
 
 
 def client_of(url: str) -> FlaskClient:
-    """Of the application under another launcher, which may not start a manager."""
+    """Make a client of the application under another launcher, which may not start a manager."""
     return create_app({"COUNTER_SERVER_STORE": url, "COUNTER_SERVER_START": False}).test_client()
 
 
@@ -321,15 +332,15 @@ def test_without_a_manager_there_is_one_figure_and_no_readiness_and_none_is_star
     manager = start_manager("--durability", "none")
     client = client_of(manager.url)
     assert client.get("/readyz").status_code == 200
-    told = parsed(client.get("/metrics").text)
-    assert (told["up"], told["manager_starts_total"], told["journal_bytes"]) == (1, 1, 0)
-    assert not [name for name in told if name.startswith("process_")]  # of which only a supervisor knows
+    reported = parsed(client.get("/metrics").text)
+    assert (reported["up"], reported["manager_starts_total"], reported["journal_bytes"]) == (1, 1, 0)
+    assert not [name for name in reported if name.startswith("process_")]  # only a supervisor knows them
     manager.kill()
     assert parsed(client.get("/metrics").text) == {"up": 0}
     response = client.get("/readyz")
     assert_not_ready((response.status_code, dict(response.headers), response.text), "has not answered")
     assert client.get("/livez").status_code == 200
-    start_manager("--durability", "none")  # it has begun anew, and so is another one
+    start_manager("--durability", "none")  # a new manager with a new epoch
     assert client.get("/readyz").status_code == 200
     assert parsed(client.get("/metrics").text)["up"] == 1
     other = create_app({"COUNTER_SERVER_STORE": f"{manager.url}/other", "SECRET_KEY": "k"})
@@ -356,7 +367,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             yield postgres.url_of("health")
 
 
-def test_every_other_store_is_ready_and_up_and_tells_no_more(store_url: str) -> None:
+def test_every_other_store_is_ready_and_up_without_further_figures(store_url: str) -> None:
     client = client_of(store_url)
     for _ in range(2):
         assert client.get("/readyz").status_code == 200
@@ -366,7 +377,7 @@ def test_every_other_store_is_ready_and_up_and_tells_no_more(store_url: str) -> 
         assert state.status() is None
 
 
-def test_a_redis_that_is_full_or_gone_is_not_ready_and_why_is_said(tmp_path: Path) -> None:
+def test_a_redis_that_is_full_or_gone_is_not_ready_with_a_reason(tmp_path: Path) -> None:
     with RedisServer(tmp_path / "redis") as redis:
         client = client_of(redis.url)
         assert client.get("/readyz").status_code == 200
@@ -385,22 +396,22 @@ def test_a_redis_that_is_full_or_gone_is_not_ready_and_why_is_said(tmp_path: Pat
 # The status itself
 
 
-def test_a_status_holds_nobody_up_and_is_held_up_by_nobody(start_manager: Callable[..., Manager]) -> None:
+def test_a_status_and_other_calls_do_not_wait_for_each_other(start_manager: Callable[..., Manager]) -> None:
     manager = start_manager()
     with open_client(manager.url, deadline=30) as state:
         state.counter("c").increment()
         proxy = cast(Any, state.store)
-        with ThreadPoolExecutor(1) as thread, proxy._calling:  # as a call of the state's has it, until its commit
-            told = thread.submit(state.status).result(PATIENCE)
-        assert told is not None
-        assert (told.pid, told.counters) == (manager.pid, 1)
+        with ThreadPoolExecutor(1) as thread, proxy._calling:  # held like a call that waits for its commit
+            reported = thread.submit(state.status).result(PATIENCE)
+        assert reported is not None
+        assert (reported.pid, reported.counters) == (manager.pid, 1)
         manager.kill()
         with pytest.raises(DeadlineExceeded, match="no manager is running") as away:
             state.status()
         assert away.value.outcome == "not_applied"
 
 
-def test_a_manager_of_another_version_is_said_to_be_one(
+def test_a_manager_of_another_version_is_recognized(
     start_manager: Callable[..., Manager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Newer(Status, frozen=True, kw_only=True):
@@ -419,7 +430,7 @@ def _note_for_ever(processes: Processes) -> None:
         processes.note("two", number)
 
 
-def test_what_is_told_of_a_process_is_never_half_of_one_and_half_of_the_next() -> None:
+def test_figures_of_a_process_are_never_mixed_with_those_of_the_next() -> None:
     processes = Processes(["one", "two"])
     assert [(process.pid, process.restarts, process.uptime) for process in processes()] == [(None, 0, 0.0)] * 2
     writer = multiprocessing.get_context("spawn").Process(target=_note_for_ever, args=(processes,))

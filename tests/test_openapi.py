@@ -1,4 +1,4 @@
-"""The API's document, and the server held to it: Schemathesis makes up requests from it, good and bad."""
+"""The server keeps to the API's document: Schemathesis generates good and bad requests from it."""
 
 import html
 import re
@@ -10,6 +10,7 @@ from copy import deepcopy
 from itertools import count
 from typing import Any
 
+import msgspec
 import pytest
 import requests
 import schemathesis
@@ -18,9 +19,11 @@ from hypothesis import strategies as st
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import positive_data_acceptance, use_after_free
 
-from counter_server.errors import InvalidRequest
-from counter_server.operations import check_name
+from counter_server.errors import DeadlineExceeded, InvalidRequest, KeyReused, LimitReached, Unsupported
+from counter_server.operations import Assignment, Step, check_name
 from counter_server.server.web import create_app
+from counter_server.server.web.problems import Problem
+from counter_server.state import State
 from tests.processes import PATIENCE, Program, Server
 
 TOKEN = "a-token-of-operators-in-tests"
@@ -38,15 +41,24 @@ def _is_name(text: str) -> bool:
     return True
 
 
-def document(config: dict[str, Any] | None = None) -> dict[str, Any]:
-    made = create_app({"COUNTER_SERVER_STORE": "memory://", "SECRET_KEY": "k", **(config or {})})
+def document() -> dict[str, Any]:
+    made = create_app({"COUNTER_SERVER_STORE": "memory://", "SECRET_KEY": "k"})
     found: dict[str, Any] = made.test_client().get("/openapi.json").get_json()
     return found
 
 
 DOCUMENT = document()
 
-# The format that the document names, as Schemathesis is to fill it.
+
+def operations() -> dict[str, dict[str, Any]]:
+    return {
+        operation["operationId"]: {**operation, "method": method}
+        for item in DOCUMENT["paths"].values()
+        for method, operation in item.items()
+    }
+
+
+# How Schemathesis fills the format that the document names.
 NAMES = (
     st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1, max_size=100)
     .map(lambda text: unicodedata.normalize("NFC", text))
@@ -59,10 +71,10 @@ api = schemathesis.openapi.from_dict(
     config=SchemathesisConfig.from_dict(
         {
             "seed": 1,
-            # What is bad may also be refused for the name that the request goes by.
+            # A bad request may also be refused for its Host header.
             "checks": {"negative_data_rejection": {"expected-statuses": [*range(400, 407), 409, 415, 421, 422]}},
             "auth": {"openapi": {"token": {"bearer": TOKEN}}},
-            # PUT of ".../x/increment" is that of the counter "x/increment": names have slashes.
+            # PUT .../x/increment sets the counter "x/increment": names may have slashes.
             "operations": [
                 {"include-path": INCREMENT, "checks": {"unsupported_method": NO, "allow_header_conformance": NO}}
             ],
@@ -83,7 +95,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def beyond_schema(body: object) -> bool:
-    """Whether a body is refused for what no schema can say: bounds that cross."""
+    """Return whether a body is refused for a rule beyond schemas: bounds that cross."""
     if not isinstance(body, dict):
         return False
     lowest, highest = body.get("minimum"), body.get("maximum")
@@ -100,11 +112,11 @@ def is_good(case: Case) -> bool:
 
 
 def check(case: Case, response: schemathesis.Response) -> None:
-    """No failure of its own, no status, content type, header or body that is not in it, nothing bad accepted."""
+    """Check for no server error, no undocumented status, content type, header or body, nothing bad accepted."""
     seen[case.method, response.status_code] += 1
     if (promised := DOCUMENT["paths"][case.path].get(case.method.lower())) is not None:
-        assert str(response.status_code) in promised["responses"]  # Schemathesis lets those of odd content types be
-    excluded: list[Any] = [use_after_free]  # a counter that was deleted may be counted again
+        assert str(response.status_code) in promised["responses"]  # Schemathesis ignores odd content types
+    excluded: list[Any] = [use_after_free]  # a deleted counter may be counted again
     if is_good(case) and (response.status_code == 422 or beyond_schema(case.body)):
         assert response.status_code in (400, 422)
         excluded.append(positive_data_acceptance)
@@ -113,15 +125,15 @@ def check(case: Case, response: schemathesis.Response) -> None:
 
 @api.parametrize()
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_the_server_keeps_what_the_document_promises(case: Case, server: Server) -> None:
-    """In the phases that look at one request: examples, coverage of each rule of the schema, and fuzzing."""
+def test_the_server_keeps_the_promises_of_the_document(case: Case, server: Server) -> None:
+    """Run the phases with single requests: examples, coverage of each rule of the schema, and fuzzing."""
     prepare(case)
     phases.add(case.meta.phase.name.value if case.meta else "none")
     check(case, case.call(base_url=server.url, timeout=PATIENCE))
 
 
-def test_requests_that_follow_on_each_other_keep_the_document_too(server: Server) -> None:
-    """In the phase of many requests, each made of what was answered before."""
+def test_sequences_of_requests_keep_the_document_too(server: Server) -> None:
+    """Run the phase with many requests, each made from earlier answers."""
     machine: Any = api.as_state_machine()
 
     class Workflow(machine):  # type: ignore[misc] # its base is made from the document
@@ -159,7 +171,7 @@ def test_good_and_bad_requests_were_made() -> None:
     assert not [status for _, status in seen if status >= 500]
 
 
-def test_the_running_server_shows_the_document_that_is_tested(server: Server) -> None:
+def test_the_running_server_serves_the_tested_document(server: Server) -> None:
     assert requests.get(f"{server.url}/openapi.json", timeout=PATIENCE).json() == DOCUMENT
 
 
@@ -168,31 +180,131 @@ def test_the_document_is_openapi_3_1() -> None:
     api.validate()
 
 
-def test_a_document_that_is_none_is_found() -> None:
+def test_an_invalid_document_is_found() -> None:
     broken = {**DOCUMENT, "paths": {"/x": {"get": {"responses": {"200": {}}}}}}
     with pytest.raises(Exception, match="description"):
         schemathesis.openapi.from_dict(broken).validate()
 
 
-def test_every_route_of_the_api_describes_itself() -> None:
-    app = create_app({"COUNTER_SERVER_STORE": "memory://", "SECRET_KEY": "k"})
-    undescribed = {
-        rule.rule
-        for rule in app.url_map.iter_rules()
-        if rule.rule.startswith(("/api/", "/badge/")) and rule.endpoint.replace(".", "_") not in operations()
+def test_the_paths_are_the_routes_for_programs() -> None:
+    routes = {
+        (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), method.lower())
+        for rule in create_app({"COUNTER_SERVER_STORE": "memory://"}).url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+        if rule.endpoint.partition(".")[0] in ("api", "badge", "health") or rule.endpoint == "documentation.openapi"
     }
-    assert undescribed == set()
+    assert routes == {(path, method) for path, item in DOCUMENT["paths"].items() for method in item}
 
 
-def operations() -> dict[str, dict[str, Any]]:
-    return {
-        operation["operationId"]: {**operation, "method": method}
-        for item in DOCUMENT["paths"].values()
-        for method, operation in item.items()
-    }
+def without_texts(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        return {key: without_texts(value) for key, value in schema.items() if key not in ("title", "description")}
+    return schema
 
 
-def test_what_changes_counters_at_will_needs_the_operators_token_and_nothing_else_does() -> None:
+@pytest.mark.parametrize("body", [Step, Assignment, Problem])
+def test_the_schemas_of_bodies_match_the_types_that_read_and_write_them(body: type) -> None:
+    _, components = msgspec.json.schema_components([body])
+    (schema,) = components.values()
+    expected = {key: value for key, value in without_texts(schema).items() if value != []}
+    assert without_texts(DOCUMENT["components"]["schemas"][body.__name__]) == expected
+
+
+# How to get each documented response: method, path, headers or body, and the store's error.
+
+COUNTER = "/api/v1/counters/visits"
+BADGE = "/badge/visits.svg"
+CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "api_page": ("GET", "/api/v1/counters", {}),
+    "api_increment": ("POST", f"{COUNTER}/increment", {"json": {"by": 1}}),
+    "api_get": ("GET", COUNTER, {}),
+    "api_put": ("PUT", COUNTER, {"json": {"value": 1}, "headers": OPERATOR}),
+    "api_delete": ("DELETE", COUNTER, {"headers": OPERATOR}),
+    "badge_picture": ("GET", BADGE, {}),
+    "health_livez": ("GET", "/livez", {}),
+    "health_readyz": ("GET", "/readyz", {}),
+    "health_metrics": ("GET", "/metrics", {}),
+    "documentation_openapi": ("GET", "/openapi.json", {}),
+}
+ERRORS: dict[int, Exception] = {
+    409: LimitReached("of this test"),
+    422: KeyReused("of this test"),
+    500: ZeroDivisionError("of this test"),
+    501: Unsupported("of this test"),
+    503: DeadlineExceeded("of this test", "unknown"),
+}
+
+
+def changed(name: str, status: int) -> tuple[str, str, dict[str, Any]]:
+    """Return a call of an operation that gets this status without an error of the store."""
+    method, path, options = CALLS[name]
+    headers = dict(options.get("headers", {}))
+    match status:
+        case 400 if name in ("api_page", "badge_picture"):
+            path += "?limit=0&count=2"
+        case 400:
+            path = path.replace("visits", "%00")
+        case 401:
+            headers = {"Authorization": "Bearer of-another-server"}
+        case 403 if name == "badge_picture":
+            path += "?count=1"
+        case 403:
+            headers["Origin"] = "http://evil.example"
+        case 404:
+            path = path.replace("visits", "unknown")
+        case 413:
+            return method, path, {"data": b" " * 20_000, "content_type": "application/json", "headers": headers}
+        case 415:
+            return method, path, {"data": b"1", "content_type": "text/plain", "headers": headers}
+        case 421:
+            headers["Host"] = "evil.example"
+    return method, path, {**options, "headers": headers}
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [(name, int(status)) for name, one in operations().items() for status in one["responses"]]
+)
+def test_each_response_in_the_document_is_given_as_it_says(
+    name: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(
+        {
+            "COUNTER_SERVER_STORE": "memory://",
+            "COUNTER_SERVER_HOST": "127.0.0.1",
+            "COUNTER_SERVER_TOKEN": TOKEN,
+            "COUNTER_SERVER_RATE_LIMIT": "2/hour" if status == 429 else "100/hour",
+        }
+    )
+    client = app.test_client()
+    app.extensions["counter_server"].counter("visits").set(1)
+    if status == 500:  # in the view itself: not every operation asks the store
+        app.view_functions[name.replace("_", ".", 1)] = lambda **_: str(1 // 0)
+    elif status in ERRORS:
+
+        def fail(*_: object, **__: object) -> None:
+            raise ERRORS[status]
+
+        monkeypatch.setattr(State, "submit", fail)
+    method, path, options = changed(name, status)
+    for _ in range(2 if status == 429 else 0):
+        client.open(path, method=method, **options)
+    response = client.open(path, method=method, **options)
+    assert response.status_code == status, response.text
+    operation = api[path_of(name)][method]
+    operation.validate_response(schemathesis.Response.from_any(response))
+    promised = DOCUMENT["paths"][path_of(name)][method.lower()]["responses"][str(status)]
+    if "$ref" in promised:
+        promised = DOCUMENT["components"]["responses"][promised["$ref"].rpartition("/")[2]]
+    assert ([response.mimetype] if response.data else []) == list(promised.get("content", {}))
+    assert set(promised.get("headers", {})) - set(response.headers.keys()) <= {"Idempotent-Replayed"}
+
+
+def path_of(name: str) -> str:
+    (found,) = (path for path, item in DOCUMENT["paths"].items() for o in item.values() if o["operationId"] == name)
+    return str(found)
+
+
+def test_only_set_and_delete_need_the_operators_token() -> None:
     guarded = {name for name, operation in operations().items() if operation.get("security")}
     assert guarded == {"api_put", "api_delete"}
 
@@ -207,27 +319,22 @@ def test_every_refusal_is_a_problem_document() -> None:
                 assert set(answer["content"]) == {"image/svg+xml"}, status
 
 
-def test_the_document_tells_a_rate_limit_where_there_is_one() -> None:
-    limited = document({"COUNTER_SERVER_RATE_LIMIT": "100/minute"})
-    for path, item in limited["paths"].items():
-        for method, operation in item.items():
-            is_limited = path.startswith(("/api/", "/badge/"))
-            assert ("429" in operation["responses"]) == is_limited
-            # Without one, too many wrong tokens are still refused.
-            assert ("429" in DOCUMENT["paths"][path][method]["responses"]) == ("security" in operation)
-    problem = limited["components"]["responses"]["Problem429"]
+def test_the_document_names_the_rate_limit_of_limited_requests() -> None:
+    for path, item in DOCUMENT["paths"].items():
+        for operation in item.values():
+            assert ("429" in operation["responses"]) == path.startswith(("/api/", "/badge/"))
+    problem = DOCUMENT["components"]["responses"]["Problem429"]
     assert set(problem["headers"]) == {"Retry-After", "RateLimit", "RateLimit-Policy"}
-    assert set(DOCUMENT["components"]["responses"]["Problem429"]["headers"]) == {"Retry-After"}
 
 
-def test_the_document_names_the_place_that_the_app_is_mounted_at() -> None:
+def test_the_document_names_the_path_of_a_mounted_app() -> None:
     app = create_app({"COUNTER_SERVER_STORE": "memory://", "SECRET_KEY": "k"})
     shown = app.test_client().get("/openapi.json", environ_overrides={"SCRIPT_NAME": "/counters"}).get_json()
     assert shown["servers"] == [{"url": "/counters"}]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl: install the Debian package curl")
-def test_the_examples_of_the_page_can_be_run_as_they_stand(server: Server) -> None:
+def test_the_examples_of_the_page_run_unchanged(server: Server) -> None:
     page = requests.get(f"{server.url}/docs", timeout=PATIENCE).text
     commands = [html.unescape(found) for found in re.findall(r"<pre[^>]*><code>(.*?)</code>", page)]
     assert len(commands) == len(operations())
@@ -240,10 +347,10 @@ def test_the_examples_of_the_page_can_be_run_as_they_stand(server: Server) -> No
         with shell:
             assert shell.wait() == 0, shell.errors
             answers.append(shell.output[-1])
-    told = dict(zip(operations(), answers, strict=True))
-    assert told["api_increment"] == '{"counter":"visits","value":6}200'
-    assert told["api_get"] == '{"counter":"visits","value":6}200'
-    assert told["api_put"] == '{"counter":"visits","value":42}200'
-    assert told["api_delete"] == "204"
-    assert told["api_page"].endswith("200")
-    assert told["badge_picture"].endswith("</svg>404")  # by then it is deleted
+    reported = dict(zip(operations(), answers, strict=True))
+    assert reported["api_increment"] == '{"counter":"visits","value":6}200'
+    assert reported["api_get"] == '{"counter":"visits","value":6}200'
+    assert reported["api_put"] == '{"counter":"visits","value":42}200'
+    assert reported["api_delete"] == "204"
+    assert reported["api_page"].endswith("200")
+    assert reported["badge_picture"].endswith("</svg>404")  # by then it is deleted

@@ -1,4 +1,4 @@
-"""The page that people see: each visit is counted once, and what is no visit is not counted."""
+"""The home page: each visit is counted once, and other requests are not counted."""
 
 from html.parser import HTMLParser
 
@@ -39,7 +39,7 @@ class Page(HTMLParser):
             self.elements[-1] = (tag, attributes, text + data)
 
     def only(self, attribute: str, value: str) -> tuple[dict[str, str | None], str]:
-        """The one element whose `attribute` is `value`: its attributes and its text."""
+        """Return the attributes and the text of the only element whose `attribute` is `value`."""
         found = [(found, text) for _, found, text in self.elements if found.get(attribute) == value]
         assert len(found) == 1, f"{len(found)} elements with {attribute}={value}"
         return found[0][0], found[0][1].strip()
@@ -54,7 +54,7 @@ def all_counters(state: State) -> dict[str, int]:
     return dict(state.counters(limit=1000).counters)
 
 
-def test_each_visit_is_counted_and_shown_its_number(client: FlaskClient, state: State) -> None:
+def test_each_visit_is_counted_and_shows_its_number(client: FlaskClient, state: State) -> None:
     for number in range(1, 4):
         response = client.get("/")
         assert response.status_code == 200
@@ -78,13 +78,13 @@ def test_visitors_without_cookies_share_the_count(app: Flask) -> None:
         assert Page(response.text).only("id", "number")[1] == str(number)
 
 
-def test_a_visit_goes_on_from_what_the_counter_was_set_to(client: FlaskClient) -> None:
+def test_a_visit_continues_from_the_value_that_was_set(client: FlaskClient) -> None:
     assert client.put("/api/v1/counters/visits", json={"value": 2**53}).status_code == 200
     attributes, text = Page(client.get("/").text).only("id", "number")
     assert attributes["data-number"] == text == str(2**53 + 1)
 
 
-def test_a_session_cookie_that_was_tampered_with_is_a_new_session(app: Flask) -> None:
+def test_a_changed_session_cookie_starts_a_new_session(app: Flask) -> None:
     client = app.test_client(use_cookies=False)
     for number, cookie in enumerate(["session=eyJ4IjoxfQ.x.y", "session=", "session=\x7f", 'session="'], 1):
         response = client.get("/", headers={"Cookie": cookie})
@@ -146,7 +146,7 @@ def test_other_methods_count_nothing(client: FlaskClient, state: State, method: 
     assert all_counters(state) == {}
 
 
-def test_what_a_browser_asks_for_beside_the_page_counts_nothing(client: FlaskClient, state: State) -> None:
+def test_the_files_that_a_page_uses_count_nothing(client: FlaskClient, state: State) -> None:
     page = Page(client.get("/").text)
     style, _ = page.only("rel", "stylesheet")
     assert style["href"] is not None
@@ -213,7 +213,7 @@ def test_the_page_has_a_button_for_each_route_and_shows_the_number(client: Flask
     assert sum(tag == "button" for tag, _, _ in page.elements) == 3
 
 
-def test_a_browser_that_pressed_a_button_is_shown_the_page_again(client: FlaskClient) -> None:
+def test_a_browser_sees_the_page_again_after_a_button(client: FlaskClient) -> None:
     client.get("/session", headers=BROWSER)
     response = client.post("/session/inc", headers=BROWSER)
     assert response.mimetype == "text/html"
@@ -228,7 +228,7 @@ def test_a_link_changes_no_visitors_counter(client: FlaskClient, step: str) -> N
     assert Page(client.get("/session").text).only("id", "sentence")[1] == "counter is 1"
 
 
-def test_looking_at_the_page_takes_up_no_room(client: FlaskClient, app: Flask) -> None:
+def test_viewing_the_page_stores_nothing(client: FlaskClient, app: Flask) -> None:
     client.get("/session")
     with app.test_request_context():
         assert SharedState().dict("visitor counter session").keys() == []

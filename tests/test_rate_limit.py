@@ -1,4 +1,4 @@
-"""A limit on how often an address may ask: one budget for all workers, told in headers."""
+"""A limit on the requests of an address: one budget for all workers, shown in headers."""
 
 import json
 import re
@@ -32,14 +32,14 @@ def client() -> FlaskClient:
 
 
 def left(headers: Mapping[str, str]) -> tuple[int, int]:
-    """How many requests are left, and for how many seconds, as the header says."""
+    """Return the remaining requests and seconds from the header."""
     value = {name.lower(): value for name, value in headers.items()}["ratelimit"]  # waitress spells it its own way
     found = re.fullmatch(r'"client";r=(\d+);t=(\d+)', value)
     assert found, value
     return int(found[1]), int(found[2])
 
 
-def test_answers_tell_the_policy_and_what_is_left(client: FlaskClient) -> None:
+def test_answers_contain_the_policy_and_the_remaining_requests(client: FlaskClient) -> None:
     for expected in (2, 1, 0):
         response = client.get(COUNTERS)
         assert response.status_code == 200
@@ -49,7 +49,7 @@ def test_answers_tell_the_policy_and_what_is_left(client: FlaskClient) -> None:
         assert 3590 < seconds <= 3600
 
 
-def test_what_is_over_is_refused_says_when_to_come_back_and_counts_nothing(client: FlaskClient) -> None:
+def test_a_request_beyond_the_limit_is_refused_with_a_time_to_wait_and_counts_nothing(client: FlaskClient) -> None:
     for expected in (1, 2, 3):
         assert client.post(INCREMENT).get_json()["value"] == expected
     for _ in range(3):
@@ -64,13 +64,13 @@ def test_what_is_over_is_refused_says_when_to_come_back_and_counts_nothing(clien
         assert client.application.extensions["counter_server"].counter("x").value == 3
 
 
-def test_refusals_of_the_api_and_badges_take_from_the_same_budget(client: FlaskClient) -> None:
+def test_refused_requests_and_badges_use_the_same_budget(client: FlaskClient) -> None:
     assert client.get(f"{COUNTERS}/nobody").status_code == 404
     assert client.post(INCREMENT, json={"by": 0}).status_code == 400
-    badge = client.get("/badge/nobody.svg")
+    badge = client.get("/badge/unknown.svg")
     assert badge.status_code == 404
     assert left(dict(badge.headers))[0] == 0
-    assert client.get("/badge/nobody.svg").status_code == 429
+    assert client.get("/badge/unknown.svg").status_code == 429
 
 
 @pytest.mark.parametrize("path", EXEMPT)
@@ -82,7 +82,7 @@ def test_pages_and_the_document_are_not_limited(client: FlaskClient, path: str) 
     assert left(dict(client.get(COUNTERS).headers))[0] == 2
 
 
-def test_without_a_limit_nothing_is_said_of_one() -> None:
+def test_without_a_limit_there_are_no_headers_of_one() -> None:
     client = create_app({"COUNTER_SERVER_STORE": "memory://"}).test_client()
     response = client.get(COUNTERS)
     assert not [name for name, _ in response.headers if name.startswith("RateLimit")]
@@ -114,17 +114,17 @@ def test_each_address_has_its_own_budget(client: FlaskClient, one: str, other: s
         ("fe80::1%eth0", "fe80::2%eth0"),
     ],
 )
-def test_addresses_that_one_client_has_share_a_budget(client: FlaskClient, one: str, other: str) -> None:
+def test_addresses_of_one_client_share_a_budget(client: FlaskClient, one: str, other: str) -> None:
     assert remaining(client, one) == 2
     assert remaining(client, other) == 1
 
 
-def test_a_client_cannot_call_itself_another(client: FlaskClient) -> None:
+def test_a_client_cannot_pretend_to_be_another(client: FlaskClient) -> None:
     assert remaining(client, "192.0.2.1") == 2
     assert remaining(client, "192.0.2.1", **{"X-Forwarded-For": "192.0.2.9", "Forwarded": "for=192.0.2.9"}) == 1
 
 
-def test_a_window_that_is_over_begins_anew() -> None:
+def test_after_a_window_the_next_begins() -> None:
     client = limited("2/second").test_client()
     assert [client.get(COUNTERS).status_code for _ in range(2)] == [200, 200]
     eventually(lambda: client.get(COUNTERS).status_code == 200, "a new window", seconds=5)
@@ -133,7 +133,7 @@ def test_a_window_that_is_over_begins_anew() -> None:
 @pytest.mark.parametrize(
     "limit", ["", "x", "100", "minute", "0/minute", "-1/minute", "1/minute;2/hour", "1/fortnight", 100, ["1/minute"]]
 )
-def test_what_is_no_limit_is_refused_as_the_app_is_made(limit: object) -> None:
+def test_an_invalid_limit_is_refused_when_the_app_is_made(limit: object) -> None:
     with pytest.raises(InvalidRequest, match="such as 100/minute"):
         create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_RATE_LIMIT": limit})
 
@@ -150,8 +150,8 @@ def test_without_the_limits_library_the_error_names_the_extra(monkeypatch: pytes
         limited()
 
 
-def test_a_budget_that_is_not_told_in_time_says_that_nothing_was_counted(on_demand: str, data_dir: Path) -> None:
-    """Whatever became of the budget's own call, which was sent, the one that was asked for has not begun."""
+def test_if_the_budget_does_not_answer_in_time_nothing_was_counted(on_demand: str, data_dir: Path) -> None:
+    """The budget's own call was sent, with an unknown result; the requested call has not begun."""
     app, hasty = (
         limited("100/hour", COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=seconds)
         for seconds in (PATIENCE, 0.5)
@@ -199,7 +199,7 @@ def test_a_store_without_objects_is_refused_at_start_by_name(stack: ExitStack, d
     assert_not_started(program, "rate limit", "sqlite://")
 
 
-def test_what_is_no_limit_is_refused_at_start(stack: ExitStack, data_dir: Path) -> None:
+def test_an_invalid_limit_is_refused_at_start(stack: ExitStack, data_dir: Path) -> None:
     program = stack.enter_context(Program("run.py", "--port", "0", "--data-dir", data_dir, "--rate-limit", "lots"))
     assert_not_started(program, "lots")
     assert len(program.errors) == 1

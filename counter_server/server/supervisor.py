@@ -34,7 +34,7 @@ from ..status import Process
 from ..stores import open_store
 from .systemd import inherited_socket, notify
 from .web import create_app
-from .web.signing import signing_key
+from .web.security import signing_key
 from .worker import BACKLOG, BEAT_SECONDS, DRAIN_SECONDS, LINGER_SECONDS, work
 
 log = logging.getLogger(__name__)

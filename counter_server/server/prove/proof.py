@@ -16,9 +16,9 @@ import msgspec
 from ...errors import StartupError
 from ...manager.directory import DataDirectory
 from ...manager.starter import python_command
-from ..supervisor import STABLE_SECONDS
 from ..guard import Guarded, guarded
 from ..progress import Progress
+from ..supervisor import STABLE_SECONDS
 from .history import Kill, Operation, Verdict, judge
 from .load import PATIENCE, Client, Load, described, path_of
 

@@ -1,146 +1,162 @@
-"""The JSON API: counters under `/api/v1/counters`."""
+"""The JSON API under `/api/v1/counters`, and its document: `openapi.json`, which the tests hold against the server."""
 
+import json
 from collections.abc import Mapping
-from typing import Annotated
+from contextlib import suppress
+from decimal import Decimal, InvalidOperation
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response, render_template, request
 from msgspec import Meta, Struct
-from werkzeug.exceptions import NotFound
+from werkzeug.exceptions import NotFound, UnsupportedMediaType
+from werkzeug.routing import PathConverter
 
 from ...errors import InvalidRequest
 from ...extension import SharedState
-from ...operations import LARGEST_PAGE, LONGEST_KEY, Assignment, Get, Increment, Integer, Replayed, Step
+from ...operations import LARGEST, LARGEST_PAGE, SMALLEST, Assignment, Get, Increment, Replayed, Step
 from ...state import expect
-from .access import operators_only
-from .described import Answer, described
-from .forms import read_body, read_query
-from .names import AfterName, CounterName
+from .security import operators_only
 
-IdempotencyKey = Annotated[
-    str,
-    Meta(
-        min_length=1,
-        max_length=LONGEST_KEY,
-        pattern=r"^[!-+\--~]+$",
-        description="The same key with the same request is counted once and answered with the same number for 24 hours:"
-        " visible ASCII characters, no comma",
-        examples=["8e03978e-40d5-43dd-bc93-6894a57f9324"],
-    ),
-]
+Form = TypeVar("Form", bound=Struct)
 
+shared = SharedState()  # of the current app
+api = Blueprint("api", __name__, url_prefix="/api/v1/counters")
+documentation = Blueprint("documentation", __name__)
 
-class CounterValue(Struct, frozen=True):
-    """A counter and its value."""
-
-    counter: CounterName
-    value: Integer
-
-
-class CounterPage(Struct, frozen=True):
-    """Counters in the order of their names. `next` is the `after` of the page that follows, null on the last."""
-
-    counters: list[CounterValue]
-    next: CounterName | None
+_DOCUMENT = msgspec.json.decode(Path(__file__).with_name("openapi.json").read_bytes())
+_DOCUMENT["info"]["version"] = version("counter-server")
 
 
 class PageQuery(Struct, frozen=True):
-    """Which page of counters."""
+    """The query string of a page of counters."""
 
-    after: AfterName = ""
-    limit: Annotated[int, Meta(ge=1, le=LARGEST_PAGE, description="How many counters")] = 100
-
-
-_VISITS = CounterValue("visits", 42)
-
-_encode = msgspec.json.Encoder().encode
+    after: str = ""
+    limit: Annotated[int, Meta(ge=1, le=LARGEST_PAGE)] = 100
 
 
-def blueprint(shared: SharedState) -> Blueprint:
-    api = Blueprint("api", __name__, url_prefix="/api/v1/counters")
+class CounterNameConverter(PathConverter):
+    """Matches the rest of a path, slashes included; `check_name` decides later whether it is a name."""
 
-    @api.get("")
-    @described(
-        "List counters",
-        query=PageQuery,
-        answers={200: Answer("A page of counters", CounterPage([_VISITS], "visits"))},
-        refusals=[501],
-    )
-    def page() -> Response:
-        """Counters in the order of their names, at most `limit` of them, from the one after `after`."""
-        query = read_query(PageQuery)
-        found = shared.counters(after=query.after, limit=query.limit)
-        counters = [CounterValue(name, value) for name, value in found.counters]
-        return _json(CounterPage(counters, counters[-1].counter if found.more else None))
-
-    @api.post("/<counter:name>/increment")
-    @described(
-        "Increment a counter",
-        headers={"Idempotency-Key": IdempotencyKey},
-        body=Step(by=5, maximum=1000),
-        body_required=False,
-        answers={
-            200: Answer(
-                "The counter after it",
-                _VISITS,
-                headers={"Idempotent-Replayed": "`true`, where the key had been answered before"},
-            )
-        },
-        refusals=[409, 422, 501],
-    )
-    def increment(name: str) -> Response:
-        """Add `by` (1), if the result lies within the bounds. The number that is answered was given to no other."""
-        step = read_body(Step, default=Step())
-        result = shared.submit(Increment(name, step.by, step.minimum, step.maximum, _idempotency_key()))
-        if isinstance(result, Replayed):
-            return _json(CounterValue(name, result.value), {"Idempotent-Replayed": "true"})
-        return _json(CounterValue(name, expect(int, result)))
-
-    @api.get("/<counter:name>")
-    @described("Read a counter", answers={200: Answer("The counter", _VISITS)}, refusals=[404, 409, 501])
-    def get(name: str) -> Response:
-        """Its value as it is now. Reading counts nothing."""
-        value = shared.submit(Get(name))
-        if value is None:
-            raise _unknown(name)
-        return _json(CounterValue(name, expect(int, value)))
-
-    @api.put("/<counter:name>")
-    @operators_only
-    @described(
-        "Set a counter",
-        body=Assignment(value=42),
-        answers={200: Answer("The counter after it", _VISITS)},
-        refusals=[501],
-        operators=True,
-    )
-    def put(name: str) -> Response:
-        """Give it a value, whether it was there before or not."""
-        return _json(CounterValue(name, shared.counter(name).set(read_body(Assignment).value)))
-
-    @api.delete("/<counter:name>")
-    @operators_only
-    @described("Delete a counter", answers={204: Answer("It is gone")}, refusals=[404], operators=True)
-    def delete(name: str) -> Response:
-        """Remove it; the next increment begins anew at 0."""
-        if not shared.counter(name).delete():
-            raise _unknown(name)
-        return Response(status=204)
-
-    return api
+    regex = "(?s:.*?)"
+    part_isolating = False
 
 
-def _json(content: Struct, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(_encode(content), headers=headers, content_type="application/json")
+@api.get("")
+def page() -> Response:
+    query = read_query(PageQuery)
+    found = shared.counters(after=query.after, limit=query.limit)
+    counters = [{"counter": name, "value": value} for name, value in found.counters]
+    return _json({"counters": counters, "next": counters[-1]["counter"] if found.more else None})
 
 
-def _unknown(name: str) -> NotFound:
-    return NotFound(f"there is no counter {name!r}")
+@api.post("/<counter:name>/increment")
+def increment(name: str) -> Response:
+    step = _read_body(Step, default=Step())
+    result = shared.submit(Increment(name, step.by, step.minimum, step.maximum, _idempotency_key()))
+    if isinstance(result, Replayed):
+        return _value(name, result.value, {"Idempotent-Replayed": "true"})
+    return _value(name, expect(int, result))
+
+
+@api.get("/<counter:name>")
+def get(name: str) -> Response:
+    value = shared.submit(Get(name))
+    if value is None:
+        raise NotFound(f"there is no counter {name!r}")
+    return _value(name, expect(int, value))
+
+
+@api.put("/<counter:name>")
+@operators_only
+def put(name: str) -> Response:
+    return _value(name, shared.counter(name).set(_read_body(Assignment).value))
+
+
+@api.delete("/<counter:name>")
+@operators_only
+def delete(name: str) -> Response:
+    if not shared.counter(name).delete():
+        raise NotFound(f"there is no counter {name!r}")
+    return Response(status=204)
+
+
+@documentation.get("/openapi.json")
+def openapi() -> Response:
+    return _json({**_DOCUMENT, "servers": [{"url": request.script_root or "/"}]})
+
+
+@documentation.get("/docs")
+def docs() -> str:
+    return render_template("documentation.html", document=_DOCUMENT, root=request.url_root.rstrip("/"))
+
+
+def _json(content: object, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), headers=headers, content_type="application/json")
+
+
+def _value(name: str, value: int, headers: Mapping[str, str] | None = None) -> Response:
+    return _json({"counter": name, "value": value}, headers)
 
 
 def _idempotency_key() -> str | None:
     key = request.headers.get("Idempotency-Key")
     if key is not None and "," in key:
-        # WSGI joins repeated headers with a comma, so the two cannot be told apart.
+        # WSGI joins repeated headers with a comma, so a comma may stand for two keys.
         raise InvalidRequest("an Idempotency-Key may be given once, without a comma")
     return key
+
+
+def read_query(form: type[Form]) -> Form:
+    """Read the query string as a `form` with fields of str and int. Parameters of other names are ignored.
+
+    :raises InvalidRequest: if it does not fit.
+    """
+    given = {name: values for name, values in request.args.lists() if name in form.__struct_fields__}
+    for name, values in given.items():
+        if len(values) > 1:
+            raise InvalidRequest(f"{name} is given more than once")
+    single = {name: values[0] for name, values in given.items()}
+    try:
+        query = msgspec.convert(single, form, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"the query is not acceptable: {error}") from None
+    for name, value in single.items():
+        if str(getattr(query, name)) != value:  # msgspec takes 1e2 and 1.0 for integers
+            raise InvalidRequest(f"the query is not acceptable: {name} is an integer in digits")
+    return query
+
+
+def _number(text: str) -> int | float:
+    """Read a JSON number with a point or an exponent: to JSON Schema, 5.0 and 5e0 are the integer 5.
+
+    Unlike a float it is exact beyond 2**53, and it does not write out 1e999999999.
+    """
+    with suppress(InvalidOperation):  # more digits, or a larger exponent, than any integer within 64 bits needs
+        number = Decimal(text)
+        if SMALLEST <= number <= LARGEST and number == number.to_integral_value():
+            return int(number)
+    return float(text)
+
+
+_decode = msgspec.json.Decoder(dict[str, Any], float_hook=_number).decode
+
+
+def _read_body(form: type[Form], *, default: Form | None = None) -> Form:
+    """Read the JSON body as a `form`; without a body return `default`, if there is one."""
+    data = request.get_data(cache=False)
+    if not data and default is not None:
+        return default
+    if data and request.mimetype != "application/json":
+        raise UnsupportedMediaType("the body must be application/json")
+    try:
+        body = msgspec.convert(_decode(data), form)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not acceptable: {error}") from None
+    # msgspec takes the last of two members of the same name. By now the body is a flat object of numbers.
+    names = [name for name, _ in json.loads(data, object_pairs_hook=list)]
+    if len(set(names)) < len(names):
+        raise InvalidRequest("the body is not acceptable: it has two members of the same name")
+    return body

@@ -1,9 +1,10 @@
 """Badges: a counter as a small picture that other sites can show."""
 
+import unicodedata
 from collections.abc import Collection
 from typing import Annotated, Literal
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Flask, Response, current_app, render_template, request
 from msgspec import Meta, Struct
 from werkzeug.exceptions import Forbidden
 
@@ -11,94 +12,103 @@ from ...errors import CounterServerError, InvalidRequest
 from ...extension import SharedState
 from ...operations import Get, check_name
 from ...state import expect
-from . import problems
-from .badge_picture import PALETTE, draw
-from .described import Answer, described
-from .forms import is_prefetch, read_query
+from .api import read_query
+from .pages import is_prefetch
+from .problems import refuse
 
-_SVG = "image/svg+xml"
-_COLOUR = "^(?:{}|[0-9a-fA-F]{{3}}|[0-9a-fA-F]{{6}})$".format("|".join(PALETTE))
+shared = SharedState()  # of the current app
+badge = Blueprint("badge", __name__)
+
+# The names and colours of badges elsewhere.
+PALETTE = {
+    "brightgreen": "44cc11",
+    "green": "97ca00",
+    "yellowgreen": "a4a61d",
+    "yellow": "dfb317",
+    "orange": "fe7d37",
+    "red": "e05d44",
+    "blue": "007ec6",
+    "grey": "555555",
+    "lightgrey": "9f9f9f",
+}
+_COLOUR = rf"^(?:{'|'.join(PALETTE)}|[0-9a-fA-F]{{3}}|[0-9a-fA-F]{{6}})\Z"
 
 
 class BadgeQuery(Struct, frozen=True):
-    """How a badge looks, and whether to count."""
+    """The query string of a badge."""
 
-    count: Annotated[Literal[0, 1], Meta(description="1: count this view, where the operator has allowed it")] = 0
-    label: Annotated[
-        str,
-        Meta(
-            max_length=64,
-            pattern=r"^[^\u0000-\u001f\u007f-\u009f]*$",
-            description="The words on the left; the counter's name, if there are none",
-            examples=["visitors"],
-        ),
-    ] = ""
-    color: Annotated[
-        str, Meta(pattern=_COLOUR, description="A name, or three or six hexadecimal digits", examples=["green"])
-    ] = "blue"
-
-    def __post_init__(self) -> None:
-        # Python's `$` lets a newline pass at the end, which that of a schema does not.
-        if "\n" in self.label + self.color:
-            raise ValueError("neither label nor color has a line break")
+    count: Literal[0, 1] = 0
+    label: Annotated[str, Meta(max_length=64, pattern=r"^[^\u0000-\u001f\u007f-\u009f]*\Z")] = ""
+    color: Annotated[str, Meta(pattern=_COLOUR)] = "blue"
 
 
-def blueprint(shared: SharedState, counting: Collection[str] = ()) -> Blueprint:
-    """The badges.
+def init_app(app: Flask) -> None:
+    """Give `app` the badges. ``COUNTER_SERVER_BADGES`` lists the counters whose badges may count.
 
-    :param counting: the counters whose badges count when they are asked to.
-    :raises InvalidRequest: if those are no names.
+    :raises InvalidRequest: if these are not names.
     """
+    counting: Collection[str] = app.config.setdefault("COUNTER_SERVER_BADGES", ())
     if isinstance(counting, str):
-        raise InvalidRequest(f"COUNTER_SERVER_BADGES is a list of counters' names, not {counting!r}")
+        raise InvalidRequest(f"COUNTER_SERVER_BADGES must be a list of counters' names, not {counting!r}")
     for name in counting:
         check_name(name)
-    allowed = frozenset(counting)
-    badge = Blueprint("badge", __name__)
-
-    @badge.get("/badge/<counter:name>.svg")
-    @described(
-        "Show a counter as a picture",
-        query=BadgeQuery,
-        answers={
-            200: Answer("A badge with the number", draw("visits", "42", PALETTE["blue"]), _SVG),
-            404: Answer("A badge that says `none`: there is no such counter", "<svg/>", _SVG),
-            503: Answer("A badge that says `unavailable`: the store is away", "<svg/>", _SVG),
-        },
-        refusals=[403, 409, 501],
-    )
-    def picture(name: str) -> Response:
-        """An SVG image for any page. It only reads, unless `count=1` asks to count, and the operator has allowed that
-        for this name. HEAD, and a browser that fetches ahead, never count. It is not to be cached."""
-        query = read_query(BadgeQuery)
-        check_name(name)
-        if query.count and name not in allowed:
-            raise Forbidden(f"the badge of {name!r} does not count: the operator has not allowed it")
-        if query.count and request.method == "GET" and not is_prefetch():
-            value: int | None = shared.counter(name).increment()
-        else:
-            read = shared.submit(Get(name))
-            value = None if read is None else expect(int, read)
-        label = query.label or name
-        if value is None:
-            return _answer(draw(label, "none", PALETTE["lightgrey"]), 404)
-        return _answer(draw(label, str(value), PALETTE.get(query.color, query.color)), 200)
-
-    @badge.errorhandler(CounterServerError)
-    def unavailable(error: CounterServerError) -> Response:
-        """Where a number was to be shown, a page should say that there is none now."""
-        problem = problems.refuse(error)
-        if problem.status_code != 503:
-            return problem
-        name = (request.view_args or {}).get("name", "")
-        return _answer(draw(name, "unavailable", PALETTE["lightgrey"]), 503, problem.headers["Retry-After"])
-
-    return badge
+    app.register_blueprint(badge)
 
 
-def _answer(picture: str, status: int, retry_after: str | None = None) -> Response:
-    response = Response(picture, status, content_type=f"{_SVG}; charset=utf-8")
-    response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"  # it is for other sites
-    if retry_after is not None:
-        response.headers["Retry-After"] = retry_after
+@badge.get("/badge/<counter:name>.svg")
+def picture(name: str) -> Response:
+    query = read_query(BadgeQuery)
+    check_name(name)
+    if query.count and name not in current_app.config["COUNTER_SERVER_BADGES"]:
+        raise Forbidden(f"the badge of {name!r} does not count: the operator has not allowed it")
+    if query.count and request.method == "GET" and not is_prefetch():
+        value: int | None = shared.counter(name).increment()
+    else:
+        read = shared.submit(Get(name))
+        value = None if read is None else expect(int, read)
+    if value is None:
+        return _answer(query.label or name, "none", 404)
+    return _answer(query.label or name, str(value), 200, PALETTE.get(query.color, query.color))
+
+
+@badge.errorhandler(CounterServerError)
+def unavailable(error: CounterServerError) -> Response:
+    """Show in a picture that the store is unavailable: a page has no place for a problem document."""
+    problem = refuse(error)
+    if problem.status_code != 503:
+        return problem
+    response = _answer((request.view_args or {}).get("name", ""), "unavailable", 503)
+    response.headers["Retry-After"] = problem.headers["Retry-After"]
     return response
+
+
+def _answer(label: str, message: str, status: int, colour: str = PALETTE["lightgrey"]) -> Response:
+    response = Response(draw(label, message, colour), status, content_type="image/svg+xml; charset=utf-8")
+    response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"  # other sites show it
+    return response
+
+
+def draw(label: str, message: str, colour: str) -> str:
+    """Draw a badge as SVG.
+
+    :param colour: of the ground behind the message, as three or six hexadecimal digits.
+    """
+    # XML cannot hold U+FFFE and U+FFFF; names can.
+    left, right = (text.translate({0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}) for text in (label, message))
+    widths = {"left_width": _width(left), "right_width": _width(right)}
+    return render_template("badge.svg", left=left, right=right, **widths, colour=colour, ink=_ink(colour))
+
+
+def _width(text: str) -> int:
+    """Estimate the width of a text in pixels; the picture makes the letters fit."""
+    letters = (letter for letter in text if not unicodedata.combining(letter))
+    return max(1, round(sum(11 if unicodedata.east_asian_width(letter) in "WF" else 6.5 for letter in letters)))
+
+
+def _ink(ground: str) -> str:
+    """Return white or black, whichever contrasts more with the colour `ground` (WCAG 2)."""
+    digits = ground if len(ground) == 6 else "".join(2 * digit for digit in ground)
+    channels = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return "ffffff" if 1.05 / (luminance + 0.05) >= (luminance + 0.05) / 0.05 else "000000"

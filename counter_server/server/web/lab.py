@@ -27,7 +27,7 @@ from ...extension import SharedState
 from ...manager.directory import DataDirectory
 from ...settings import default_data_dir
 from ..strategies import LAB_COUNTERS, STRATEGIES, Run, Take
-from .hosts import is_loopback
+from .security import is_loopback
 
 _MOST_CLIENTS = 100
 _SECONDS = 60  # that a run may last

@@ -1,73 +1,98 @@
-"""The pages that people see."""
+"""The pages that people see: the home page, the visitor's own counter, and what every page shows."""
 
+import logging
 import os
-from collections.abc import Callable
-from typing import NoReturn
+import time
+from typing import Any
 
-from flask import Blueprint, Response, flash, render_template, request
+from flask import Blueprint, Response, current_app, flash, render_template, request
 from werkzeug.exceptions import ServiceUnavailable
 
-from ...errors import Unsupported
+from ...errors import CounterServerError, Unsupported
 from ...extension import SharedState, VisitorCounter
-from .forms import is_prefetch
-from .visits import LastVisits
+from ...state import forgetful
+from ...windows import Recent
+
+log = logging.getLogger(__name__)
+
+_VISITS_SHOWN = 5
+_TITLES = {
+    "pages.home": "Home",
+    "lab.page": "Lab",
+    "dashboard.page": "Counters",
+    "pages.session": "Your own",
+    "documentation.docs": "API",
+}
+
+
+def navigation() -> dict[str, Any]:
+    """Return what every template uses: links to the app's pages, with their titles, and the pid of this process."""
+    links = {endpoint: title for endpoint, title in _TITLES.items() if endpoint in current_app.view_functions}
+    return {"links": links, "pid": os.getpid()}
 
 
 def blueprint(shared: SharedState) -> Blueprint:
+    """Make the home page and the pages of the visitor's own counter."""
     pages = Blueprint("pages", __name__)
     visits = shared.counter("visits")
-    last_visits = LastVisits(shared)
-    yours = _visitor_counter(shared)
+
+    def yours() -> VisitorCounter:
+        return shared.visitor_counter("session")
+
+    try:  # declare them before the first request; without them each use raises the error again
+        _recent(shared)
+        yours()
+    except Unsupported as error:
+        log.info("the home page shows no last visits: %s", error)
 
     @pages.get("/")
     def home() -> str:
         """Count this visit and show its number."""
         if is_prefetch():
-            # A page fetched ahead might be shown later, or never: refused, so the browser asks again for a real visit.
+            # A prefetched page may be shown later or never. The browser asks again when the visit is real.
             raise ServiceUnavailable("a visit is counted when it is made, not ahead of it")
         if request.method == "HEAD":
             return ""
         number = visits.increment()
         flash(f"You are visitor number {number}.")
-        return render_template("index.html", number=number, visits=last_visits.add(number, os.getpid()))
+        return render_template("index.html", number=number, visits=_last_visits(shared, number))
 
     @pages.get("/session")
     def session() -> str:
-        """The visitor's own counter, and the buttons that change it."""
         return render_template("session.html", sentence=f"counter is {yours().value}")
 
-    @pages.post("/session/inc")
-    def session_inc() -> Response:
-        return _told(f"counter is {yours().increment()}")
-
-    @pages.post("/session/dec")
-    def session_dec() -> Response:
-        return _told(f"counter is {yours().decrement()}")
-
-    @pages.post("/session/reset")
-    def session_reset() -> Response:
-        yours().reset()
-        return _told("counter was reset")
+    @pages.post("/session/<any(inc, dec, reset):step>")
+    def session_step(step: str) -> Response:
+        if step == "reset":
+            yours().reset()
+            return _say("counter was reset")
+        return _say(f"counter is {yours().increment(1 if step == 'inc' else -1)}")
 
     return pages
 
 
-def _visitor_counter(shared: SharedState) -> Callable[[], VisitorCounter]:
-    """The visitor's own counter; on a store that hosts none, its refusal at each use: the others count all the same."""
-    try:
-        counter = shared.visitor_counter("session")
-    except Unsupported as error:
-        refusal = str(error)
-
-        def refuse() -> NoReturn:
-            raise Unsupported(refusal)
-
-        return refuse
-    return lambda: counter
+def is_prefetch() -> bool:
+    """Return whether a browser asks ahead for something that it may show later or never."""
+    purposes = (request.headers.get(name, "") for name in ("Sec-Purpose", "Purpose", "X-Purpose", "X-Moz"))
+    return any("prefetch" in purpose.lower() or "preview" in purpose.lower() for purpose in purposes)
 
 
-def _told(sentence: str) -> Response:
-    """The sentence: on the page, buttons and all, for a browser, and alone for everybody else."""
+def _say(sentence: str) -> Response:
     if request.accept_mimetypes.best_match(["text/plain", "text/html"]) == "text/html":
         return Response(render_template("session.html", sentence=sentence))
     return Response(sentence, mimetype="text/plain")
+
+
+def _recent(shared: SharedState) -> Recent:
+    return forgetful(shared.object("last visits", Recent, _VISITS_SHOWN))
+
+
+def _last_visits(shared: SharedState, number: int) -> list[list[Any]]:
+    """Add a visit to the list of all workers, and return the last visits. A visit counts even without the list."""
+    try:
+        return _recent(shared).add([number, os.getpid(), time.strftime("%H:%M:%S", time.gmtime())])
+    except Unsupported:
+        return []
+    except CounterServerError as error:
+        log.warning("visit %s was counted, but the last visits are unavailable: %s", number, error)
+        return []

@@ -7,40 +7,13 @@ from flask import Flask, Response, g, request
 from msgspec import Struct
 from werkzeug.exceptions import BadRequest, HTTPException
 
-from ...errors import (
-    AccessDenied,
-    CounterServerError,
-    DeadlineExceeded,
-    InvalidRequest,
-    KeyReused,
-    LimitReached,
-    NotHosted,
-    Outcome,
-    OutcomeUnknown,
-    StartupError,
-    StateLost,
-    StorageFull,
-    Unsupported,
-)
+from ...errors import CounterServerError, InvalidRequest, KeyReused, LimitReached, Outcome, Unsupported
 
 log = logging.getLogger(__name__)
 
 _RETRY_AFTER = "1"  # second; a manager is back within two
 
-_STATUS: dict[type[CounterServerError], int] = {
-    InvalidRequest: 400,
-    LimitReached: 409,
-    KeyReused: 422,
-    Unsupported: 501,
-    AccessDenied: 503,
-    StartupError: 503,
-    DeadlineExceeded: 503,
-    OutcomeUnknown: 503,
-    StateLost: 503,
-    NotHosted: 503,
-    StorageFull: 503,
-}
-
+_STATUS = {InvalidRequest: 400, LimitReached: 409, KeyReused: 422, Unsupported: 501}  # others: 503
 _DETAIL: dict[Outcome, str] = {
     "not_applied": "the counters could not be reached or written; nothing was counted or changed, so try again",
     "unknown": "no answer came in time; it may be applied, once at most: ask again with the same Idempotency-Key",
@@ -48,28 +21,22 @@ _DETAIL: dict[Outcome, str] = {
 
 
 def init_app(app: Flask) -> None:
-    app.before_request(_refuse_what_is_no_text)
-    app.after_request(_never_cached)
+    """Answer every error of `app` with a problem document."""
+    app.before_request(_refuse_malformed_path)
     app.register_error_handler(CounterServerError, refuse)
-    app.register_error_handler(HTTPException, _of_http)
-    app.register_error_handler(Exception, _unexpected)
+    app.register_error_handler(HTTPException, _refuse_http)
+    app.register_error_handler(Exception, _fail)
 
 
-def _refuse_what_is_no_text() -> None:
+def _refuse_malformed_path() -> None:
     try:
         request.environ["PATH_INFO"].encode("latin-1").decode()
     except UnicodeDecodeError:
         raise BadRequest("the path is not valid UTF-8") from None
 
 
-def _never_cached(response: Response) -> Response:
-    if request.endpoint != "static":
-        response.headers["Cache-Control"] = "no-store"
-    return response
-
-
 class Problem(Struct, frozen=True):
-    """Why a request was refused, or failed (RFC 9457); `outcome` says whether something may have been counted."""
+    """The body of an error; `outcome` says whether something may have been counted."""
 
     type: str
     title: str
@@ -79,7 +46,7 @@ class Problem(Struct, frozen=True):
 
 
 def problem(status: int, title: str, detail: str, outcome: Outcome) -> Response:
-    """A problem document. `outcome` says whether something may have been counted."""
+    """Make a problem document."""
     g.outcome = outcome  # for the log
     body = Problem("about:blank", title, status, detail, outcome)
     response = Response(msgspec.json.encode(body), status, content_type="application/problem+json")
@@ -89,28 +56,26 @@ def problem(status: int, title: str, detail: str, outcome: Outcome) -> Response:
 
 
 def refuse(error: CounterServerError) -> Response:
-    """The problem document of one of our errors, with what may be told to anybody; the log has the rest."""
-    status = _STATUS.get(type(error), 500)
+    """Make the problem document of one of our errors. Messages for operators only go to the log."""
+    status = _STATUS.get(type(error), 503)
     detail = str(error)
     if status >= 500:
-        # The message is for the operator: it names directories and commands.
         log.warning("%s %s: %s (%s)", request.method, request.path, error, error.outcome)
-        if status != 501:  # what a store cannot do is said by name
-            detail = _DETAIL[error.outcome]
+    if status == 503:  # the message names directories and commands
+        detail = _DETAIL[error.outcome]
     return problem(status, type(error).__name__, detail, error.outcome)
 
 
-def _of_http(error: HTTPException) -> Response:
-    made = error.get_response()
+def _refuse_http(error: HTTPException) -> Response:
+    original = error.get_response()
     if error.code is None or error.code < 400:  # a redirect is an HTTPException too
-        return Response(made.get_data(), made.status, made.headers)
+        return Response(original.get_data(), original.status, original.headers)
     response = problem(error.code, error.name, error.description or error.name, "not_applied")
-    for name in ("Allow", "Location", "Retry-After", "WWW-Authenticate"):
-        if name in made.headers:
-            response.headers[name] = made.headers[name]
+    kept = ("Allow", "Location", "Retry-After", "WWW-Authenticate")
+    response.headers.update({name: original.headers[name] for name in kept if name in original.headers})
     return response
 
 
-def _unexpected(error: Exception) -> Response:
+def _fail(error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.path, exc_info=error)
     return problem(500, "Internal Server Error", "something failed here; the log says what", "unknown")

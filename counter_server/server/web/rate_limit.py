@@ -1,10 +1,9 @@
-"""A limit on how often one client may ask the API and the badges: one budget for all workers, kept in the manager.
+"""A limit on the requests of one client to the API and the badges: one budget for all workers, in the manager.
 
-Answers tell it in the headers of the IETF's draft-ietf-httpapi-ratelimit-headers-10: ``RateLimit-Policy`` what may be
-asked, ``RateLimit`` what is left of it.
+The headers follow the IETF's draft-ietf-httpapi-ratelimit-headers-10: ``RateLimit-Policy`` says how much each
+client may ask, ``RateLimit`` how much is left.
 """
 
-from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
 from math import ceil
 from typing import TYPE_CHECKING
@@ -18,80 +17,77 @@ from ...state import forgetful
 
 if TYPE_CHECKING:
     from limits import RateLimitItem
+    from limits.strategies import FixedWindowRateLimiter
 
-    from ...limiting import Windows
-
-_NAME = "counter_server.rate_limit"  # in an app's `extensions`
 _HEADER = "_counter_server_rate_limit"  # in `g`
-_LIMITED = ("api", "badge")  # the blueprints; health is asked for by those who must never be refused
-_POLICY = '"client"'
-_NETWORK = 64  # bits of an IPv6 address: whoever has one has all that begin like it
-
-
-@dataclass(frozen=True)
-class _Limit:
-    item: "RateLimitItem"
-    windows: "Windows"
-
-    @property
-    def policy(self) -> str:
-        return f"{_POLICY};q={self.item.amount};w={self.item.get_expiry()}"
-
-    def take(self) -> None:
-        """Take the request that is being answered from its client's budget.
-
-        :raises TooManyRequests: if there is nothing left.
-        """
-        window = self.item.get_expiry()
-        try:
-            taken, left = self.windows.take(self.item.key_for(client()), window)
-        except CounterServerError as error:
-            if error.outcome == "unknown":  # that is of the budget; what was asked for has not begun
-                raise DeadlineExceeded(f"the rate limit could not be had: {error}", "not_applied") from error
-            raise
-        seconds = min(max(ceil(left), 1), window)
-        setattr(g, _HEADER, f"{_POLICY};r={max(self.item.amount - taken, 0)};t={seconds}")
-        if taken > self.item.amount:
-            raise TooManyRequests(f"more than {self.item} from one address; nothing was counted", retry_after=seconds)
+_TAKEN = "_counter_server_taken"  # in `g`: the client's requests in this window, and the seconds until it ends
+_LIMITED = ("api", "badge")  # the blueprints; probes of health must never be refused
+_NETWORK = 64  # bits of an IPv6 address that identify one customer of an access provider
 
 
 def init_app(app: Flask, shared: SharedState) -> None:
-    """Limit requests as ``COUNTER_SERVER_RATE_LIMIT`` says, such as ``"100/minute"``; without it they are not.
+    """Limit requests by ``COUNTER_SERVER_RATE_LIMIT``, such as ``"100/minute"``.
 
-    :raises InvalidRequest: if it is no limit, or what it needs is not installed.
+    :raises InvalidRequest: if it is not a limit, or the library `limits` is not installed.
     :raises Unsupported: if the store hosts no shared objects.
     """
     text = app.config.setdefault("COUNTER_SERVER_RATE_LIMIT", None)
     if text is None:
         return
+    limiter = _limiter(shared)
+    item = _parse(text)
+
+    def take() -> None:
+        if request.blueprint not in _LIMITED:
+            return
+        try:
+            admitted = limiter.hit(item, client())
+        except CounterServerError as error:
+            if error.outcome == "unknown":  # only the budget is in doubt: the request itself has not begun
+                raise DeadlineExceeded(f"the rate limit could not be read: {error}", "not_applied") from error
+            raise
+        taken, left = g.pop(_TAKEN)
+        seconds = min(max(ceil(left), 1), item.get_expiry())
+        setattr(g, _HEADER, f'"client";r={max(item.amount - taken, 0)};t={seconds}')
+        if not admitted:
+            raise TooManyRequests(f"more than {item} from one address; nothing was counted", retry_after=seconds)
+
+    def add_headers(response: Response) -> Response:
+        if (left := g.pop(_HEADER, None)) is not None:
+            response.headers["RateLimit"] = left
+            response.headers["RateLimit-Policy"] = f'"client";q={item.amount};w={item.get_expiry()}'
+        return response
+
+    app.before_request(take)
+    app.after_request(add_headers)
+
+
+def _limiter(shared: SharedState) -> "FixedWindowRateLimiter":
     try:
-        from ...limiting import Windows
+        from ...limiting import ManagerStorage, Windows
     except ImportError as error:
         raise InvalidRequest(f"a rate limit cannot be kept: {error}") from None
-    item = _parse(text)
+    from limits.storage import Storage
+    from limits.strategies import FixedWindowRateLimiter
+
     try:
         windows = forgetful(shared.object("rate limit", Windows))
     except Unsupported as error:
         raise Unsupported(f"a rate limit cannot be kept: {error}; use manager://, or do without the limit") from None
-    app.extensions[_NAME] = limit = _Limit(item, windows)
 
-    def take() -> None:
-        if is_limited(app, request.endpoint):
-            limit.take()
+    class AppStorage(ManagerStorage):
+        """Our storage over the application's own state. One call gets the count and the seconds left."""
 
-    def tell(response: Response) -> Response:
-        if (left := g.pop(_HEADER, None)) is not None:
-            response.headers["RateLimit"] = left
-            response.headers["RateLimit-Policy"] = limit.policy
-        return response
+        def __init__(self) -> None:
+            Storage.__init__(self)
+            self.storage = windows
 
-    app.before_request(take)
-    app.after_request(tell)
+        def incr(self, key: str, expiry: float, amount: int = 1) -> int:  # noqa: ARG002 - always 1
+            taken = windows.take(key, expiry)
+            setattr(g, _TAKEN, taken)
+            return taken[0]
 
-
-def is_limited(app: Flask, endpoint: str | None) -> bool:
-    """Whether requests for an endpoint are limited."""
-    return _NAME in app.extensions and endpoint is not None and endpoint.partition(".")[0] in _LIMITED
+    return FixedWindowRateLimiter(AppStorage())
 
 
 def _parse(text: object) -> "RateLimitItem":
@@ -107,10 +103,10 @@ def _parse(text: object) -> "RateLimitItem":
 
 
 def client() -> str:
-    """Return who asks: an address, or the network that belongs to one customer of an access provider."""
+    """Return the client: its address, or the IPv6 network that belongs to one customer of an access provider."""
     try:
         address = ip_address(request.remote_addr or "")
-    except ValueError:  # a socket file has no addresses: all who ask there are one
+    except ValueError:  # clients of a socket file have no addresses: they share one budget
         return "local"
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped is not None:

@@ -1,10 +1,10 @@
-/* Keeps the dashboard up to date, and does what its forms do without leaving the page. All of it works without this. */
+/* Keeps the dashboard up to date and sends its forms in place. The page works without this script too. */
 
-const PERIOD = 1000; // milliseconds from an answer to the next question
-const LONGEST_PAUSE = 30000; // milliseconds, when there are no answers
-const PATIENCE = 10000; // milliseconds that an answer may take
+const PERIOD = 1000; // milliseconds from an answer to the next request
+const LONGEST_PAUSE = 30000; // milliseconds between requests without an answer
+const PATIENCE = 10000; // milliseconds to wait for an answer
 const POINTS = 60; // in a chart
-const WINDOW = 5; // points that a rate in words is the mean of
+const WINDOW = 5; // points in the mean of a rate in words
 
 const find = (selector, within = document) => within.querySelector(selector);
 const table = find("#counters");
@@ -27,7 +27,7 @@ function setName(element, name) {
   for (const place of element.querySelectorAll("[data-name=value]")) place.value = name;
 }
 
-/** Have the rows of these counters, in this order. One that stays is not touched: somebody may be typing in it. */
+/** Show rows for these counters, in this order. A row that stays is not touched: somebody may be typing in it. */
 function showCounters(counters) {
   const names = new Set(counters.map((counter) => counter.name));
   for (const [name, row] of rows) {
@@ -62,14 +62,14 @@ function showNext(name) {
   link.href = `${location.pathname}?${query}`;
 }
 
-/** Add to each row's chart what its counter is now, and say its rate. */
+/** Add each counter's value to its row's chart, and show its rate. */
 function chart(now) {
   for (const { element, value, points } of rows.values()) {
     points.push({ time: now, value: BigInt(value) });
     if (points.length > POINTS + 1) points.shift();
     const rates = points.slice(1).map((point, index) => rate(points[index], point));
     const lowest = Math.min(0, ...rates);
-    const highest = Math.max(lowest < 0 ? 0 : 1e-9, ...rates); // nothing at all is drawn at the bottom
+    const highest = Math.max(lowest < 0 ? 0 : 1e-9, ...rates); // a rate of 0 is drawn at the bottom
     const height = highest - lowest;
     const line = rates.map((r, index) => `${POINTS - rates.length + index + 1},${1 + (18 * (highest - r)) / height}`);
     find("polyline", element).setAttribute("points", line.join(" "));
@@ -88,51 +88,39 @@ function short(number) {
 
 // The manager and the processes
 
-const totals = []; // the last ones, each with its time
+const totals = []; // the manager's last totals, each with its time
 
-function showFigures(now) {
-  for (const place of document.querySelectorAll("[data-figure]")) place.textContent = now[place.dataset.figure];
-}
-
-/** Say the rates of the last seconds. What did not happen in them has no mean: then the last one stands. */
+/** Show rates of the last seconds. Without any event in them, the previous mean stays. */
 function showMeans(time, now) {
   if (totals.length && (totals[0].epoch !== now.epoch || totals[0].pid !== now.pid)) totals.length = 0;
   totals.push({ ...now, time });
   if (totals.length > WINDOW + 1) totals.shift();
   if (totals.length < 2) return;
   const first = totals[0];
-  const gained = (what) => now[what] - first[what];
+  const gained = (name) => now[name] - first[name];
   const say = (mean, total, number, unit) => {
     if (number > 0) find(`[data-mean=${mean}]`).textContent = `${(total / number).toFixed(2)} ${unit}`;
   };
   find("[data-mean=batches]").textContent = `${(gained("batches") / ((time - first.time) / 1000)).toFixed(1)}/s`;
   say("batch", gained("operations"), gained("batches"), "operations");
   say("commit", gained("commit_seconds") * 1000, gained("commits"), "ms");
-  find("#basis").textContent = "The first three are means of the last seconds in which there were any.";
+  find("#basis").textContent = "The first three are means over the last seconds with traffic.";
 }
 
 function showProcesses(processes) {
+  const model = find("#processes tbody tr");
   find("#processes").tBodies[0].replaceChildren(
-    ...processes.map(({ name, pid, uptime, restarts }) => {
-      const row = document.createElement("tr");
-      const head = document.createElement("th");
-      head.scope = "row";
-      head.textContent = name;
-      row.append(head);
-      for (const text of [pid, uptime, restarts]) row.insertCell().textContent = text;
+    ...processes.map((process) => {
+      const row = model.cloneNode(true);
+      ["name", "pid", "uptime", "restarts"].forEach((key, index) => (row.cells[index].textContent = process[key]));
       return row;
     }),
   );
 }
 
-// What the page says
-
-let saidOfUpdates = "";
-
-function sayOfUpdates(sentence) {
-  if (sentence === saidOfUpdates) return; // read aloud once
-  saidOfUpdates = sentence;
-  find("#updates").textContent = sentence;
+function showState(sentence) {
+  const place = find("#updates");
+  if (place.textContent !== sentence) place.textContent = sentence; // screen readers read each change aloud
 }
 
 function say(sentence, failed = false) {
@@ -141,7 +129,7 @@ function say(sentence, failed = false) {
   place.classList.toggle("failed", failed);
 }
 
-/** An error's sentence: the server's own, or that it does not answer. */
+/** Make an error from the server's problem document, or from its status. */
 async function failure(answer) {
   try {
     return new Error((await answer.json()).detail);
@@ -155,10 +143,10 @@ function sentenceOf(error) {
   return none ? "the server does not answer" : error.message;
 }
 
-// Asking again and again
+// Requests, again and again
 
 let etag = null;
-let found = null; // what is so, by the last answer that said it
+let found = null; // the content of the last answer with any
 let wait = PERIOD;
 let timer = null;
 let asking = false;
@@ -167,7 +155,7 @@ let paused = false;
 
 async function ask() {
   if (asking) {
-    askAgain = true; // what is on its way may not know yet of what was just done
+    askAgain = true; // the answer under way may be older than the last change
     return;
   }
   clearTimeout(timer);
@@ -180,7 +168,9 @@ async function ask() {
       etag = answer.headers.get("ETag");
       showCounters(found.counters);
       showNext(found.next);
-      if (found.manager) showFigures(found.manager.now);
+      for (const place of document.querySelectorAll("[data-figure]")) {
+        place.textContent = found.manager.now[place.dataset.figure];
+      }
       if (found.processes) showProcesses(found.processes);
     } else if (answer.status !== 304) {
       throw await failure(answer);
@@ -189,10 +179,10 @@ async function ask() {
     chart(now);
     if (found.manager) showMeans(now, found.manager.totals);
     wait = PERIOD;
-    sayOfUpdates(paused ? "Paused." : "Up to date."); // paused: this was asked before, or for what was just done
+    showState(paused ? "Paused." : "Up to date."); // paused: the request was sent before, or after a change
   } catch (error) {
     wait = Math.min(wait * 2, LONGEST_PAUSE);
-    sayOfUpdates(`Not up to date: ${sentenceOf(error)}. Still trying.`);
+    showState(`Not up to date: ${sentenceOf(error)}. Still trying.`);
   }
   asking = false;
   if (askAgain) {
@@ -211,11 +201,9 @@ pauseButton.addEventListener("click", () => {
   paused = !paused;
   pauseButton.setAttribute("aria-pressed", paused);
   clearTimeout(timer);
-  if (paused) sayOfUpdates("Paused.");
+  if (paused) showState("Paused.");
   else ask();
 });
-
-// Doing
 
 document.addEventListener("submit", async (event) => {
   const form = event.target;
@@ -241,7 +229,7 @@ async function send(form) {
   }
   if (sure?.open) {
     sure.close();
-    find("#said").focus(); // the button that asked for it is about to go
+    find("#said").focus(); // the button that opened the dialog is about to disappear
   }
   ask();
 }
