@@ -26,7 +26,7 @@ def test_imports_keep_to_the_contracts() -> None:
         ("errors.py", "from .state import State"),
         ("extension.py", "from .server import web"),
         ("manager/wire.py", "import waitress"),
-        ("server/demo/__init__.py", "from ..prove import command"),
+        ("server/prove/__init__.py", "from ..demo import command"),
     ],
 )
 def test_an_import_that_breaks_a_contract_is_found(tmp_path: Path, file: str, line: str) -> None:
