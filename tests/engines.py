@@ -7,11 +7,12 @@ import signal
 import socket
 import subprocess
 import tempfile
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, LiteralString, Self
 
 import psycopg
+import pymysql
 import pytest
 
 from tests.processes import PATIENCE, Program, eventually
@@ -230,6 +231,80 @@ class PostgresServer:
             if self._program.running:
                 self._program.send_signal(signal.SIGQUIT)  # at once, and nothing of it is left in shared memory
                 self._program.wait()
+            self._program.__exit__(None, None, None)
+        shutil.rmtree(self.directory)
+
+
+class MariaDbServer:
+    """`mariadbd` on a socket file, with one database; after a kill it starts again with what it had written."""
+
+    def __init__(self, *options: str) -> None:
+        self._command = find("mariadbd", "mariadb-server")
+        self._options = options
+        self.directory = Path(tempfile.mkdtemp(prefix="counter-server-"))  # a short name, for the socket
+        self.socket = self.directory / "mysqld.sock"
+        self.url = self.url_of("counters")
+        self._user = f"--user={pwd.getpwuid(os.geteuid()).pw_name}"  # root has to say so
+        self._program: Program | None = None
+        try:
+            install = [
+                find("mariadb-install-db", "mariadb-server"),
+                "--no-defaults",
+                f"--datadir={self.directory}/data",
+            ]
+            how = (self._user, "--auth-root-authentication-method=normal", "--skip-test-db")
+            subprocess.run([*install, *how], check=True, capture_output=True, cwd="/")
+            self.start()
+            self.query("CREATE DATABASE counters", "mysql")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def start(self) -> None:
+        where = (f"--datadir={self.directory}/data", f"--socket={self.socket}", "--skip-networking", self._user)
+        self._program = Program("--no-defaults", *where, *self._options, program=self._command, cwd=Path("/"))
+        eventually(self._answers, "an answer of mariadbd")
+
+    def _answers(self) -> bool:
+        assert self._program is not None
+        assert self._program.running, self._program.errors
+        try:  # PyMySQL leaves the socket of a refused connection to the garbage collector
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(os.fspath(self.socket))
+        except OSError:
+            return False
+        return True
+
+    def query(self, statement: str, database: str = "counters") -> list[tuple[Any, ...]]:
+        """Execute a statement over a connection of its own, with ANSI quotes, and return its rows."""
+        connection = self.connect(database)
+        with closing(connection), connection.cursor() as cursor:
+            cursor.execute(statement)
+            return list(cursor.fetchall())
+
+    def connect(self, database: str = "counters") -> "pymysql.Connection[Any]":
+        ansi = "SET SESSION sql_mode = CONCAT(@@sql_mode, ',ANSI_QUOTES')"
+        where = {"unix_socket": str(self.socket), "user": "root", "database": database}
+        return pymysql.connect(**where, init_command=ansi, autocommit=True)
+
+    def url_of(self, database: str) -> str:
+        return f"mariadb://root@/{database}?unix_socket={self.socket}"
+
+    @property
+    def pid(self) -> int:
+        assert self._program is not None
+        return self._program.pid
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        assert self._program is not None
+        self._program.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._program is not None:
             self._program.__exit__(None, None, None)
         shutil.rmtree(self.directory)
 

@@ -35,7 +35,7 @@ def open_store(
             from .redis import RedisStore
 
             return RedisStore(url)
-        case "postgresql" | "postgresql+psycopg" | "sqlite":
+        case "postgresql" | "postgresql+psycopg" | "mysql" | "mysql+pymysql" | "mariadb" | "mariadb+pymysql" | "sqlite":
             from .sql import SqlStore
 
             return SqlStore(url)

@@ -1,240 +1,326 @@
-"""`postgresql://` and `sqlite://`: counters in SQL tables, one transaction for each batch.
+"""`postgresql://`, `mysql://`, `mariadb://` and `sqlite://`: counters in SQL tables, one transaction for each batch.
 
-What a batch touches is read under locks, the `Ledger` says what becomes of it, and that is written: so the rules are
-those of the other stores. URLs are SQLAlchemy's. What differs between databases is in `postgresql.py` and `sqlite.py`.
+The rows that a batch touches are read under locks into a `Ledger`, which applies the same rules as for every other
+store, and its changes are written. SQLAlchemy Core executes the statements. `databases.py` has what differs.
 """
 
+import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from zlib import crc32
 
-from ..errors import StateLost, StorageFull
-from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, Changes, Ledger, results_of
-from ..operations import Batch, Increment, Operation, Result
+from msgspec import json as packed
+
+from ..errors import InvalidRequest, StartupError, StateLost
+from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, Changes, ClientRecord, Contents, KeyRecord, Ledger, results_of
+from ..operations import Batch, Delete, Get, Increment, Result, Scan, Set
 from .base import Finding
-from .tables import Found, TablesMissing, Wanted, parse_url, shown
+from .databases import STRIPES, TablesMissing, deadline, open_database
 
-_FORGET_EVERY = 10.0  # seconds between looks for what has expired
+try:
+    import sqlalchemy as sa
+    from sqlalchemy.dialects.mysql import LONGTEXT, VARBINARY
+    from sqlalchemy.exc import ArgumentError, DBAPIError
+    from sqlalchemy.schema import CreateTable
+except ImportError as error:
+    raise InvalidRequest("this store needs SQLAlchemy: pip install 'counter-server[sql]'") from error
+
+_VERSION = 1  # of the tables
+_SHOWN = ("host", "port", "unix_socket")  # options in a URL that name a place, and no secret
+_FORGET_EVERY = 10.0  # seconds between searches for expired records
 _FORGET_AT_ONCE = 1000  # records removed in one transaction, so that none is long
-_MOST_IDLE = 4  # connections kept for the next call
+_LOOKED_UP_AT_ONCE = 500  # names; an old SQLite takes 999 parameters
+
+_MYSQL = ("mysql", "mariadb")
+_OPTIONS: dict[str, Any] = {f"{dialect}_engine": "InnoDB" for dialect in _MYSQL}
+_OPTIONS |= {f"{dialect}_charset": "utf8mb4" for dialect in _MYSQL}
 
 
-class Connection(Protocol):
-    """A connection to a database. What it raises ends it, and its transaction."""
+class _Utf8(sa.TypeDecorator[str]):
+    """Text as bytes: the collations of MySQL pad text with spaces, or do not exist in each version."""
 
-    deadline: float  # of what is done next, in `time.monotonic` seconds
-    sent: bool  # a transaction may have been committed that was not answered
+    impl = VARBINARY
+    cache_ok = True
 
-    def usable(self) -> bool:
-        """Whether it still leads to the database, after it was kept."""
-        ...
+    def process_bind_param(self, value: str | None, _dialect: Any) -> Any:
+        return value.encode() if value is not None else None
 
-    def create(self, place: str) -> bool:
-        """Make the tables where they are not there, and check their version.
-
-        Where only some were there, or some were emptied, a new epoch begins; say whether it was so.
-        """
-        ...
-
-    def read(self, wanted: Wanted) -> Found:
-        """What there is, at one moment."""
-        ...
-
-    def begin(self, wanted: Wanted) -> Found:
-        """What there is, and locked until `commit` or `end`."""
-        ...
-
-    def commit(self, changes: Changes) -> None:
-        """Write, durably. The locks are released."""
-
-    def end(self) -> None:
-        """Release the locks. Nothing is written."""
-
-    def undo(self) -> bool:
-        """Undo what was begun of a write that was refused; return whether the connection can be used again."""
-        ...
-
-    def increment(self, batch: Batch, epoch: str) -> list[Result] | None:
-        """Apply a batch of plain increments in one step, where there is one; None if not, and nothing was done."""
-
-    def forget(self, client_lifetime: float, key_lifetime: float, most: int) -> int:
-        """Remove some of what was last used so many seconds ago; say how much it was.
-
-        :raises TablesMissing: if there is nothing to remove it from.
-        """
-        ...
-
-    def close(self) -> None:
-        """Let go of it, whatever it is doing."""
+    def process_result_value(self, value: Any, _dialect: Any) -> Any:
+        return value.decode()
 
 
-class Engine(Protocol):
-    """A kind of database."""
+# In the order of code points: case, accents and trailing spaces count.
+_name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql").with_variant(_Utf8(255), *_MYSQL)
 
-    def connect(self, deadline: float) -> Connection:
-        """A new connection."""
-        ...
+_metadata = sa.MetaData()
+_meta = sa.Table(
+    "counter_server_meta",
+    _metadata,
+    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("epoch", sa.Text, nullable=False),
+    **_OPTIONS,
+)
+_counters = sa.Table(
+    "counter_server_counters",
+    _metadata,
+    sa.Column("name", _name, primary_key=True),
+    sa.Column("value", sa.BigInteger, nullable=False),
+    **_OPTIONS,
+)
+# No index on `used` here: PostgreSQL could then not update a client's row in place, as every batch does.
+_clients = sa.Table(
+    "counter_server_clients",
+    _metadata,
+    sa.Column("client", sa.LargeBinary().with_variant(VARBINARY(16), *_MYSQL), primary_key=True),
+    sa.Column("sequence", sa.BigInteger, nullable=False),
+    sa.Column("results", sa.Text().with_variant(LONGTEXT(), *_MYSQL), nullable=False),
+    sa.Column("used", sa.Double, nullable=False),
+    **_OPTIONS,
+)
+_keys = sa.Table(
+    "counter_server_keys",
+    _metadata,
+    sa.Column("key", _name, primary_key=True),
+    sa.Column("fingerprint", sa.LargeBinary, nullable=False),
+    sa.Column("value", sa.BigInteger, nullable=False),
+    sa.Column("used", sa.Double, nullable=False),
+    sa.UniqueConstraint("used", "key"),  # an index for expiry, created in one statement with its table
+    **_OPTIONS,
+)
 
-    def findings(self, deadline: float) -> list[Finding]:
-        """See `Examined`."""
-        ...
+# A row of ours in each table, under a name that nothing else has: where it is missing, the table was emptied.
+_FOREVER = 1e308
+_MARKS: dict[sa.Table, dict[str, Any]] = {
+    _counters: {"name": "", "value": 0},
+    _clients: {"client": b"", "sequence": 0, "results": "[]", "used": _FOREVER},
+    _keys: {"key": "", "fingerprint": b"", "value": 0, "used": _FOREVER},
+}
 
-    def translated(self, error: Exception, *, sent: bool) -> Exception:
-        """Our own error for one of the driver's; the error itself if it is none of them."""
-        ...
+
+def _key_of(table: sa.Table) -> Any:
+    (column,) = table.primary_key
+    return column
+
+
+_wanted = sa.bindparam("wanted", expanding=True)
+_COUNTERS = sa.select(_counters).where(_counters.c.name.in_(_wanted))
+_LOCKED_COUNTERS = _COUNTERS.order_by(_counters.c.name).with_for_update()  # other programs that write wait, too
+_KEYS = sa.select(_keys).where(_keys.c.key.in_(_wanted))
+_AFTER = sa.select(_counters).where(_counters.c.name > sa.bindparam("after")).order_by(_counters.c.name)
+_PAGE = _AFTER.limit(sa.bindparam("most", type_=sa.Integer))
+_REMOVE = {table: sa.delete(table).where(_key_of(table) == sa.bindparam("gone")) for table in _MARKS}
+_IS_MARKED = {table: sa.exists().where(_key_of(table) == next(iter(row.values()))) for table, row in _MARKS.items()}
+
+_decode_results = packed.Decoder(list[Result]).decode
+
+
+@dataclass
+class _Found:
+    """The rows that a batch touches, at one moment."""
+
+    epoch: str
+    now: float  # seconds, by the clock that all clients of the database share
+    contents: Contents = field(default_factory=Contents)
 
 
 class SqlStore:
     """A `Store` in a database.
 
-    :param url: as SQLAlchemy takes it, of PostgreSQL (by psycopg) or of a file of SQLite.
-    :raises InvalidRequest: if it cannot be one.
+    :param url: as SQLAlchemy takes it.
+    :raises InvalidRequest: if this store cannot use it. The message does not repeat it, as it may hold a password.
     """
 
     together = True
 
     def __init__(self, url: str) -> None:
-        parsed = parse_url(url)
-        self._name = shown(parsed)
-        self._engine: Engine
-        if parsed.get_backend_name() == "sqlite":
-            from .sqlite import SqliteEngine
-
-            self._engine = SqliteEngine(parsed, self._name)
-        else:
-            from .postgresql import PostgresqlEngine
-
-            self._engine = PostgresqlEngine(parsed, self._name)
-        self._epoch = ""  # as it was when it was last told
+        try:
+            parsed = sa.make_url(url)
+        except (ArgumentError, ValueError):
+            raise InvalidRequest("this is not a URL of a database, as SQLAlchemy takes them") from None
+        shown = {name: value for name, value in parsed.query.items() if name in _SHOWN}
+        self._name = parsed._replace(username=None, password=None).set(query=shown).render_as_string()
+        self._database = open_database(parsed, self._name)
+        self._engine = self._database.engine
+        self._inherited: list[sa.Pool] = []  # a parent's: closing its connections would disturb the parent
+        self._epoch = ""  # as last seen
         self._next_forgetting = 0.0
-        self._idle: list[Connection] = []
-        self._inherited: list[Connection] = []  # a parent's: kept, for to let go of one would disturb the parent
+        clock = sa.literal_column(self._database.clock, sa.Double)
+        self._known = (
+            sa.select(_meta.c.epoch, clock, _clients.c.sequence, _clients.c.results, _clients.c.used)
+            .select_from(_meta.outerjoin(_clients, _clients.c.client == sa.bindparam("client")))
+            .where(_meta.c.version == _VERSION, *_IS_MARKED.values())
+        )
+        self._upsert = {table: self._database.upsert(table) for table in _MARKS}
+        before = clock - sa.bindparam("lifetime", type_=sa.Double)
+        self._expired = {
+            table: sa.select(_key_of(table)).where(table.c.used <= before).limit(_FORGET_AT_ONCE)
+            for table in (_clients, _keys)
+        }
 
     def __str__(self) -> str:
         return self._name
 
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
-        try:
-            return self._apply(batch, deadline)
-        except StorageFull as full:
-            if not any(isinstance(operation, Increment) and operation.key for operation in batch.operations):
-                raise
-
-            def refuse(_changes: Changes, full: StorageFull = full) -> None:
-                raise full
-
-            # A key that was applied is answered with its number, also where nothing can be written.
-            found = self._read(batch, deadline)
-            return results_of(Ledger(found.contents, refuse, lambda: found.now).apply([batch])[0])
-
-    def _read(self, batch: Batch, deadline: float) -> Found:
         with self._connection(deadline) as connection:
-            found = self._found(connection, connection.read, Wanted.by(batch))
-            self._check_epoch(found)
-            return found
-
-    def _apply(self, batch: Batch, deadline: float) -> list[Result]:
-        if batch.sequence == 0:
-            return Ledger(self._read(batch, deadline).contents).read(batch)
-        with self._connection(deadline) as connection:
-            self._forget(connection)
-            if self._epoch and all(_is_plain(operation) for operation in batch.operations):
-                results = connection.increment(batch, self._epoch)
-                if results is not None:
-                    return results
-            found = self._found(connection, connection.begin, Wanted.by(batch))
-            self._check_epoch(found)
-            commits: list[Changes] = []
-            answer = Ledger(found.contents, commits.append, lambda: found.now).apply([batch])[0]
-            if batch.client in commits[0].clients:
-                connection.commit(commits[0])
-            else:  # refused, or answered again
-                connection.end()
-            return results_of(answer)
-
-    def _found(self, connection: Connection, find: Callable[[Wanted], Found], wanted: Wanted) -> Found:
-        try:
-            return find(wanted)
-        except TablesMissing:
-            if connection.create(self._name):
-                self._epoch = self._epoch or "lost"  # a process that knew none is told, too: it is the first to come
-            return find(wanted)
-
-    def _check_epoch(self, found: Found) -> None:
-        known, self._epoch = self._epoch, found.epoch
-        if known and known != found.epoch:
-            raise StateLost(f"{self} has lost some or all of what it held: numbers may begin again")
-
-    def _forget(self, connection: Connection) -> None:
-        now = time.monotonic()
-        if self._epoch and now >= self._next_forgetting:
-            self._next_forgetting = now + _FORGET_EVERY  # also if it fails
-            with suppress(TablesMissing):  # which the batch itself will find
-                if connection.forget(CLIENT_LIFETIME, KEY_LIFETIME, _FORGET_AT_ONCE) >= _FORGET_AT_ONCE:
-                    self._next_forgetting = now
+            if batch.sequence:
+                self._forget(connection)
+            found = self._find(connection, batch)
+            ledger = Ledger(found.contents, partial(self._commit, connection), lambda: found.now)
+            if not batch.sequence:
+                return ledger.read(batch)
+            answer = ledger.apply([batch])[0]
+        return results_of(answer)
 
     @contextmanager
-    def _connection(self, deadline: float) -> Iterator[Connection]:
-        """One for this call alone; it is kept for the next one if all went well."""
-        connection = None
+    def _connection(self, until: float) -> Iterator[sa.Connection]:
+        """Lend a connection to one call. An error closes it, as a late answer belongs to no other call."""
+        token = deadline.set(until)
         try:
-            connection = self._kept() or self._engine.connect(deadline)
-            connection.deadline = deadline
-            connection.sent = False
-            yield connection
-        except Exception as error:  # noqa: BLE001 - it is raised again, as ours
-            ours = self._engine.translated(error, sent=connection is not None and connection.sent)
-            if connection is not None:
-                if isinstance(ours, StorageFull) and connection.undo():
-                    self._keep(connection)
-                else:
-                    connection.close()  # a late answer is nobody else's
-            raise ours from None if ours is error else error
-        except BaseException:
-            if connection is not None:
-                connection.close()
-            raise
-        self._keep(connection)
+            with self._translated(), self._engine.connect() as connection:
+                try:
+                    yield connection
+                except BaseException:
+                    connection.invalidate()
+                    raise
+        finally:
+            deadline.reset(token)
 
-    def _keep(self, connection: Connection) -> None:
-        if len(self._idle) < _MOST_IDLE:
-            self._idle.append(connection)
+    @contextmanager
+    def _translated(self, *, sent: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            raise self._database.translated(error.orig, sent=sent) from error.orig
+
+    def _find(self, connection: sa.Connection, batch: Batch) -> _Found:
+        """Read what the batch touches, and lock it if it writes. Create the tables that are missing."""
+        try:
+            with self._translated():
+                found = self._look(connection, batch)
+        except TablesMissing:
+            connection.rollback()
+            if self._create(connection):
+                self._epoch = self._epoch or "lost"  # the first process that comes reports it, too
+            found = self._look(connection, batch)
+        known, self._epoch = self._epoch, found.epoch
+        if known and known != found.epoch:
+            raise StateLost(f"{self} has lost some or all of its contents: numbers may begin again")
+        return found
+
+    def _look(self, connection: sa.Connection, batch: Batch) -> _Found:
+        names, keys, scans = _touched(batch)
+        if batch.sequence:  # the locks, in the one order in which all batches take them
+            self._database.begin_write(connection, sorted({crc32(text.encode()) % STRIPES for text in names + keys}))
         else:
-            connection.close()
+            connection.exec_driver_sql(self._database.begin_read)
+        known = connection.execute(self._known, {"client": batch.client}).first()
+        if known is None:
+            raise TablesMissing(f"{self}: its tables were emptied", sent=False)
+        epoch, now, sequence, results, used = known
+        contents = Contents()
+        if sequence is not None:
+            contents.clients[batch.client] = ClientRecord(sequence, _decode_results(results), used)
+        counters = _LOCKED_COUNTERS if batch.sequence else _COUNTERS
+        for some in _in_parts(names):
+            contents.counters.update(connection.execute(counters, {"wanted": some}).all())
+        for some in _in_parts(keys):
+            for key, *record in connection.execute(_KEYS, {"wanted": some}):
+                contents.keys[key] = KeyRecord(*record)
+        for scan in scans:  # one more than the page tells whether there are others
+            page = {"after": scan.after, "most": scan.limit + 1}
+            contents.counters.update(connection.execute(_PAGE, page).all())
+        return _Found(epoch, now, contents)
 
-    def _kept(self) -> Connection | None:
-        while self._idle:
-            try:
-                connection = self._idle.pop()
-            except IndexError:  # another thread was quicker
-                break
-            if connection.usable():
-                return connection
-            connection.close()
-        return None
+    def _commit(self, connection: sa.Connection, changes: Changes) -> None:
+        if not changes.clients:  # refused, or answered again
+            return
+        counters = {name: None if value is None else (value,) for name, value in changes.counters.items()}
+        clients = {
+            client: record and (record.sequence, packed.encode(record.results).decode(), record.used)
+            for client, record in changes.clients.items()
+        }
+        with self._translated():
+            self._save(connection, _counters, counters)
+            self._save(connection, _clients, clients)
+            self._save(connection, _keys, changes.keys)
+        with self._translated(sent=True):
+            connection.commit()
+
+    def _save(self, connection: sa.Connection, table: sa.Table, changes: dict[Any, Any]) -> None:
+        """Write rows by their keys, without these; None removes."""
+        removed = [{"gone": key} for key, row in changes.items() if row is None]
+        if removed:
+            connection.execute(_REMOVE[table], removed)
+        columns = table.c.keys()
+        written = [dict(zip(columns, (key, *row), strict=True)) for key, row in changes.items() if row is not None]
+        if written:
+            connection.execute(self._upsert[table], written)
+
+    def _create(self, connection: sa.Connection) -> bool:
+        """Create missing tables and marks; return whether others were there, so that something was lost.
+
+        :raises StartupError: if the tables have another version.
+        """
+        tables = [CreateTable(table, if_not_exists=True) for table in _metadata.sorted_tables]
+        self._database.create(connection, tables)
+        versions = connection.scalars(sa.select(_meta.c.version)).all()
+        for version in versions:
+            if version != _VERSION:
+                kind = "a newer" if version > _VERSION else "another"
+                raise StartupError(
+                    f"the tables in {self} have version {version}, of {kind} counter_server; this supports {_VERSION}"
+                )
+        marks = sum(bool(connection.scalar(sa.select(marked))) for marked in _IS_MARKED.values())
+        if not versions or marks < len(_MARKS):
+            connection.execute(sa.delete(_meta))
+            connection.execute(sa.insert(_meta), {"version": _VERSION, "epoch": secrets.token_hex(16)})
+            for table, row in _MARKS.items():
+                connection.execute(self._upsert[table], row)
+        connection.commit()
+        return marks < len(_MARKS) and bool(versions or marks)
+
+    def _forget(self, connection: sa.Connection) -> None:
+        """Remove expired records, now and then. A failure does not matter: the batch meets its cause, too."""
+        now = time.monotonic()
+        if not self._epoch or now < self._next_forgetting:
+            return
+        self._next_forgetting = now + _FORGET_EVERY
+        try:
+            self._database.begin_write(connection, [])
+            for table, lifetime in ((_clients, CLIENT_LIFETIME), (_keys, KEY_LIFETIME)):
+                expired = self._expired[table].with_for_update(skip_locked=True)
+                gone = connection.scalars(expired, {"lifetime": lifetime}).all()
+                self._save(connection, table, dict.fromkeys(gone))
+                if len(gone) == _FORGET_AT_ONCE:
+                    self._next_forgetting = now
+            connection.commit()
+        except DBAPIError:
+            connection.rollback()
 
     def findings(self, deadline: float) -> list[Finding]:
         """See `Examined`."""
-        try:
-            return self._engine.findings(deadline)
-        except Exception as error:  # noqa: BLE001 - it is raised again, as ours
-            ours = self._engine.translated(error, sent=False)
-            raise ours from None if ours is error else error
+        return self._database.findings(partial(self._connection, deadline))
 
     def after_fork(self) -> None:
-        self._inherited += self._idle
-        self._idle = []
+        self._inherited.append(self._engine.pool)
+        self._engine.dispose(close=False)
 
     def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
+        self._engine.dispose()
 
 
-def _is_plain(operation: Operation) -> bool:
-    """Whether it is an increment by one without conditions, as nearly all are."""
-    match operation:
-        case Increment(_, 1, None, None, None):
-            return True
-        case _:
-            return False
+def _touched(batch: Batch) -> tuple[list[str], list[str], list[Scan]]:
+    """Return the names, the idempotency keys and the pages of a batch."""
+    operations = batch.operations
+    names = {each.name for each in operations if isinstance(each, (Increment, Set, Get, Delete))}
+    keys = {each.key for each in operations if isinstance(each, Increment) and each.key is not None}
+    return sorted(names), sorted(keys), [each for each in operations if isinstance(each, Scan)]
+
+
+def _in_parts(texts: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(texts), _LOOKED_UP_AT_ONCE):
+        yield texts[start : start + _LOOKED_UP_AT_ONCE]

@@ -1,0 +1,483 @@
+"""What differs between PostgreSQL, MariaDB or MySQL, and SQLite: connections, locks, errors, promises.
+
+`sql.py` has everything that they share.
+"""
+
+import math
+import os
+import random
+import sqlite3
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import AccessDenied, Disconnected, InvalidRequest, OutcomeUnknown, StartupError, StorageFull
+from ..journal_file import refusal
+from ..settings import LONGEST_DEADLINE
+from .base import Finding
+
+try:
+    from sqlalchemy import Table, create_engine, event
+    from sqlalchemy.dialects import mysql, postgresql, sqlite
+    from sqlalchemy.engine import URL, Connection
+    from sqlalchemy.exc import DisconnectionError, OperationalError
+except ImportError as error:
+    raise InvalidRequest("this store needs SQLAlchemy: pip install 'counter-server[sql]'") from error
+
+STRIPES = 48  # locks for names; PostgreSQL allows 64 in a transaction by default (`max_locks_per_transaction`)
+
+deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # of this call, in `time.monotonic` seconds
+
+Kind = type[Exception]
+Connect = Callable[[], AbstractContextManager[Connection]]
+_Given = TypeVar("_Given")
+
+
+class TablesMissing(Disconnected):
+    """There are no tables, or they are empty."""
+
+
+_MESSAGES: dict[Kind, str] = {
+    AccessDenied: "{} does not let this process in: {}; nothing was counted",
+    StorageFull: "{} cannot be written to: {}; nothing was counted, and reads go on",
+    StartupError: "{} cannot be used: {}; it was left as it is",
+    OutcomeUnknown: "{} failed: {}",
+}
+
+
+def _remaining() -> float:
+    """Return the seconds that this call may still take, at least a millisecond."""
+    return min(max(deadline.get() - time.monotonic(), 0.001), LONGEST_DEADLINE)
+
+
+class Database:
+    """A kind of database, at one URL. Its engine's connections keep the deadline of the current call.
+
+    :param name: the URL without secrets, for messages.
+    :raises InvalidRequest: if the driver is missing, or does not accept the URL.
+    """
+
+    clock: str  # SQL for the seconds since 1970, by the clock that all clients share
+    begin_read: str  # SQL that begins a transaction which sees the database at one moment
+    insert: Any
+    needs: str  # the driver and the extra that installs it
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, url: URL, name: str) -> None:
+        self.name = name
+        connect = {"creator": lambda: self.connect(), "pool_size": 4, "max_overflow": -1, "hide_parameters": True}
+        try:
+            self.engine = create_engine(url, **connect, **self.options)
+        except ImportError as error:
+            raise InvalidRequest(f"this store needs {self.needs}") from error
+
+    def connect(self) -> Any:
+        """Return a new connection of the driver's."""
+        raise NotImplementedError
+
+    def begin_write(self, connection: Connection, stripes: list[int]) -> None:
+        """Begin a transaction and lock the stripes."""
+        raise NotImplementedError
+
+    def create(self, connection: Connection, tables: list[Any]) -> None:
+        """Begin a transaction that locks everything, and execute the statements that create tables."""
+        self.begin_write(connection, [*range(STRIPES)])
+        for statement in tables:
+            connection.execute(statement)
+
+    def upsert(self, table: Table) -> Any:
+        """Return the statement that inserts a row, or replaces the row that has its primary key."""
+        insert = self.insert(table)
+        rest = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
+        return insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=rest)
+
+    def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
+        """Return our class of error for the driver's error, its reason, and whether a commit may have succeeded."""
+        raise NotImplementedError
+
+    def translated(self, error: Any, *, sent: bool) -> Exception:
+        """Return our own error for one of the driver's.
+
+        :param sent: whether the transaction was to be committed.
+        """
+        kind, text, sent = self.judge(error, sent=sent)
+        if issubclass(kind, Disconnected):
+            return kind(f"{self.name}: {text}", sent=sent)
+        return kind(_MESSAGES[kind].format(self.name, text))
+
+    def findings(self, connect: Connect) -> list[Finding]:
+        """See `Examined`."""
+        raise NotImplementedError
+
+
+def open_database(url: URL, name: str) -> Database:
+    """Return the database that `url` names. Nothing is connected yet."""
+    kinds = {"sqlite": Sqlite, "postgresql": Postgresql}
+    return kinds.get(url.get_backend_name(), Mysql)(url, name)
+
+
+# PostgreSQL
+
+_LOCK_CLASS = 0x43545352  # "CTSR": separates our advisory locks from those of other programs
+
+# Advisory locks also lock names that have no row yet. Settings last for the transaction only: behind a pooler, the
+# session serves other programs next. `synchronous_commit` makes a commit durable, `idle_in_transaction_session_timeout`
+# frees the locks of a client that froze. The tables are read by their keys, however small they are.
+_BEGIN_WRITE = """
+BEGIN ISOLATION LEVEL READ COMMITTED;
+SELECT set_config('enable_seqscan', 'off', true), set_config('jit', 'off', true),
+    set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), true),
+    set_config('lock_timeout', '{0}', true), set_config('idle_in_transaction_session_timeout', '{0}', true);
+SELECT pg_advisory_xact_lock({1}, stripe) FROM unnest('{{{2}}}'::integer[]) AS stripe
+"""
+_PG_SETTINGS = """
+SELECT name, setting FROM pg_settings
+WHERE name IN ('server_version', 'fsync', 'full_page_writes', 'synchronous_commit', 'synchronous_standby_names')
+UNION ALL SELECT 'in_recovery', pg_is_in_recovery()::text
+UNION ALL SELECT 'standbys', count(*)::text FROM pg_stat_replication
+"""
+
+# SQLSTATEs, or their beginnings: https://www.postgresql.org/docs/current/errcodes-appendix.html
+_PG_KINDS: dict[Kind, tuple[str, ...]] = {
+    TablesMissing: ("42P01", "42703"),
+    AccessDenied: ("28", "42501"),
+    StorageFull: ("53100",),
+    StartupError: ("3D", "3F", "22P05", "22021"),  # no such database, no such schema, an encoding that lacks characters
+    Disconnected: ("40", "55", "57", "53", "25", "08"),  # it works later, or on another server
+}
+# libpq does not report the SQLSTATE of a refused connection.
+_PG_DENIED = (
+    "authentication failed",
+    "no password supplied",
+    "pg_hba.conf",
+    "permission denied",
+    "to log in",
+    'role "',
+)
+
+
+class Postgresql(Database):
+    """PostgreSQL by psycopg 3. Nothing is prepared, so a pooler in transaction mode may stand between."""
+
+    clock = "extract(epoch FROM clock_timestamp())::float8"
+    begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+    insert = staticmethod(postgresql.insert)
+    needs = "psycopg: pip install 'counter-server[sql]'"
+    options: Mapping[str, Any] = {"use_native_hstore": False}
+
+    def __init__(self, url: URL, name: str) -> None:
+        super().__init__(url.set(drivername="postgresql+psycopg"), name)
+        import psycopg
+        from psycopg import conninfo, generators, waiting
+
+        class TimedConnection(psycopg.Connection[Any]):
+            """A connection whose calls end at the deadline of the current call."""
+
+            def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ARG002
+                return waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=_remaining())
+
+        _, options = self.engine.dialect.create_connect_args(url)
+        options = {name: option for name, option in options.items() if name not in ("connect_timeout", "context")}
+        try:
+            place = conninfo.make_conninfo(**{**options, "client_encoding": "UTF8"})
+        except psycopg.Error as error:
+            raise InvalidRequest(f"{name} is not a URL of PostgreSQL: {error}") from None
+
+        def connect() -> TimedConnection:  # psycopg's own `connect` waits for 2 seconds at least
+            opened = waiting.wait_conn(generators.connect(place), interval=0.1, timeout=_remaining())
+            connection = TimedConnection(opened)
+            connection.autocommit = True  # `BEGIN` goes with other statements, in one round trip
+            connection.prepare_threshold = None
+            return connection
+
+        self.connect = connect  # type: ignore[method-assign]
+
+    def begin_write(self, connection: Connection, stripes: list[int]) -> None:
+        patience = math.ceil(_remaining() * 1000)
+        connection.exec_driver_sql(_BEGIN_WRITE.format(patience, _LOCK_CLASS, ",".join(map(str, stripes))))
+
+    def create(self, connection: Connection, tables: list[Any]) -> None:
+        driver: Any = connection.connection.driver_connection
+        encoding = driver.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise StartupError(f"{self.name} has the encoding {encoding}: counters need UTF8")
+        super().create(connection, tables)
+
+    def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
+        text = " ".join(str(error).split())  # libpq adds advice, on lines of its own
+        if error.sqlstate:
+            sent = sent and error.diag.severity_nonlocalized != "ERROR"  # after which the server has rolled back
+            kinds = (kind for kind, states in _PG_KINDS.items() if error.sqlstate.startswith(states))
+            return next(kinds, OutcomeUnknown), text, sent
+        if not sent and 'database "' in text and "does not exist" in text:
+            return StartupError, text, sent
+        return AccessDenied if not sent and any(words in text for words in _PG_DENIED) else Disconnected, text, sent
+
+    def findings(self, connect: Connect) -> list[Finding]:
+        with connect() as connection:
+            return judge_postgresql(dict(connection.exec_driver_sql(_PG_SETTINGS).all()))
+
+
+_WAITS = {  # what a commit waits for, with a synchronous standby
+    "on": Finding("ok", "synchronous_commit on: a number is on a synchronous standby's disk, too"),
+    "remote_apply": Finding("ok", "synchronous_commit remote_apply: a synchronous standby has and shows a number, too"),
+    "remote_write": Finding(
+        "may lose", "synchronous_commit remote_write: a failover to a standby whose machine fails as well loses numbers"
+    ),
+    "local": Finding("may lose", "synchronous_commit local: a failover may lose the last numbers, and repeat them"),
+}
+
+
+def judge_postgresql(settings: Mapping[str, str]) -> list[Finding]:
+    """Return what these settings mean for the numbers.
+
+    See https://www.postgresql.org/docs/current/runtime-config-wal.html and runtime-config-replication.html.
+    ``synchronous_commit off`` means "on" here: our transactions set it.
+    """
+    found = [Finding("ok", f"PostgreSQL {settings['server_version']}")]
+    if settings["in_recovery"] == "true":
+        return [*found, Finding("problem", "this is a standby, which takes no writes: name the primary")]
+    if settings["fsync"] == "on":
+        found.append(Finding("ok", "fsync on: a number is on its disk before it is answered"))
+    else:
+        found.append(Finding("may lose", "fsync off: a power cut may destroy the whole database"))
+    if settings["full_page_writes"] != "on":
+        found.append(Finding("may lose", "full_page_writes off: a power cut may destroy pages of it"))
+    if settings["synchronous_standby_names"]:
+        found.append(_WAITS[settings["synchronous_commit"].replace("off", "on")])
+    elif settings["standbys"] == "0":
+        found.append(Finding("ok", "no standbys: no failover that could lose numbers"))
+    else:
+        found.append(Finding("may lose", f"{settings['standbys']} asynchronous standbys: {_FAILOVER}"))
+    return found
+
+
+_FAILOVER = "a failover may lose the last numbers, and repeat them"
+
+
+# MariaDB and MySQL
+
+# https://mariadb.com/kb/en/mariadb-error-code-reference/; 2xxx are of the client
+_MYSQL_KINDS: dict[Kind, tuple[int, ...]] = {
+    TablesMissing: (1054, 1146),
+    AccessDenied: (1044, 1045, 1130, 1142, 1143, 1227, 1370, 1410, 1698, 3118),
+    StorageFull: (3, 1021, 1026, 1114),
+    StartupError: (1046, 1049, 1153, 1286),  # no database named, no such database, too small a packet, no InnoDB
+    Disconnected: (  # it works later, or on another server
+        *(0, 1040, 1041, 1047, 1053, 1152, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1226, 1290, 1317, 1792, 1836),
+        *(1927, 1969, 2002, 2003, 2006, 2013, 2014, 3024),
+    ),
+}
+_UNDONE = (1205, 1213, 1290, 1792, 1836)  # a lock that was not released, a deadlock, read-only: rolled back
+_NO_SPACE = ("errno: 28", "Errcode: 28", "error 28")
+_LARGEST_PACKET = 4 * 2**20  # bytes; PyMySQL sends a megabyte of rows in one statement
+
+
+class Mysql(Database):
+    """MariaDB (10.6 or later) or MySQL (8.0 or later) by PyMySQL.
+
+    A writer locks rows of a table that has one for each stripe, as a name that has no row cannot be locked without
+    its neighbours. With READ COMMITTED it then reads whatever was committed before it had the locks.
+    """
+
+    clock = "UNIX_TIMESTAMP(NOW(6)) + 0E0"
+    begin_read = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+    insert = staticmethod(mysql.insert)
+    needs = "PyMySQL: pip install 'counter-server[mysql]'"
+    options: Mapping[str, Any] = {"isolation_level": "READ COMMITTED"}
+
+    def __init__(self, url: URL, name: str) -> None:
+        super().__init__(url.set(drivername=f"{url.get_backend_name()}+pymysql"), name)
+        from pymysql.connections import Connection as DriverConnection
+
+        class TimedConnection(DriverConnection):  # type: ignore[type-arg]
+            """A connection whose reads and writes end at the deadline of the current call.
+
+            PyMySQL 1.1 and 1.2 look at these attributes before each packet.
+            """
+
+            _read_timeout = _write_timeout = property(lambda _self: _remaining(), lambda _self, _value: None)
+
+        try:
+            _, options = self.engine.dialect.create_connect_args(url)
+            # The server closes the connection of a client that froze, which frees its locks.
+            options["init_command"] = f"SET SESSION wait_timeout = {LONGEST_DEADLINE:.0f}"
+            TimedConnection(**options, defer_connect=True)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"{name} is not a URL of MySQL: {error}") from None
+        self.connect = lambda: TimedConnection(**{**options, "connect_timeout": _remaining()})  # type: ignore[method-assign]
+
+    def begin_write(self, connection: Connection, stripes: list[int]) -> None:
+        patience = math.ceil(_remaining())
+        if connection.info.get("patience") != patience:
+            connection.exec_driver_sql(f"SET SESSION innodb_lock_wait_timeout = {patience}")
+            connection.info["patience"] = patience
+        if stripes:
+            some = f"counter_server_locks WHERE stripe IN ({','.join(map(str, stripes))})"
+            locked = connection.exec_driver_sql(f"SELECT stripe FROM {some} ORDER BY stripe FOR UPDATE").all()  # noqa: S608
+            if len(locked) < len(stripes):
+                raise TablesMissing(f"{self.name}: its locks were removed", sent=False)
+
+    def create(self, connection: Connection, tables: list[Any]) -> None:
+        for statement in tables:  # each commits at once
+            connection.execute(statement)
+        connection.exec_driver_sql(
+            "CREATE TABLE IF NOT EXISTS counter_server_locks (stripe INTEGER PRIMARY KEY) ENGINE = InnoDB"
+        )
+        rows = ",".join(f"({stripe})" for stripe in range(STRIPES))
+        connection.exec_driver_sql(f"INSERT IGNORE INTO counter_server_locks VALUES {rows}")  # noqa: S608
+        connection.commit()
+        super().create(connection, [])
+
+    def upsert(self, table: Table) -> Any:
+        insert = self.insert(table)
+        rest = {column.name: insert.inserted[column.name] for column in table.c if not column.primary_key}
+        return insert.on_duplicate_key_update(rest)
+
+    def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
+        code, *rest = error.args or (0,)
+        text = " ".join(map(str, rest)) or "the connection is closed"
+        kinds = (kind for kind, codes in _MYSQL_KINDS.items() if code in codes)
+        kind = StorageFull if any(words in text for words in _NO_SPACE) else next(kinds, OutcomeUnknown)
+        return kind, text, sent and code not in _UNDONE
+
+    def findings(self, connect: Connect) -> list[Finding]:
+        with connect() as connection:
+            ask = connection.exec_driver_sql
+            settings = dict(ask("SHOW GLOBAL VARIABLES").all())
+            tables = "FROM information_schema.tables WHERE table_schema = DATABASE() AND engine <> 'InnoDB'"
+            foreign = ask(f"SELECT table_name {tables} AND table_name LIKE 'counter\\_server\\_%%'")
+            settings["foreign"] = ", ".join(map(str, foreign.scalars()))
+            replicas = "FROM information_schema.processlist WHERE command LIKE 'Binlog Dump%%'"
+            settings["replicas"] = ask(f"SELECT count(*) {replicas}").scalar_one()
+        return judge_mysql(settings)
+
+
+def judge_mysql(settings: Mapping[str, Any]) -> list[Finding]:
+    """Return what these settings mean for the numbers.
+
+    See https://mariadb.com/kb/en/innodb-system-variables/ and
+    https://dev.mysql.com/doc/refman/en/replication-options-binary-log.html.
+
+    :param settings: the global variables; `foreign`, the names of our tables that are not InnoDB's; `replicas`, how
+        many servers copy from this one, as far as the user may see.
+    """
+    version, flush, sync, packet = (
+        settings.get(name, "?")
+        for name in ("version", "innodb_flush_log_at_trx_commit", "sync_binlog", "max_allowed_packet")
+    )
+    found = [Finding("ok", f"{'MariaDB' if 'maria' in version.lower() else 'MySQL'} {version}")]
+    if settings.get("read_only") == "ON":
+        return [*found, Finding("problem", "read_only ON: this server takes no writes: name the primary")]
+    if flush == "1":
+        found.append(Finding("ok", "innodb_flush_log_at_trx_commit 1: a number is on its disk before it is answered"))
+    else:
+        loss = "a power cut may take the last second or two"
+        found.append(Finding("may lose", f"innodb_flush_log_at_trx_commit {flush}: {loss}"))
+    if settings.get("innodb_doublewrite") == "OFF":
+        found.append(Finding("may lose", "innodb_doublewrite OFF: a power cut may destroy pages of it"))
+    if settings.get("log_bin") == "ON" and sync != "1":
+        loss = "after a power cut the binary log, and so a replica, may lack the last numbers"
+        found.append(Finding("may lose", f"sync_binlog {sync}: {loss}"))
+    if settings["replicas"]:
+        found.append(Finding("may lose", f"{settings['replicas']} asynchronous replicas: {_FAILOVER}"))
+    if settings["foreign"]:
+        loss = "they have no transactions; run ALTER TABLE ... ENGINE = InnoDB"
+        found.append(Finding("problem", f"not InnoDB: {settings['foreign']}: {loss}"))
+    if packet.isdigit() and int(packet) < _LARGEST_PACKET:
+        found.append(Finding("problem", f"max_allowed_packet {packet}: large batches fail; set 4M or more"))
+    return found
+
+
+# SQLite
+
+# Seconds between attempts while another process writes, at random. SQLite's own pauses grow to 0.1: the process that
+# came first would wait longest.
+_PAUSES = (0.0002, 0.001)
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+_DENIED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH)
+
+
+class Sqlite(Database):
+    """SQLite: a file that the processes of one machine share, created by the first."""
+
+    clock = "(julianday('now') - 2440587.5) * 86400.0"
+    begin_read = "BEGIN"
+    insert = staticmethod(sqlite.insert)
+
+    def __init__(self, url: URL, name: str) -> None:
+        if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+            one = "write sqlite:////absolute/file.db, or memory:// for one process"
+            raise InvalidRequest(f"{name} is not a file that processes can share: {one}")
+        if url.query or url.host:
+            raise InvalidRequest(f"{name} has a host or options: this store takes only a path")
+        super().__init__(url, name)
+        self._path = os.path.abspath(url.database)
+
+        @event.listens_for(self.engine, "checkout")
+        def check(_connection: Any, record: Any, _proxy: Any) -> None:
+            if record.info.setdefault("file", _identity(self._path)) != _identity(self._path):
+                raise DisconnectionError("the file was removed or replaced")
+
+    def connect(self) -> Any:
+        # `_patiently` waits instead of SQLite, and `BEGIN` is ours.
+        connection = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            _patiently(connection.execute, "PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")  # with WAL: a sync at each commit
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def begin_write(self, connection: Connection, stripes: list[int]) -> None:  # noqa: ARG002 - it locks all
+        _patiently(connection.exec_driver_sql, "BEGIN IMMEDIATE")
+
+    def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
+        text = str(error)
+        if _code(error) in _BUSY:
+            return Disconnected, text, False
+        if _code(error) == sqlite3.SQLITE_ERROR and text.startswith("no such"):
+            return TablesMissing, text, False
+        refused = refusal(error, Path(self._path), committing=sent)
+        if refused is not None:
+            return StorageFull, refused.strerror, False
+        return AccessDenied if _code(error) in _DENIED else OutcomeUnknown if sent else StartupError, text, sent
+
+    def findings(self, connect: Connect) -> list[Finding]:
+        if not os.path.exists(self._path):
+            return [Finding("problem", f"there is no file {self._path} yet: the first increment creates it")]
+        with connect() as connection:
+            mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
+        if mode != "wal":  # SQLite refuses a mode by leaving it as it was
+            return [Finding("problem", f"journal_mode {mode}: its file system does not support WAL, which is needed")]
+        kept = "journal_mode WAL, synchronous FULL: a number is on the disk before it is answered"
+        return [Finding("ok", f"SQLite {sqlite3.sqlite_version}"), Finding("ok", kept)]
+
+
+def _patiently(execute: Callable[[str], _Given], statement: str) -> _Given:
+    """Execute a statement as soon as no other process is in its way."""
+    while True:
+        try:
+            return execute(statement)
+        except (sqlite3.OperationalError, OperationalError) as error:
+            if _code(getattr(error, "orig", error)) not in _BUSY or time.monotonic() >= deadline.get():
+                raise
+        time.sleep(min(random.uniform(*_PAUSES), _remaining()))
+
+
+def _code(error: Any) -> int:
+    """Return the error's class; its other bits are details."""
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return which file that is: a file that was removed and created again is another."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
