@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from zlib import crc32
@@ -34,10 +33,8 @@ _SHOWN = ("host", "port", "unix_socket")  # options in a URL that name a place, 
 _FORGET_EVERY = 10.0  # seconds between searches for expired records
 _FORGET_AT_ONCE = 1000  # records removed in one transaction, so that none is long
 _LOOKED_UP_AT_ONCE = 500  # names; an old SQLite takes 999 parameters
-
+_FOREVER = 1e308
 _MYSQL = ("mysql", "mariadb")
-_OPTIONS: dict[str, Any] = {f"{dialect}_engine": "InnoDB" for dialect in _MYSQL}
-_OPTIONS |= {f"{dialect}_charset": "utf8mb4" for dialect in _MYSQL}
 
 
 class _Utf8(sa.TypeDecorator[str]):
@@ -55,76 +52,43 @@ class _Utf8(sa.TypeDecorator[str]):
 
 # In the order of code points: case, accents and trailing spaces count.
 _name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql").with_variant(_Utf8(255), *_MYSQL)
-
+_client = sa.LargeBinary().with_variant(VARBINARY(16), *_MYSQL)
+_results = sa.Text().with_variant(LONGTEXT(), *_MYSQL)
 _metadata = sa.MetaData()
-_meta = sa.Table(
-    "counter_server_meta",
-    _metadata,
-    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("epoch", sa.Text, nullable=False),
-    **_OPTIONS,
-)
-_counters = sa.Table(
-    "counter_server_counters",
-    _metadata,
-    sa.Column("name", _name, primary_key=True),
-    sa.Column("value", sa.BigInteger, nullable=False),
-    **_OPTIONS,
-)
-# No index on `used` here: PostgreSQL could then not update a client's row in place, as every batch does.
-_clients = sa.Table(
-    "counter_server_clients",
-    _metadata,
-    sa.Column("client", sa.LargeBinary().with_variant(VARBINARY(16), *_MYSQL), primary_key=True),
-    sa.Column("sequence", sa.BigInteger, nullable=False),
-    sa.Column("results", sa.Text().with_variant(LONGTEXT(), *_MYSQL), nullable=False),
-    sa.Column("used", sa.Double, nullable=False),
-    **_OPTIONS,
-)
-_keys = sa.Table(
-    "counter_server_keys",
-    _metadata,
-    sa.Column("key", _name, primary_key=True),
-    sa.Column("fingerprint", sa.LargeBinary, nullable=False),
-    sa.Column("value", sa.BigInteger, nullable=False),
-    sa.Column("used", sa.Double, nullable=False),
-    sa.UniqueConstraint("used", "key"),  # an index for expiry, created in one statement with its table
-    **_OPTIONS,
-)
+
+
+def _table(table: str, /, *constraints: Any, **types: Any) -> sa.Table:
+    """Return a table whose first column is its key."""
+    first, *_ = types
+    options: dict[str, Any] = {f"{dialect}_engine": "InnoDB" for dialect in _MYSQL}
+    options |= {f"{dialect}_charset": "utf8mb4" for dialect in _MYSQL}
+    made = (sa.Column(each, kind, primary_key=each == first, nullable=False) for each, kind in types.items())
+    return sa.Table(f"counter_server_{table}", _metadata, *made, *constraints, **options)
+
+
+# No index on `used` of clients: PostgreSQL could then not update a row in place, as every batch does. The constraint
+# on keys is an index for expiry, created in one statement with its table.
+_meta = _table("meta", version=sa.Integer, epoch=sa.Text)
+_counters = _table("counters", name=_name, value=sa.BigInteger)
+_clients = _table("clients", client=_client, sequence=sa.BigInteger, results=_results, used=sa.Double)
+_expiry = sa.UniqueConstraint("used", "key")
+_keys = _table("keys", _expiry, key=_name, fingerprint=sa.LargeBinary, value=sa.BigInteger, used=sa.Double)
 
 # A row of ours in each table, under a name that nothing else has: where it is missing, the table was emptied.
-_FOREVER = 1e308
-_MARKS: dict[sa.Table, dict[str, Any]] = {
-    _counters: {"name": "", "value": 0},
-    _clients: {"client": b"", "sequence": 0, "results": "[]", "used": _FOREVER},
-    _keys: {"key": "", "fingerprint": b"", "value": 0, "used": _FOREVER},
+_MARKS: dict[sa.Table, tuple[Any, ...]] = {
+    _counters: ("", 0),
+    _clients: (b"", 0, "[]", _FOREVER),
+    _keys: ("", b"", 0, _FOREVER),
 }
-
-
-def _key_of(table: sa.Table) -> Any:
-    (column,) = table.primary_key
-    return column
-
-
-_wanted = sa.bindparam("wanted", expanding=True)
-_COUNTERS = sa.select(_counters).where(_counters.c.name.in_(_wanted))
-_LOCKED_COUNTERS = _COUNTERS.order_by(_counters.c.name).with_for_update()  # other programs that write wait, too
-_KEYS = sa.select(_keys).where(_keys.c.key.in_(_wanted))
+_KEY = {table: next(iter(table.primary_key)) for table in _MARKS}
+_IS_MARKED = {table: sa.exists().where(_KEY[table] == mark[0]) for table, mark in _MARKS.items()}
+_REMOVE = {table: sa.delete(table).where(_KEY[table] == sa.bindparam("gone")) for table in _MARKS}
+_WANTED = {table: sa.select(table).where(_KEY[table].in_(sa.bindparam("wanted", expanding=True))) for table in _MARKS}
+_LOCKED = _WANTED[_counters].order_by(_counters.c.name).with_for_update()  # other programs that write wait, too
 _AFTER = sa.select(_counters).where(_counters.c.name > sa.bindparam("after")).order_by(_counters.c.name)
 _PAGE = _AFTER.limit(sa.bindparam("most", type_=sa.Integer))
-_REMOVE = {table: sa.delete(table).where(_key_of(table) == sa.bindparam("gone")) for table in _MARKS}
-_IS_MARKED = {table: sa.exists().where(_key_of(table) == next(iter(row.values()))) for table, row in _MARKS.items()}
 
 _decode_results = packed.Decoder(list[Result]).decode
-
-
-@dataclass
-class _Found:
-    """The rows that a batch touches, at one moment."""
-
-    epoch: str
-    now: float  # seconds, by the clock that all clients of the database share
-    contents: Contents = field(default_factory=Contents)
 
 
 class SqlStore:
@@ -148,18 +112,14 @@ class SqlStore:
         self._inherited: list[sa.Pool] = []  # a parent's: closing its connections would disturb the parent
         self._epoch = ""  # as last seen
         self._next_forgetting = 0.0
-        clock = sa.literal_column(self._database.clock, sa.Double)
+        self._upsert = {table: self._database.upsert(table) for table in _MARKS}
+        self._clock = sa.literal_column(self._database.clock, sa.Double)
+        known = _meta.outerjoin(_clients, _clients.c.client == sa.bindparam("client"))
         self._known = (
-            sa.select(_meta.c.epoch, clock, _clients.c.sequence, _clients.c.results, _clients.c.used)
-            .select_from(_meta.outerjoin(_clients, _clients.c.client == sa.bindparam("client")))
+            sa.select(_meta.c.epoch, self._clock, _clients.c.sequence, _clients.c.results, _clients.c.used)
+            .select_from(known)
             .where(_meta.c.version == _VERSION, *_IS_MARKED.values())
         )
-        self._upsert = {table: self._database.upsert(table) for table in _MARKS}
-        before = clock - sa.bindparam("lifetime", type_=sa.Double)
-        self._expired = {
-            table: sa.select(_key_of(table)).where(table.c.used <= before).limit(_FORGET_AT_ONCE)
-            for table in (_clients, _keys)
-        }
 
     def __str__(self) -> str:
         return self._name
@@ -168,8 +128,8 @@ class SqlStore:
         with self._connection(deadline) as connection:
             if batch.sequence:
                 self._forget(connection)
-            found = self._find(connection, batch)
-            ledger = Ledger(found.contents, partial(self._commit, connection), lambda: found.now)
+            now, contents = self._find(connection, batch)
+            ledger = Ledger(contents, partial(self._commit, connection), lambda: now)
             if not batch.sequence:
                 return ledger.read(batch)
             answer = ledger.apply([batch])[0]
@@ -196,25 +156,27 @@ class SqlStore:
         except DBAPIError as error:
             raise self._database.translated(error.orig, sent=sent) from error.orig
 
-    def _find(self, connection: sa.Connection, batch: Batch) -> _Found:
-        """Read what the batch touches, and lock it if it writes. Create the tables that are missing."""
+    def _find(self, connection: sa.Connection, batch: Batch) -> tuple[float, Contents]:
+        """Return the database's time, and the rows that the batch touches, locked if it writes."""
         try:
             with self._translated():
-                found = self._look(connection, batch)
+                epoch, now, contents = self._look(connection, batch)
         except TablesMissing:
             connection.rollback()
             if self._create(connection):
                 self._epoch = self._epoch or "lost"  # the first process that comes reports it, too
-            found = self._look(connection, batch)
-        known, self._epoch = self._epoch, found.epoch
-        if known and known != found.epoch:
+            epoch, now, contents = self._look(connection, batch)
+        known, self._epoch = self._epoch, epoch
+        if known and known != epoch:
             raise StateLost(f"{self} has lost some or all of its contents: numbers may begin again")
-        return found
+        return now, contents
 
-    def _look(self, connection: sa.Connection, batch: Batch) -> _Found:
-        names, keys, scans = _touched(batch)
+    def _look(self, connection: sa.Connection, batch: Batch) -> tuple[str, float, Contents]:
+        operations = batch.operations
+        names = {each.name for each in operations if isinstance(each, (Increment, Set, Get, Delete))}
+        keys = {each.key for each in operations if isinstance(each, Increment) and each.key is not None}
         if batch.sequence:  # the locks, in the one order in which all batches take them
-            self._database.begin_write(connection, sorted({crc32(text.encode()) % STRIPES for text in names + keys}))
+            self._database.begin_write(connection, sorted({crc32(text.encode()) % STRIPES for text in names | keys}))
         else:
             connection.exec_driver_sql(self._database.begin_read)
         known = connection.execute(self._known, {"client": batch.client}).first()
@@ -224,16 +186,17 @@ class SqlStore:
         contents = Contents()
         if sequence is not None:
             contents.clients[batch.client] = ClientRecord(sequence, _decode_results(results), used)
-        counters = _LOCKED_COUNTERS if batch.sequence else _COUNTERS
         for some in _in_parts(names):
-            contents.counters.update(connection.execute(counters, {"wanted": some}).all())
+            locked = connection.execute(_LOCKED if batch.sequence else _WANTED[_counters], {"wanted": some})
+            contents.counters.update(locked.all())
         for some in _in_parts(keys):
-            for key, *record in connection.execute(_KEYS, {"wanted": some}):
+            for key, *record in connection.execute(_WANTED[_keys], {"wanted": some}):
                 contents.keys[key] = KeyRecord(*record)
-        for scan in scans:  # one more than the page tells whether there are others
-            page = {"after": scan.after, "most": scan.limit + 1}
-            contents.counters.update(connection.execute(_PAGE, page).all())
-        return _Found(epoch, now, contents)
+        for scan in operations:
+            if isinstance(scan, Scan):  # one more than the page tells whether there are others
+                page = {"after": scan.after, "most": scan.limit + 1}
+                contents.counters.update(connection.execute(_PAGE, page).all())
+        return epoch, now, contents
 
     def _commit(self, connection: sa.Connection, changes: Changes) -> None:
         if not changes.clients:  # refused, or answered again
@@ -251,7 +214,7 @@ class SqlStore:
             connection.commit()
 
     def _save(self, connection: sa.Connection, table: sa.Table, changes: dict[Any, Any]) -> None:
-        """Write rows by their keys, without these; None removes."""
+        """Write rows, which come by their keys and without them; None removes."""
         removed = [{"gone": key} for key, row in changes.items() if row is None]
         if removed:
             connection.execute(_REMOVE[table], removed)
@@ -265,21 +228,18 @@ class SqlStore:
 
         :raises StartupError: if the tables have another version.
         """
-        tables = [CreateTable(table, if_not_exists=True) for table in _metadata.sorted_tables]
-        self._database.create(connection, tables)
+        self._database.create(connection, [CreateTable(each, if_not_exists=True) for each in _metadata.sorted_tables])
         versions = connection.scalars(sa.select(_meta.c.version)).all()
-        for version in versions:
-            if version != _VERSION:
-                kind = "a newer" if version > _VERSION else "another"
-                raise StartupError(
-                    f"the tables in {self} have version {version}, of {kind} counter_server; this supports {_VERSION}"
-                )
+        if set(versions) - {_VERSION}:
+            kind = "a newer" if max(versions) > _VERSION else "another"
+            theirs = f"version {max(versions)}, of {kind} counter_server"
+            raise StartupError(f"the tables in {self} have {theirs}; this one supports version {_VERSION}")
         marks = sum(bool(connection.scalar(sa.select(marked))) for marked in _IS_MARKED.values())
         if not versions or marks < len(_MARKS):
             connection.execute(sa.delete(_meta))
             connection.execute(sa.insert(_meta), {"version": _VERSION, "epoch": secrets.token_hex(16)})
-            for table, row in _MARKS.items():
-                connection.execute(self._upsert[table], row)
+            for table, (key, *row) in _MARKS.items():
+                self._save(connection, table, {key: row})
         connection.commit()
         return marks < len(_MARKS) and bool(versions or marks)
 
@@ -292,8 +252,8 @@ class SqlStore:
         try:
             self._database.begin_write(connection, [])
             for table, lifetime in ((_clients, CLIENT_LIFETIME), (_keys, KEY_LIFETIME)):
-                expired = self._expired[table].with_for_update(skip_locked=True)
-                gone = connection.scalars(expired, {"lifetime": lifetime}).all()
+                expired = sa.select(_KEY[table]).where(table.c.used <= self._clock - lifetime).limit(_FORGET_AT_ONCE)
+                gone = connection.scalars(expired.with_for_update(skip_locked=True)).all()
                 self._save(connection, table, dict.fromkeys(gone))
                 if len(gone) == _FORGET_AT_ONCE:
                     self._next_forgetting = now
@@ -313,14 +273,7 @@ class SqlStore:
         self._engine.dispose()
 
 
-def _touched(batch: Batch) -> tuple[list[str], list[str], list[Scan]]:
-    """Return the names, the idempotency keys and the pages of a batch."""
-    operations = batch.operations
-    names = {each.name for each in operations if isinstance(each, (Increment, Set, Get, Delete))}
-    keys = {each.key for each in operations if isinstance(each, Increment) and each.key is not None}
-    return sorted(names), sorted(keys), [each for each in operations if isinstance(each, Scan)]
-
-
-def _in_parts(texts: list[str]) -> Iterator[list[str]]:
-    for start in range(0, len(texts), _LOOKED_UP_AT_ONCE):
-        yield texts[start : start + _LOOKED_UP_AT_ONCE]
+def _in_parts(texts: set[str]) -> Iterator[list[str]]:
+    ordered = sorted(texts)
+    for start in range(0, len(ordered), _LOOKED_UP_AT_ONCE):
+        yield ordered[start : start + _LOOKED_UP_AT_ONCE]
