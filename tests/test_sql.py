@@ -127,6 +127,27 @@ def test_postgres_that_ends_sessions_under_load(
     assert_exactly_once(history, state.counter("hot").value, tmp_path / "history.json")
 
 
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # PyMySQL leaves a refused one to be collected
+def test_mariadb_killed_under_load_one_connection_or_all_and_started_again(stack: ExitStack, tmp_path: Path) -> None:
+    server = stack.enter_context(MariaDbServer())
+    state = stack.enter_context(open_client(server.url, deadline=PATIENCE))
+    load = StoreLoad(server.url, "hot", 4, 8, 300)
+    for kill in range(6):
+        goal = (kill + 1) * 1000
+        eventually(lambda: state.counter("hot").value > goal, "progress of the load")
+        if kill % 2:
+            server.kill()
+            server.start()
+        else:
+            own = "SELECT id FROM information_schema.processlist WHERE command <> 'Daemon' AND id <> connection_id()"
+            for (connection,) in server.query(own):
+                with suppress(pymysql.Error):  # it is gone already
+                    server.query(f"KILL {connection}")
+    history = load.finish()
+    assert len(history) == 4 * 8 * 300
+    assert_exactly_once(history, state.counter("hot").value, tmp_path / "history.json")
+
+
 @pytest.fixture
 def pooler(stack: ExitStack) -> PgBouncer:
     """PgBouncer in transaction mode, in front of a PostgreSQL whose defaults are not ours."""
@@ -162,16 +183,22 @@ def test_behind_pgbouncer_nothing_of_ours_is_left_in_a_session(pooler: PgBouncer
             assert stranger.execute("SELECT * FROM pg_locks WHERE locktype = 'advisory'").fetchall() == []
 
 
-def test_postgres_whose_connections_are_cut_in_the_middle_of_a_reply(
-    postgres: PostgresServer, database: str, cut: Callable[[Path], Cutter], stack: ExitStack, tmp_path: Path
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_connections_cut_in_the_middle_of_a_reply(
+    kind: str, request: pytest.FixtureRequest, cut: Callable[[Path], Cutter], stack: ExitStack, tmp_path: Path
 ) -> None:
-    cutter = cut(postgres.socket)
+    server = request.getfixturevalue("mariadb" if kind == "mariadb" else "postgres")
+    database: str = request.getfixturevalue("schema" if kind == "mariadb" else "database")
+    cutter = cut(server.socket)
     place = f"127.0.0.1:{cutter.port}/{database}"
-    url = f"postgresql://counter@{place}?sslmode=disable&gssencmode=disable"
-    history = StoreLoad(url, "hot", 4, 8, 100).finish()
+    urls = {
+        "postgresql": f"postgresql://counter@{place}?sslmode=disable&gssencmode=disable",
+        "mariadb": f"mariadb://root@{place}",
+    }
+    history = StoreLoad(urls[kind], "hot", 4, 8, 100).finish()
     assert len(history) == 4 * 8 * 100
     assert cutter.cuts >= 10
-    state = stack.enter_context(open_client(postgres.url_of(database)))
+    state = stack.enter_context(open_client(server.url_of(database)))
     assert_exactly_once(history, state.counter("hot").value, tmp_path / "history.json")
 
 
@@ -248,24 +275,45 @@ def test_a_frozen_postgres_holds_nobody_beyond_the_deadline(
             counter.increment()
         with pytest.raises(DeadlineExceeded) as unreachable:
             stack.enter_context(open_client(url, deadline=0.3)).counter("c").increment()
-    assert late.value.outcome == "unknown"
+    assert late.value.outcome == "not_applied"  # it was not asked to commit
     assert unreachable.value.outcome == "not_applied"
-    found = stack.enter_context(open_client(url)).counter("c").increment()
-    assert found in (4, 5)
+    assert stack.enter_context(open_client(url)).counter("c").increment() == 4
 
 
-def test_a_lock_of_a_stranger_is_waited_for_until_the_deadline_and_nothing_is_counted(
-    postgres: PostgresServer, database: str, stack: ExitStack
+def test_a_frozen_mariadb_holds_nobody_beyond_the_deadline(
+    mariadb: MariaDbServer, schema: str, stack: ExitStack
 ) -> None:
-    url = postgres.url_of(database)
+    url = mariadb.url_of(schema)
     state = stack.enter_context(open_client(url))
     assert state.counter("c").increment() == 1
-    with psycopg.connect(url) as stranger, impatient(state):
-        stranger.execute("UPDATE counter_server_counters SET value = value + 10")
+    with frozen(mariadb.pid):
+        with impatient(state), pytest.raises(DeadlineExceeded) as late:
+            state.counter("c").increment()
+        with pytest.raises(DeadlineExceeded):
+            stack.enter_context(open_client(url, deadline=0.3)).counter("c").increment()
+    assert late.value.outcome == "not_applied"
+    assert stack.enter_context(open_client(url, deadline=PATIENCE)).counter("c").increment() == 2
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_a_lock_of_a_stranger_is_waited_for_until_the_deadline_and_nothing_is_counted(
+    kind: str, request: pytest.FixtureRequest, stack: ExitStack
+) -> None:
+    server = request.getfixturevalue("mariadb" if kind == "mariadb" else "postgres")
+    database: str = request.getfixturevalue("schema" if kind == "mariadb" else "database")
+    url = server.url_of(database)
+    state = stack.enter_context(open_client(url))
+    assert state.counter("c").increment() == 1
+    connect = {"postgresql": lambda: psycopg.connect(url), "mariadb": lambda: server.connect(database)}
+    with closing(connect[kind]()) as stranger, impatient(state):
+        stranger.cursor().execute("BEGIN")
+        stranger.cursor().execute("UPDATE counter_server_counters SET value = value + 10 WHERE name <> ''")
         for maximum in (None, 100):
-            with pytest.raises(DeadlineExceeded):
+            with pytest.raises(DeadlineExceeded) as late:
                 state.counter("c").increment(maximum=maximum)
-    assert state.counter("c").increment(maximum=100) in (12, 13)  # a plain one was sent, and may have been counted
+            assert late.value.outcome == "not_applied"
+        stranger.commit()
+    assert state.counter("c").increment(maximum=100) == 12
 
 
 @pytest.mark.parametrize("how", ["drop", "empty"])
@@ -388,6 +436,34 @@ def test_a_database_that_is_full_refuses_writes_answers_reads_and_heals(
     assert state.counter("c").increment() == 2
 
 
+def test_a_mariadb_that_is_full_refuses_writes_answers_reads_and_heals(
+    mariadb: MariaDbServer, schema: str, stack: ExitStack
+) -> None:
+    state = stack.enter_context(open_client(mariadb.url_of(schema)))
+    assert state.counter("c").increment(key="k") == 1
+    full_table = "SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 1114, MESSAGE_TEXT = 'The table is full'"
+    mariadb.query(f"CREATE TRIGGER full BEFORE INSERT ON counter_server_counters FOR EACH ROW {full_table}", schema)
+    with pytest.raises(StorageFull, match="The table is full; nothing was counted") as full:
+        state.counter("c").increment()
+    assert full.value.outcome == "not_applied"
+    assert state.counter("c").value == 1
+    assert state.counter("c").increment(key="k") == 1
+    mariadb.query("DROP TRIGGER full", schema)
+    assert state.counter("c").increment() == 2
+
+
+def test_a_mariadb_that_lets_nobody_in_says_so(mariadb: MariaDbServer, schema: str, stack: ExitStack) -> None:
+    url = mariadb.url_of(schema)
+    mariadb.query("CREATE OR REPLACE USER stranger IDENTIFIED BY 'secret'")
+    for who in ("stranger", "stranger:wrong", "stranger:secret"):  # the last may log in, but not use the database
+        with pytest.raises(AccessDenied) as denied:
+            stack.enter_context(open_client(url.replace("root@", f"{who}@"))).counter("c").increment()
+        assert denied.value.outcome == "not_applied"
+        assert "wrong" not in str(denied.value)
+    with pytest.raises(StartupError, match="no_such"):
+        stack.enter_context(open_client(url.replace(schema, "no_such"))).counter("c").increment()
+
+
 def test_a_postgres_that_lets_nobody_in_says_so(postgres: PostgresServer, database: str, stack: ExitStack) -> None:
     url = postgres.url_of(database)
     postgres.query("DROP ROLE IF EXISTS stranger")
@@ -444,6 +520,30 @@ def test_each_error_of_postgres_is_one_of_ours() -> None:
         error = store._database.translated(psycopg.OperationalError("the connection is closed"), sent=sent)
         assert isinstance(error, Disconnected)
         assert error.sent == sent
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_each_error_of_mysql_is_one_of_ours(*, sent: bool) -> None:
+    store = SqlStore("mysql://user:secret@127.0.0.1:1/db")
+    expected: dict[int, type[Exception]] = {
+        **dict.fromkeys([1044, 1045, 1142, 1698], AccessDenied),
+        **dict.fromkeys([1021, 1114], StorageFull),
+        **dict.fromkeys([1049, 1153], StartupError),
+        **dict.fromkeys([0, 1040, 1053, 1205, 1213, 1290, 2003, 2006, 2013], Disconnected),
+        1146: TablesMissing,
+        1030: StorageFull,  # "Got error 28"
+    }
+    for code in range(3000):
+        error = store._database.translated(
+            pymysql.OperationalError(code, "Got error 28" if code == 1030 else "it"), sent=sent
+        )
+        assert isinstance(error, (CounterServerError, Disconnected)), code
+        assert type(error) is expected.get(code, type(error)), code
+        assert str(error).startswith("mysql://127.0.0.1:1/db")
+    for code, undone in ((1213, True), (1205, True), (2013, False), (1927, False)):
+        error = store._database.translated(pymysql.OperationalError(code, "it"), sent=sent)
+        assert isinstance(error, Disconnected)
+        assert error.sent == (sent and not undone)
 
 
 def test_each_error_of_sqlite_is_one_of_ours(tmp_path: Path) -> None:

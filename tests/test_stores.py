@@ -121,6 +121,9 @@ def name() -> str:
 
 NAMES = [
     "a",
+    "a ",
+    "A",
+    "á",
     "b",
     "Zähler",
     "счётчик",
@@ -325,6 +328,8 @@ def test_a_store_that_is_not_there_is_told_to_be_so_within_the_deadline(tmp_path
         "postgresql",
         "postgresql://host:port/db",
         "postgresql://h/db?no_such=1",
+        "mysql://host:port/db",
+        "mariadb://h/db?no_such=1",
     ],
 )
 def test_a_url_that_cannot_be_is_refused_at_once(url: str) -> None:
@@ -338,6 +343,7 @@ def test_a_url_that_cannot_be_is_refused_at_once(url: str) -> None:
         ("redis://user:secret@example.org:1234/5?prefix=shop", "redis://example.org:1234/5?prefix=shop"),
         ("postgresql://user:secret@example.org:1234/shop", "postgresql://example.org:1234/shop"),
         ("postgresql:///shop?host=/run/x&user=user&password=secret", "postgresql:///shop?host=/run/x"),
+        ("mysql://user:secret@example.org/shop?charset=utf8mb4", "mysql://example.org/shop"),
         ("sqlite:////data/shop.db", "sqlite:////data/shop.db"),
     ],
 )
