@@ -1,4 +1,4 @@
-"""What differs between PostgreSQL, MariaDB or MySQL, and SQLite: connections, locks, errors, promises.
+"""What differs between PostgreSQL, MariaDB or MySQL, and SQLite: connections, locks, errors, durability.
 
 `sql.py` has everything that they share.
 """
@@ -8,9 +8,10 @@ import os
 import random
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,10 @@ _MESSAGES: dict[Kind, str] = {
     OutcomeUnknown: "{} failed: {}",
 }
 
+_ok, _risk, _problem = (partial(Finding, level) for level in ("ok", "may lose", "problem"))
+_ON_DISK = "a number is on its disk before it is answered"
+_FAILOVER = "a failover may lose the last numbers, and repeat them"
+
 
 def _remaining() -> float:
     """Return the seconds that this call may still take, at least a millisecond."""
@@ -54,29 +59,19 @@ def _remaining() -> float:
 
 
 class Database:
-    """A kind of database, at one URL. Its engine's connections keep the deadline of the current call.
+    """A kind of database, at one URL.
 
     :param name: the URL without secrets, for messages.
-    :raises InvalidRequest: if the driver is missing, or does not accept the URL.
+    :param connect: returns a new connection of the driver's, which keeps the deadline of the current call.
     """
 
     clock: str  # SQL for the seconds since 1970, by the clock that all clients share
     begin_read: str  # SQL that begins a transaction which sees the database at one moment
     insert: Any
-    needs: str  # the driver and the extra that installs it
-    options: Mapping[str, Any] = {}
 
-    def __init__(self, url: URL, name: str) -> None:
+    def __init__(self, url: URL, name: str, connect: Callable[[], Any], **options: Any) -> None:
         self.name = name
-        connect = {"creator": lambda: self.connect(), "pool_size": 4, "max_overflow": -1, "hide_parameters": True}
-        try:
-            self.engine = create_engine(url, **connect, **self.options)
-        except ImportError as error:
-            raise InvalidRequest(f"this store needs {self.needs}") from error
-
-    def connect(self) -> Any:
-        """Return a new connection of the driver's."""
-        raise NotImplementedError
+        self.engine = create_engine(url, creator=connect, pool_size=4, max_overflow=-1, hide_parameters=True, **options)
 
     def begin_write(self, connection: Connection, stripes: list[int]) -> None:
         """Begin a transaction and lock the stripes."""
@@ -114,9 +109,17 @@ class Database:
 
 
 def open_database(url: URL, name: str) -> Database:
-    """Return the database that `url` names. Nothing is connected yet."""
+    """Return the database that `url` names. Nothing is connected yet.
+
+    :raises InvalidRequest: if the driver is missing, or does not accept the URL.
+    """
     kinds = {"sqlite": Sqlite, "postgresql": Postgresql}
-    return kinds.get(url.get_backend_name(), Mysql)(url, name)
+    kind = kinds.get(url.get_backend_name(), Mysql)
+    try:
+        return kind(url, name)
+    except ImportError as error:
+        extra = "mysql" if kind is Mysql else "sql"
+        raise InvalidRequest(f"this store needs {error.name}: pip install 'counter-server[{extra}]'") from error
 
 
 # PostgreSQL
@@ -165,11 +168,8 @@ class Postgresql(Database):
     clock = "extract(epoch FROM clock_timestamp())::float8"
     begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
     insert = staticmethod(postgresql.insert)
-    needs = "psycopg: pip install 'counter-server[sql]'"
-    options: Mapping[str, Any] = {"use_native_hstore": False}
 
     def __init__(self, url: URL, name: str) -> None:
-        super().__init__(url.set(drivername="postgresql+psycopg"), name)
         import psycopg
         from psycopg import conninfo, generators, waiting
 
@@ -179,32 +179,30 @@ class Postgresql(Database):
             def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ARG002
                 return waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=_remaining())
 
-        _, options = self.engine.dialect.create_connect_args(url)
-        options = {name: option for name, option in options.items() if name not in ("connect_timeout", "context")}
+        url = url.set(drivername="postgresql+psycopg")
+        _, options = url.get_dialect()().create_connect_args(url)
+        options = {option: value for option, value in options.items() if option not in ("connect_timeout", "context")}
         try:
             place = conninfo.make_conninfo(**{**options, "client_encoding": "UTF8"})
         except psycopg.Error as error:
             raise InvalidRequest(f"{name} is not a URL of PostgreSQL: {error}") from None
 
-        def connect() -> TimedConnection:  # psycopg's own `connect` waits for 2 seconds at least
+        def connect() -> TimedConnection:  # psycopg's own waits for 2 seconds at least
             opened = waiting.wait_conn(generators.connect(place), interval=0.1, timeout=_remaining())
             connection = TimedConnection(opened)
             connection.autocommit = True  # `BEGIN` goes with other statements, in one round trip
             connection.prepare_threshold = None
+            encoding = connection.info.parameter_status("server_encoding")
+            if encoding != "UTF8":
+                connection.close()
+                raise StartupError(f"{name} has the encoding {encoding}: counters need UTF8")
             return connection
 
-        self.connect = connect  # type: ignore[method-assign]
+        super().__init__(url, name, connect, use_native_hstore=False)
 
     def begin_write(self, connection: Connection, stripes: list[int]) -> None:
         patience = math.ceil(_remaining() * 1000)
         connection.exec_driver_sql(_BEGIN_WRITE.format(patience, _LOCK_CLASS, ",".join(map(str, stripes))))
-
-    def create(self, connection: Connection, tables: list[Any]) -> None:
-        driver: Any = connection.connection.driver_connection
-        encoding = driver.info.parameter_status("server_encoding")
-        if encoding != "UTF8":
-            raise StartupError(f"{self.name} has the encoding {encoding}: counters need UTF8")
-        super().create(connection, tables)
 
     def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
         text = " ".join(str(error).split())  # libpq adds advice, on lines of its own
@@ -222,40 +220,32 @@ class Postgresql(Database):
 
 
 _WAITS = {  # what a commit waits for, with a synchronous standby
-    "on": Finding("ok", "synchronous_commit on: a number is on a synchronous standby's disk, too"),
-    "remote_apply": Finding("ok", "synchronous_commit remote_apply: a synchronous standby has and shows a number, too"),
-    "remote_write": Finding(
-        "may lose", "synchronous_commit remote_write: a failover to a standby whose machine fails as well loses numbers"
+    "on": _ok("synchronous_commit on: a number is on a synchronous standby's disk, too"),
+    "remote_apply": _ok("synchronous_commit remote_apply: a synchronous standby has and shows a number, too"),
+    "remote_write": _risk(
+        "synchronous_commit remote_write: a failover loses numbers if the standby's machine fails too"
     ),
-    "local": Finding("may lose", "synchronous_commit local: a failover may lose the last numbers, and repeat them"),
+    "local": _risk(f"synchronous_commit local: {_FAILOVER}"),
 }
 
 
 def judge_postgresql(settings: Mapping[str, str]) -> list[Finding]:
-    """Return what these settings mean for the numbers.
+    """Return what these settings mean; ``synchronous_commit off`` means "on", as our transactions set it.
 
     See https://www.postgresql.org/docs/current/runtime-config-wal.html and runtime-config-replication.html.
-    ``synchronous_commit off`` means "on" here: our transactions set it.
     """
-    found = [Finding("ok", f"PostgreSQL {settings['server_version']}")]
+    found = [_ok(f"PostgreSQL {settings['server_version']}")]
     if settings["in_recovery"] == "true":
-        return [*found, Finding("problem", "this is a standby, which takes no writes: name the primary")]
-    if settings["fsync"] == "on":
-        found.append(Finding("ok", "fsync on: a number is on its disk before it is answered"))
-    else:
-        found.append(Finding("may lose", "fsync off: a power cut may destroy the whole database"))
+        return [*found, _problem("this is a standby, which takes no writes: name the primary")]
+    synced = settings["fsync"] == "on"
+    found.append(_ok(f"fsync on: {_ON_DISK}") if synced else _risk("fsync off: a power cut may destroy the database"))
     if settings["full_page_writes"] != "on":
-        found.append(Finding("may lose", "full_page_writes off: a power cut may destroy pages of it"))
+        found.append(_risk("full_page_writes off: a power cut may destroy pages of it"))
     if settings["synchronous_standby_names"]:
-        found.append(_WAITS[settings["synchronous_commit"].replace("off", "on")])
-    elif settings["standbys"] == "0":
-        found.append(Finding("ok", "no standbys: no failover that could lose numbers"))
-    else:
-        found.append(Finding("may lose", f"{settings['standbys']} asynchronous standbys: {_FAILOVER}"))
-    return found
-
-
-_FAILOVER = "a failover may lose the last numbers, and repeat them"
+        return [*found, _WAITS[settings["synchronous_commit"].replace("off", "on")]]
+    if settings["standbys"] == "0":
+        return [*found, _ok("no standbys: no failover that could lose numbers")]
+    return [*found, _risk(f"{settings['standbys']} asynchronous standbys: {_FAILOVER}")]
 
 
 # MariaDB and MySQL
@@ -274,6 +264,13 @@ _MYSQL_KINDS: dict[Kind, tuple[int, ...]] = {
 _UNDONE = (1205, 1213, 1290, 1792, 1836)  # a lock that was not released, a deadlock, read-only: rolled back
 _NO_SPACE = ("errno: 28", "Errcode: 28", "error 28")
 _LARGEST_PACKET = 4 * 2**20  # bytes; PyMySQL sends a megabyte of rows in one statement
+# The server closes the connection of a client that froze, which frees its locks.
+_MYSQL_SESSION = f"SET SESSION wait_timeout = {LONGEST_DEADLINE:.0f}, innodb_lock_wait_timeout = {LONGEST_DEADLINE:.0f}"
+_NOT_INNODB = """
+SELECT table_name FROM information_schema.tables
+WHERE table_schema = DATABASE() AND engine <> 'InnoDB' AND table_name LIKE 'counter\\_server\\_%%'
+"""
+_REPLICAS = "SELECT count(*) FROM information_schema.processlist WHERE command LIKE 'Binlog Dump%%'"
 
 
 class Mysql(Database):
@@ -286,11 +283,8 @@ class Mysql(Database):
     clock = "UNIX_TIMESTAMP(NOW(6)) + 0E0"
     begin_read = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
     insert = staticmethod(mysql.insert)
-    needs = "PyMySQL: pip install 'counter-server[mysql]'"
-    options: Mapping[str, Any] = {"isolation_level": "READ COMMITTED"}
 
     def __init__(self, url: URL, name: str) -> None:
-        super().__init__(url.set(drivername=f"{url.get_backend_name()}+pymysql"), name)
         from pymysql.connections import Connection as DriverConnection
 
         class TimedConnection(DriverConnection):  # type: ignore[type-arg]
@@ -301,33 +295,30 @@ class Mysql(Database):
 
             _read_timeout = _write_timeout = property(lambda _self: _remaining(), lambda _self, _value: None)
 
+        url = url.set(drivername=f"{url.get_backend_name()}+pymysql")
         try:
-            _, options = self.engine.dialect.create_connect_args(url)
-            # The server closes the connection of a client that froze, which frees its locks.
-            options["init_command"] = f"SET SESSION wait_timeout = {LONGEST_DEADLINE:.0f}"
+            _, options = url.get_dialect()().create_connect_args(url)
+            options["init_command"] = _MYSQL_SESSION
             TimedConnection(**options, defer_connect=True)
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"{name} is not a URL of MySQL: {error}") from None
-        self.connect = lambda: TimedConnection(**{**options, "connect_timeout": _remaining()})  # type: ignore[method-assign]
+
+        def connect() -> TimedConnection:
+            return TimedConnection(**{**options, "connect_timeout": _remaining()})
+
+        super().__init__(url, name, connect, isolation_level="READ COMMITTED")
 
     def begin_write(self, connection: Connection, stripes: list[int]) -> None:
-        patience = math.ceil(_remaining())
-        if connection.info.get("patience") != patience:
-            connection.exec_driver_sql(f"SET SESSION innodb_lock_wait_timeout = {patience}")
-            connection.info["patience"] = patience
-        if stripes:
-            some = f"counter_server_locks WHERE stripe IN ({','.join(map(str, stripes))})"
-            locked = connection.exec_driver_sql(f"SELECT stripe FROM {some} ORDER BY stripe FOR UPDATE").all()  # noqa: S608
-            if len(locked) < len(stripes):
-                raise TablesMissing(f"{self.name}: its locks were removed", sent=False)
+        some = f"counter_server_locks WHERE stripe IN ({','.join(map(str, stripes or [0]))})"
+        locked = connection.exec_driver_sql(f"SELECT stripe FROM {some} ORDER BY stripe FOR UPDATE").all()  # noqa: S608
+        if len(locked) < len(stripes):
+            raise TablesMissing(f"{self.name}: its locks were removed", sent=False)
 
     def create(self, connection: Connection, tables: list[Any]) -> None:
         for statement in tables:  # each commits at once
             connection.execute(statement)
-        connection.exec_driver_sql(
-            "CREATE TABLE IF NOT EXISTS counter_server_locks (stripe INTEGER PRIMARY KEY) ENGINE = InnoDB"
-        )
         rows = ",".join(f"({stripe})" for stripe in range(STRIPES))
+        connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS counter_server_locks (stripe INTEGER PRIMARY KEY)")
         connection.exec_driver_sql(f"INSERT IGNORE INTO counter_server_locks VALUES {rows}")  # noqa: S608
         connection.commit()
         super().create(connection, [])
@@ -346,49 +337,35 @@ class Mysql(Database):
 
     def findings(self, connect: Connect) -> list[Finding]:
         with connect() as connection:
-            ask = connection.exec_driver_sql
-            settings = dict(ask("SHOW GLOBAL VARIABLES").all())
-            tables = "FROM information_schema.tables WHERE table_schema = DATABASE() AND engine <> 'InnoDB'"
-            foreign = ask(f"SELECT table_name {tables} AND table_name LIKE 'counter\\_server\\_%%'")
-            settings["foreign"] = ", ".join(map(str, foreign.scalars()))
-            replicas = "FROM information_schema.processlist WHERE command LIKE 'Binlog Dump%%'"
-            settings["replicas"] = ask(f"SELECT count(*) {replicas}").scalar_one()
-        return judge_mysql(settings)
+            settings = dict(connection.exec_driver_sql("SHOW GLOBAL VARIABLES").all())
+            foreign = connection.exec_driver_sql(_NOT_INNODB).scalars().all()
+            return judge_mysql(settings, foreign, connection.exec_driver_sql(_REPLICAS).scalar_one())
 
 
-def judge_mysql(settings: Mapping[str, Any]) -> list[Finding]:
-    """Return what these settings mean for the numbers.
+def judge_mysql(settings: Mapping[str, str], foreign: Sequence[str], replicas: int) -> list[Finding]:
+    """Return what these global variables, tables without InnoDB and replicas mean.
 
     See https://mariadb.com/kb/en/innodb-system-variables/ and
     https://dev.mysql.com/doc/refman/en/replication-options-binary-log.html.
-
-    :param settings: the global variables; `foreign`, the names of our tables that are not InnoDB's; `replicas`, how
-        many servers copy from this one, as far as the user may see.
     """
-    version, flush, sync, packet = (
-        settings.get(name, "?")
-        for name in ("version", "innodb_flush_log_at_trx_commit", "sync_binlog", "max_allowed_packet")
-    )
-    found = [Finding("ok", f"{'MariaDB' if 'maria' in version.lower() else 'MySQL'} {version}")]
+    version, flush, sync = settings["version"], settings["innodb_flush_log_at_trx_commit"], settings.get("sync_binlog")
+    found = [_ok(f"{'MariaDB' if 'maria' in version.lower() else 'MySQL'} {version}")]
     if settings.get("read_only") == "ON":
-        return [*found, Finding("problem", "read_only ON: this server takes no writes: name the primary")]
-    if flush == "1":
-        found.append(Finding("ok", "innodb_flush_log_at_trx_commit 1: a number is on its disk before it is answered"))
-    else:
-        loss = "a power cut may take the last second or two"
-        found.append(Finding("may lose", f"innodb_flush_log_at_trx_commit {flush}: {loss}"))
+        return [*found, _problem("read_only ON: this server takes no writes: name the primary")]
+    lost = _ON_DISK if flush == "1" else "a power cut may take the last second or two"
+    found.append((_ok if flush == "1" else _risk)(f"innodb_flush_log_at_trx_commit {flush}: {lost}"))
     if settings.get("innodb_doublewrite") == "OFF":
-        found.append(Finding("may lose", "innodb_doublewrite OFF: a power cut may destroy pages of it"))
+        found.append(_risk("innodb_doublewrite OFF: a power cut may destroy pages of it"))
     if settings.get("log_bin") == "ON" and sync != "1":
-        loss = "after a power cut the binary log, and so a replica, may lack the last numbers"
-        found.append(Finding("may lose", f"sync_binlog {sync}: {loss}"))
-    if settings["replicas"]:
-        found.append(Finding("may lose", f"{settings['replicas']} asynchronous replicas: {_FAILOVER}"))
-    if settings["foreign"]:
-        loss = "they have no transactions; run ALTER TABLE ... ENGINE = InnoDB"
-        found.append(Finding("problem", f"not InnoDB: {settings['foreign']}: {loss}"))
-    if packet.isdigit() and int(packet) < _LARGEST_PACKET:
-        found.append(Finding("problem", f"max_allowed_packet {packet}: large batches fail; set 4M or more"))
+        found.append(_risk(f"sync_binlog {sync}: after a power cut a replica may lack the last numbers"))
+    if replicas:
+        found.append(_risk(f"{replicas} asynchronous replicas: {_FAILOVER}"))
+    if foreign:
+        found.append(_problem(f"{', '.join(foreign)}: no transactions; run ALTER TABLE ... ENGINE = InnoDB"))
+    if int(settings.get("max_allowed_packet", _LARGEST_PACKET)) < _LARGEST_PACKET:
+        found.append(
+            _problem(f"max_allowed_packet {settings['max_allowed_packet']}: large batches fail; set 4M or more")
+        )
     return found
 
 
@@ -414,48 +391,48 @@ class Sqlite(Database):
             raise InvalidRequest(f"{name} is not a file that processes can share: {one}")
         if url.query or url.host:
             raise InvalidRequest(f"{name} has a host or options: this store takes only a path")
-        super().__init__(url, name)
-        self._path = os.path.abspath(url.database)
+        path = self._path = os.path.abspath(url.database)
+
+        def connect() -> sqlite3.Connection:  # `_patiently` waits instead of SQLite, and `BEGIN` is ours
+            connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+            try:
+                _patiently(connection.execute, "PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")  # with WAL: a sync at each commit
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+
+        super().__init__(url, name, connect)
 
         @event.listens_for(self.engine, "checkout")
         def check(_connection: Any, record: Any, _proxy: Any) -> None:
-            if record.info.setdefault("file", _identity(self._path)) != _identity(self._path):
+            file = os.stat(path)[1:3] if os.path.exists(path) else None  # its inode and device
+            if record.info.setdefault("file", file) != file:
                 raise DisconnectionError("the file was removed or replaced")
-
-    def connect(self) -> Any:
-        # `_patiently` waits instead of SQLite, and `BEGIN` is ours.
-        connection = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
-        try:
-            _patiently(connection.execute, "PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")  # with WAL: a sync at each commit
-        except BaseException:
-            connection.close()
-            raise
-        return connection
 
     def begin_write(self, connection: Connection, stripes: list[int]) -> None:  # noqa: ARG002 - it locks all
         _patiently(connection.exec_driver_sql, "BEGIN IMMEDIATE")
 
     def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
-        text = str(error)
-        if _code(error) in _BUSY:
+        code, text = _code(error), str(error)
+        if code in _BUSY:
             return Disconnected, text, False
-        if _code(error) == sqlite3.SQLITE_ERROR and text.startswith("no such"):
+        if code == sqlite3.SQLITE_ERROR and text.startswith("no such"):
             return TablesMissing, text, False
         refused = refusal(error, Path(self._path), committing=sent)
         if refused is not None:
             return StorageFull, refused.strerror, False
-        return AccessDenied if _code(error) in _DENIED else OutcomeUnknown if sent else StartupError, text, sent
+        return AccessDenied if code in _DENIED else OutcomeUnknown if sent else StartupError, text, sent
 
     def findings(self, connect: Connect) -> list[Finding]:
         if not os.path.exists(self._path):
-            return [Finding("problem", f"there is no file {self._path} yet: the first increment creates it")]
+            return [_problem(f"there is no file {self._path} yet: the first increment creates it")]
         with connect() as connection:
             mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
         if mode != "wal":  # SQLite refuses a mode by leaving it as it was
-            return [Finding("problem", f"journal_mode {mode}: its file system does not support WAL, which is needed")]
-        kept = "journal_mode WAL, synchronous FULL: a number is on the disk before it is answered"
-        return [Finding("ok", f"SQLite {sqlite3.sqlite_version}"), Finding("ok", kept)]
+            return [_problem(f"journal_mode {mode}: its file system does not support WAL, which is needed")]
+        return [_ok(f"SQLite {sqlite3.sqlite_version}"), _ok(f"journal_mode WAL, synchronous FULL: {_ON_DISK}")]
 
 
 def _patiently(execute: Callable[[str], _Given], statement: str) -> _Given:
@@ -472,12 +449,3 @@ def _patiently(execute: Callable[[str], _Given], statement: str) -> _Given:
 def _code(error: Any) -> int:
     """Return the error's class; its other bits are details."""
     return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """Return which file that is: a file that was removed and created again is another."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
