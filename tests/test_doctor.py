@@ -245,8 +245,8 @@ def test_a_server_wide_synchronous_commit_off_is_not_that_of_ours(stack: ExitSta
     with open_client(server.url) as state:
         assert state.counter("c").increment() == 1
         store: Any = state.store
-        with store._connection(time.monotonic() + PATIENCE) as session:
-            store._database.begin_write(session, [1])
+        with store.connection(time.monotonic() + PATIENCE) as session:
+            store.begin_write(session, [1])
             assert session.exec_driver_sql("SHOW synchronous_commit").scalar() == "on"
 
 

@@ -28,8 +28,7 @@ from counter_server.errors import (
     StorageFull,
 )
 from counter_server.operations import LARGEST
-from counter_server.stores.databases import TablesMissing
-from counter_server.stores.sql import SqlStore
+from counter_server.stores.databases import TablesMissing, open_sql_store
 from tests.cutter import Cutter
 from tests.engines import MariaDbServer, PgBouncer, PostgresServer
 from tests.history import assert_exactly_once
@@ -504,7 +503,7 @@ EXPECTED_STATES = {
 
 
 def test_each_error_of_postgres_is_one_of_ours() -> None:
-    store = SqlStore("postgresql://127.0.0.1:1/db")
+    store = open_sql_store("postgresql://127.0.0.1:1/db")
     states = {
         kind.sqlstate: kind
         for kind in vars(psycopg.errors).values()
@@ -512,19 +511,19 @@ def test_each_error_of_postgres_is_one_of_ours() -> None:
     }
     assert set(EXPECTED_STATES) <= set(states)
     for state, kind in states.items():
-        error = store._database.translated(kind("it"), sent=True)
+        error = store.translated(kind("it"), sent=True)
         assert isinstance(error, (CounterServerError, Disconnected)), state
         assert type(error) is EXPECTED_STATES.get(state, type(error)), state
         assert str(error).startswith("postgresql://127.0.0.1:1/db")
     for sent in (True, False):
-        error = store._database.translated(psycopg.OperationalError("the connection is closed"), sent=sent)
+        error = store.translated(psycopg.OperationalError("the connection is closed"), sent=sent)
         assert isinstance(error, Disconnected)
         assert error.sent == sent
 
 
 @pytest.mark.parametrize("sent", [True, False])
 def test_each_error_of_mysql_is_one_of_ours(*, sent: bool) -> None:
-    store = SqlStore("mysql://user:secret@127.0.0.1:1/db")
+    store = open_sql_store("mysql://user:secret@127.0.0.1:1/db")
     expected: dict[int, type[Exception]] = {
         **dict.fromkeys([1044, 1045, 1142, 1698], AccessDenied),
         **dict.fromkeys([1021, 1114], StorageFull),
@@ -534,20 +533,18 @@ def test_each_error_of_mysql_is_one_of_ours(*, sent: bool) -> None:
         1030: StorageFull,  # "Got error 28"
     }
     for code in range(3000):
-        error = store._database.translated(
-            pymysql.OperationalError(code, "Got error 28" if code == 1030 else "it"), sent=sent
-        )
+        error = store.translated(pymysql.OperationalError(code, "Got error 28" if code == 1030 else "it"), sent=sent)
         assert isinstance(error, (CounterServerError, Disconnected)), code
         assert type(error) is expected.get(code, type(error)), code
         assert str(error).startswith("mysql://127.0.0.1:1/db")
     for code, undone in ((1213, True), (1205, True), (2013, False), (1927, False)):
-        error = store._database.translated(pymysql.OperationalError(code, "it"), sent=sent)
+        error = store.translated(pymysql.OperationalError(code, "it"), sent=sent)
         assert isinstance(error, Disconnected)
         assert error.sent == (sent and not undone)
 
 
 def test_each_error_of_sqlite_is_one_of_ours(tmp_path: Path) -> None:
-    store = SqlStore(f"sqlite:///{tmp_path}/x.db")
+    store = open_sql_store(f"sqlite:///{tmp_path}/x.db")
     expected = {
         sqlite3.SQLITE_BUSY: Disconnected,
         sqlite3.SQLITE_BUSY_SNAPSHOT: Disconnected,
@@ -561,7 +558,7 @@ def test_each_error_of_sqlite_is_one_of_ours(tmp_path: Path) -> None:
     for code in codes:
         failed = sqlite3.OperationalError("it")
         failed.sqlite_errorcode = code
-        error = store._database.translated(failed, sent=True)
+        error = store.translated(failed, sent=True)
         assert isinstance(error, (CounterServerError, Disconnected))
         assert type(error) is expected.get(code, type(error)), code
 

@@ -36,9 +36,9 @@ def open_store(
 
             return RedisStore(url)
         case "postgresql" | "postgresql+psycopg" | "mysql" | "mysql+pymysql" | "mariadb" | "mariadb+pymysql" | "sqlite":
-            from .sql import SqlStore
+            from .databases import open_sql_store
 
-            return SqlStore(url)
+            return open_sql_store(url)
         case "memcached":
             from .memcached import MemcachedStore
 

@@ -9,11 +9,9 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import AccessDenied, Disconnected, InvalidRequest, OutcomeUnknown, StartupError, StorageFull
 from ..journal_file import refusal
@@ -21,104 +19,39 @@ from ..settings import LONGEST_DEADLINE
 from .base import Finding
 
 try:
-    from sqlalchemy import Table, create_engine, event
+    from sqlalchemy import URL, Connection, Table, event, make_url
     from sqlalchemy.dialects import mysql, postgresql, sqlite
-    from sqlalchemy.engine import URL, Connection
-    from sqlalchemy.exc import DisconnectionError, OperationalError
+    from sqlalchemy.exc import ArgumentError, DisconnectionError, OperationalError
+
+    from .sql import STRIPES, Kind, SqlStore, TablesMissing, remaining
 except ImportError as error:
     raise InvalidRequest("this store needs SQLAlchemy: pip install 'counter-server[sql]'") from error
 
-STRIPES = 48  # locks for names; PostgreSQL allows 64 in a transaction by default (`max_locks_per_transaction`)
-
-deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # of this call, in `time.monotonic` seconds
-
-Kind = type[Exception]
-Connect = Callable[[], AbstractContextManager[Connection]]
-_Given = TypeVar("_Given")
-
-
-class TablesMissing(Disconnected):
-    """There are no tables, or they are empty."""
-
-
-_MESSAGES: dict[Kind, str] = {
-    AccessDenied: "{} does not let this process in: {}; nothing was counted",
-    StorageFull: "{} cannot be written to: {}; nothing was counted, and reads go on",
-    StartupError: "{} cannot be used: {}; it was left as it is",
-    OutcomeUnknown: "{} failed: {}",
-}
+_SHOWN = ("host", "port", "unix_socket")  # options in a URL that name a place, and no secret
 
 _ok, _risk, _problem = (partial(Finding, level) for level in ("ok", "may lose", "problem"))
 _ON_DISK = "a number is on its disk before it is answered"
 _FAILOVER = "a failover may lose the last numbers, and repeat them"
 
 
-def _remaining() -> float:
-    """Return the seconds that this call may still take, at least a millisecond."""
-    return min(max(deadline.get() - time.monotonic(), 0.001), LONGEST_DEADLINE)
+def open_sql_store(url: str) -> SqlStore:
+    """Return the store in the database that `url` names, as SQLAlchemy takes it. Nothing is connected yet.
 
-
-class Database:
-    """A kind of database, at one URL.
-
-    :param name: the URL without secrets, for messages.
-    :param connect: returns a new connection of the driver's, which keeps the deadline of the current call.
+    :raises InvalidRequest: if the driver is missing, or does not accept the URL. The message does not repeat it, as it
+        may hold a password.
     """
-
-    clock: str  # SQL for the seconds since 1970, by the clock that all clients share
-    begin_read: str  # SQL that begins a transaction which sees the database at one moment
-    insert: Any
-
-    def __init__(self, url: URL, name: str, connect: Callable[[], Any], **options: Any) -> None:
-        self.name = name
-        self.engine = create_engine(url, creator=connect, pool_size=4, max_overflow=-1, hide_parameters=True, **options)
-
-    def begin_write(self, connection: Connection, stripes: list[int]) -> None:
-        """Begin a transaction and lock the stripes."""
-        raise NotImplementedError
-
-    def create(self, connection: Connection, tables: list[Any]) -> None:
-        """Begin a transaction that locks everything, and execute the statements that create tables."""
-        self.begin_write(connection, [*range(STRIPES)])
-        for statement in tables:
-            connection.execute(statement)
-
-    def upsert(self, table: Table) -> Any:
-        """Return the statement that inserts a row, or replaces the row that has its primary key."""
-        insert = self.insert(table)
-        rest = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
-        return insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=rest)
-
-    def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
-        """Return our class of error for the driver's error, its reason, and whether a commit may have succeeded."""
-        raise NotImplementedError
-
-    def translated(self, error: Any, *, sent: bool) -> Exception:
-        """Return our own error for one of the driver's.
-
-        :param sent: whether the transaction was to be committed.
-        """
-        kind, text, sent = self.judge(error, sent=sent)
-        if issubclass(kind, Disconnected):
-            return kind(f"{self.name}: {text}", sent=sent)
-        return kind(_MESSAGES[kind].format(self.name, text))
-
-    def findings(self, connect: Connect) -> list[Finding]:
-        """See `Examined`."""
-        raise NotImplementedError
-
-
-def open_database(url: URL, name: str) -> Database:
-    """Return the database that `url` names. Nothing is connected yet.
-
-    :raises InvalidRequest: if the driver is missing, or does not accept the URL.
-    """
-    kinds = {"sqlite": Sqlite, "postgresql": Postgresql}
-    kind = kinds.get(url.get_backend_name(), Mysql)
     try:
-        return kind(url, name)
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise InvalidRequest("this is not a URL of a database, as SQLAlchemy takes them") from None
+    shown = {name: value for name, value in parsed.query.items() if name in _SHOWN}
+    name = parsed._replace(username=None, password=None).set(query=shown).render_as_string()
+    kinds = {"sqlite": SqliteStore, "postgresql": PostgresqlStore}
+    kind = kinds.get(parsed.get_backend_name(), MysqlStore)
+    try:
+        return kind(parsed, name)
     except ImportError as error:
-        extra = "mysql" if kind is Mysql else "sql"
+        extra = "mysql" if kind is MysqlStore else "sql"
         raise InvalidRequest(f"this store needs {error.name}: pip install 'counter-server[{extra}]'") from error
 
 
@@ -162,7 +95,7 @@ _PG_DENIED = (
 )
 
 
-class Postgresql(Database):
+class PostgresqlStore(SqlStore):
     """PostgreSQL by psycopg 3. Nothing is prepared, so a pooler in transaction mode may stand between."""
 
     clock = "extract(epoch FROM clock_timestamp())::float8"
@@ -177,7 +110,7 @@ class Postgresql(Database):
             """A connection whose calls end at the deadline of the current call."""
 
             def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ARG002
-                return waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=_remaining())
+                return waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=remaining())
 
         url = url.set(drivername="postgresql+psycopg")
         _, options = url.get_dialect()().create_connect_args(url)
@@ -188,7 +121,7 @@ class Postgresql(Database):
             raise InvalidRequest(f"{name} is not a URL of PostgreSQL: {error}") from None
 
         def connect() -> TimedConnection:  # psycopg's own waits for 2 seconds at least
-            opened = waiting.wait_conn(generators.connect(place), interval=0.1, timeout=_remaining())
+            opened = waiting.wait_conn(generators.connect(place), interval=0.1, timeout=remaining())
             connection = TimedConnection(opened)
             connection.autocommit = True  # `BEGIN` goes with other statements, in one round trip
             connection.prepare_threshold = None
@@ -201,7 +134,7 @@ class Postgresql(Database):
         super().__init__(url, name, connect, use_native_hstore=False)
 
     def begin_write(self, connection: Connection, stripes: list[int]) -> None:
-        patience = math.ceil(_remaining() * 1000)
+        patience = math.ceil(remaining() * 1000)
         connection.exec_driver_sql(_BEGIN_WRITE.format(patience, _LOCK_CLASS, ",".join(map(str, stripes))))
 
     def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
@@ -214,8 +147,8 @@ class Postgresql(Database):
             return StartupError, text, sent
         return AccessDenied if not sent and any(words in text for words in _PG_DENIED) else Disconnected, text, sent
 
-    def findings(self, connect: Connect) -> list[Finding]:
-        with connect() as connection:
+    def findings(self, deadline: float) -> list[Finding]:
+        with self.connection(deadline) as connection:
             return judge_postgresql(dict(connection.exec_driver_sql(_PG_SETTINGS).all()))
 
 
@@ -273,7 +206,7 @@ WHERE table_schema = DATABASE() AND engine <> 'InnoDB' AND table_name LIKE 'coun
 _REPLICAS = "SELECT count(*) FROM information_schema.processlist WHERE command LIKE 'Binlog Dump%%'"
 
 
-class Mysql(Database):
+class MysqlStore(SqlStore):
     """MariaDB (10.6 or later) or MySQL (8.0 or later) by PyMySQL.
 
     A writer locks rows of a table that has one for each stripe, as a name that has no row cannot be locked without
@@ -293,7 +226,7 @@ class Mysql(Database):
             PyMySQL 1.1 and 1.2 look at these attributes before each packet.
             """
 
-            _read_timeout = _write_timeout = property(lambda _self: _remaining(), lambda _self, _value: None)
+            _read_timeout = _write_timeout = property(lambda _self: remaining(), lambda _self, _value: None)
 
         url = url.set(drivername=f"{url.get_backend_name()}+pymysql")
         try:
@@ -304,7 +237,7 @@ class Mysql(Database):
             raise InvalidRequest(f"{name} is not a URL of MySQL: {error}") from None
 
         def connect() -> TimedConnection:
-            return TimedConnection(**{**options, "connect_timeout": _remaining()})
+            return TimedConnection(**{**options, "connect_timeout": remaining()})
 
         super().__init__(url, name, connect, isolation_level="READ COMMITTED")
 
@@ -314,14 +247,16 @@ class Mysql(Database):
         if len(locked) < len(stripes):
             raise TablesMissing(f"{self.name}: its locks were removed", sent=False)
 
-    def create(self, connection: Connection, tables: list[Any]) -> None:
-        for statement in tables:  # each commits at once
-            connection.execute(statement)
+    def create_tables(self, connection: Connection) -> None:
         rows = ",".join(f"({stripe})" for stripe in range(STRIPES))
-        connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS counter_server_locks (stripe INTEGER PRIMARY KEY)")
+        connection.exec_driver_sql(
+            "CREATE TABLE IF NOT EXISTS counter_server_locks (stripe INT PRIMARY KEY) ENGINE InnoDB"
+        )
         connection.exec_driver_sql(f"INSERT IGNORE INTO counter_server_locks VALUES {rows}")  # noqa: S608
         connection.commit()
-        super().create(connection, [])
+        super().create_tables(connection)  # each CREATE commits, and so releases the locks
+        connection.commit()
+        self.begin_write(connection, [*range(STRIPES)])
 
     def upsert(self, table: Table) -> Any:
         insert = self.insert(table)
@@ -335,8 +270,8 @@ class Mysql(Database):
         kind = StorageFull if any(words in text for words in _NO_SPACE) else next(kinds, OutcomeUnknown)
         return kind, text, sent and code not in _UNDONE
 
-    def findings(self, connect: Connect) -> list[Finding]:
-        with connect() as connection:
+    def findings(self, deadline: float) -> list[Finding]:
+        with self.connection(deadline) as connection:
             settings = dict(connection.exec_driver_sql("SHOW GLOBAL VARIABLES").all())
             foreign = connection.exec_driver_sql(_NOT_INNODB).scalars().all()
             return judge_mysql(settings, foreign, connection.exec_driver_sql(_REPLICAS).scalar_one())
@@ -378,7 +313,7 @@ _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 _DENIED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH)
 
 
-class Sqlite(Database):
+class SqliteStore(SqlStore):
     """SQLite: a file that the processes of one machine share, created by the first."""
 
     clock = "(julianday('now') - 2440587.5) * 86400.0"
@@ -425,25 +360,25 @@ class Sqlite(Database):
             return StorageFull, refused.strerror, False
         return AccessDenied if code in _DENIED else OutcomeUnknown if sent else StartupError, text, sent
 
-    def findings(self, connect: Connect) -> list[Finding]:
+    def findings(self, deadline: float) -> list[Finding]:
         if not os.path.exists(self._path):
             return [_problem(f"there is no file {self._path} yet: the first increment creates it")]
-        with connect() as connection:
+        with self.connection(deadline) as connection:
             mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
         if mode != "wal":  # SQLite refuses a mode by leaving it as it was
             return [_problem(f"journal_mode {mode}: its file system does not support WAL, which is needed")]
         return [_ok(f"SQLite {sqlite3.sqlite_version}"), _ok(f"journal_mode WAL, synchronous FULL: {_ON_DISK}")]
 
 
-def _patiently(execute: Callable[[str], _Given], statement: str) -> _Given:
+def _patiently(execute: Callable[[str], Any], statement: str) -> Any:
     """Execute a statement as soon as no other process is in its way."""
     while True:
         try:
             return execute(statement)
         except (sqlite3.OperationalError, OperationalError) as error:
-            if _code(getattr(error, "orig", error)) not in _BUSY or time.monotonic() >= deadline.get():
+            if _code(getattr(error, "orig", error)) not in _BUSY or remaining() <= 0.001:
                 raise
-        time.sleep(min(random.uniform(*_PAUSES), _remaining()))
+        time.sleep(min(random.uniform(*_PAUSES), remaining()))
 
 
 def _code(error: Any) -> int:

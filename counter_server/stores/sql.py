@@ -4,32 +4,29 @@ The rows that a batch touches are read under locks into a `Ledger`, which applie
 store, and its changes are written. SQLAlchemy Core executes the statements. `databases.py` has what differs.
 """
 
+import math
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 from zlib import crc32
 
+import sqlalchemy as sa
 from msgspec import json as packed
+from sqlalchemy.dialects.mysql import LONGTEXT, VARBINARY
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.schema import CreateTable
 
-from ..errors import InvalidRequest, StartupError, StateLost
+from ..errors import AccessDenied, Disconnected, OutcomeUnknown, StartupError, StateLost, StorageFull
 from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, Changes, ClientRecord, Contents, KeyRecord, Ledger, results_of
 from ..operations import Batch, Delete, Get, Increment, Result, Scan, Set
-from .base import Finding
-from .databases import STRIPES, TablesMissing, deadline, open_database
-
-try:
-    import sqlalchemy as sa
-    from sqlalchemy.dialects.mysql import LONGTEXT, VARBINARY
-    from sqlalchemy.exc import ArgumentError, DBAPIError
-    from sqlalchemy.schema import CreateTable
-except ImportError as error:
-    raise InvalidRequest("this store needs SQLAlchemy: pip install 'counter-server[sql]'") from error
+from ..settings import LONGEST_DEADLINE
 
 _VERSION = 1  # of the tables
-_SHOWN = ("host", "port", "unix_socket")  # options in a URL that name a place, and no secret
+STRIPES = 48  # locks for names; PostgreSQL allows 64 in a transaction by default (`max_locks_per_transaction`)
 _FORGET_EVERY = 10.0  # seconds between searches for expired records
 _FORGET_AT_ONCE = 1000  # records removed in one transaction, so that none is long
 _LOOKED_UP_AT_ONCE = 500  # names; an old SQLite takes 999 parameters
@@ -90,42 +87,89 @@ _PAGE = _AFTER.limit(sa.bindparam("most", type_=sa.Integer))
 
 _decode_results = packed.Decoder(list[Result]).decode
 
+_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # of this call, in `time.monotonic` seconds
+
+
+def remaining() -> float:
+    """Return the seconds that this call may still take, at least a millisecond."""
+    return min(max(_deadline.get() - time.monotonic(), 0.001), LONGEST_DEADLINE)
+
+
+class TablesMissing(Disconnected):
+    """There are no tables, or they are empty."""
+
+
+Kind = type[Exception]
+_MESSAGES: dict[Kind, str] = {
+    AccessDenied: "{} does not let this process in: {}; nothing was counted",
+    StorageFull: "{} cannot be written to: {}; nothing was counted, and reads go on",
+    StartupError: "{} cannot be used: {}; it was left as it is",
+    OutcomeUnknown: "{} failed: {}",
+}
+
 
 class SqlStore:
-    """A `Store` in a database.
+    """A `Store` in a database; a subclass knows the kind of database.
 
-    :param url: as SQLAlchemy takes it.
-    :raises InvalidRequest: if this store cannot use it. The message does not repeat it, as it may hold a password.
+    :param name: the URL without secrets, for messages.
+    :param connect: returns a new connection of the driver's, which keeps the deadline of the current call.
     """
 
     together = True
+    clock: str  # SQL for the seconds since 1970, by the clock that all clients share
+    begin_read: str  # SQL that begins a transaction which sees the database at one moment
+    insert: Any  # the dialect's
 
-    def __init__(self, url: str) -> None:
-        try:
-            parsed = sa.make_url(url)
-        except (ArgumentError, ValueError):
-            raise InvalidRequest("this is not a URL of a database, as SQLAlchemy takes them") from None
-        shown = {name: value for name, value in parsed.query.items() if name in _SHOWN}
-        self._name = parsed._replace(username=None, password=None).set(query=shown).render_as_string()
-        self._database = open_database(parsed, self._name)
-        self._engine = self._database.engine
+    def __init__(self, url: sa.URL, name: str, connect: Callable[[], Any], **options: Any) -> None:
+        self.name = name
+        options |= {"creator": connect, "pool_size": 4, "max_overflow": -1, "hide_parameters": True}
+        self.engine = sa.create_engine(url, **options)
         self._inherited: list[sa.Pool] = []  # a parent's: closing its connections would disturb the parent
         self._epoch = ""  # as last seen
         self._next_forgetting = 0.0
-        self._upsert = {table: self._database.upsert(table) for table in _MARKS}
-        self._clock = sa.literal_column(self._database.clock, sa.Double)
-        known = _meta.outerjoin(_clients, _clients.c.client == sa.bindparam("client"))
+        self._upsert = {table: self.upsert(table) for table in _MARKS}
+        self._clock = sa.literal_column(self.clock, sa.Double)
         self._known = (
             sa.select(_meta.c.epoch, self._clock, _clients.c.sequence, _clients.c.results, _clients.c.used)
-            .select_from(known)
+            .select_from(_meta.outerjoin(_clients, _clients.c.client == sa.bindparam("client")))
             .where(_meta.c.version == _VERSION, *_IS_MARKED.values())
         )
 
+    def begin_write(self, connection: sa.Connection, stripes: list[int]) -> None:
+        """Begin a transaction and lock the stripes."""
+        raise NotImplementedError
+
+    def create_tables(self, connection: sa.Connection) -> None:
+        """Begin a transaction that locks everything, and create the tables that are missing."""
+        self.begin_write(connection, [*range(STRIPES)])
+        for table in _metadata.sorted_tables:
+            connection.execute(CreateTable(table, if_not_exists=True))
+
+    def upsert(self, table: sa.Table) -> Any:
+        """Return the statement that inserts a row, or replaces the row that has its primary key."""
+        insert = self.insert(table)
+        rest = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
+        return insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=rest)
+
+    def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
+        """Return our class of error for the driver's error, its reason, and whether a commit may have succeeded."""
+        raise NotImplementedError
+
+    def translated(self, error: Any, *, sent: bool) -> Exception:
+        """Return our own error for one of the driver's.
+
+        :param sent: whether the transaction was to be committed.
+        """
+        kind, text, sent = self.judge(error, sent=sent)
+        if issubclass(kind, Disconnected):
+            return kind(f"{self}: {text}", sent=sent)
+        return kind(_MESSAGES[kind].format(self, text))
+
     def __str__(self) -> str:
-        return self._name
+        return self.name
 
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
-        with self._connection(deadline) as connection:
+        with self.connection(deadline) as connection:
             if batch.sequence:
                 self._forget(connection)
             now, contents = self._find(connection, batch)
@@ -136,25 +180,25 @@ class SqlStore:
         return results_of(answer)
 
     @contextmanager
-    def _connection(self, until: float) -> Iterator[sa.Connection]:
+    def connection(self, deadline: float) -> Iterator[sa.Connection]:
         """Lend a connection to one call. An error closes it, as a late answer belongs to no other call."""
-        token = deadline.set(until)
+        token = _deadline.set(deadline)
         try:
-            with self._translated(), self._engine.connect() as connection:
+            with self._translated(), self.engine.connect() as connection:
                 try:
                     yield connection
                 except BaseException:
                     connection.invalidate()
                     raise
         finally:
-            deadline.reset(token)
+            _deadline.reset(token)
 
     @contextmanager
     def _translated(self, *, sent: bool = False) -> Iterator[None]:
         try:
             yield
         except DBAPIError as error:
-            raise self._database.translated(error.orig, sent=sent) from error.orig
+            raise self.translated(error.orig, sent=sent) from error.orig
 
     def _find(self, connection: sa.Connection, batch: Batch) -> tuple[float, Contents]:
         """Return the database's time, and the rows that the batch touches, locked if it writes."""
@@ -176,9 +220,9 @@ class SqlStore:
         names = {each.name for each in operations if isinstance(each, (Increment, Set, Get, Delete))}
         keys = {each.key for each in operations if isinstance(each, Increment) and each.key is not None}
         if batch.sequence:  # the locks, in the one order in which all batches take them
-            self._database.begin_write(connection, sorted({crc32(text.encode()) % STRIPES for text in names | keys}))
+            self.begin_write(connection, sorted({crc32(text.encode()) % STRIPES for text in names | keys}))
         else:
-            connection.exec_driver_sql(self._database.begin_read)
+            connection.exec_driver_sql(self.begin_read)
         known = connection.execute(self._known, {"client": batch.client}).first()
         if known is None:
             raise TablesMissing(f"{self}: its tables were emptied", sent=False)
@@ -228,7 +272,7 @@ class SqlStore:
 
         :raises StartupError: if the tables have another version.
         """
-        self._database.create(connection, [CreateTable(each, if_not_exists=True) for each in _metadata.sorted_tables])
+        self.create_tables(connection)
         versions = connection.scalars(sa.select(_meta.c.version)).all()
         if set(versions) - {_VERSION}:
             kind = "a newer" if max(versions) > _VERSION else "another"
@@ -250,7 +294,7 @@ class SqlStore:
             return
         self._next_forgetting = now + _FORGET_EVERY
         try:
-            self._database.begin_write(connection, [])
+            self.begin_write(connection, [])
             for table, lifetime in ((_clients, CLIENT_LIFETIME), (_keys, KEY_LIFETIME)):
                 expired = sa.select(_KEY[table]).where(table.c.used <= self._clock - lifetime).limit(_FORGET_AT_ONCE)
                 gone = connection.scalars(expired.with_for_update(skip_locked=True)).all()
@@ -261,16 +305,12 @@ class SqlStore:
         except DBAPIError:
             connection.rollback()
 
-    def findings(self, deadline: float) -> list[Finding]:
-        """See `Examined`."""
-        return self._database.findings(partial(self._connection, deadline))
-
     def after_fork(self) -> None:
-        self._inherited.append(self._engine.pool)
-        self._engine.dispose(close=False)
+        self._inherited.append(self.engine.pool)
+        self.engine.dispose(close=False)
 
     def close(self) -> None:
-        self._engine.dispose()
+        self.engine.dispose()
 
 
 def _in_parts(texts: set[str]) -> Iterator[list[str]]:
