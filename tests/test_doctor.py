@@ -246,7 +246,7 @@ def test_a_server_wide_synchronous_commit_off_is_not_that_of_ours(stack: ExitSta
         assert state.counter("c").increment() == 1
         store: Any = state.store
         with store.connection(time.monotonic() + PATIENCE) as session:
-            store.begin_write(session, [1])
+            store.begin_write(session, {"c"})
             assert session.exec_driver_sql("SHOW synchronous_commit").scalar() == "on"
 
 

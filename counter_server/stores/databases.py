@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from ..errors import AccessDenied, Disconnected, InvalidRequest, OutcomeUnknown, StartupError, StorageFull
 from ..journal_file import refusal
@@ -23,7 +24,7 @@ try:
     from sqlalchemy.dialects import mysql, postgresql, sqlite
     from sqlalchemy.exc import ArgumentError, DisconnectionError, OperationalError
 
-    from .sql import STRIPES, Kind, SqlStore, TablesMissing, remaining
+    from .sql import Kind, SqlStore, TablesMissing, remaining
 except ImportError as error:
     raise InvalidRequest("this store needs SQLAlchemy: pip install 'counter-server[sql]'") from error
 
@@ -57,6 +58,7 @@ def open_sql_store(url: str) -> SqlStore:
 
 # PostgreSQL
 
+_STRIPES = 48  # locks for names; a transaction may hold 64 by default (`max_locks_per_transaction`)
 _LOCK_CLASS = 0x43545352  # "CTSR": separates our advisory locks from those of other programs
 
 # Advisory locks also lock names that have no row yet. Settings last for the transaction only: behind a pooler, the
@@ -133,9 +135,10 @@ class PostgresqlStore(SqlStore):
 
         super().__init__(url, name, connect, use_native_hstore=False)
 
-    def begin_write(self, connection: Connection, stripes: list[int]) -> None:
-        patience = math.ceil(remaining() * 1000)
-        connection.exec_driver_sql(_BEGIN_WRITE.format(patience, _LOCK_CLASS, ",".join(map(str, stripes))))
+    def begin_write(self, connection: Connection, texts: set[str] | None) -> None:
+        stripes = range(_STRIPES) if texts is None else {crc32(text.encode()) % _STRIPES for text in texts}
+        ordered = ",".join(map(str, sorted(stripes)))  # the one order in which all batches take them
+        connection.exec_driver_sql(_BEGIN_WRITE.format(math.ceil(remaining() * 1000), _LOCK_CLASS, ordered))
 
     def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
         text = " ".join(str(error).split())  # libpq adds advice, on lines of its own
@@ -190,11 +193,38 @@ _MYSQL_KINDS: dict[Kind, tuple[int, ...]] = {
     StorageFull: (3, 1021, 1026, 1114),
     StartupError: (1046, 1049, 1153, 1286),  # no database named, no such database, too small a packet, no InnoDB
     Disconnected: (  # it works later, or on another server
-        *(0, 1040, 1041, 1047, 1053, 1152, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1226, 1290, 1317, 1792, 1836),
+        *(
+            0,
+            1040,
+            1041,
+            1047,
+            1053,
+            1062,
+            1152,
+            1158,
+            1159,
+            1160,
+            1161,
+            1203,
+            1205,
+            1213,
+            1226,
+            1290,
+            1317,
+            1792,
+            1836,
+        ),
         *(1927, 1969, 2002, 2003, 2006, 2013, 2014, 3024),
     ),
 }
-_UNDONE = (1205, 1213, 1290, 1792, 1836)  # a lock that was not released, a deadlock, read-only: rolled back
+_UNDONE = (
+    1062,
+    1205,
+    1213,
+    1290,
+    1792,
+    1836,
+)  # a row that another process created, a lock not released, a deadlock, read-only
 _NO_SPACE = ("errno: 28", "Errcode: 28", "error 28")
 _LARGEST_PACKET = 4 * 2**20  # bytes; PyMySQL sends a megabyte of rows in one statement
 # The server closes the connection of a client that froze, which frees its locks.
@@ -209,12 +239,13 @@ _REPLICAS = "SELECT count(*) FROM information_schema.processlist WHERE command L
 class MysqlStore(SqlStore):
     """MariaDB (10.6 or later) or MySQL (8.0 or later) by PyMySQL.
 
-    A writer locks rows of a table that has one for each stripe, as a name that has no row cannot be locked without
-    its neighbours. With READ COMMITTED it then reads whatever was committed before it had the locks.
+    Writers lock one row, as names that have no rows cannot be locked without their neighbours. With READ COMMITTED
+    they then read whatever was committed before they had the lock.
     """
 
     clock = "UNIX_TIMESTAMP(NOW(6)) + 0E0"
     begin_read = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+    creates_in_transaction = False
     insert = staticmethod(mysql.insert)
 
     def __init__(self, url: URL, name: str) -> None:
@@ -241,22 +272,8 @@ class MysqlStore(SqlStore):
 
         super().__init__(url, name, connect, isolation_level="READ COMMITTED")
 
-    def begin_write(self, connection: Connection, stripes: list[int]) -> None:
-        some = f"counter_server_locks WHERE stripe IN ({','.join(map(str, stripes or [0]))})"
-        locked = connection.exec_driver_sql(f"SELECT stripe FROM {some} ORDER BY stripe FOR UPDATE").all()  # noqa: S608
-        if len(locked) < len(stripes):
-            raise TablesMissing(f"{self.name}: its locks were removed", sent=False)
-
-    def create_tables(self, connection: Connection) -> None:
-        rows = ",".join(f"({stripe})" for stripe in range(STRIPES))
-        connection.exec_driver_sql(
-            "CREATE TABLE IF NOT EXISTS counter_server_locks (stripe INT PRIMARY KEY) ENGINE InnoDB"
-        )
-        connection.exec_driver_sql(f"INSERT IGNORE INTO counter_server_locks VALUES {rows}")  # noqa: S608
-        connection.commit()
-        super().create_tables(connection)  # each CREATE commits, and so releases the locks
-        connection.commit()
-        self.begin_write(connection, [*range(STRIPES)])
+    def begin_write(self, connection: Connection, texts: set[str] | None) -> None:  # noqa: ARG002 - it locks all
+        connection.exec_driver_sql("SELECT version FROM counter_server_meta FOR UPDATE")
 
     def upsert(self, table: Table) -> Any:
         insert = self.insert(table)
@@ -346,7 +363,7 @@ class SqliteStore(SqlStore):
             if record.info.setdefault("file", file) != file:
                 raise DisconnectionError("the file was removed or replaced")
 
-    def begin_write(self, connection: Connection, stripes: list[int]) -> None:  # noqa: ARG002 - it locks all
+    def begin_write(self, connection: Connection, texts: set[str] | None) -> None:  # noqa: ARG002 - it locks all
         _patiently(connection.exec_driver_sql, "BEGIN IMMEDIATE")
 
     def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:

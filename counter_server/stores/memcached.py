@@ -9,8 +9,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from hashlib import blake2b
 from os import urandom
 from typing import Any
@@ -21,14 +21,8 @@ from ..operations import LARGEST, Batch, Delete, Get, Increment, Operation, Refu
 from .base import Finding
 
 try:
+    from pymemcache import exceptions
     from pymemcache.client.base import Client
-    from pymemcache.exceptions import (
-        MemcacheClientError,
-        MemcacheError,
-        MemcacheServerError,
-        MemcacheUnexpectedCloseError,
-        MemcacheUnknownCommandError,
-    )
 except ImportError as error:
     raise InvalidRequest("this store needs pymemcache: pip install 'counter-server[memcached]'") from error
 
@@ -37,20 +31,20 @@ _LONGEST_SPELLING = 160  # bytes of a key's 250 that the name may take; the rest
 _PREFIX = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _LARGEST_STEP = 2**48  # even many steps beyond 64 bits with a sign stay far from 2**64, where memcached starts at 0
 _BEYOND = Refusal("limit", "the counter has gone beyond 64 bits; it has no number until it is set or deleted")
-_FAILURES = (OSError, MemcacheError, ValueError)
+_ok, _risk = partial(Finding, "ok"), partial(Finding, "may lose")
+_FAILURES = (OSError, exceptions.MemcacheError, ValueError)
 
 
 class MemcachedStore:
     """A `Store` in a memcached server: counters only, at most once, not durable.
 
-    The epoch is a random word that exists as long as memcached's memory does, and part of each counter's key. After a
-    restart, a flush or an eviction of it, what was done under the old epoch is never read again, and `StateLost` says
-    so. A batch ends with a read of the epoch: all its operations share one outcome, as answers that came before a
-    connection broke do not show that the counters still exist. An evicted counter is not noticed.
+    The epoch is a random word that exists only as long as memcached's memory, and part of each counter's key: after a
+    restart, a flush or an eviction of it, old counters are never read again, and `StateLost` says so. A batch ends with
+    a read of the epoch, and its operations share one outcome. The eviction of a single counter is not noticed.
 
     memcached adds before this store can refuse a number beyond 64 bits with a sign: the counter is then pinned to
-    2**63, and refuses, reads too, until it is set or deleted. Operations that memcached does not know are refused by
-    name, each for itself, and nothing is sent for them.
+    2**63, and refuses, reads too, until it is set or deleted. An operation that memcached does not know is refused by
+    name, and nothing is sent for it.
 
     :param url: `memcached://host[:port]`, or `memcached:///path` for a socket file; `prefix` in its query separates
         programs that share a server.
@@ -108,8 +102,7 @@ class MemcachedStore:
             return results
 
     def _unknown(self, reason: str) -> OutcomeUnknown:
-        again = "memcached cannot be asked again; it may have been counted, at most once"
-        return OutcomeUnknown(f"no answer from {self} ({reason}): {again}")
+        return OutcomeUnknown(f"no answer from {self} ({reason}): it may have been counted, at most once")
 
     def _execute(self, operation: Operation, deadline: float) -> Result:
         assert isinstance(operation, (Increment, Get, Set, Delete))
@@ -131,8 +124,8 @@ class MemcachedStore:
             while (number := self._ask(deadline, "incr", key, by)) is None:
                 if self._ask(deadline, "add", key, by):  # unless another client did
                     return by
-        except MemcacheServerError as error:
-            if isinstance(error, MemcacheUnexpectedCloseError):
+        except exceptions.MemcacheServerError as error:
+            if isinstance(error, exceptions.MemcacheUnexpectedCloseError):
                 raise
             return Refusal("storage_full", f"memcached has no room ({_text(error)}); nothing was counted")
         if number <= LARGEST:
@@ -165,9 +158,9 @@ class MemcachedStore:
                 self._drop()  # a late answer belongs to no other call
                 if not isinstance(error, _FAILURES):
                     raise
-                if type(error) is MemcacheServerError:
+                if type(error) is exceptions.MemcacheServerError:
                     raise StorageFull(f"{self} has no room: {_text(error)}; nothing was counted") from error
-                if isinstance(error, MemcacheClientError) and not isinstance(error, MemcacheUnknownCommandError):
+                if type(error) is exceptions.MemcacheClientError:
                     raise AccessDenied(f"{self} does not let this process in: {_text(error)}") from error
                 raise Disconnected(f"{self}: {_text(error)}", sent=False) from error
 
@@ -211,23 +204,18 @@ def _parse(url: str) -> tuple[str | tuple[str, int], str, str]:
     prefix = query.pop("prefix", _DEFAULT_PREFIX)
     place = parts.netloc.rpartition("@")[2] + parts.path
     name = f"memcached://{place}" + ("" if prefix == _DEFAULT_PREFIX else f"?prefix={quote(prefix)}")
-    if not _PREFIX.fullmatch(prefix):
-        raise InvalidRequest(f"a prefix of keys has 1 to 64 letters, digits, '_', '.' or '-', not {prefix!r}")
-    if query or parts.fragment or "@" in parts.netloc:
-        raise InvalidRequest(f"{name} takes no user, no fragment, and no option but prefix")
-    if parts.hostname and parts.path in ("", "/"):
-        return (parts.hostname, port), prefix, name
-    if url.startswith("memcached:///") and len(parts.path) > 1:
-        return unquote(parts.path), prefix, name
-    raise InvalidRequest(f"{name} is neither memcached://host[:port] nor memcached:///path/of/a/socket")
+    if not (query or parts.fragment or "@" in parts.netloc) and _PREFIX.fullmatch(prefix):
+        if parts.hostname and parts.path in ("", "/"):
+            return (parts.hostname, port), prefix, name
+        if url.startswith("memcached:///") and len(parts.path) > 1:
+            return unquote(parts.path), prefix, name
+    option = "with no option but prefix: 1 to 64 letters, digits, '_', '.' or '-'"
+    raise InvalidRequest(f"{name} is not memcached://host[:port] or memcached:///socket/file, {option}")
 
 
 @lru_cache(maxsize=4096)
 def _spelled(name: str) -> bytes:
-    """Return a counter's name as memcached accepts it: percent-encoded, and as its hash where that is too long.
-
-    Names stay different: no encoded name begins with ``#``.
-    """
+    """Return a counter's name percent-encoded, or as a hash if it is too long; ``#`` begins no encoded name."""
     encoded = quote(name, safe="")
     if len(encoded) <= _LONGEST_SPELLING:
         return encoded.encode()
@@ -238,52 +226,51 @@ def _refusal(operation: Operation) -> Refusal | None:
     """Return why memcached cannot do this; None if it can."""
     match operation:
         case Increment(key=str()):
-            what = "keeps no idempotency keys"
+            reason = "keeps no idempotency keys"
         case Increment(minimum=int()) | Increment(maximum=int()):
-            what = "knows no minimum or maximum of a counter"
+            reason = "knows no minimum or maximum of a counter"
         case Increment(by=by) if by < 0:
-            what = "cannot count down: its decrement stops at 0 and reports no error"
+            reason = "cannot count down: its decrement stops at 0 and reports no error"
         case Increment(by=by) if by > _LARGEST_STEP:
-            what = f"counts in steps of at most {_LARGEST_STEP}"
+            reason = f"counts in steps of at most {_LARGEST_STEP}"
         case Set(value=value) if value < 0:
-            what = "has no negative numbers"
+            reason = "has no negative numbers"
         case Increment() | Get() | Set() | Delete():
             return None
-        case Scan():
-            what = "cannot list its counters"
         case _:
-            what = "hosts no shared objects: counters have no methods"
-    return Refusal("unsupported", f"memcached {what}; use another store for it")
+            lists = isinstance(operation, Scan)
+            reason = "cannot list its counters" if lists else "hosts no shared objects: counters have no methods"
+    return Refusal("unsupported", f"memcached {reason}; use another store for it")
 
 
 def _judge(figures: dict[bytes, Any]) -> list[Finding]:
     """Return what ``stats`` mean for the numbers; `evict` is `evictions` of ``stats settings``."""
     version, evicted, most, used, items, evict = (
-        value.decode() if isinstance(value := figures.get(name, "?"), bytes) else value
+        value.decode() if isinstance(value := figures.get(name, "?"), bytes) else str(value)
         for name in (b"version", b"evictions", b"limit_maxbytes", b"bytes", b"curr_items", b"evict")
     )
-    found = [
-        Finding("ok", f"memcached {version}, {items} items, {used} of {most} bytes used"),
-        Finding("may lose", "all counters are in memory: a restart or a flush loses them, and StateLost reports it"),
-        Finding("may lose", "an increment without an answer was counted at most once, and cannot be asked for again"),
-    ]
-    if str(evicted) != "0":
-        found.append(Finding("may lose", f"{evicted} items were evicted since it started, perhaps counters"))
+    found = [_risk(f"{evicted} items were evicted since it started, perhaps counters")] if evicted != "0" else []
     if evict == "off":
-        return [*found, Finding("ok", "evictions are off: without room it refuses new counters, and drops none")]
-    return [*found, Finding("may lose", "evictions are on: without room it drops what was used least (-M refuses)")]
+        found.append(_ok("evictions are off: without room it refuses new counters, and drops none"))
+    else:
+        found.append(_risk("evictions are on: without room it drops the least recently used items (-M refuses)"))
+    return [
+        _ok(f"memcached {version}, {items} items, {used} of {most} bytes used"),
+        _risk("all counters are in memory: a restart or a flush loses them, and StateLost reports it"),
+        _risk("an increment without an answer was counted at most once, and cannot be asked for again"),
+        *found,
+    ]
 
 
 def _is_alive(connection: socket.socket | None) -> bool:
     """Return whether there is nothing to read: neither the end nor an unexpected answer."""
-    try:
+    with suppress(OSError):
         if connection is not None:
             connection.settimeout(0)
-            connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+            try:
+                connection.recv(1, socket.MSG_PEEK)
+            except BlockingIOError:
+                return True
     return False
 
 
@@ -295,6 +282,6 @@ def _remaining(deadline: float) -> float:
 
 
 def _text(error: BaseException) -> str:
-    if isinstance(error, MemcacheUnknownCommandError):
+    if isinstance(error, exceptions.MemcacheUnknownCommandError):
         return "it has too many connections"
     return str(error) or type(error).__name__

@@ -61,6 +61,9 @@ _PASSING = (  # it works later, or on another server: the same batch is sent aga
     exceptions.AskError,
 )
 
+_ok, _risk, _problem = (partial(Finding, level) for level in ("ok", "may lose", "problem"))
+_UNSUPPORTED = Refusal("unsupported", "counters have no methods")
+_RESULTS: dict[str, Result] = {"n": None, "t": True, "f": False, "k": KEY_REUSED, "u": _UNSUPPORTED}
 _encode = msgpack.Encoder().encode
 _decode = msgpack.Decoder(list[str | list[str]]).decode
 
@@ -179,7 +182,7 @@ class RedisStore:
         except Disconnected:  # the batch meets the same fault
             return
         except CounterServerError as error:
-            found = Finding("problem", f"cannot tell whether it evicts keys: {error}")
+            found = _problem(f"cannot tell whether it evicts keys: {error}")
         self._is_eviction_known = True
         if found.level != "ok":
             log.warning("%s may lose numbers: %s", self, found.sentence)
@@ -193,15 +196,13 @@ class RedisStore:
         info, config = self._info(deadline), {}
         product = "Valkey" if "valkey_version" in info else "Redis"
         version = info.get("valkey_version") or info.get("redis_version", "of an unknown version")
-        found = [Finding("ok", f"{product} {version}, a {info.get('role', 'server')}")]
+        found = [_ok(f"{product} {version}, a {info.get('role', 'server')}")]
         try:
             for name in ("appendfsync", "no-appendfsync-on-rewrite", "save", "min-replicas-to-write"):
                 words = [word.decode() for word in self._exchange(deadline, "CONFIG", "GET", name)]
                 config.update(zip(words[::2], words[1::2], strict=True))
         except (AccessDenied, OutcomeUnknown) as error:
-            found.append(
-                Finding("may lose", f"CONFIG is not permitted, so its settings are unknown: {error.__cause__}")
-            )
+            found.append(_risk(f"CONFIG is not permitted, so its settings are unknown: {error.__cause__}"))
         return [*found, *_durability(info, config), _eviction(info), _replication(info, config)]
 
     def after_fork(self) -> None:
@@ -251,30 +252,22 @@ def _unpack(operation: Operation, result: str | list[str]) -> Result:
         more, *rest = result
         return Page([(name, int(value)) for name, value in zip(rest[::2], rest[1::2], strict=True)], more == "more")
     kind, value = result[0], result[1:]
-    match kind:
-        case "i":
-            return int(value)
-        case "n":
-            return None
-        case "t" | "f":
-            return kind == "t"
-        case "r":
-            return Replayed(int(value))
-        case "k":
-            return KEY_REUSED
-        case "l" if isinstance(operation, Increment):
-            return beyond_bounds(operation, int(value))
-        case _:
-            return Refusal("unsupported", "counters have no methods")
+    if kind == "i":
+        return int(value)
+    if kind == "r":
+        return Replayed(int(value))
+    if kind == "l" and isinstance(operation, Increment):
+        return beyond_bounds(operation, int(value))
+    return _RESULTS[kind]
 
 
 # Findings, by the answer to INFO and the settings that CONFIG reports, none if it is not permitted. See
 # https://redis.io/docs/latest/operate/oss_and_stack/management/persistence/ and .../replication/.
 
 _FSYNC = {
-    "always": Finding("ok", "appendonly yes, appendfsync always: a number is on its disk before it is answered"),
-    "everysec": Finding("may lose", "appendfsync everysec: a power cut may take the last second or two"),
-    "no": Finding("may lose", "appendfsync no: a power cut may take everything that the kernel had not written yet"),
+    "always": _ok("appendonly yes, appendfsync always: a number is on its disk before it is answered"),
+    "everysec": _risk("appendfsync everysec: a power cut may take the last second or two"),
+    "no": _risk("appendfsync no: a power cut may take everything that the kernel had not written yet"),
 }
 
 
@@ -284,36 +277,35 @@ def _durability(info: Mapping[str, str], config: Mapping[str, str]) -> list[Find
     if info.get("aof_enabled") != "1":
         since = "since its last snapshot" if points is None else f"since a snapshot ({points})"
         lost = "everything: there are no snapshots either" if points == "" else f"what was counted {since}"
-        found.append(Finding("may lose", f"appendonly no: a restart loses {lost}"))
+        found.append(_risk(f"appendonly no: a restart loses {lost}"))
     elif fsync is not None:
-        found.append(_FSYNC.get(fsync, Finding("problem", f"appendfsync {fsync!r} is unknown to this version")))
+        found.append(_FSYNC.get(fsync, _problem(f"appendfsync {fsync!r} is unknown to this version")))
         if fsync == "always" and config.get("no-appendfsync-on-rewrite") == "yes":
-            lost = "a power cut while the file is rewritten loses numbers"
-            found.append(Finding("may lose", f"no-appendfsync-on-rewrite yes: {lost}"))
+            found.append(_risk("no-appendfsync-on-rewrite yes: a power cut while the file is rewritten loses numbers"))
     faults = [name for name in ("aof_last_write_status", "rdb_last_bgsave_status") if info.get(name, "ok") != "ok"]
-    return found + [Finding("problem", f"{name} is {info[name]}: its disk failed, or is full") for name in faults]
+    return found + [_problem(f"{name} is {info[name]}: its disk failed, or is full") for name in faults]
 
 
 def _eviction(info: Mapping[str, str]) -> Finding:
     """Return whether a full server deletes its contents."""
     most, policy = info.get("maxmemory", "?"), info.get("maxmemory_policy", "?")
     if most == "0":
-        return Finding("ok", "maxmemory 0: nothing is evicted")
+        return _ok("maxmemory 0: nothing is evicted")
     if policy == "noeviction":
-        return Finding("ok", f"maxmemory {most}, noeviction: a full server refuses to count, and loses nothing")
+        return _ok(f"maxmemory {most}, noeviction: a full server refuses to count, and loses nothing")
     if policy.startswith("volatile"):
         lost = "counters stay, but idempotency keys and the memory of clients go, so a repeated call may count twice"
     else:
         lost = "a full server deletes counters, all of them at once"
-    return Finding("problem", f"maxmemory {most}, {policy}: {lost}; run CONFIG SET maxmemory-policy noeviction")
+    return _problem(f"maxmemory {most}, {policy}: {lost}; run CONFIG SET maxmemory-policy noeviction")
 
 
 def _replication(info: Mapping[str, str], config: Mapping[str, str]) -> Finding:
     replicas = info.get("connected_slaves", "0")
     if info.get("role") != "master":
-        return Finding("problem", "this is a replica, which takes no writes: name the master")
+        return _problem("this is a replica, which takes no writes: name the master")
     if replicas == "0":
-        return Finding("ok", "no replicas: no failover that could lose numbers")
+        return _ok("no replicas: no failover that could lose numbers")
     which = f"{replicas} connected replicas, min-replicas-to-write {config.get('min-replicas-to-write', '?')}"
     lost = "replication is asynchronous, so a failover may lose the last numbers, and repeat them"
-    return Finding("may lose", f"{which}: {lost}")
+    return _risk(f"{which}: {lost}")

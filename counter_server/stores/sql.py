@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
-from zlib import crc32
 
 import sqlalchemy as sa
 from msgspec import json as packed
@@ -26,7 +25,6 @@ from ..operations import Batch, Delete, Get, Increment, Result, Scan, Set
 from ..settings import LONGEST_DEADLINE
 
 _VERSION = 1  # of the tables
-STRIPES = 48  # locks for names; PostgreSQL allows 64 in a transaction by default (`max_locks_per_transaction`)
 _FORGET_EVERY = 10.0  # seconds between searches for expired records
 _FORGET_AT_ONCE = 1000  # records removed in one transaction, so that none is long
 _LOOKED_UP_AT_ONCE = 500  # names; an old SQLite takes 999 parameters
@@ -119,6 +117,7 @@ class SqlStore:
     clock: str  # SQL for the seconds since 1970, by the clock that all clients share
     begin_read: str  # SQL that begins a transaction which sees the database at one moment
     insert: Any  # the dialect's
+    creates_in_transaction = True
 
     def __init__(self, url: sa.URL, name: str, connect: Callable[[], Any], **options: Any) -> None:
         self.name = name
@@ -135,15 +134,9 @@ class SqlStore:
             .where(_meta.c.version == _VERSION, *_IS_MARKED.values())
         )
 
-    def begin_write(self, connection: sa.Connection, stripes: list[int]) -> None:
-        """Begin a transaction and lock the stripes."""
+    def begin_write(self, connection: sa.Connection, texts: set[str] | None) -> None:
+        """Begin a transaction; lock these names and idempotency keys, or everything."""
         raise NotImplementedError
-
-    def create_tables(self, connection: sa.Connection) -> None:
-        """Begin a transaction that locks everything, and create the tables that are missing."""
-        self.begin_write(connection, [*range(STRIPES)])
-        for table in _metadata.sorted_tables:
-            connection.execute(CreateTable(table, if_not_exists=True))
 
     def upsert(self, table: sa.Table) -> Any:
         """Return the statement that inserts a row, or replaces the row that has its primary key."""
@@ -219,8 +212,8 @@ class SqlStore:
         operations = batch.operations
         names = {each.name for each in operations if isinstance(each, (Increment, Set, Get, Delete))}
         keys = {each.key for each in operations if isinstance(each, Increment) and each.key is not None}
-        if batch.sequence:  # the locks, in the one order in which all batches take them
-            self.begin_write(connection, sorted({crc32(text.encode()) % STRIPES for text in names | keys}))
+        if batch.sequence:
+            self.begin_write(connection, names | keys)
         else:
             connection.exec_driver_sql(self.begin_read)
         known = connection.execute(self._known, {"client": batch.client}).first()
@@ -272,7 +265,12 @@ class SqlStore:
 
         :raises StartupError: if the tables have another version.
         """
-        self.create_tables(connection)
+        if self.creates_in_transaction:
+            self.begin_write(connection, None)
+        for each in _metadata.sorted_tables:
+            connection.execute(CreateTable(each, if_not_exists=True))
+        if not self.creates_in_transaction:
+            self.begin_write(connection, None)
         versions = connection.scalars(sa.select(_meta.c.version)).all()
         if set(versions) - {_VERSION}:
             kind = "a newer" if max(versions) > _VERSION else "another"
@@ -280,7 +278,8 @@ class SqlStore:
             raise StartupError(f"the tables in {self} have {theirs}; this one supports version {_VERSION}")
         marks = sum(bool(connection.scalar(sa.select(marked))) for marked in _IS_MARKED.values())
         if not versions or marks < len(_MARKS):
-            connection.execute(sa.delete(_meta))
+            if versions:  # else another process may have written the first, and this insert has to fail
+                connection.execute(sa.delete(_meta))
             connection.execute(sa.insert(_meta), {"version": _VERSION, "epoch": secrets.token_hex(16)})
             for table, (key, *row) in _MARKS.items():
                 self._save(connection, table, {key: row})
@@ -294,7 +293,7 @@ class SqlStore:
             return
         self._next_forgetting = now + _FORGET_EVERY
         try:
-            self.begin_write(connection, [])
+            self.begin_write(connection, set())
             for table, lifetime in ((_clients, CLIENT_LIFETIME), (_keys, KEY_LIFETIME)):
                 expired = sa.select(_KEY[table]).where(table.c.used <= self._clock - lifetime).limit(_FORGET_AT_ONCE)
                 gone = connection.scalars(expired.with_for_update(skip_locked=True)).all()
