@@ -284,8 +284,8 @@ class MariaDbServer:
 
     def connect(self, database: str = "counters") -> "pymysql.Connection[Any]":
         ansi = "SET SESSION sql_mode = CONCAT(@@sql_mode, ',ANSI_QUOTES')"
-        where = {"unix_socket": str(self.socket), "user": "root", "database": database}
-        return pymysql.connect(**where, init_command=ansi, autocommit=True)
+        where = os.fspath(self.socket)
+        return pymysql.connect(unix_socket=where, user="root", database=database, init_command=ansi, autocommit=True)
 
     def url_of(self, database: str) -> str:
         return f"mariadb://root@/{database}?unix_socket={self.socket}"

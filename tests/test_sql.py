@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from itertools import count
 from pathlib import Path
-from typing import LiteralString
+from typing import Any, LiteralString
 
 import psycopg
 import psycopg.sql
@@ -28,7 +28,8 @@ from counter_server.errors import (
     StorageFull,
 )
 from counter_server.operations import LARGEST
-from counter_server.stores.databases import TablesMissing, open_sql_store
+from counter_server.stores.databases import open_sql_store
+from counter_server.stores.sql import TablesMissing
 from tests.cutter import Cutter
 from tests.engines import MariaDbServer, PgBouncer, PostgresServer
 from tests.history import assert_exactly_once
@@ -303,7 +304,10 @@ def test_a_lock_of_a_stranger_is_waited_for_until_the_deadline_and_nothing_is_co
     url = server.url_of(database)
     state = stack.enter_context(open_client(url))
     assert state.counter("c").increment() == 1
-    connect = {"postgresql": lambda: psycopg.connect(url), "mariadb": lambda: server.connect(database)}
+    connect: dict[str, Callable[[], Any]] = {
+        "postgresql": lambda: psycopg.connect(url),
+        "mariadb": lambda: server.connect(database),
+    }
     with closing(connect[kind]()) as stranger, impatient(state):
         stranger.cursor().execute("BEGIN")
         stranger.cursor().execute("UPDATE counter_server_counters SET value = value + 10 WHERE name <> ''")

@@ -88,12 +88,7 @@ _PG_KINDS: dict[Kind, tuple[str, ...]] = {
 }
 # libpq does not report the SQLSTATE of a refused connection.
 _PG_DENIED = (
-    "authentication failed",
-    "no password supplied",
-    "pg_hba.conf",
-    "permission denied",
-    "to log in",
-    'role "',
+    *("authentication failed", "no password supplied", "pg_hba.conf", "permission denied", "to log in", 'role "'),
 )
 
 
@@ -158,9 +153,7 @@ class PostgresqlStore(SqlStore):
 _WAITS = {  # what a commit waits for, with a synchronous standby
     "on": _ok("synchronous_commit on: a number is on a synchronous standby's disk, too"),
     "remote_apply": _ok("synchronous_commit remote_apply: a synchronous standby has and shows a number, too"),
-    "remote_write": _risk(
-        "synchronous_commit remote_write: a failover loses numbers if the standby's machine fails too"
-    ),
+    "remote_write": _risk("synchronous_commit remote_write: a failover loses numbers if the standby's machine fails"),
     "local": _risk(f"synchronous_commit local: {_FAILOVER}"),
 }
 
@@ -193,42 +186,15 @@ _MYSQL_KINDS: dict[Kind, tuple[int, ...]] = {
     StorageFull: (3, 1021, 1026, 1114),
     StartupError: (1046, 1049, 1153, 1286),  # no database named, no such database, too small a packet, no InnoDB
     Disconnected: (  # it works later, or on another server
-        *(
-            0,
-            1040,
-            1041,
-            1047,
-            1053,
-            1062,
-            1152,
-            1158,
-            1159,
-            1160,
-            1161,
-            1203,
-            1205,
-            1213,
-            1226,
-            1290,
-            1317,
-            1792,
-            1836,
-        ),
-        *(1927, 1969, 2002, 2003, 2006, 2013, 2014, 3024),
+        *(0, 1040, 1041, 1047, 1053, 1062, 1152, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1226, 1290, 1317, 1792),
+        *(1836, 1927, 1969, 2002, 2003, 2006, 2013, 2014, 3024),
     ),
 }
-_UNDONE = (
-    1062,
-    1205,
-    1213,
-    1290,
-    1792,
-    1836,
-)  # a row that another process created, a lock not released, a deadlock, read-only
+_UNDONE = (1062, 1205, 1213, 1290, 1792, 1836)  # rolled back: a row that exists, a lock, a deadlock, read-only
 _NO_SPACE = ("errno: 28", "Errcode: 28", "error 28")
 _LARGEST_PACKET = 4 * 2**20  # bytes; PyMySQL sends a megabyte of rows in one statement
-# The server closes the connection of a client that froze, which frees its locks.
-_MYSQL_SESSION = f"SET SESSION wait_timeout = {LONGEST_DEADLINE:.0f}, innodb_lock_wait_timeout = {LONGEST_DEADLINE:.0f}"
+# The server closes the connection of a client that froze, which frees its lock.
+_SESSION = f"SET SESSION wait_timeout = {LONGEST_DEADLINE:.0f}, innodb_lock_wait_timeout = {LONGEST_DEADLINE:.0f}"
 _NOT_INNODB = """
 SELECT table_name FROM information_schema.tables
 WHERE table_schema = DATABASE() AND engine <> 'InnoDB' AND table_name LIKE 'counter\\_server\\_%%'
@@ -251,7 +217,7 @@ class MysqlStore(SqlStore):
     def __init__(self, url: URL, name: str) -> None:
         from pymysql.connections import Connection as DriverConnection
 
-        class TimedConnection(DriverConnection):  # type: ignore[type-arg]
+        class TimedConnection(DriverConnection):
             """A connection whose reads and writes end at the deadline of the current call.
 
             PyMySQL 1.1 and 1.2 look at these attributes before each packet.
@@ -262,7 +228,7 @@ class MysqlStore(SqlStore):
         url = url.set(drivername=f"{url.get_backend_name()}+pymysql")
         try:
             _, options = url.get_dialect()().create_connect_args(url)
-            options["init_command"] = _MYSQL_SESSION
+            options["init_command"] = _SESSION
             TimedConnection(**options, defer_connect=True)
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"{name} is not a URL of MySQL: {error}") from None
@@ -289,7 +255,7 @@ class MysqlStore(SqlStore):
 
     def findings(self, deadline: float) -> list[Finding]:
         with self.connection(deadline) as connection:
-            settings = dict(connection.exec_driver_sql("SHOW GLOBAL VARIABLES").all())
+            settings: dict[str, str] = dict(connection.exec_driver_sql("SHOW GLOBAL VARIABLES").all())
             foreign = connection.exec_driver_sql(_NOT_INNODB).scalars().all()
             return judge_mysql(settings, foreign, connection.exec_driver_sql(_REPLICAS).scalar_one())
 
@@ -315,9 +281,7 @@ def judge_mysql(settings: Mapping[str, str], foreign: Sequence[str], replicas: i
     if foreign:
         found.append(_problem(f"{', '.join(foreign)}: no transactions; run ALTER TABLE ... ENGINE = InnoDB"))
     if int(settings.get("max_allowed_packet", _LARGEST_PACKET)) < _LARGEST_PACKET:
-        found.append(
-            _problem(f"max_allowed_packet {settings['max_allowed_packet']}: large batches fail; set 4M or more")
-        )
+        found.append(_problem(f"max_allowed_packet {settings['max_allowed_packet']}: too small; set 4M or more"))
     return found
 
 
@@ -374,7 +338,7 @@ class SqliteStore(SqlStore):
             return TablesMissing, text, False
         refused = refusal(error, Path(self._path), committing=sent)
         if refused is not None:
-            return StorageFull, refused.strerror, False
+            return StorageFull, str(refused.strerror), False
         return AccessDenied if code in _DENIED else OutcomeUnknown if sent else StartupError, text, sent
 
     def findings(self, deadline: float) -> list[Finding]:

@@ -193,7 +193,8 @@ class RedisStore:
 
     def findings(self, deadline: float) -> list[Finding]:
         """See `Examined`."""
-        info, config = self._info(deadline), {}
+        config: dict[str, str] = {}
+        info = self._info(deadline)
         product = "Valkey" if "valkey_version" in info else "Redis"
         version = info.get("valkey_version") or info.get("redis_version", "of an unknown version")
         found = [_ok(f"{product} {version}, a {info.get('role', 'server')}")]

@@ -38,10 +38,10 @@ class _Utf8(sa.TypeDecorator[str]):
     impl = VARBINARY
     cache_ok = True
 
-    def process_bind_param(self, value: str | None, _dialect: Any) -> Any:
+    def process_bind_param(self, value: str | None, dialect: Any) -> Any:  # noqa: ARG002
         return value.encode() if value is not None else None
 
-    def process_result_value(self, value: Any, _dialect: Any) -> Any:
+    def process_result_value(self, value: Any, dialect: Any) -> Any:  # noqa: ARG002
         return value.decode()
 
 
@@ -127,7 +127,7 @@ class SqlStore:
         self._epoch = ""  # as last seen
         self._next_forgetting = 0.0
         self._upsert = {table: self.upsert(table) for table in _MARKS}
-        self._clock = sa.literal_column(self.clock, sa.Double)
+        self._clock: Any = sa.literal_column(self.clock, sa.Double)
         self._known = (
             sa.select(_meta.c.epoch, self._clock, _clients.c.sequence, _clients.c.results, _clients.c.used)
             .select_from(_meta.outerjoin(_clients, _clients.c.client == sa.bindparam("client")))
