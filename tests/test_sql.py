@@ -3,6 +3,7 @@
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
@@ -27,7 +28,8 @@ from counter_server.errors import (
     StateLost,
     StorageFull,
 )
-from counter_server.operations import LARGEST
+from counter_server.operations import LARGEST, Batch, Increment, Operation, Result, Set
+from counter_server.stores import open_store
 from counter_server.stores.databases import open_sql_store
 from counter_server.stores.sql import TablesMissing
 from tests.cutter import Cutter
@@ -35,6 +37,7 @@ from tests.engines import MariaDbServer, PgBouncer, PostgresServer
 from tests.history import assert_exactly_once
 from tests.load import LoggedLoad, StoreLoad, impatient, open_client
 from tests.processes import PATIENCE, eventually, frozen
+from tests.test_manager import Interrupted, interrupted_when_sent
 
 _databases = count(1)
 
@@ -293,6 +296,32 @@ def test_a_frozen_mariadb_holds_nobody_beyond_the_deadline(
             stack.enter_context(open_client(url, deadline=0.3)).counter("c").increment()
     assert late.value.outcome == "not_applied"
     assert stack.enter_context(open_client(url, deadline=PATIENCE)).counter("c").increment() == 2
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_an_interrupted_call_closes_its_connection_and_shifts_no_answer(
+    kind: str, request: pytest.FixtureRequest, stack: ExitStack
+) -> None:
+    server = request.getfixturevalue("mariadb" if kind == "mariadb" else "postgres")
+    database: str = request.getfixturevalue("schema" if kind == "mariadb" else "database")
+    store: Any = stack.enter_context(closing(open_store(server.url_of(database))))
+
+    def apply(*operations: Operation) -> list[Result]:
+        found: list[Result] = store.apply(Batch(os.urandom(16), 1, list(operations)), time.monotonic() + PATIENCE)
+        return found
+
+    assert apply(Increment("c")) == [1]
+    with store.connection(time.monotonic() + PATIENCE) as connection:
+        driver = connection.connection.driver_connection
+    descriptor = driver._sock.fileno() if kind == "mariadb" else driver.fileno()
+    with ExitStack() as ice:
+        for pid in server.children if kind == "postgresql" else [server.pid]:
+            ice.enter_context(frozen(pid))
+        with pytest.raises(Interrupted), interrupted_when_sent(descriptor):
+            apply(Increment("c"))
+    assert driver.closed if kind == "postgresql" else not driver.open
+    assert apply(Set("other", 10), Increment("other")) == [10, 11]
+    assert apply(Increment("c")) == [2]
 
 
 @pytest.mark.parametrize("kind", ["postgresql", "mariadb"])

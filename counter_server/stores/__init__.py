@@ -15,9 +15,9 @@ def open_store(
     options: StoreOptions = DEFAULT_STORE_OPTIONS,
     declared: Callable[[str], list[Declaration]] = lambda _url: [],
 ) -> Store:
-    """The store that `url` names. Nothing is connected yet.
+    """Return the store that `url` names. Nothing is connected yet.
 
-    :param declared: tells, of a URL, the shared objects that a manager is to host, if it is started from here.
+    :param declared: returns the shared objects that a manager at a URL has to host, if this process starts it.
     :raises InvalidRequest: if there is no such store.
     """
     scheme, separator, _ = url.partition(":")
@@ -50,5 +50,6 @@ def open_store(
         case _:
             raise InvalidRequest(
                 f"no store is called {url!r}: use manager:///absolute/data/directory, redis://host, "
-                "postgresql://host/database, sqlite:////absolute/file.db, memcached://host or memory://"
+                "postgresql://host/database, mariadb://host/database, mysql://host/database, "
+                "sqlite:////absolute/file.db, memcached://host or memory://"
             )
