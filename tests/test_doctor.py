@@ -38,7 +38,7 @@ def findings(url: str) -> list[Finding]:
 
 
 def worries(url: str) -> list[str]:
-    """What it does not find to be well."""
+    """Return the sentences of findings that are not "ok"."""
     return [finding.sentence for finding in findings(url) if finding.level != "ok"]
 
 

@@ -113,7 +113,7 @@ def client(store: Store) -> Client:
 
 @pytest.fixture
 def name() -> str:
-    """One that nobody else has; what comes after it in the order of names was made by the same test."""
+    """Return a name for this test alone; later names in the order were made by the same test."""
     return f"~{next(_rounds):09d}"
 
 

@@ -16,7 +16,9 @@ def url(request: pytest.FixtureRequest, stack: ExitStack, tmp_path: Path) -> str
     """Of a server that keeps each number on its disk."""
     if request.param == "redis":
         return stack.enter_context(RedisServer(tmp_path / "redis", *DURABLE)).url
-    return stack.enter_context(PostgresServer() if request.param == "postgresql" else MariaDbServer()).url
+    if request.param == "mariadb":
+        return stack.enter_context(MariaDbServer()).url
+    return stack.enter_context(PostgresServer()).url
 
 
 def test_two_supervisors_over_one_store_give_no_number_twice(

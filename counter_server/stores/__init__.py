@@ -1,4 +1,4 @@
-"""One file per store; `open_store` picks by the URL's scheme and imports only that one."""
+"""The stores; `open_store` picks one by the URL's scheme, and imports nothing for the others."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def open_store(
     """Return the store that `url` names. Nothing is connected yet.
 
     :param declared: returns the shared objects that a manager at a URL has to host, if this process starts it.
-    :raises InvalidRequest: if there is no such store.
+    :raises InvalidRequest: if the URL names none of the stores.
     """
     scheme, separator, _ = url.partition(":")
     match scheme if separator else "":

@@ -295,7 +295,7 @@ _DENIED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH)
 
 
 class SqliteStore(SqlStore):
-    """SQLite: a file that the processes of one machine share, created by the first."""
+    """SQLite (3.32 or later): a file that the processes of one machine share, created by the first."""
 
     clock = "(julianday('now') - 2440587.5) * 86400.0"
     begin_read = "BEGIN"
@@ -343,16 +343,16 @@ class SqliteStore(SqlStore):
 
     def findings(self, deadline: float) -> list[Finding]:
         if not os.path.exists(self._path):
-            return [_problem(f"there is no file {self._path} yet: the first increment creates it")]
+            return [_problem(f"{self._path} does not exist yet: the first increment creates it")]
         with self.connection(deadline) as connection:
             mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
-        if mode != "wal":  # SQLite refuses a mode by leaving it as it was
+        if mode != "wal":  # SQLite refuses a mode without an error
             return [_problem(f"journal_mode {mode}: its file system does not support WAL, which is needed")]
         return [_ok(f"SQLite {sqlite3.sqlite_version}"), _ok(f"journal_mode WAL, synchronous FULL: {_ON_DISK}")]
 
 
 def _patiently(execute: Callable[[str], Any], statement: str) -> Any:
-    """Execute a statement as soon as no other process is in its way."""
+    """Execute a statement when other processes allow it."""
     while True:
         try:
             return execute(statement)

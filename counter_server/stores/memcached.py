@@ -1,4 +1,4 @@
-"""`memcached://`: memcached's own increment, at most once; numbers live as long as its memory does.
+"""`memcached://`: memcached's own increment, at most once, in its memory only.
 
 memcached does not remember batches, so a batch that may have reached it is never sent again: without an answer its
 outcome is unknown. Numbers may be skipped; no number is given twice.
@@ -38,7 +38,7 @@ _FAILURES = (OSError, exceptions.MemcacheError, ValueError)
 class MemcachedStore:
     """A `Store` in a memcached server: counters only, at most once, not durable.
 
-    The epoch is a random word that exists only as long as memcached's memory, and part of each counter's key: after a
+    The epoch is a random word in memcached's memory, and part of each counter's key: after a
     restart, a flush or an eviction of it, old counters are never read again, and `StateLost` says so. A batch ends with
     a read of the epoch, and its operations share one outcome. The eviction of a single counter is not noticed.
 
@@ -59,7 +59,7 @@ class MemcachedStore:
         self._epoch = b""  # as last seen
         self._client: Any = None  # pymemcache has no types
         self._sent: tuple[bytes, int] | None = None  # the last batch of writes that may have reached the server
-        self._results: list[Result] | None = None  # of that batch, if it was answered
+        self._results: list[Result] | None = None  # of that batch, if it has an answer
         self._calling = threading.Lock()  # guards the four above, through a whole call
 
     def __str__(self) -> str:
@@ -130,7 +130,7 @@ class MemcachedStore:
             return Refusal("storage_full", f"memcached has no room ({_text(error)}); nothing was counted")
         if number <= LARGEST:
             return int(number)
-        # Pin it, if it is still as it was read. Should that fail, the next refused increment does it.
+        # Pin it, unless another client changed it. Should that fail, the next refused increment pins it.
         value, unchanged = self._ask(deadline, "gets", key)
         if value is not None and int(value) > LARGEST:
             self._ask(deadline, "cas", key, LARGEST + 1, unchanged)
@@ -155,7 +155,7 @@ class MemcachedStore:
                     self._connect(deadline)
                 yield
             except BaseException as error:
-                self._drop()  # a late answer belongs to no other call
+                self._drop()  # a late answer must not reach the next call
                 if not isinstance(error, _FAILURES):
                     raise
                 if type(error) is exceptions.MemcacheServerError:

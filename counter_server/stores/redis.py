@@ -1,7 +1,7 @@
 """`redis://`, `rediss://`, `valkey://`, `valkeys://` and `unix://`: Redis or Valkey, one script call for each batch.
 
-The server's settings decide what is durable: with `appendonly yes` and `appendfsync always`, each number is on its disk
-before it is answered.
+The server's settings decide about durability: with `appendonly yes` and `appendfsync always`, each number is on its
+disk before it is answered.
 """
 
 import logging
@@ -46,7 +46,7 @@ _SCRIPT = files(__name__.rpartition(".")[0]).joinpath("redis_batch.lua").read_by
 _SHA = sha1(_SCRIPT, usedforsecurity=False).hexdigest()
 _SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
 
-# The meaning of a server's answers, by redis-py's class for them or, where it has none, by their first word.
+# The meaning of a server's errors, by redis-py's class or, if it has no class for one, by the first word.
 _DENIED = (
     exceptions.AuthenticationError,
     exceptions.AuthenticationWrongNumberOfArgsError,
@@ -143,7 +143,7 @@ class RedisStore:
             if connection is not None and isinstance(error, exceptions.ResponseError):
                 self._idle.append(connection)
             elif connection is not None:
-                connection.disconnect()  # a late answer belongs to no other call
+                connection.disconnect()  # a late answer must not reach the next call
             if isinstance(error, exceptions.RedisError) and not isinstance(error, exceptions.NoScriptError):
                 raise self._translated(error, sent=sent) from error
             raise
@@ -152,7 +152,7 @@ class RedisStore:
 
     def _connected(self, deadline: float) -> Any:
         """Return a connection for one call. (redis-py's pool connects again with the timeouts of an earlier call.)"""
-        with suppress(IndexError):  # none is left
+        with suppress(IndexError):  # at the end of the list
             while connection := self._idle.pop():
                 with suppress(exceptions.ConnectionError):  # the server has closed it
                     if not connection.can_read():
@@ -277,7 +277,7 @@ def _durability(info: Mapping[str, str], config: Mapping[str, str]) -> list[Find
     fsync, points = config.get("appendfsync"), config.get("save")
     if info.get("aof_enabled") != "1":
         since = "since its last snapshot" if points is None else f"since a snapshot ({points})"
-        lost = "everything: there are no snapshots either" if points == "" else f"what was counted {since}"
+        lost = "everything: there are no snapshots either" if points == "" else f"all numbers {since}"
         found.append(_risk(f"appendonly no: a restart loses {lost}"))
     elif fsync is not None:
         found.append(_FSYNC.get(fsync, _problem(f"appendfsync {fsync!r} is unknown to this version")))

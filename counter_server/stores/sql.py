@@ -26,9 +26,7 @@ from ..settings import LONGEST_DEADLINE
 
 _VERSION = 1  # of the tables
 _FORGET_EVERY = 10.0  # seconds between searches for expired records
-_FORGET_AT_ONCE = 1000  # records removed in one transaction, so that none is long
-_LOOKED_UP_AT_ONCE = 500  # names; an old SQLite takes 999 parameters
-_FOREVER = 1e308
+_FORGET_AT_ONCE = 1000  # records removed in one transaction, to keep it short
 _MYSQL = ("mysql", "mariadb")
 
 
@@ -69,12 +67,9 @@ _clients = _table("clients", client=_client, sequence=sa.BigInteger, results=_re
 _expiry = sa.UniqueConstraint("used", "key")
 _keys = _table("keys", _expiry, key=_name, fingerprint=sa.LargeBinary, value=sa.BigInteger, used=sa.Double)
 
-# A row of ours in each table, under a name that nothing else has: where it is missing, the table was emptied.
-_MARKS: dict[sa.Table, tuple[Any, ...]] = {
-    _counters: ("", 0),
-    _clients: (b"", 0, "[]", _FOREVER),
-    _keys: ("", b"", 0, _FOREVER),
-}
+# A row of ours in each table, under a name that nothing else has. A table without it was emptied. 1e308: no expiry.
+_MARKS: dict[sa.Table, tuple[Any, ...]]
+_MARKS = {_counters: ("", 0), _clients: (b"", 0, "[]", 1e308), _keys: ("", b"", 0, 1e308)}
 _KEY = {table: next(iter(table.primary_key)) for table in _MARKS}
 _IS_MARKED = {table: sa.exists().where(_KEY[table] == mark[0]) for table, mark in _MARKS.items()}
 _REMOVE = {table: sa.delete(table).where(_KEY[table] == sa.bindparam("gone")) for table in _MARKS}
@@ -94,14 +89,14 @@ def remaining() -> float:
 
 
 class TablesMissing(Disconnected):
-    """There are no tables, or they are empty."""
+    """The tables do not exist, or are empty."""
 
 
 Kind = type[Exception]
 _MESSAGES: dict[Kind, str] = {
     AccessDenied: "{} does not let this process in: {}; nothing was counted",
     StorageFull: "{} cannot be written to: {}; nothing was counted, and reads go on",
-    StartupError: "{} cannot be used: {}; it was left as it is",
+    StartupError: "{} cannot be used: {}; nothing was changed",
     OutcomeUnknown: "{} failed: {}",
 }
 
@@ -174,7 +169,7 @@ class SqlStore:
 
     @contextmanager
     def connection(self, deadline: float) -> Iterator[sa.Connection]:
-        """Lend a connection to one call. An error closes it, as a late answer belongs to no other call."""
+        """Lend a connection to one call. An error closes it: a late answer must not reach the next call."""
         token = _deadline.set(deadline)
         try:
             with self._translated(), self.engine.connect() as connection:
@@ -223,14 +218,14 @@ class SqlStore:
         contents = Contents()
         if sequence is not None:
             contents.clients[batch.client] = ClientRecord(sequence, _decode_results(results), used)
-        for some in _in_parts(names):
-            locked = connection.execute(_LOCKED if batch.sequence else _WANTED[_counters], {"wanted": some})
-            contents.counters.update(locked.all())
-        for some in _in_parts(keys):
-            for key, *record in connection.execute(_WANTED[_keys], {"wanted": some}):
+        if names:
+            counters = _LOCKED if batch.sequence else _WANTED[_counters]
+            contents.counters.update(connection.execute(counters, {"wanted": sorted(names)}).all())
+        if keys:
+            for key, *record in connection.execute(_WANTED[_keys], {"wanted": sorted(keys)}):
                 contents.keys[key] = KeyRecord(*record)
         for scan in operations:
-            if isinstance(scan, Scan):  # one more than the page tells whether there are others
+            if isinstance(scan, Scan):  # one more than the page, to see whether others follow
                 page = {"after": scan.after, "most": scan.limit + 1}
                 contents.counters.update(connection.execute(_PAGE, page).all())
         return epoch, now, contents
@@ -275,7 +270,9 @@ class SqlStore:
         if set(versions) - {_VERSION}:
             kind = "a newer" if max(versions) > _VERSION else "another"
             theirs = f"version {max(versions)}, of {kind} counter_server"
-            raise StartupError(f"the tables in {self} have {theirs}; this one supports version {_VERSION}")
+            raise StartupError(
+                f"the tables in {self} have {theirs}; this version of the program needs version {_VERSION}"
+            )
         marks = sum(bool(connection.scalar(sa.select(marked))) for marked in _IS_MARKED.values())
         if not versions or marks < len(_MARKS):
             if versions:  # else another process may have written the first, and this insert has to fail
@@ -310,9 +307,3 @@ class SqlStore:
 
     def close(self) -> None:
         self.engine.dispose()
-
-
-def _in_parts(texts: set[str]) -> Iterator[list[str]]:
-    ordered = sorted(texts)
-    for start in range(0, len(ordered), _LOOKED_UP_AT_ONCE):
-        yield ordered[start : start + _LOOKED_UP_AT_ONCE]
