@@ -5,11 +5,12 @@ outcome is unknown. Numbers may be skipped; no number is given twice.
 """
 
 import re
+import selectors
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from hashlib import blake2b
 from os import urandom
@@ -38,9 +39,9 @@ _FAILURES = (OSError, exceptions.MemcacheError, ValueError)
 class MemcachedStore:
     """A `Store` in a memcached server: counters only, at most once, not durable.
 
-    The epoch is a random word in memcached's memory, and part of each counter's key: after a
-    restart, a flush or an eviction of it, old counters are never read again, and `StateLost` says so. A batch ends with
-    a read of the epoch, and its operations share one outcome. The eviction of a single counter is not noticed.
+    The epoch is a random word in memcached's memory, and part of each counter's key: after a restart, a flush or an
+    eviction of it, old counters are never read again, and `StateLost` says so. A batch ends with a read of the epoch,
+    and its operations share one outcome. The eviction of a single counter is not noticed.
 
     memcached adds before this store can refuse a number beyond 64 bits with a sign: the counter is then pinned to
     2**63, and refuses, reads too, until it is set or deleted. An operation that memcached does not know is refused by
@@ -73,12 +74,13 @@ class MemcachedStore:
         refusals = [_refusal(operation) for operation in batch.operations]
         if all(refusals):
             return list(refusals)
-        with self._call(deadline):
+        with self._call():
             if batch.sequence and (batch.client, batch.sequence) == self._sent:
                 # The session does not know that it must not send a batch again after an interrupt.
                 if self._results is None:
                     raise self._unknown("it was interrupted")
                 return self._results
+            self._connect(deadline)
             epoch_key = b"%b:epoch" % self._prefix
             if not self._epoch:
                 self._ask(deadline, "add", epoch_key, urandom(8).hex())  # unless another client did
@@ -144,15 +146,13 @@ class MemcachedStore:
         return getattr(client, method)(*arguments)
 
     @contextmanager
-    def _call(self, deadline: float) -> Iterator[None]:
-        """Have a connection that was alive a moment ago. An error in the block closes it.
+    def _call(self) -> Iterator[None]:
+        """Keep other threads out of a call. An error in it closes the connection.
 
         :raises Disconnected: for pymemcache's errors, which the block raises only before it counts.
         """
         with self._calling:
             try:
-                if self._client is None or not _is_alive(self._client.sock):
-                    self._connect(deadline)
                 yield
             except BaseException as error:
                 self._drop()  # a late answer must not reach the next call
@@ -165,6 +165,9 @@ class MemcachedStore:
                 raise Disconnected(f"{self}: {_text(error)}", sent=False) from error
 
     def _connect(self, deadline: float) -> None:
+        """Have a connection that was alive a moment ago."""
+        if self._client is not None and self._client.sock is not None and _is_alive(self._client.sock):
+            return
         self._drop()
         self._client = Client(self._server, default_noreply=False)
         if isinstance(self._server, tuple):  # try all addresses of a name, which pymemcache does not
@@ -188,7 +191,8 @@ class MemcachedStore:
 
     def findings(self, deadline: float) -> list[Finding]:
         """See `Examined`."""
-        with self._call(deadline):
+        with self._call():
+            self._connect(deadline)
             figures = self._ask(deadline, "stats")
             return _judge({**figures, b"evict": self._ask(deadline, "stats", "settings").get(b"evictions")})
 
@@ -262,16 +266,11 @@ def _judge(figures: dict[bytes, Any]) -> list[Finding]:
     ]
 
 
-def _is_alive(connection: socket.socket | None) -> bool:
+def _is_alive(connection: socket.socket) -> bool:
     """Return whether there is nothing to read: neither the end nor an unexpected answer."""
-    with suppress(OSError):
-        if connection is not None:
-            connection.settimeout(0)
-            try:
-                connection.recv(1, socket.MSG_PEEK)
-            except BlockingIOError:
-                return True
-    return False
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        return not selector.select(0)
 
 
 def _remaining(deadline: float) -> float:
