@@ -6,6 +6,7 @@
 import math
 import os
 import random
+import select
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -101,24 +102,35 @@ class PostgresqlStore(SqlStore):
 
     def __init__(self, url: URL, name: str) -> None:
         import psycopg
-        from psycopg import conninfo, generators, waiting
+        from psycopg import conninfo, pq, waiting
 
         class TimedConnection(psycopg.Connection[Any]):
-            """A connection whose calls end at the deadline of the current call."""
+            """A connection whose calls end at the deadline of the current call.
+
+            It waits by `select.poll`, as gevent patches that even after psycopg was imported.
+            """
 
             def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ARG002
-                return waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=remaining())
+                return waiting.wait_poll(gen, self.pgconn.socket, interval=interval, timeout=remaining())
 
         url = url.set(drivername="postgresql+psycopg")
         _, options = url.get_dialect()().create_connect_args(url)
         options = {option: value for option, value in options.items() if option not in ("connect_timeout", "context")}
         try:
-            place = conninfo.make_conninfo(**{**options, "client_encoding": "UTF8"})
+            place = conninfo.make_conninfo(**{**options, "client_encoding": "UTF8"}).encode()
         except psycopg.Error as error:
             raise InvalidRequest(f"{name} is not a URL of PostgreSQL: {error}") from None
 
         def connect() -> TimedConnection:  # psycopg's own waits for 2 seconds at least
-            opened = waiting.wait_conn(generators.connect(place), interval=0.1, timeout=remaining())
+            opened = pq.PGconn.connect_start(place)
+            while (status := opened.connect_poll()) != pq.PollingStatus.OK:
+                if status == pq.PollingStatus.FAILED:
+                    raise psycopg.OperationalError(opened.get_error_message())
+                poll = select.poll()
+                poll.register(opened.socket, select.POLLIN if status == pq.PollingStatus.READING else select.POLLOUT)
+                if not poll.poll(math.ceil(remaining() * 1000)):
+                    raise psycopg.OperationalError("no answer in time")
+            opened.nonblocking = 1
             connection = TimedConnection(opened)
             connection.autocommit = True  # `BEGIN` goes with other statements, in one round trip
             connection.prepare_threshold = None
