@@ -1,4 +1,4 @@
-"""Real servers of other people's, for tests: each in a directory of its own, on sockets that the system chose."""
+"""Real database servers for tests, each in a directory of its own, on sockets that the system chose."""
 
 import os
 import pwd
@@ -7,11 +7,12 @@ import signal
 import socket
 import subprocess
 import tempfile
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, LiteralString, Self
 
 import psycopg
+import pymysql
 import pytest
 
 from tests.processes import PATIENCE, Program, eventually
@@ -20,7 +21,7 @@ DURABLE = ("--appendonly", "yes", "--appendfsync", "always")  # of Redis: on dis
 
 
 def find(program: str, package: str) -> str:
-    """Where it is. Where it is not, the test is skipped, and says which Debian package has it."""
+    """Return the path of a program; skip the test, and name the Debian package, if it is not installed."""
     found = shutil.which(program)
     if found is None:
         pytest.skip(f"{program} is not installed (Debian: {package})")
@@ -28,7 +29,7 @@ def find(program: str, package: str) -> str:
 
 
 class RedisServer:
-    """`redis-server` on a socket file; started again after a kill, it reads what it had written."""
+    """`redis-server` on a socket file. After a kill it can start again, and reads its own files."""
 
     def __init__(self, directory: Path, *options: str) -> None:
         self._command = find("redis-server", "redis-server")
@@ -56,7 +57,7 @@ class RedisServer:
             return False
 
     def command(self, *words: str) -> bytes:
-        """What it answers, as it comes: for short answers."""
+        """Send a command and return the beginning of the answer."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(PATIENCE)
             connection.connect(os.fspath(self.socket))
@@ -79,7 +80,7 @@ class RedisServer:
 
 
 class MemcachedServer:
-    """`memcached` on a socket file, or on a port that the system chose; started again, it has forgotten everything."""
+    """`memcached` on a socket file, or on a port that the system chose. A restart empties it."""
 
     def __init__(self, directory: Path, *options: str, tcp: bool = False) -> None:
         self._command = find("memcached", "memcached")
@@ -91,7 +92,7 @@ class MemcachedServer:
         self.start()
 
     def start(self) -> None:
-        user = pwd.getpwuid(os.geteuid()).pw_name  # root has to say that it means it
+        user = pwd.getpwuid(os.geteuid()).pw_name  # root has to name itself
         where = ("-p", "-1", "-l", "127.0.0.1") if self._tcp else ("-s", str(self.socket))
         self._program = Program(
             *("-u", user, *where, *self._options),
@@ -124,7 +125,7 @@ class MemcachedServer:
             return False
 
     def command(self, line: str) -> bytes:
-        """What it answers, as it comes: for short answers."""
+        """Send a command and return the beginning of the answer."""
         address: tuple[str, int] | str = ("127.0.0.1", self.port) if self._tcp else os.fspath(self.socket)
         with socket.socket(socket.AF_INET if self._tcp else socket.AF_UNIX) as connection:
             connection.settimeout(PATIENCE)
@@ -144,15 +145,15 @@ class MemcachedServer:
 
 
 class PostgresServer:
-    """`postgres` on a socket file, with one database; started again after a kill, it reads what it had written.
+    """`postgres` on a socket file, with one database. After a kill it can start again, and reads its own files.
 
-    It refuses to be root: for root it runs as `postgres`, in a directory of its own.
+    It refuses to run as root, so root runs it as the user `postgres`.
     """
 
     def __init__(self, *options: str) -> None:
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
         self._programs = str(programs[-1]) if programs else os.path.dirname(find("postgres", "postgresql"))
-        self.as_user: list[str] = []  # what a command begins with that runs as that user
+        self.as_user: list[str] = []  # the beginning of a command that runs as that user
         self._options = options
         self.directory = Path(tempfile.mkdtemp(prefix="counter-server-"))  # a short name, for the socket
         if os.getuid() == 0:
@@ -188,7 +189,7 @@ class PostgresServer:
             return False
 
     def query(self, statement: LiteralString, database: str = "postgres") -> list[tuple[Any, ...]]:
-        """Its rows, over a connection of its own."""
+        """Execute a statement over a connection of its own, and return its rows."""
         with psycopg.connect(self.url_of(database), autocommit=True) as connection:
             cursor = connection.execute(statement)
             return cursor.fetchall() if cursor.description else []
@@ -206,13 +207,13 @@ class PostgresServer:
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
     def backends(self) -> list[int]:
-        """The pids of who serves clients."""
+        """Return the pids of the processes that serve clients."""
         return [pid for (pid,) in self.query("SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'")]
 
     def kill(self) -> None:
-        """`kill -9`, of all its processes: each has a session of its own."""
+        """`kill -9` all its processes, as each has a session of its own."""
         assert self._program is not None
-        self._program.send_signal(signal.SIGSTOP)  # then there are no more of them to come
+        self._program.send_signal(signal.SIGSTOP)  # so that it starts no others
         eventually(lambda: "T (stopped)" in Path(f"/proc/{self.pid}/status").read_text(), "the stop of postgres")
         children = self.children
         self._program.kill()
@@ -230,6 +231,80 @@ class PostgresServer:
             if self._program.running:
                 self._program.send_signal(signal.SIGQUIT)  # at once, and nothing of it is left in shared memory
                 self._program.wait()
+            self._program.__exit__(None, None, None)
+        shutil.rmtree(self.directory)
+
+
+class MariaDbServer:
+    """`mariadbd` on a socket file, with one database. After a kill it can start again, and reads its own files."""
+
+    def __init__(self, *options: str) -> None:
+        self._command = find("mariadbd", "mariadb-server")
+        self._options = options
+        self.directory = Path(tempfile.mkdtemp(prefix="counter-server-"))  # a short name, for the socket
+        self.socket = self.directory / "mysqld.sock"
+        self.url = self.url_of("counters")
+        self._user = f"--user={pwd.getpwuid(os.geteuid()).pw_name}"  # root has to say so
+        self._program: Program | None = None
+        try:
+            install = [
+                find("mariadb-install-db", "mariadb-server"),
+                "--no-defaults",
+                f"--datadir={self.directory}/data",
+            ]
+            how = (self._user, "--auth-root-authentication-method=normal", "--skip-test-db")
+            subprocess.run([*install, *how], check=True, capture_output=True, cwd="/")
+            self.start()
+            self.query("CREATE DATABASE counters", "mysql")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def start(self) -> None:
+        where = (f"--datadir={self.directory}/data", f"--socket={self.socket}", "--skip-networking", self._user)
+        self._program = Program("--no-defaults", *where, *self._options, program=self._command, cwd=Path("/"))
+        eventually(self._answers, "an answer of mariadbd")
+
+    def _answers(self) -> bool:
+        assert self._program is not None
+        assert self._program.running, self._program.errors
+        try:  # PyMySQL leaves the socket of a refused connection to the garbage collector
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(os.fspath(self.socket))
+        except OSError:
+            return False
+        return True
+
+    def query(self, statement: str, database: str = "counters") -> list[tuple[Any, ...]]:
+        """Execute a statement over a connection of its own, with ANSI quotes, and return its rows."""
+        connection = self.connect(database)
+        with closing(connection), connection.cursor() as cursor:
+            cursor.execute(statement)
+            return list(cursor.fetchall())
+
+    def connect(self, database: str = "counters") -> "pymysql.Connection[Any]":
+        ansi = "SET SESSION sql_mode = CONCAT(@@sql_mode, ',ANSI_QUOTES')"
+        where = os.fspath(self.socket)
+        return pymysql.connect(unix_socket=where, user="root", database=database, init_command=ansi, autocommit=True)
+
+    def url_of(self, database: str) -> str:
+        return f"mariadb://root@/{database}?unix_socket={self.socket}"
+
+    @property
+    def pid(self) -> int:
+        assert self._program is not None
+        return self._program.pid
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        assert self._program is not None
+        self._program.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._program is not None:
             self._program.__exit__(None, None, None)
         shutil.rmtree(self.directory)
 

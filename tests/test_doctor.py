@@ -3,9 +3,11 @@
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -13,9 +15,8 @@ import pytest
 from counter_server.cli import examine
 from counter_server.errors import InvalidRequest
 from counter_server.stores import Finding
-from counter_server.stores.postgresql_findings import judge as judge_postgresql
-from counter_server.stores.tables import Wanted
-from tests.engines import DURABLE, MemcachedServer, PostgresServer, RedisServer
+from counter_server.stores.databases import judge_mysql, judge_postgresql
+from tests.engines import DURABLE, MariaDbServer, MemcachedServer, PostgresServer, RedisServer
 from tests.load import open_client
 from tests.processes import PATIENCE, ROOT, Manager, eventually, frozen
 
@@ -67,7 +68,10 @@ def test_a_risk_is_printed_and_sets_the_exit_status(start_redis: StartRedis) -> 
     assert any(line.startswith("may lose  appendonly no") for line in lines)
 
 
-@pytest.mark.parametrize("prefix", ["unix://", "memcached://", "manager://", "sqlite:///", "postgresql:///db?host="])
+@pytest.mark.parametrize(
+    "prefix",
+    ["unix://", "memcached://", "manager://", "sqlite:///", "postgresql:///db?host=", "mysql:///db?unix_socket="],
+)
 def test_an_unreachable_server_is_reported_in_one_line(tmp_path: Path, prefix: str) -> None:
     url = f"{prefix}{tmp_path}/nothing"
     status, lines = doctor("--store", url)
@@ -238,9 +242,10 @@ def test_our_sessions_override_a_server_wide_synchronous_commit_off(stack: ExitS
     assert worries(server.url) == []
     with open_client(server.url) as state:
         assert state.counter("c").increment() == 1
-        (session,) = state.store._idle  # type: ignore[attr-defined]
-        session.begin(Wanted(b"", ["c"], [], []))
-        assert session.exchange(("SHOW synchronous_commit", ())) == [[("on",)]]
+        store: Any = state.store
+        with store.connection(time.monotonic() + PATIENCE) as session:
+            store.begin_write(session, {"c"})
+            assert session.exec_driver_sql("SHOW synchronous_commit").scalar() == "on"
 
 
 @pytest.mark.parametrize(
@@ -268,10 +273,45 @@ def test_standbys_are_judged_by_their_settings(told: dict[str, str], levels: lis
     assert [finding.level for finding in judge_postgresql({**usual, **told})] == levels
 
 
+def test_a_mariadb_that_keeps_all_promises_is_well(stack: ExitStack) -> None:
+    server = stack.enter_context(MariaDbServer())
+    with open_client(server.url) as state:
+        assert state.counter("c").increment() == 1
+    found = findings(server.url)
+    assert {finding.level for finding in found} == {"ok"}
+    assert found[0].sentence.startswith("MariaDB ")
+    assert any("a number is on its disk before it is answered" in finding.sentence for finding in found)
+    server.query("ALTER TABLE counter_server_keys ENGINE = Aria")
+    assert worries(server.url) == ["counter_server_keys: no transactions; run ALTER TABLE ... ENGINE = InnoDB"]
+
+
+def test_a_mariadb_that_does_not_wait_for_its_disk_may_lose(stack: ExitStack) -> None:
+    options = ("--innodb-flush-log-at-trx-commit=2", "--log-bin", "--sync-binlog=0", "--max-allowed-packet=1M")
+    server = stack.enter_context(MariaDbServer(*options, "--skip-innodb-doublewrite"))
+    assert [worry.split(":")[0] for worry in worries(server.url)] == [
+        *("innodb_flush_log_at_trx_commit 2", "innodb_doublewrite OFF", "sync_binlog 0", "max_allowed_packet 1048576")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("read_only", "replicas", "expected"),
+    [
+        ("ON", 0, "takes no writes: name the primary"),
+        ("OFF", 2, "2 asynchronous replicas: a failover may lose the last numbers"),
+    ],
+)
+def test_what_replication_of_mysql_means_for_the_numbers(read_only: str, replicas: int, expected: str) -> None:
+    settings = {"version": "8.4.3", "innodb_flush_log_at_trx_commit": "1", "read_only": read_only}
+    found = judge_mysql(settings, [], replicas)
+    assert found[0].sentence == "MySQL 8.4.3"
+    (worry,) = (finding.sentence for finding in found if finding.level != "ok")
+    assert expected in worry
+
+
 def test_a_sqlite_file_is_ok(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/counters.db"
     with open_client(url) as state:
         assert state.counter("c").increment() == 1
     status, lines = doctor("--store", url)
     assert status == 0, lines
-    assert any("synchronous FULL: a number is on the disk before it is answered" in line for line in lines)
+    assert any("synchronous FULL: a number is on its disk before it is answered" in line for line in lines)

@@ -65,7 +65,7 @@ def test_redis_without_its_memory_says_so_before_any_number_begins_anew(
 def test_a_redis_that_lost_its_counters_says_so_once_to_each_process(
     start_redis: Callable[..., RedisServer], stack: ExitStack
 ) -> None:
-    """Also to a process that knew nothing before, where it is the first to come."""
+    """A new process reports it too, if it comes first."""
     server = start_redis()
     calls: list[Callable[[State], object]] = [
         lambda state: state.counter("c").increment(),

@@ -5,17 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import DURABLE, PostgresServer, RedisServer
+from tests.engines import DURABLE, MariaDbServer, PostgresServer, RedisServer
 from tests.history import assert_exactly_once
 from tests.load import HttpLoad, open_client
 from tests.processes import Server
 
 
-@pytest.fixture(params=["redis", "postgresql"])
+@pytest.fixture(params=["redis", "postgresql", "mariadb"])
 def url(request: pytest.FixtureRequest, stack: ExitStack, tmp_path: Path) -> str:
     """Of a server that keeps each number on its disk."""
     if request.param == "redis":
         return stack.enter_context(RedisServer(tmp_path / "redis", *DURABLE)).url
+    if request.param == "mariadb":
+        return stack.enter_context(MariaDbServer()).url
     return stack.enter_context(PostgresServer()).url
 
 

@@ -1,4 +1,4 @@
-"""One file per store. `open_store` chooses by the URL's scheme, and imports only that file."""
+"""The stores. `open_store` chooses one by the URL's scheme, and imports only its file."""
 
 from collections.abc import Callable
 
@@ -35,10 +35,10 @@ def open_store(
             from .redis import RedisStore
 
             return RedisStore(url)
-        case "postgresql" | "postgresql+psycopg" | "sqlite":
-            from .sql import SqlStore
+        case "postgresql" | "postgresql+psycopg" | "mysql" | "mysql+pymysql" | "mariadb" | "mariadb+pymysql" | "sqlite":
+            from .databases import open_sql_store
 
-            return SqlStore(url)
+            return open_sql_store(url)
         case "memcached":
             from .memcached import MemcachedStore
 
@@ -50,5 +50,6 @@ def open_store(
         case _:
             raise InvalidRequest(
                 f"no store is called {url!r}: use manager:///absolute/data/directory, redis://host, "
-                "postgresql://host/database, sqlite:////absolute/file.db, memcached://host or memory://"
+                "postgresql://host/database, mariadb://host/database, mysql://host/database, "
+                "sqlite:////absolute/file.db, memcached://host or memory://"
             )

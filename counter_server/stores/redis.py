@@ -1,12 +1,13 @@
 """`redis://`, `rediss://`, `valkey://`, `valkeys://` and `unix://`: Redis or Valkey, one script call for each batch.
 
-What is durable is what the server keeps: with `appendonly yes` and `appendfsync always`, each number is on its disk
-before it is answered.
+The server's settings decide about durability: with `appendonly yes` and `appendfsync always`, each number is on its
+disk before it is answered.
 """
 
 import logging
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from hashlib import sha1
@@ -29,7 +30,6 @@ from ..errors import (
 from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, KEY_REUSED, beyond_bounds
 from ..operations import Batch, Delete, Get, Increment, Operation, Page, Refusal, Replayed, Result, Scan, Set
 from ..store import Finding, RoundTrip
-from .redis_findings import SETTINGS, eviction, judge
 
 try:
     from redis import exceptions
@@ -46,25 +46,24 @@ _SCRIPT = files(__name__.rpartition(".")[0]).joinpath("redis_batch.lua").read_by
 _SHA = sha1(_SCRIPT, usedforsecurity=False).hexdigest()
 _SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
 
-# What a server's answers mean, by redis-py's class for them or, where it has none, by their first word.
+# The meaning of a server's errors, by redis-py's class or, if it has no class for one, by the first word.
 _DENIED = (
     exceptions.AuthenticationError,
     exceptions.AuthenticationWrongNumberOfArgsError,
     exceptions.AuthorizationError,
     exceptions.NoPermissionError,
 )
-_DENIED_WORDS = ("Protocol error: unauthenticated",)
-_PASSING = (  # it will do it later, or another one will in its place: the same batch is sent again
+_PASSING = (  # it works later, or on another server: the same batch is sent again
     exceptions.ReadOnlyError,
     exceptions.BusyLoadingError,
     exceptions.ClusterDownError,
     exceptions.TryAgainError,
     exceptions.AskError,
 )
-_PASSING_WORDS = ("BUSY", "NOREPLICAS")
-_FULL = (exceptions.OutOfMemoryError,)
-_FULL_WORDS = ("MISCONF",)
 
+_ok, _risk, _problem = (partial(Finding, level) for level in ("ok", "may lose", "problem"))
+_UNSUPPORTED = Refusal("unsupported", "counters have no methods")
+_RESULTS: dict[str, Result] = {"n": None, "t": True, "f": False, "k": KEY_REUSED, "u": _UNSUPPORTED}
 _encode = msgpack.Encoder().encode
 _decode = msgpack.Decoder(list[str | list[str]]).decode
 
@@ -72,8 +71,8 @@ _decode = msgpack.Decoder(list[str | list[str]]).decode
 class RedisStore:
     """A `Store` in a Redis or Valkey server.
 
-    :param url: as redis-py takes it; `prefix` in its query keeps apart what shares a database.
-    :raises InvalidRequest: if it cannot be one.
+    :param url: as redis-py takes it; `prefix` in its query separates programs that share a database.
+    :raises InvalidRequest: if redis-py does not accept it.
     """
 
     round_trip: RoundTrip = "long"
@@ -93,17 +92,17 @@ class RedisStore:
             options = dict(parse_url(_url(scheme, parts.netloc + parts.path, query)))  # type: ignore[no-untyped-call]
             kind = options.pop("connection_class", Connection)
             options.pop("max_connections", None)  # of redis-py's pool
-            # The session keeps the deadline, and so it alone tries again.
+            # The session keeps the deadline, so it alone tries again.
             options |= {"retry": Retry(NoBackoff(), 0), "retry_on_error": [], "protocol": 2}
             self._connect = partial(kind, **options)
-            self._connect()  # an object only: does it accept the options?
+            self._connect()  # connects to nothing, but checks the options
         except (ValueError, TypeError) as error:
             raise InvalidRequest(f"{self._name} is not a URL of Redis: {error}") from None
         self._idle: list[Any] = []  # connections for the next call
         prefix = f"{{{tag}}}:"  # a hash tag: all keys are in one slot of a cluster
         self._client_prefix, self._key_prefix = f"{prefix}client:", f"{prefix}key:"
         self._shared_keys = (f"{prefix}counters", f"{prefix}names", f"{prefix}epoch")
-        self._epoch = ""  # as it was when it was last told
+        self._epoch = ""  # as last seen
         self._is_eviction_known = False
 
     def __str__(self) -> str:
@@ -113,31 +112,24 @@ class RedisStore:
         if not self._is_eviction_known:
             self._warn_of_eviction(deadline)
         keys = [*self._shared_keys, self._client_prefix + batch.client.hex()]
-        operations = []
-        for operation in batch.operations:
-            operations.append(_pack(operation))
-            if isinstance(operation, Increment) and operation.key is not None:
-                keys.append(self._key_prefix + operation.key)
+        keys += [
+            self._key_prefix + operation.key
+            for operation in batch.operations
+            if isinstance(operation, Increment) and operation.key is not None
+        ]
         lifetimes = (int(CLIENT_LIFETIME), int(KEY_LIFETIME))
-        arguments = (self._epoch, os.urandom(16).hex(), batch.sequence, *lifetimes, _encode(operations))
-        status, told, *packed = self._call(deadline, len(keys), *keys, *arguments)
-        if status == b"refused":
-            raise BatchRefused(f"batch {batch.sequence} does not follow batch {told.decode()}")
-        self._epoch = told.decode()
-        if status == b"lost":
-            raise StateLost(f"{self} has lost what it held: its counters begin anew")
-        return [_unpack(*pair) for pair in zip(batch.operations, _decode(packed[0]), strict=True)]
-
-    def _call(self, deadline: float, *arguments: object) -> list[bytes]:
-        """Have the script run, which may have to be sent first.
-
-        :raises Disconnected: if there is no answer by `deadline`.
-        """
+        operations = _encode([_pack(operation) for operation in batch.operations])
+        arguments = (len(keys), *keys, self._epoch, os.urandom(16).hex(), batch.sequence, *lifetimes, operations)
         try:
-            answer: list[bytes] = self._exchange(deadline, "EVALSHA", _SHA, *arguments)
+            status, detail, *packed = self._exchange(deadline, "EVALSHA", _SHA, *arguments)
         except exceptions.NoScriptError:
-            answer = self._exchange(deadline, "EVAL", _SCRIPT, *arguments)
-        return answer
+            status, detail, *packed = self._exchange(deadline, "EVAL", _SCRIPT, *arguments)
+        if status == b"refused":
+            raise BatchRefused(f"batch {batch.sequence} does not follow batch {detail.decode()}")
+        self._epoch = detail.decode()
+        if status == b"lost":
+            raise StateLost(f"{self} has lost its contents: its counters begin again")
+        return [_unpack(*pair) for pair in zip(batch.operations, _decode(packed[0]), strict=True)]
 
     def _exchange(self, deadline: float, *command: object) -> Any:
         sent = False
@@ -151,7 +143,7 @@ class RedisStore:
             if connection is not None and isinstance(error, exceptions.ResponseError):
                 self._idle.append(connection)
             elif connection is not None:
-                connection.disconnect()  # a late answer is nobody else's
+                connection.disconnect()  # a late answer must not reach the next call
             if isinstance(error, exceptions.RedisError) and not isinstance(error, exceptions.NoScriptError):
                 raise self._translated(error, sent=sent) from error
             raise
@@ -159,8 +151,8 @@ class RedisStore:
         return answer
 
     def _connected(self, deadline: float) -> Any:
-        """A connection for one call. (redis-py's pool connects again with the timeouts of an earlier call.)"""
-        with suppress(IndexError):  # none is left
+        """Return a connection for one call. (redis-py's pool connects again with the timeouts of an earlier call.)"""
+        with suppress(IndexError):  # at the end of the list
             while connection := self._idle.pop():
                 with suppress(exceptions.ConnectionError):  # the server has closed it
                     if not connection.can_read():
@@ -171,13 +163,13 @@ class RedisStore:
         return connection
 
     def _translated(self, error: exceptions.RedisError, *, sent: bool) -> Exception:
-        """Our own error for each of redis-py's."""
+        """Return our own error for one of redis-py's."""
         text = str(error)
-        if isinstance(error, _DENIED) or text.startswith(_DENIED_WORDS):
+        if isinstance(error, _DENIED) or text.startswith("Protocol error: unauthenticated"):
             return AccessDenied(f"{self} does not let this process in: {text}; nothing was counted")
-        if isinstance(error, _FULL) or text.startswith(_FULL_WORDS):
-            return StorageFull(f"{self} cannot write: {text}; nothing was counted, and reads go on")
-        if isinstance(error, _PASSING) or text.startswith(_PASSING_WORDS):
+        if isinstance(error, exceptions.OutOfMemoryError) or text.startswith("MISCONF"):
+            return StorageFull(f"{self} cannot be written to: {text}; nothing was counted, and reads go on")
+        if isinstance(error, _PASSING) or text.startswith(("BUSY", "NOREPLICAS")):
             self.close()  # the name may lead to another server now
             return Disconnected(f"{self}: {text}", sent=False)
         if isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError)):
@@ -186,33 +178,36 @@ class RedisStore:
 
     def _warn_of_eviction(self, deadline: float) -> None:
         try:
-            found = eviction(self._info(deadline))
+            found = _eviction(self._info(deadline))
         except Disconnected:  # the batch meets the same fault
             return
         except CounterServerError as error:
-            found = Finding("problem", f"whether it evicts keys cannot be known: {error}")
+            found = _problem(f"cannot tell whether it evicts keys: {error}")
         self._is_eviction_known = True
         if found.level != "ok":
             log.warning("%s may lose numbers: %s", self, found.sentence)
 
     def _info(self, deadline: float) -> dict[str, str]:
-        told: bytes = self._exchange(deadline, "INFO")
-        return dict(line.split(":", 1) for line in told.decode(errors="replace").splitlines() if ":" in line)
+        answer: bytes = self._exchange(deadline, "INFO")
+        return dict(line.split(":", 1) for line in answer.decode(errors="replace").splitlines() if ":" in line)
 
     def findings(self, deadline: float) -> list[Finding]:
-        """See `Examined`."""
-        info = self._info(deadline)
+        """See `Store`."""
         config: dict[str, str] = {}
+        info = self._info(deadline)
+        product = "Valkey" if "valkey_version" in info else "Redis"
+        version = info.get("valkey_version") or info.get("redis_version", "of an unknown version")
+        found = [_ok(f"{product} {version}, a {info.get('role', 'server')}")]
         try:
-            for name in SETTINGS:
+            for name in ("appendfsync", "no-appendfsync-on-rewrite", "save", "min-replicas-to-write"):
                 words = [word.decode() for word in self._exchange(deadline, "CONFIG", "GET", name)]
                 config.update(zip(words[::2], words[1::2], strict=True))
         except (AccessDenied, OutcomeUnknown) as error:
-            return judge(info, None, str(error.__cause__))
-        return judge(info, config)
+            found.append(_risk(f"CONFIG is not permitted, so its settings are unknown: {error.__cause__}"))
+        return [*found, *_durability(info, config), _eviction(info), _replication(info, config)]
 
     def after_fork(self) -> None:
-        """Begin with no connection; redis-py leaves the parent's alone."""
+        """Begin without connections; redis-py does not touch the parent's."""
         self._idle = []
 
     def close(self) -> None:
@@ -234,7 +229,7 @@ def _text(number: int | None) -> str:
 
 
 def _pack(operation: Operation) -> str | list[str | int]:
-    """An operation as the script takes it; nearly every one is the plain increment, which is just a name."""
+    """Return an operation as the script takes it; a plain increment, as nearly all are, is just a name."""
     match operation:
         case Increment(name, 1, None, None, None):
             return name
@@ -258,18 +253,60 @@ def _unpack(operation: Operation, result: str | list[str]) -> Result:
         more, *rest = result
         return Page([(name, int(value)) for name, value in zip(rest[::2], rest[1::2], strict=True)], more == "more")
     kind, value = result[0], result[1:]
-    match kind:
-        case "i":
-            return int(value)
-        case "n":
-            return None
-        case "t" | "f":
-            return kind == "t"
-        case "r":
-            return Replayed(int(value))
-        case "k":
-            return KEY_REUSED
-        case "l" if isinstance(operation, Increment):
-            return beyond_bounds(operation, int(value))
-        case _:
-            return Refusal("unsupported", "counters have no methods")
+    if kind == "i":
+        return int(value)
+    if kind == "r":
+        return Replayed(int(value))
+    if kind == "l" and isinstance(operation, Increment):
+        return beyond_bounds(operation, int(value))
+    return _RESULTS[kind]
+
+
+# Findings, by the answer to INFO and the settings that CONFIG reports, none if it is not permitted. See
+# https://redis.io/docs/latest/operate/oss_and_stack/management/persistence/ and .../replication/.
+
+_FSYNC = {
+    "always": _ok("appendonly yes, appendfsync always: a number is on its disk before it is answered"),
+    "everysec": _risk("appendfsync everysec: a power cut may take the last second or two"),
+    "no": _risk("appendfsync no: a power cut may take everything that the kernel had not written yet"),
+}
+
+
+def _durability(info: Mapping[str, str], config: Mapping[str, str]) -> list[Finding]:
+    found = []
+    fsync, points = config.get("appendfsync"), config.get("save")
+    if info.get("aof_enabled") != "1":
+        since = "since its last snapshot" if points is None else f"since a snapshot ({points})"
+        lost = "everything: there are no snapshots either" if points == "" else f"all numbers {since}"
+        found.append(_risk(f"appendonly no: a restart loses {lost}"))
+    elif fsync is not None:
+        found.append(_FSYNC.get(fsync, _problem(f"appendfsync {fsync!r} is unknown to this version")))
+        if fsync == "always" and config.get("no-appendfsync-on-rewrite") == "yes":
+            found.append(_risk("no-appendfsync-on-rewrite yes: a power cut while the file is rewritten loses numbers"))
+    faults = [name for name in ("aof_last_write_status", "rdb_last_bgsave_status") if info.get(name, "ok") != "ok"]
+    return found + [_problem(f"{name} is {info[name]}: its disk failed, or is full") for name in faults]
+
+
+def _eviction(info: Mapping[str, str]) -> Finding:
+    """Return whether a full server deletes its contents."""
+    most, policy = info.get("maxmemory", "?"), info.get("maxmemory_policy", "?")
+    if most == "0":
+        return _ok("maxmemory 0: nothing is evicted")
+    if policy == "noeviction":
+        return _ok(f"maxmemory {most}, noeviction: a full server refuses to count, and loses nothing")
+    if policy.startswith("volatile"):
+        lost = "counters stay, but idempotency keys and the memory of clients go, so a repeated call may count twice"
+    else:
+        lost = "a full server deletes counters, all of them at once"
+    return _problem(f"maxmemory {most}, {policy}: {lost}; run CONFIG SET maxmemory-policy noeviction")
+
+
+def _replication(info: Mapping[str, str], config: Mapping[str, str]) -> Finding:
+    replicas = info.get("connected_slaves", "0")
+    if info.get("role") != "master":
+        return _problem("this is a replica, which takes no writes: name the master")
+    if replicas == "0":
+        return _ok("no replicas: no failover that could lose numbers")
+    which = f"{replicas} connected replicas, min-replicas-to-write {config.get('min-replicas-to-write', '?')}"
+    lost = "replication is asynchronous, so a failover may lose the last numbers, and repeat them"
+    return _risk(f"{which}: {lost}")

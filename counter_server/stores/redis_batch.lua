@@ -2,15 +2,15 @@
 --
 -- KEYS: counters (hash: name to value), names (sorted set, for pages), epoch, the client's record, then the
 --       idempotency keys of the operations that have one, in their order.
--- ARGV: the epoch that the client knows or '', a fresh one, the batch's sequence, seconds that a client and that a key
+-- ARGV: the epoch that the client knows or '', a fresh epoch, the batch's sequence, seconds that a client and that a key
 --       are remembered, and the operations (MessagePack).
--- The answer: a status, and what belongs to it. Numbers travel as decimal strings: those of Lua have 53 bits.
+-- The answer: a status and its details. Numbers travel as decimal strings, as Lua's numbers have 53 bits.
 
 local counters, names, epoch_key, record_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local known, fresh, sequence = ARGV[1], ARGV[2], tonumber(ARGV[3])
 
--- The counters hold the epoch too, under a name that no counter has, and so do the names: a key that was deleted or
--- evicted by itself is noticed.
+-- The counters and the names hold the epoch too, under a name that no counter has. So the loss of a single key, by
+-- deletion or eviction, is noticed.
 local mark = ''
 local epoch = redis.call('HGET', counters, mark)
 local witness = redis.call('GET', epoch_key)
@@ -51,7 +51,7 @@ if sequence > 0 then
     end
 end
 
--- Whether the integer a is less than b; both in decimal, without leading zeros.
+-- Return whether the integer a is less than b; both are decimal, without leading zeros.
 local function less(a, b)
     local below, above = string.sub(a, 1, 1) == '-', string.sub(b, 1, 1) == '-'
     if below ~= above then
@@ -67,7 +67,7 @@ local function less(a, b)
 end
 
 local exact = 2 ^ 53
-local there = {} -- names that are known to be counters
+local there = {} -- names of counters that exist
 
 local function note(name)
     if not there[name] then
@@ -76,7 +76,7 @@ local function note(name)
     end
 end
 
--- Add to a counter; the result, or nothing where it would not fit 64 bits.
+-- Add to a counter; return the result, or nothing if it would not fit 64 bits.
 local function add(name, by)
     local number = redis.pcall('HINCRBY', counters, name, by)
     if type(number) == 'table' then

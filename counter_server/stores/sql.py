@@ -1,244 +1,328 @@
-"""`postgresql://` and `sqlite://`: counters in SQL tables, one transaction for each batch.
+"""`postgresql://`, `mysql://`, `mariadb://` and `sqlite://`: counters in SQL tables, one transaction for each batch.
 
-What a batch touches is read under locks, the `Ledger` says what becomes of it, and that is written: so the rules are
-those of the other stores. URLs are SQLAlchemy's. What differs between databases is in `postgresql.py` and `sqlite.py`.
+The rows that a batch touches are read under locks into a `Ledger`, which applies the same rules as for every other
+store, and its changes are written. SQLAlchemy Core executes the statements. `databases.py` has what differs.
 """
 
+import math
+import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Protocol
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
-from ..errors import BatchRefused, StateLost, StorageFull
-from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, Answer, Changes, Ledger
-from ..operations import Batch, Increment, Operation, Refusal, Result
-from ..store import Finding, RoundTrip
-from .tables import Found, TablesMissing, Wanted, parse_url, shown
+import sqlalchemy as sa
+from msgspec import json as packed
+from msgspec.structs import astuple
+from sqlalchemy.dialects.mysql import LONGTEXT, VARBINARY
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.schema import CreateTable
 
-_FORGET_EVERY = 10.0  # seconds between looks for what has expired
-_FORGET_AT_ONCE = 1000  # records removed in one transaction, so that none is long
-_MOST_IDLE = 4  # connections kept for the next call
+from ..errors import AccessDenied, BatchRefused, Disconnected, OutcomeUnknown, StartupError, StateLost, StorageFull
+from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, Changes, ClientRecord, Contents, KeyRecord, Ledger
+from ..operations import Batch, Delete, Get, Increment, Result, Scan, Set
+from ..settings import LONGEST_DEADLINE
+from ..store import RoundTrip
+
+_VERSION = 1  # of the tables
+_FORGET_EVERY = 10.0  # seconds between searches for expired records
+_FORGET_AT_ONCE = 1000  # records removed in one transaction, to keep it short
+_MYSQL = ("mysql", "mariadb")
 
 
-class Connection(Protocol):
-    """A connection to a database. What it raises ends it, and its transaction."""
+class _Utf8(sa.TypeDecorator[str]):
+    """Text as bytes: the collations of MySQL pad text with spaces, or do not exist in each version."""
 
-    deadline: float  # of what is done next, in `time.monotonic` seconds
-    sent: bool  # a transaction may have been committed that was not answered
+    impl = VARBINARY
+    cache_ok = True
 
-    def usable(self) -> bool:
-        """Whether it still leads to the database, after it was kept."""
-        ...
+    def process_bind_param(self, value: str | None, dialect: Any) -> Any:  # noqa: ARG002
+        return value.encode() if value is not None else None
 
-    def create(self, place: str) -> bool:
-        """Make the tables where they are not there, and check their version.
+    def process_result_value(self, value: Any, dialect: Any) -> Any:  # noqa: ARG002
+        return value.decode()
 
-        Where only some were there, or some were emptied, a new epoch begins; say whether it was so.
-        """
-        ...
 
-    def read(self, wanted: Wanted) -> Found:
-        """What there is, at one moment."""
-        ...
+# In the order of code points: case, accents and trailing spaces count.
+_name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql").with_variant(_Utf8(255), *_MYSQL)
+_client = sa.LargeBinary().with_variant(VARBINARY(16), *_MYSQL)
+_results = sa.Text().with_variant(LONGTEXT(), *_MYSQL)
+_metadata = sa.MetaData()
 
-    def begin(self, wanted: Wanted) -> Found:
-        """What there is, and locked until `commit` or `end`."""
-        ...
+
+def _table(table: str, /, *constraints: Any, **types: Any) -> sa.Table:
+    """Return a table whose first column is its key."""
+    first, *_ = types
+    options: dict[str, Any] = {f"{dialect}_engine": "InnoDB" for dialect in _MYSQL}
+    options |= {f"{dialect}_charset": "utf8mb4" for dialect in _MYSQL}
+    made = (sa.Column(each, kind, primary_key=each == first, nullable=False) for each, kind in types.items())
+    return sa.Table(f"counter_server_{table}", _metadata, *made, *constraints, **options)
+
+
+# No index on `used` of clients: PostgreSQL could then not update a row in place, as every batch does. The constraint
+# on keys is an index for expiry, created in one statement with its table.
+_meta = _table("meta", version=sa.Integer, epoch=sa.Text)
+_counters = _table("counters", name=_name, value=sa.BigInteger)
+_clients = _table("clients", client=_client, sequence=sa.BigInteger, results=_results, used=sa.Double)
+_expiry = sa.UniqueConstraint("used", "key")
+_keys = _table("keys", _expiry, key=_name, fingerprint=sa.LargeBinary, value=sa.BigInteger, used=sa.Double)
+
+# A row of ours in each table, under a name that nothing else has. A table without it was emptied. 1e308: no expiry.
+_MARKS: dict[sa.Table, tuple[Any, ...]]
+_MARKS = {_counters: ("", 0), _clients: (b"", 0, "[]", 1e308), _keys: ("", b"", 0, 1e308)}
+_KEY = {table: next(iter(table.primary_key)) for table in _MARKS}
+_IS_MARKED = {table: sa.exists().where(_KEY[table] == mark[0]) for table, mark in _MARKS.items()}
+_REMOVE = {table: sa.delete(table).where(_KEY[table] == sa.bindparam("gone")) for table in _MARKS}
+_WANTED = {table: sa.select(table).where(_KEY[table].in_(sa.bindparam("wanted", expanding=True))) for table in _MARKS}
+_LOCKED = _WANTED[_counters].order_by(_counters.c.name).with_for_update()  # other programs that write wait, too
+_AFTER = sa.select(_counters).where(_counters.c.name > sa.bindparam("after")).order_by(_counters.c.name)
+_PAGE = _AFTER.limit(sa.bindparam("most", type_=sa.Integer))
+
+_decode_results = packed.Decoder(list[Result]).decode
+
+_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # of this call, in `time.monotonic` seconds
+
+
+def remaining() -> float:
+    """Return the seconds that this call may still take, at least a millisecond."""
+    return min(max(_deadline.get() - time.monotonic(), 0.001), LONGEST_DEADLINE)
+
+
+class TablesMissing(Disconnected):
+    """The tables do not exist, or are empty."""
+
+
+class _Transaction:
+    """The transaction of one call, as the journal of its ledger."""
+
+    def __init__(self, store: "SqlStore", connection: sa.Connection) -> None:
+        self._store = store
+        self._connection = connection
 
     def commit(self, changes: Changes) -> None:
-        """Write, durably. The locks are released."""
-
-    def end(self) -> None:
-        """Release the locks. Nothing is written."""
-
-    def undo(self) -> bool:
-        """Undo what was begun of a write that was refused; return whether the connection can be used again."""
-        ...
-
-    def increment(self, batch: Batch, epoch: str) -> list[Result] | None:
-        """Apply a batch of plain increments in one step, where there is one; None if not, and nothing was done."""
-
-    def forget(self, client_lifetime: float, key_lifetime: float, most: int) -> int:
-        """Remove some of what was last used so many seconds ago; say how much it was.
-
-        :raises TablesMissing: if there is nothing to remove it from.
-        """
-        ...
-
-    def close(self) -> None:
-        """Let go of it, whatever it is doing."""
+        self._store.commit(self._connection, changes)
 
 
-class Engine(Protocol):
-    """A kind of database."""
-
-    def connect(self, deadline: float) -> Connection:
-        """A new connection."""
-        ...
-
-    def findings(self, deadline: float) -> list[Finding]:
-        """See `Examined`."""
-        ...
-
-    def translated(self, error: Exception, *, sent: bool) -> Exception:
-        """Our own error for one of the driver's; the error itself if it is none of them."""
-        ...
+Kind = type[Exception]
+_MESSAGES: dict[Kind, str] = {
+    AccessDenied: "{} does not let this process in: {}; nothing was counted",
+    StorageFull: "{} cannot be written to: {}; nothing was counted, and reads go on",
+    StartupError: "{} cannot be used: {}; nothing was changed",
+    OutcomeUnknown: "{} failed: {}",
+}
 
 
 class SqlStore:
-    """A `Store` in a database.
+    """A `Store` in a database; a subclass knows the kind of database.
 
-    :param url: as SQLAlchemy takes it, of PostgreSQL (by psycopg) or of a file of SQLite.
-    :raises InvalidRequest: if it cannot be one.
+    :param name: the URL without secrets, for messages.
+    :param connect: returns a new connection of the driver's, which keeps the deadline of the current call.
     """
 
     round_trip: RoundTrip = "long"
+    clock: str  # SQL for the seconds since 1970, by the clock that all clients share
+    begin_read: str  # SQL that begins a transaction which sees the database at one moment
+    insert: Any  # the dialect's
+    creates_in_transaction = True
 
-    def __init__(self, url: str) -> None:
-        parsed = parse_url(url)
-        self._name = shown(parsed)
-        self._engine: Engine
-        if parsed.get_backend_name() == "sqlite":
-            from .sqlite import SqliteEngine
-
-            self._engine = SqliteEngine(parsed, self._name)
-        else:
-            from .postgresql import PostgresqlEngine
-
-            self._engine = PostgresqlEngine(parsed, self._name)
-        self._epoch = ""  # as it was when it was last told
+    def __init__(self, url: sa.URL, name: str, connect: Callable[[], Any], **options: Any) -> None:
+        self.name = name
+        options |= {"creator": connect, "pool_size": 4, "max_overflow": -1, "hide_parameters": True}
+        self.engine = sa.create_engine(url, **options)
+        self._inherited: list[sa.Pool] = []  # a parent's: closing its connections would disturb the parent
+        self._epoch = ""  # as last seen
         self._next_forgetting = 0.0
-        self._idle: list[Connection] = []
-        self._inherited: list[Connection] = []  # a parent's: kept, for to let go of one would disturb the parent
+        self._upsert = {table: self.upsert(table) for table in _MARKS}
+        self._clock: Any = sa.literal_column(self.clock, sa.Double)
+        self._known = (
+            sa.select(_meta.c.epoch, self._clock, _clients.c.sequence, _clients.c.results, _clients.c.used)
+            .select_from(_meta.outerjoin(_clients, _clients.c.client == sa.bindparam("client")))
+            .where(_meta.c.version == _VERSION, *_IS_MARKED.values())
+        )
 
-    def __str__(self) -> str:
-        return self._name
+    def begin_write(self, connection: sa.Connection, texts: set[str] | None) -> None:
+        """Begin a transaction; lock these names and idempotency keys, or everything."""
+        raise NotImplementedError
 
-    def apply(self, batch: Batch, deadline: float) -> list[Result]:
-        try:
-            return self._apply(batch, deadline)
-        except StorageFull as full:
-            if not any(isinstance(operation, Increment) and operation.key for operation in batch.operations):
-                raise
-
-            # A key that was applied is answered with its number, even if nothing can be written.
-            found = self._read(batch, deadline)
-            refusal = Refusal("storage_full", str(full))
-            return _results(Ledger(found.contents).answer(batch, Changes(found.now), refusal))
-
-    def _read(self, batch: Batch, deadline: float) -> Found:
-        with self._connection(deadline) as connection:
-            found = self._found(connection, connection.read, Wanted.by(batch))
-            self._check_epoch(found)
-            return found
-
-    def _apply(self, batch: Batch, deadline: float) -> list[Result]:
-        if batch.sequence == 0:
-            return Ledger(self._read(batch, deadline).contents).apply(batch)
-        with self._connection(deadline) as connection:
-            self._forget(connection)
-            if self._epoch and all(_is_plain(operation) for operation in batch.operations):
-                results = connection.increment(batch, self._epoch)
-                if results is not None:
-                    return results
-            found = self._found(connection, connection.begin, Wanted.by(batch))
-            self._check_epoch(found)
-            changes = Changes(found.now)
-            answer = Ledger(found.contents).answer(batch, changes)
-            if batch.client in changes.clients:
-                connection.commit(changes)
-            else:  # refused, or answered again
-                connection.end()
-            return _results(answer)
-
-    def _found(self, connection: Connection, find: Callable[[Wanted], Found], wanted: Wanted) -> Found:
-        try:
-            return find(wanted)
-        except TablesMissing:
-            if connection.create(self._name):
-                self._epoch = self._epoch or "lost"  # a process that knew none is told, too: it is the first to come
-            return find(wanted)
-
-    def _check_epoch(self, found: Found) -> None:
-        known, self._epoch = self._epoch, found.epoch
-        if known and known != found.epoch:
-            raise StateLost(f"{self} has lost some or all of what it held: numbers may begin again")
-
-    def _forget(self, connection: Connection) -> None:
-        now = time.monotonic()
-        if self._epoch and now >= self._next_forgetting:
-            self._next_forgetting = now + _FORGET_EVERY  # also if it fails
-            with suppress(TablesMissing):  # which the batch itself will find
-                if connection.forget(CLIENT_LIFETIME, KEY_LIFETIME, _FORGET_AT_ONCE) >= _FORGET_AT_ONCE:
-                    self._next_forgetting = now
-
-    @contextmanager
-    def _connection(self, deadline: float) -> Iterator[Connection]:
-        """One for this call alone; it is kept for the next one if all went well."""
-        connection = None
-        try:
-            connection = self._kept() or self._engine.connect(deadline)
-            connection.deadline = deadline
-            connection.sent = False
-            yield connection
-        except Exception as error:  # noqa: BLE001 - it is raised again, as ours
-            ours = self._engine.translated(error, sent=connection is not None and connection.sent)
-            if connection is not None:
-                if isinstance(ours, StorageFull) and connection.undo():
-                    self._keep(connection)
-                else:
-                    connection.close()  # a late answer is nobody else's
-            raise ours from None if ours is error else error
-        except BaseException:
-            if connection is not None:
-                connection.close()
-            raise
-        self._keep(connection)
-
-    def _keep(self, connection: Connection) -> None:
-        if len(self._idle) < _MOST_IDLE:
-            self._idle.append(connection)
-        else:
-            connection.close()
-
-    def _kept(self) -> Connection | None:
-        while self._idle:
-            try:
-                connection = self._idle.pop()
-            except IndexError:  # another thread was quicker
-                break
-            if connection.usable():
-                return connection
-            connection.close()
-        return None
+    def upsert(self, table: sa.Table) -> Any:
+        """Return the statement that inserts a row, or replaces the row that has its primary key."""
+        insert = self.insert(table)
+        rest = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
+        return insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=rest)
 
     def findings(self, deadline: float) -> list[Finding]:
-        """See `Examined`."""
+        """See `Store`."""
+        raise NotImplementedError
+
+    def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
+        """Return our class of error for the driver's error, its reason, and whether a commit may have succeeded."""
+        raise NotImplementedError
+
+    def translated(self, error: Any, *, sent: bool) -> Exception:
+        """Return our own error for one of the driver's.
+
+        :param sent: whether the transaction was to be committed.
+        """
+        kind, text, sent = self.judge(error, sent=sent)
+        if issubclass(kind, Disconnected):
+            return kind(f"{self}: {text}", sent=sent)
+        return kind(_MESSAGES[kind].format(self, text))
+
+    def __str__(self) -> str:
+        return self.name
+
+    def apply(self, batch: Batch, deadline: float) -> list[Result]:
+        with self.connection(deadline) as connection:
+            if batch.sequence:
+                self._forget(connection)
+            now, contents = self._find(connection, batch)
+            ledger = Ledger(contents, _Transaction(self, connection), clock=lambda: now)
+            if not batch.sequence:
+                return ledger.apply(batch)
+            answer = ledger.perform([batch])[0]
+        if isinstance(answer, BatchRefused):
+            raise answer
+        return answer
+
+    @contextmanager
+    def connection(self, deadline: float) -> Iterator[sa.Connection]:
+        """Lend a connection to one call. An error closes it: a late answer must not reach the next call."""
+        token = _deadline.set(deadline)
         try:
-            return self._engine.findings(deadline)
-        except Exception as error:  # noqa: BLE001 - it is raised again, as ours
-            ours = self._engine.translated(error, sent=False)
-            raise ours from None if ours is error else error
+            with self._translated(), self.engine.connect() as connection:
+                try:
+                    yield connection
+                except BaseException:
+                    connection.invalidate()
+                    raise
+        finally:
+            _deadline.reset(token)
+
+    @contextmanager
+    def _translated(self, *, sent: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            raise self.translated(error.orig, sent=sent) from error.orig
+
+    def _find(self, connection: sa.Connection, batch: Batch) -> tuple[float, Contents]:
+        """Return the database's time, and the rows that the batch touches, locked if it writes."""
+        try:
+            with self._translated():
+                epoch, now, contents = self._look(connection, batch)
+        except TablesMissing:
+            connection.rollback()
+            if self._create(connection):
+                self._epoch = self._epoch or "lost"  # the first process that comes reports it, too
+            epoch, now, contents = self._look(connection, batch)
+        known, self._epoch = self._epoch, epoch
+        if known and known != epoch:
+            raise StateLost(f"{self} has lost some or all of its contents: numbers may begin again")
+        return now, contents
+
+    def _look(self, connection: sa.Connection, batch: Batch) -> tuple[str, float, Contents]:
+        operations = batch.operations
+        names = {each.name for each in operations if isinstance(each, (Increment, Set, Get, Delete))}
+        keys = {each.key for each in operations if isinstance(each, Increment) and each.key is not None}
+        if batch.sequence:
+            self.begin_write(connection, names | keys)
+        else:
+            connection.exec_driver_sql(self.begin_read)
+        known = connection.execute(self._known, {"client": batch.client}).first()
+        if known is None:
+            raise TablesMissing(f"{self}: its tables were emptied", sent=False)
+        epoch, now, sequence, results, used = known
+        contents = Contents()
+        if sequence is not None:
+            contents.clients[batch.client] = ClientRecord(sequence, _decode_results(results), used)
+        if names:
+            counters = _LOCKED if batch.sequence else _WANTED[_counters]
+            contents.counters.update(connection.execute(counters, {"wanted": sorted(names)}).all())
+        if keys:
+            for key, *record in connection.execute(_WANTED[_keys], {"wanted": sorted(keys)}):
+                contents.keys[key] = KeyRecord(*record)
+        for scan in operations:
+            if isinstance(scan, Scan):  # one more than the page, to see whether others follow
+                page = {"after": scan.after, "most": scan.limit + 1}
+                contents.counters.update(connection.execute(_PAGE, page).all())
+        return epoch, now, contents
+
+    def commit(self, connection: sa.Connection, changes: Changes) -> None:
+        """Write the changes, and commit them."""
+        if not changes.clients:  # refused, or answered again
+            return
+        counters = {name: None if value is None else (value,) for name, value in changes.counters.items()}
+        clients = {
+            client: record and (record.sequence, packed.encode(record.results).decode(), record.used)
+            for client, record in changes.clients.items()
+        }
+        with self._translated():
+            self._save(connection, _counters, counters)
+            self._save(connection, _clients, clients)
+            self._save(connection, _keys, {key: known and astuple(known) for key, known in changes.keys.items()})
+        with self._translated(sent=True):
+            connection.commit()
+
+    def _save(self, connection: sa.Connection, table: sa.Table, changes: dict[Any, Any]) -> None:
+        """Write rows, which come by their keys and without them; None removes."""
+        removed = [{"gone": key} for key, row in changes.items() if row is None]
+        if removed:
+            connection.execute(_REMOVE[table], removed)
+        columns = table.c.keys()
+        written = [dict(zip(columns, (key, *row), strict=True)) for key, row in changes.items() if row is not None]
+        if written:
+            connection.execute(self._upsert[table], written)
+
+    def _create(self, connection: sa.Connection) -> bool:
+        """Create missing tables and marks; return whether others were there, so that something was lost.
+
+        :raises StartupError: if the tables have another version.
+        """
+        if self.creates_in_transaction:
+            self.begin_write(connection, None)
+        for each in _metadata.sorted_tables:
+            connection.execute(CreateTable(each, if_not_exists=True))
+        if not self.creates_in_transaction:
+            self.begin_write(connection, None)
+        versions = connection.scalars(sa.select(_meta.c.version)).all()
+        if set(versions) - {_VERSION}:
+            kind = "a newer" if max(versions) > _VERSION else "another"
+            theirs = f"version {max(versions)}, of {kind} counter_server"
+            raise StartupError(
+                f"the tables in {self} have {theirs}; this version of the program needs version {_VERSION}"
+            )
+        marks = sum(bool(connection.scalar(sa.select(marked))) for marked in _IS_MARKED.values())
+        if not versions or marks < len(_MARKS):
+            if versions:  # else another process may have written the first, and this insert has to fail
+                connection.execute(sa.delete(_meta))
+            connection.execute(sa.insert(_meta), {"version": _VERSION, "epoch": secrets.token_hex(16)})
+            for table, (key, *row) in _MARKS.items():
+                self._save(connection, table, {key: row})
+        connection.commit()
+        return marks < len(_MARKS) and bool(versions or marks)
+
+    def _forget(self, connection: sa.Connection) -> None:
+        """Remove expired records, now and then. A failure does not matter: the batch meets its cause, too."""
+        now = time.monotonic()
+        if not self._epoch or now < self._next_forgetting:
+            return
+        self._next_forgetting = now + _FORGET_EVERY
+        try:
+            self.begin_write(connection, set())
+            for table, lifetime in ((_clients, CLIENT_LIFETIME), (_keys, KEY_LIFETIME)):
+                expired = sa.select(_KEY[table]).where(table.c.used <= self._clock - lifetime).limit(_FORGET_AT_ONCE)
+                gone = connection.scalars(expired.with_for_update(skip_locked=True)).all()
+                self._save(connection, table, dict.fromkeys(gone))
+                if len(gone) == _FORGET_AT_ONCE:
+                    self._next_forgetting = now
+            connection.commit()
+        except DBAPIError:
+            connection.rollback()
 
     def after_fork(self) -> None:
-        self._inherited += self._idle
-        self._idle = []
+        self._inherited.append(self.engine.pool)
+        self.engine.dispose(close=False)
 
     def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
-
-
-def _results(answer: Answer) -> list[Result]:
-    if isinstance(answer, BatchRefused):
-        raise answer
-    return answer
-
-
-def _is_plain(operation: Operation) -> bool:
-    """Whether it is an increment by one without conditions, as nearly all are."""
-    match operation:
-        case Increment(_, 1, None, None, None):
-            return True
-        case _:
-            return False
+        self.engine.dispose()
