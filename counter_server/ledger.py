@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import islice, takewhile
 from math import inf
-from typing import NoReturn, Protocol, TypeVar
+from typing import NamedTuple, NoReturn, Protocol, TypeVar
 
 from msgspec import Struct, field
 from sortedcontainers import SortedSet
@@ -43,7 +43,7 @@ _TURNED_AWAY = 10_000  # clients
 _MOST_BATCHES = 1000  # in one commit; in practice one for each connected worker
 
 
-class ClientRecord(Struct, frozen=True, gc=False):
+class ClientRecord(NamedTuple):
     """The last batch of a client, for when it is resent."""
 
     sequence: int
@@ -52,7 +52,7 @@ class ClientRecord(Struct, frozen=True, gc=False):
     object: str = ""  # the shared object that the client calls; empty for the counters
 
 
-class KeyRecord(Struct, frozen=True, gc=False):
+class KeyRecord(NamedTuple):
     """The request of an idempotency key, and its result."""
 
     fingerprint: bytes

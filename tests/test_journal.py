@@ -28,7 +28,6 @@ from counter_server.operations import (
     Refusal,
     Replayed,
     Result,
-    Scan,
     Set,
 )
 from tests.processes import Program
@@ -284,7 +283,6 @@ def test_a_batch_sent_again_after_a_restart_is_answered_as_before(open_journal: 
         Get("d"),
         Delete("d"),
         Delete("c"),
-        Scan("", 1),
     ]
     first = open_journal()
     before = answer_of(Ledger(first.load(), first), Batch(ANN, 1, operations))

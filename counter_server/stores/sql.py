@@ -14,7 +14,6 @@ from typing import Any
 
 import sqlalchemy as sa
 from msgspec import json as packed
-from msgspec.structs import astuple
 from sqlalchemy.dialects.mysql import LONGTEXT, VARBINARY
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateTable
@@ -23,7 +22,7 @@ from ..errors import AccessDenied, BatchRefused, Disconnected, OutcomeUnknown, S
 from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, Changes, ClientRecord, Contents, KeyRecord, Ledger
 from ..operations import Batch, Delete, Get, Increment, Result, Scan, Set
 from ..settings import LONGEST_DEADLINE
-from ..store import RoundTrip
+from ..store import Finding, RoundTrip
 
 _VERSION = 1  # of the tables
 _FORGET_EVERY = 10.0  # seconds between searches for expired records
@@ -260,7 +259,7 @@ class SqlStore:
         with self._translated():
             self._save(connection, _counters, counters)
             self._save(connection, _clients, clients)
-            self._save(connection, _keys, {key: known and astuple(known) for key, known in changes.keys.items()})
+            self._save(connection, _keys, changes.keys)
         with self._translated(sent=True):
             connection.commit()
 
