@@ -4,13 +4,11 @@ import io
 import os
 import platform
 import re
-import textwrap
 from collections import Counter
-from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -41,54 +39,52 @@ def machine() -> str:
     )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the installed distributions that take part."""
+def _versions() -> dict[str, str]:
     return {name: version(name) for name in _DISTRIBUTIONS if find_spec(name.replace("-", "_"))}
 
 
-def as_json(outcomes: list[Outcome], clients: int, rounds: int) -> str:
-    """Format the outcomes for programs; seconds are from the start of all requests to the complete answer."""
-    content = {"clients": clients, "rounds": rounds, "machine": machine(), "versions": versions()}
-    described = [
-        {"name": outcome.pair.name, "title": outcome.pair.title, "verdict": outcome.verdict}
-        | ({"reason": outcome.left_out} if outcome.left_out else _rounds(outcome))
-        for outcome in outcomes
-    ]
-    return msgspec.json.format(msgspec.json.encode({**content, "outcomes": described})).decode()
+def print_json(outcomes: list[Outcome], clients: int, rounds: int) -> None:
+    """Print the outcomes for programs; seconds are from the start of all requests to the complete answer."""
+    report = {"clients": clients, "rounds": rounds, "machine": machine(), "versions": _versions(), "outcomes": []}
+    for outcome in outcomes:
+        row = {"name": outcome.pair.name, "title": outcome.pair.title, "verdict": outcome.verdict}
+        if outcome.left_out:
+            row["reason"] = outcome.left_out
+        else:
+            shown = outcome.rounds.index(outcome.shown)
+            row |= {"sentence": outcome.sentence, "shown": shown, "rounds": outcome.rounds}
+        report["outcomes"].append(row)
+    click.echo(msgspec.json.format(msgspec.json.encode(report)))
 
 
-def _rounds(outcome: Outcome) -> dict[str, Any]:
-    shown = outcome.rounds.index(outcome.shown)
-    return {"sentence": outcome.sentence, "shown": shown, "rounds": outcome.rounds}
+def print_table(outcomes: list[Outcome], clients: int) -> None:
+    """Print the figures of each outcome, and below its title what happened."""
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
 
-
-def table(outcomes: list[Outcome], clients: int, width: int) -> Iterator[str]:
-    """Yield the lines of the table, with the sentence of each row on lines of its own."""
-    room = max(width - 43, 20)
-
-    def row(verdict: str, title: str, *figures: str) -> Iterator[str]:
-        unique, duplicates, skipped, slowest = figures
-        first, *rest = textwrap.wrap(title, room)
-        yield f"{verdict} {first:<{room}} {unique:>6} {duplicates:>10} {skipped:>7} {slowest:>7}"
-        for line in rest:
-            yield f"{'':<8} {line}"
-
-    yield from row(f"{'':<8}", f"{clients} clients at once", "unique", "duplicates", "skipped", "slowest")
+    figures = [Column(name, justify="right", no_wrap=True) for name in ("unique", "duplicates", "skipped", "slowest")]
+    table = Table(
+        Column(no_wrap=True),
+        Column(f"{clients} clients at once", ratio=1),
+        *figures,
+        box=None,
+        header_style="",
+        expand=True,
+    )
     for outcome in outcomes:
         if outcome.left_out:
-            yield f"left out  {outcome.pair.title}: {outcome.left_out}"
+            table.add_row("left out", Text(f"{outcome.pair.title}: {outcome.left_out}"))
             continue
         shown = outcome.shown
-        right = outcome.verdict == "right"
-        verdict = click.style("✓ right ", "green") if right else click.style("✗ wrong ", "red", bold=True)
-        figures = (str(shown.unique), str(shown.duplicates), str(shown.skipped), f"{shown.slowest_seconds:.2f} s")
-        yield from row(verdict, outcome.pair.title, *figures)
-        for line in textwrap.wrap(outcome.sentence, width - 9):
-            yield f"{'':<8} {click.style(line, dim=True)}"
-    yield ""
-    yield from textwrap.wrap(
-        f"{machine()}; {', '.join(f'{name} {number}' for name, number in versions().items())}", width
-    )
+        verdict = Text("✓ right", "green") if outcome.verdict == "right" else Text("✗ wrong", "bold red")
+        about = Text.assemble(outcome.pair.title, "\n", (outcome.sentence, "dim"))
+        numbers = [str(number) for number in (shown.unique, shown.duplicates, shown.skipped)]
+        table.add_row(verdict, about, *numbers, f"{shown.slowest_seconds:.2f} s")
+    console = Console(highlight=False)
+    console.print(table)
+    versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
+    console.print(f"\n{machine()}; {versions}", markup=False)
 
 
 def draw(outcomes: list[Outcome], file: Path) -> None:
@@ -99,13 +95,12 @@ def draw(outcomes: list[Outcome], file: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = [outcome for outcome in outcomes if outcome.rounds]
-    clients = len(shown[0].shown.numbers)
     columns = min(_PANELS_IN_A_ROW, len(shown))
     rows = -(-len(shown) // columns)
     width, height = columns * _PANEL[0], rows * _PANEL[1] + _HEAD
     figure = Figure(figsize=(width, height), dpi=100)
     figure.subplots_adjust(0.2 / width, 0.1 / height, 1 - 0.2 / width, 1 - (_HEAD + 0.55) / height, 0.15, 0.4)
-    title = f"How many of {clients} simultaneous clients got each number"
+    title = f"How many of {len(shown[0].shown.numbers)} simultaneous clients got each number"
     figure.text(0.5, 1 - 0.3 / height, title, ha="center", fontsize=9)
     for place, colour, words in ((0.2, ONCE, "7 one client"), (0.5, SEVERAL, "x3 several"), (0.8, NEVER, "- none")):
         box = {"facecolor": colour, "edgecolor": "none", "pad": 4}
@@ -114,7 +109,7 @@ def draw(outcomes: list[Outcome], file: Path) -> None:
     for panel in panels:
         panel.set_axis_off()
     for panel, outcome in zip(panels, shown, strict=False):
-        _grid(panel, outcome)
+        _draw_grid(panel, outcome)
     picture = io.BytesIO()
     figure.savefig(picture, format=file.suffix.lower()[1:])
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
@@ -125,7 +120,7 @@ def draw(outcomes: list[Outcome], file: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _grid(panel: "Axes", outcome: Outcome) -> None:
+def _draw_grid(panel: "Axes", outcome: Outcome) -> None:
     from matplotlib.patches import Rectangle
 
     shown = outcome.shown
@@ -133,20 +128,18 @@ def _grid(panel: "Axes", outcome: Outcome) -> None:
     panel.set_xlim(0, _IN_A_ROW)
     panel.set_ylim(-(-len(shown.numbers) // _IN_A_ROW), 0)
     panel.set_aspect("equal", anchor="N")
-    for place in range(len(shown.numbers)):
-        clients = given[place + 1]
-        row, column = divmod(place, _IN_A_ROW)
-        colour, sign = (SEVERAL, f"x{clients}") if clients > 1 else (ONCE, f"{place + 1}") if clients else (NEVER, "-")
-        cell = Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8)
-        cell.set_gid(f"{outcome.pair.name}/{place + 1}={clients}")
-        panel.add_patch(cell)
+    for number in range(1, len(shown.numbers) + 1):
+        clients = given[number]
+        row, column = divmod(number - 1, _IN_A_ROW)
+        colour, sign = (SEVERAL, f"x{clients}") if clients > 1 else (ONCE, str(number)) if clients else (NEVER, "-")
+        name = f"{outcome.pair.name}/{number}={clients}"
+        panel.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8, gid=name))
         panel.text(column + 0.5, row + 0.53, sign, ha="center", va="center", fontsize=5.5, color=_ink(colour))
-    server, _, strategy = outcome.pair.title.partition(" · ")
-    words = f"{shown.unique} unique, {shown.duplicates} duplicates, {shown.skipped} skipped"
+    title = outcome.pair.title.replace(" · ", "\n")
+    words = f"{outcome.verdict}: {shown.unique} unique, {shown.duplicates} duplicates, {shown.skipped} skipped"
     if shown.unanswered:
         words += f"\n{shown.unanswered} got no number"
-    colour = "black" if outcome.verdict == "right" else _WRONG
-    panel.set_title(f"{server}\n{strategy}\n{outcome.verdict}: {words}", fontsize=7, color=colour)
+    panel.set_title(f"{title}\n{words}", fontsize=7, color="black" if outcome.verdict == "right" else _WRONG)
 
 
 def _ink(colour: str) -> str:

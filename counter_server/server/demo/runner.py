@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flask import Flask, flash, render_template_string
-from msgspec import Struct
+from msgspec import Struct, convert
 
 from ...errors import InvalidRequest, StartupError
 from ...extension import SharedState
@@ -27,7 +27,7 @@ from ...manager.directory import DataDirectory
 from ...manager.starter import python_command
 from ..guard import Guarded, guarded
 from ..prove.load import Client, described
-from ..strategies import RECIPE, STRATEGIES, Run, pause
+from ..strategies import JOIN, RACE, RECIPE, STRATEGIES, Run, pause
 
 OURS = "ours"
 _MODULE = "counter_server.server.demo.runner"
@@ -41,7 +41,7 @@ _DATA = "data"  # our manager's directory, among the files of a server
 control_socket_disable = True
 
 
-class Server(NamedTuple):
+class Server(Struct, frozen=True):
     """A server: its usual name, the number of processes that answer, and its options if it is gunicorn."""
 
     title: str
@@ -49,19 +49,7 @@ class Server(NamedTuple):
     gunicorn: tuple[str, ...] = ()
 
 
-SERVERS = {
-    "development": Server("development server, one thread"),
-    "threaded": Server("development server, threaded"),
-    "processes": Server("development server, processes=10"),
-    "waitress": Server("waitress, 4 processes", 4),
-    "gunicorn": Server("gunicorn, 4 workers", 4, ("-w", "4")),
-    "preload": Server("gunicorn, 4 workers, preloaded", 4, ("-w", "4", "--preload")),
-    "gevent": Server("gunicorn, 1 gevent worker", 1, ("-k", "gevent")),
-    "gevent-4": Server("gunicorn, 4 gevent workers", 4, ("-k", "gevent", "-w", "4")),
-}
-
-
-class Pair(NamedTuple):
+class Pair(Struct, frozen=True):
     """A strategy behind a server, with the expected verdict and its reason."""
 
     server: str
@@ -89,32 +77,8 @@ class Pair(NamedTuple):
         return ""
 
 
-_OWN = "Each process has one of its own, and counts alone."
-_READ_WRITE = "It is read, then written: two requests that read the same number both return the next one."
-_SHARED = "One object for all, each call atomic, and on disk before it is answered."
-
-PAIRS = [
-    Pair("development", "global", "right", "One request at a time. This is why the bug does not show at home."),
-    Pair("threaded", "global", "wrong", "Other threads read the number before a thread has written the next."),
-    Pair("threaded", "lock", "right", "A lock is enough for one process, while there is only one."),
-    Pair("processes", "global", "wrong", "Each request is a process, which begins at 0 again."),
-    Pair("waitress", "global", "wrong", _OWN),
-    Pair("waitress", "lock", "wrong", "A lock is for the threads of one process, and there are four processes."),
-    Pair("gunicorn", "global", "wrong", _OWN),
-    Pair("gevent", "global", "wrong", "One process and no threads, but greenlets switch too, wherever one waits."),
-    Pair("gunicorn", "value", "wrong", "Each worker imports the app, and so makes a value of its own."),
-    Pair("preload", "value", "right", "Workers forked from one parent share it: a number only, lost with that parent."),
-    Pair(
-        "gunicorn", "textbook", "wrong", "One object for all, but its process serves it with threads, without a lock."
-    ),
-    Pair("gunicorn", "textbook-lock", "right", "With a lock it is right, while its process lives."),
-    Pair("gunicorn", "textbook-killed", "wrong", "Its process is not restarted, and the number is lost with it."),
-    Pair("waitress", "cachelib", "wrong", f"Its inc() is a get and then a set. {_READ_WRITE}"),
-    Pair("waitress", "flask-caching", "wrong", _READ_WRITE),
-    Pair("waitress", "session", "wrong", "A session belongs to one visitor: each visitor has another."),
-    Pair("gunicorn", "stash", "wrong", f"It has get and put, but no increment. {_READ_WRITE}"),
-    *(Pair(server, OURS, "right", _SHARED) for server in ("processes", "waitress", "gunicorn", "gevent-4")),
-]
+SERVERS = convert(RACE["servers"], dict[str, Server])
+PAIRS = convert(RACE["pairs"], list[Pair])
 
 
 def chosen(only: Sequence[str]) -> list[Pair]:
@@ -142,7 +106,7 @@ def visit_at_once(
     count: int,
     path: str = "/",
     *,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] | None = None,
     patience: float = _PATIENCE,
 ) -> list[Reply]:
     """Send `count` requests at the same moment, each over a connection that is open by then.
@@ -154,27 +118,24 @@ def visit_at_once(
 
     def visit() -> Reply:
         began = time.monotonic()
-        number, error = None, ""
         try:
             with closing(Client(f"http://127.0.0.1:{port}", patience)) as client:
                 client.connect()
                 barrier.wait(patience)
                 began = time.monotonic()
                 status, content = client.request("GET", path, Connection="close")
-                if status == 200 and isinstance(content, int):
-                    number = content
-                else:
-                    error = described(status, content)
         except (OSError, HTTPException, threading.BrokenBarrierError) as failure:
-            error = str(failure) or type(failure).__name__
-        return Reply(number, time.monotonic() - began, error)
+            return Reply(None, time.monotonic() - began, str(failure) or type(failure).__name__)
+        number = content if status == 200 and isinstance(content, int) else None
+        return Reply(number, time.monotonic() - began, described(status, content) if number is None else "")
 
     clients = ThreadPoolExecutor(count)
     replies: list[Reply] = []
     try:
         for done in as_completed([clients.submit(visit) for _ in range(count)]):
             replies.append(done.result())
-            progress(sum(reply.number is not None for reply in replies))
+            if progress:
+                progress(sum(reply.number is not None for reply in replies))
         return replies
     finally:  # after a Ctrl-C some clients still wait for the server, which ends next
         barrier.abort()
@@ -232,26 +193,27 @@ class Outcome(NamedTuple):
 
     @property
     def shown(self) -> Round:
-        """The round to show in a table: the first wrong one, else the slowest."""
+        """The first wrong round, else the slowest."""
         return min(self.rounds, key=lambda each: (each.right, each.right and -each.slowest_seconds))
 
     @property
     def sentence(self) -> str:
         """What happened, and why."""
         shown = self.shown
-        given = Counter(number for number in shown.numbers if number is not None)
-        number, times = max(given.items(), key=lambda item: item[1], default=(0, 0))
-        reason = f"a client without a number got {shown.errors[0]!r}" if shown.errors else "please report it"
-        unexpected = "Right this time, by luck." if self.verdict == "right" else f"Not expected: {reason}."
-        parts = {
-            self.pair.why: self.verdict == self.pair.expected,
-            unexpected: self.verdict != self.pair.expected,
-            f"The number {number} was given {times} times.": times > 1,
-            f"Killed after {shown.killed_after} answers.": shown.killed_after is not None,
-            f"{shown.unanswered} clients got no number.": shown.unanswered > 0,
-            f"Right in {sum(each.right for each in self.rounds)} of {len(self.rounds)} rounds.": len(self.rounds) > 1,
-        }
-        return " ".join(part for part, said in parts.items() if said)
+        ((number, times),) = Counter(number for number in shown.numbers if number).most_common(1) or [(0, 0)]
+        parts = [self.pair.why]
+        if self.verdict != self.pair.expected:
+            reason = f"a client without a number got {shown.errors[0]!r}" if shown.errors else "please report it"
+            parts = ["Right this time, by luck." if self.verdict == "right" else f"Not expected: {reason}."]
+        if times > 1:
+            parts.append(f"The number {number} was given {times} times.")
+        if shown.killed_after is not None:
+            parts.append(f"Killed after {shown.killed_after} answers.")
+        if shown.unanswered:
+            parts.append(f"{shown.unanswered} clients got no number.")
+        if len(self.rounds) > 1:
+            parts.append(f"Right in {sum(each.right for each in self.rounds)} of {len(self.rounds)} rounds.")
+        return " ".join(parts)
 
 
 def listen(port: int, sockets: int = 1) -> list[socket.socket]:
@@ -260,19 +222,20 @@ def listen(port: int, sockets: int = 1) -> list[socket.socket]:
     :param sockets: how many sockets share the port; the system spreads the connections evenly over them.
     :raises StartupError: if the port is not available.
     """
-    found: list[socket.socket] = []
-    try:
-        for _ in range(sockets):
-            found.append(socket.create_server(("127.0.0.1", port), backlog=_BACKLOG, reuse_port=sockets > 1))
-            port = found[-1].getsockname()[1]
-    except OSError as error:
-        for sock in found:
-            sock.close()
-        raise StartupError(
-            f"cannot listen on 127.0.0.1 port {port}: {os.strerror(error.errno or 0)}; choose another with --port, or"
-            " omit it to use free ports"
-        ) from error
-    return found
+    with ExitStack() as stack:
+        found: list[socket.socket] = []
+        try:
+            for _ in range(sockets):
+                sock = socket.create_server(("127.0.0.1", port), backlog=_BACKLOG, reuse_port=sockets > 1)
+                found.append(stack.enter_context(sock))
+                port = sock.getsockname()[1]
+        except OSError as error:
+            raise StartupError(
+                f"cannot listen on 127.0.0.1 port {port}: {os.strerror(error.errno or 0)}; choose another with --port,"
+                " or omit it to use free ports"
+            ) from error
+        stack.pop_all()
+        return found
 
 
 class Running(NamedTuple):
@@ -310,19 +273,17 @@ def run_server(server: str, strategy: str, *, port: int = 0) -> Iterator[Running
         running = Running(sockets[0].getsockname()[1], program, recipe)
         for sock in sockets:  # when the server ends, its clients must get an error
             sock.close()
-        _await_processes(running, SERVERS[server].processes)
+        seen: set[int | None] = set()
+        deadline = time.monotonic() + _PATIENCE
+        while len(seen) < SERVERS[server].processes:
+            program.check()
+            if time.monotonic() > deadline:
+                raise StartupError(
+                    f"{len(seen)} of {SERVERS[server].processes} processes answered in {_PATIENCE:g} seconds"
+                )
+            probes = 1 if SERVERS[server].processes == 1 else _PROBES
+            seen |= {reply.number for reply in visit_at_once(running.port, probes, "/ready", patience=1)} - {None}
         yield running
-
-
-def _await_processes(running: Running, count: int) -> None:
-    seen: set[int] = set()
-    deadline = time.monotonic() + _PATIENCE
-    while len(seen) < count:
-        running.server.check()
-        if time.monotonic() > deadline:
-            raise StartupError(f"{len(seen)} of {count} processes answered in {_PATIENCE:g} seconds")
-        probes = visit_at_once(running.port, 1 if count == 1 else _PROBES, "/ready", patience=1)
-        seen |= {reply.number for reply in probes if reply.number is not None}
 
 
 def run(pairs: list[Pair], tell: Callable[[str], None], *, clients: int, rounds: int, port: int) -> Iterator[Outcome]:
@@ -373,7 +334,7 @@ def create_app(strategy: str) -> Flask:
     app.secret_key = os.urandom(16)
     app.config["COUNTER_SERVER_STORE"] = DataDirectory(Path.cwd() / _DATA).url
     app.config["COUNTER_SERVER_DEADLINE"] = _PATIENCE
-    take = STRATEGIES[strategy].join(Run("demo", app, SharedState(app), Path.cwd()))
+    take = JOIN[strategy](Run("demo", app, SharedState(app), Path.cwd()))
 
     @app.get("/")
     def home() -> str:
