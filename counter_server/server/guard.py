@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -127,19 +127,12 @@ def main(*command: str) -> int:
         select.select([0, os.pidfd_open(process.pid)], [], [])
         return process.poll() or 0
     finally:
-        _kill_descendants()
+        with suppress(ChildProcessError):  # the last one is reaped
+            while True:  # the guard adopts the children of a killed process, and they are next
+                for pid in Path("/proc/thread-self/children").read_text().split():
+                    os.kill(int(pid), signal.SIGKILL)
+                os.wait()
         shutil.rmtree(directory)
-
-
-def _kill_descendants() -> None:
-    """Kill and reap; the guard adopts the children of a killed process, and they are next."""
-    while True:
-        for pid in Path("/proc/thread-self/children").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
-        try:
-            os.wait()
-        except ChildProcessError:
-            return
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections import Counter
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -45,16 +45,16 @@ def _versions() -> dict[str, str]:
 
 def print_json(outcomes: list[Outcome], clients: int, rounds: int) -> None:
     """Print the outcomes for programs; seconds are from the start of all requests to the complete answer."""
-    report = {"clients": clients, "rounds": rounds, "machine": machine(), "versions": _versions(), "outcomes": []}
+    rows: list[dict[str, Any]] = []
     for outcome in outcomes:
-        row = {"name": outcome.pair.name, "title": outcome.pair.title, "verdict": outcome.verdict}
+        rows.append({"name": outcome.pair.name, "title": outcome.pair.title, "verdict": outcome.verdict})
         if outcome.left_out:
-            row["reason"] = outcome.left_out
+            rows[-1]["reason"] = outcome.left_out
         else:
             shown = outcome.rounds.index(outcome.shown)
-            row |= {"sentence": outcome.sentence, "shown": shown, "rounds": outcome.rounds}
-        report["outcomes"].append(row)
-    click.echo(msgspec.json.format(msgspec.json.encode(report)))
+            rows[-1] |= {"sentence": outcome.sentence, "shown": shown, "rounds": outcome.rounds}
+    head = {"clients": clients, "rounds": rounds, "machine": machine(), "versions": _versions()}
+    click.echo(msgspec.json.format(msgspec.json.encode({**head, "outcomes": rows})))
 
 
 def print_table(outcomes: list[Outcome], clients: int) -> None:
