@@ -93,18 +93,24 @@ def draw(outcomes: list[Outcome], file: Path) -> None:
     :raises OSError: if the file cannot be written; no part of it is left then.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     shown = [outcome for outcome in outcomes if outcome.rounds]
     columns = min(_PANELS_IN_A_ROW, len(shown))
     rows = -(-len(shown) // columns)
-    width, height = columns * _PANEL[0], rows * _PANEL[1] + _HEAD
-    figure = Figure(figsize=(width, height), dpi=100)
-    figure.subplots_adjust(0.2 / width, 0.1 / height, 1 - 0.2 / width, 1 - (_HEAD + 0.55) / height, 0.15, 0.4)
-    title = f"How many of {len(shown[0].shown.numbers)} simultaneous clients got each number"
-    figure.text(0.5, 1 - 0.3 / height, title, ha="center", fontsize=9)
-    for place, colour, words in ((0.2, ONCE, "7 one client"), (0.5, SEVERAL, "x3 several"), (0.8, NEVER, "- none")):
-        box = {"facecolor": colour, "edgecolor": "none", "pad": 4}
-        figure.text(place, 1 - 0.65 / height, words, ha="center", fontsize=7, color=_ink(colour), bbox=box)
+    figure = Figure(figsize=(columns * _PANEL[0], rows * _PANEL[1] + _HEAD), dpi=100, layout="constrained")
+    legend = {"7: one client": ONCE, "x3: several": SEVERAL, "-: none": NEVER}
+    figure.legend(
+        handles=[Patch(facecolor=colour, label=label) for label, colour in legend.items()],
+        title=f"{len(shown[0].shown.numbers)} simultaneous clients:\nhow many got each number",
+        loc="outside upper center",
+        ncols=3,
+        fontsize=7,
+        title_fontsize=9,
+        columnspacing=1,
+        handlelength=1,
+        frameon=False,
+    )
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in panels:
         panel.set_axis_off()
@@ -132,15 +138,12 @@ def _draw_grid(panel: "Axes", outcome: Outcome) -> None:
         clients = given[number]
         row, column = divmod(number - 1, _IN_A_ROW)
         colour, sign = (SEVERAL, f"x{clients}") if clients > 1 else (ONCE, str(number)) if clients else (NEVER, "-")
+        ink = "white" if colour == ONCE else "black"
         name = f"{outcome.pair.name}/{number}={clients}"
         panel.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8, gid=name))
-        panel.text(column + 0.5, row + 0.53, sign, ha="center", va="center", fontsize=5.5, color=_ink(colour))
+        panel.text(column + 0.5, row + 0.53, sign, ha="center", va="center", fontsize=5.5, color=ink)
     title = outcome.pair.title.replace(" · ", "\n")
     words = f"{outcome.verdict}: {shown.unique} unique, {shown.duplicates} duplicates, {shown.skipped} skipped"
     if shown.unanswered:
         words += f"\n{shown.unanswered} got no number"
     panel.set_title(f"{title}\n{words}", fontsize=7, color="black" if outcome.verdict == "right" else _WRONG)
-
-
-def _ink(colour: str) -> str:
-    return "white" if colour == ONCE else "black"

@@ -25,7 +25,7 @@ from ...errors import InvalidRequest, StartupError
 from ...extension import SharedState
 from ...manager.directory import DataDirectory
 from ...manager.starter import python_command
-from ..guard import Guarded, guarded
+from ..guard import guarded
 from ..prove.load import Client, described
 from ..strategies import JOIN, RACE, RECIPE, STRATEGIES, Run, pause
 
@@ -242,12 +242,7 @@ class Running(NamedTuple):
     """A server that runs, on a port of loopback."""
 
     port: int
-    server: Guarded
-    recipe: Guarded | None
-
-    def manager(self) -> int | None:
-        """Return the process that holds the number for all others, if there is one."""
-        return self.recipe.pid if self.recipe else DataDirectory(self.server.directory / _DATA).manager_pid()
+    manager: Callable[[], int | None]  # returns the process that holds the number for all others, if there is one
 
 
 @contextmanager
@@ -270,20 +265,19 @@ def run_server(server: str, strategy: str, *, port: int = 0) -> Iterator[Running
             settings = ("-c", f"python:{_MODULE}", "-b", f"fd://{opened[0]}", *options, *way.gunicorn)
             command = python_command("gunicorn", *settings, f"{_MODULE}:create_app({strategy!r})")
         program = stack.enter_context(guarded(command, descriptors=opened, environment=environment))
-        running = Running(sockets[0].getsockname()[1], program, recipe)
+        port = sockets[0].getsockname()[1]
         for sock in sockets:  # when the server ends, its clients must get an error
             sock.close()
-        seen: set[int | None] = set()
+        processes, seen = SERVERS[server].processes, set[int | None]()
         deadline = time.monotonic() + _PATIENCE
-        while len(seen) < SERVERS[server].processes:
+        while len(seen) < processes:
             program.check()
             if time.monotonic() > deadline:
-                raise StartupError(
-                    f"{len(seen)} of {SERVERS[server].processes} processes answered in {_PATIENCE:g} seconds"
-                )
-            probes = 1 if SERVERS[server].processes == 1 else _PROBES
-            seen |= {reply.number for reply in visit_at_once(running.port, probes, "/ready", patience=1)} - {None}
-        yield running
+                raise StartupError(f"{len(seen)} of {processes} processes answered in {_PATIENCE:g} seconds")
+            replies = visit_at_once(port, 1 if processes == 1 else _PROBES, "/ready", patience=1)
+            seen |= {reply.number for reply in replies} - {None}
+        data = DataDirectory(program.directory / _DATA)
+        yield Running(port, lambda: recipe.pid if recipe else data.manager_pid())
 
 
 def run(pairs: list[Pair], tell: Callable[[str], None], *, clients: int, rounds: int, port: int) -> Iterator[Outcome]:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -56,28 +57,24 @@ def own_server() -> Iterator[tuple[Guarded, str]]:
         yield server, url
 
 
+@dataclass
 class Proof:
-    """One proof, on a running server.
+    """One proof, on a running server."""
 
-    :param seconds: of load.
-    :param server: the server if it was started for this proof.
-    :param kills: how many of "manager" and "worker", of that server.
-    """
+    url: str
+    clients: int
+    seconds: float  # of load
+    show: Progress
+    server: Guarded | None  # if it was started for this proof
+    kills: dict[str, int]  # how many of "manager" and "worker", of that server
 
-    def __init__(
-        self, url: str, clients: int, seconds: float, show: Progress, server: Guarded | None, kills: dict[str, int]
-    ) -> None:
-        self._url = url
-        self._clients = clients
-        self._seconds = seconds
-        self._show = show
-        self._server = server
+    def __post_init__(self) -> None:
+        self._client = Client(self.url)
         self._counter = f"prove-{os.urandom(6).hex()}"
         self._history: list[Operation] = []  # of this client; the load has its own
         self._killed: list[Kill] = []
-        self._plan = sorted((random.uniform(0, seconds), victim) for victim, n in kills.items() for _ in range(n))
-        self._settled = dict.fromkeys(kills, 0.0)  # when the last victim of each kind was replaced
-        self._client = Client(url)
+        self._plan = sorted((random.uniform(0, self.seconds), kind) for kind, n in self.kills.items() for _ in range(n))
+        self._settled = dict.fromkeys(self.kills, 0.0)  # when the last victim of each kind was replaced
 
     def run(self) -> tuple[Verdict, list[Operation]]:
         """Prove, and return the history too. Ctrl-C ends the load early; a second one ends everything.
@@ -88,15 +85,13 @@ class Proof:
             self._begin()
             early = False
             seen: list[str] = []
-            load = Load(self._url, self._counter, self._clients)
+            load = Load(self.url, self._counter, self.clients)
             try:
-                self._show.say(
-                    f"{self._clients} clients increment {self._counter} on {self._url} for {self._seconds:g} s"
-                )
+                self.show.say(f"{self.clients} clients increment {self._counter} on {self.url} for {self.seconds:g} s")
                 self._watch(load)
             except KeyboardInterrupt:
                 early = True
-                self._show.say("Stopped early: the history until now will be checked")
+                self.show.say("Stopped early: the history until now will be checked")
             except StartupError as error:
                 seen.append(str(error))
             load.stop(self._grace())
@@ -106,13 +101,13 @@ class Proof:
             history = self._asked_again([*self._history, *in_load])
             verdict = msgspec.structs.replace(
                 judge(history, self._final(seen), self._killed, seen),
-                url=self._url,
+                url=self.url,
                 counter=self._counter,
-                clients=self._clients,
+                clients=self.clients,
                 seconds=seconds,
                 per_second=sum(1 for operation in in_load if operation.answers) / seconds,
                 stopped_early=early,
-                stays=None if self._server else self._delete(),
+                stays=None if self.server else self._delete(),
             )
             return verdict, history
 
@@ -123,12 +118,12 @@ class Proof:
         try:
             value = self._client.increment_once(self._counter, key)
         except http.client.HTTPException as error:
-            raise StartupError(f"{self._url} is not a web server: {error!r}") from error
+            raise StartupError(f"{self.url} is not a web server: {error!r}") from error
         except OSError as error:
             reason = error.strerror or error
-            raise StartupError(f"no server can be reached at {self._url}: {reason}; is it running there?") from error
+            raise StartupError(f"no server can be reached at {self.url}: {reason}; is it running there?") from error
         except StartupError as error:
-            raise StartupError(f"{self._url} is not a counter-server: {error}") from error
+            raise StartupError(f"{self.url} is not a counter-server: {error}") from error
         answer = () if value is None else (value,)
         self._history.append(Operation(key, invoked, time.monotonic() if answer else None, answer))
 
@@ -137,30 +132,30 @@ class Proof:
         while not load.failures:
             now = time.monotonic()
             elapsed = now - load.began
-            self._show.show(elapsed, f"{elapsed:.1f} s: {len(load.history):,} increments answered")
+            self.show.show(elapsed, f"{elapsed:.1f} s: {len(load.history):,} increments answered")
             if self._plan:
                 moment, victim = self._plan[0]
                 if elapsed >= moment and now >= max(load.began, self._settled[victim]) + _SETTLED_SECONDS:
                     del self._plan[0]
                     if not self._kill(victim, load.began):
                         return
-            elif elapsed >= self._seconds:
+            elif elapsed >= self.seconds:
                 return
-            if self._server and not self._server.running:
-                raise StartupError(f"the server ended; its last line: {self._server.last_line}")
+            if self.server and not self.server.running:
+                raise StartupError(f"the server ended; its last line: {self.server.last_line}")
             time.sleep(_TICK)
 
     def _kill(self, victim: str, began: float) -> bool:
         """Kill a process, and return whether service came back."""
-        assert self._server
+        assert self.server
         before = self._victims(victim)
         if not before:
-            raise StartupError(f"the server has no {victim} to kill; its last line: {self._server.last_line}")
+            raise StartupError(f"the server has no {victim} to kill; its last line: {self.server.last_line}")
         pid = random.choice(before)
         killed = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         deadline = killed + PATIENCE
-        while pid in group_members(self._server.pid):  # until it has ended it may answer
+        while pid in group_members(self.server.pid):  # until it has ended it may answer
             time.sleep(0.001)
         if victim == "manager":
             key = f"{self._counter}-{len(self._history)}"
@@ -172,21 +167,21 @@ class Proof:
         recovery = self._settled[victim] - killed if back else None
         self._killed.append(Kill(victim=victim, pid=pid, moment=killed - began, recovery=recovery))
         result = "not back" if recovery is None else f"back after {recovery:.2f} s"
-        self._show.say(f"{killed - began:.1f} s: kill -9 of the {victim} (pid {pid}): {result}")
+        self.show.say(f"{killed - began:.1f} s: kill -9 of the {victim} (pid {pid}): {result}")
         return back
 
     def _victims(self, kind: str) -> list[int]:
-        assert self._server
-        manager = DataDirectory(self._server.directory / _DATA).manager_pid()
+        assert self.server
+        manager = DataDirectory(self.server.directory / _DATA).manager_pid()
         if kind == "manager":
             return [manager] if manager else []
-        return [pid for pid in group_members(self._server.pid) if pid not in (self._server.pid, manager)]
+        return [pid for pid in group_members(self.server.pid) if pid not in (self.server.pid, manager)]
 
     def _replaced(self, before: list[int], deadline: float) -> bool:
         """Wait until a new worker has answered: the home page contains the process id of its worker."""
 
         def answered() -> int | None:
-            with closing(Client(self._url)) as client:  # any worker may accept a new connection
+            with closing(Client(self.url)) as client:  # any worker may accept a new connection
                 numbers = set(map(int, re.findall(r"\d+", str(client.request("GET", "/")[1]))))
             return next((pid for pid in self._victims("worker") if pid in numbers and pid not in before), None)
 
@@ -203,7 +198,7 @@ class Proof:
 
     def _grace(self) -> float:
         """Return the seconds that an answer may still take: none if the server has ended."""
-        return _GRACE if self._server is None or self._server.running else 0.0
+        return _GRACE if self.server is None or self.server.running else 0.0
 
     def _final(self, seen: list[str]) -> int | None:
         """Read the counter; None, with a reason in `seen`, if that fails."""
