@@ -17,12 +17,7 @@ def _check_picture(_context: click.Context, _option: click.Parameter, file: Path
 
 
 @click.command()
-@click.option(
-    "--only",
-    multiple=True,
-    metavar="NAME",
-    help="Only this server, this strategy, or both, as waitress/ours. Can be repeated.",
-)
+@click.option("--only", multiple=True, metavar="NAME", help="A server, a strategy, or both: waitress/ours. Repeatable.")
 @click.option("--clients", type=click.IntRange(2, 100), default=100, show_default=True, help="Simultaneous clients.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Each on a new server.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="For all servers, in turn (default: free ones).")

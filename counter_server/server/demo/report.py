@@ -60,29 +60,28 @@ def print_json(outcomes: list[Outcome], clients: int, rounds: int) -> None:
 def print_table(outcomes: list[Outcome], clients: int) -> None:
     """Print the figures of each outcome, and below its title what happened."""
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Column, Table
     from rich.text import Text
 
-    figures = [Column(name, justify="right", no_wrap=True) for name in ("unique", "duplicates", "skipped", "slowest")]
-    table = Table(
-        Column(no_wrap=True),
-        Column(f"{clients} clients at once", ratio=1),
-        *figures,
-        box=None,
-        header_style="",
-        expand=True,
-    )
+    console = Console(highlight=False)
+
+    def print_row(verdict: Text | str, title: str, *figures: object) -> None:
+        columns = [Column(width=width, justify="right") for width in (6, 10, 7, 7)]
+        row = Table.grid(Column(width=7), Column(ratio=1), *columns, padding=(0, 1, 0, 0), expand=True)
+        row.add_row(verdict, title, *map(str, figures))
+        console.print(row)
+
+    print_row("", f"{clients} clients at once", "unique", "duplicates", "skipped", "slowest")
     for outcome in outcomes:
         if outcome.left_out:
-            table.add_row("left out", Text(f"{outcome.pair.title}: {outcome.left_out}"))
+            console.print(f"left out {outcome.pair.title}: {outcome.left_out}", markup=False)
             continue
         shown = outcome.shown
         verdict = Text("✓ right", "green") if outcome.verdict == "right" else Text("✗ wrong", "bold red")
-        about = Text.assemble(outcome.pair.title, "\n", (outcome.sentence, "dim"))
-        numbers = [str(number) for number in (shown.unique, shown.duplicates, shown.skipped)]
-        table.add_row(verdict, about, *numbers, f"{shown.slowest_seconds:.2f} s")
-    console = Console(highlight=False)
-    console.print(table)
+        slowest = f"{shown.slowest_seconds:.2f} s"
+        print_row(verdict, outcome.pair.title, shown.unique, shown.duplicates, shown.skipped, slowest)
+        console.print(Padding(Text(outcome.sentence, "dim"), (0, 0, 0, 9)))
     versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
     console.print(f"\n{machine()}; {versions}", markup=False)
 

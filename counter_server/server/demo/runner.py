@@ -42,11 +42,12 @@ control_socket_disable = True
 
 
 class Server(Struct, frozen=True):
-    """A server: its usual name, the number of processes that answer, and its options if it is gunicorn."""
+    """A server that runs the app."""
 
-    title: str
-    processes: int = 1
-    gunicorn: tuple[str, ...] = ()
+    title: str  # its usual name
+    needs: tuple[str, ...] = ()  # packages
+    processes: int = 1  # that answer at the same time
+    gunicorn: tuple[str, ...] = ()  # its options if it is gunicorn
 
 
 class Pair(Struct, frozen=True):
@@ -67,9 +68,8 @@ class Pair(Struct, frozen=True):
 
     def missing(self) -> str:
         """Say which packages are not installed; empty if all are."""
-        strategy, options = STRATEGIES[self.strategy], SERVERS[self.server].gunicorn
-        program = ["waitress"] if self.server == "waitress" else ["gunicorn"] if options else []
-        needed = {*strategy.needs, *program, *(["gevent"] if "gevent" in options else [])}
+        strategy = STRATEGIES[self.strategy]
+        needed = {*strategy.needs, *SERVERS[self.server].needs}
         if absent := sorted(name for name in needed if find_spec(name) is None):
             return f"{' and '.join(absent)} not installed: pip install 'counter-server[demo]'"
         if strategy.newer and find_spec(strategy.newer) is None:
@@ -284,9 +284,7 @@ def run(pairs: list[Pair], tell: Callable[[str], None], *, clients: int, rounds:
     """Yield the outcome of each pair.
 
     :param tell: is called with a few words about each step.
-    :param clients: how many ask at once.
-    :param rounds: how many for each pair, each with a new server.
-    :param port: of all servers, one after the other; 0: free ports.
+    :param rounds: for each pair, each with a new server.
     :raises StartupError: if the port is not available.
     """
     for sock in listen(port):

@@ -34,12 +34,11 @@ _SETTLED_SECONDS = STABLE_SECONDS + 0.2
 def group_members(group: int) -> list[int]:
     """Return the processes of a process group that are not zombies."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-                if int(pgrp) == group and state != "Z":
-                    found.append(int(entry.name))
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                found.append(int(entry.name))
     return found
 
 
@@ -82,13 +81,13 @@ class Proof:
         :raises StartupError: if the server cannot be reached, or does not count.
         """
         with closing(self._client):
-            self._begin()
+            self._increment_first()
             early = False
             seen: list[str] = []
             load = Load(self.url, self._counter, self.clients)
             try:
                 self.show.say(f"{self.clients} clients increment {self._counter} on {self.url} for {self.seconds:g} s")
-                self._watch(load)
+                self._wait_and_kill(load)
             except KeyboardInterrupt:
                 early = True
                 self.show.say("Stopped early: the history until now will be checked")
@@ -100,19 +99,18 @@ class Proof:
             in_load = load.operations()
             history = self._asked_again([*self._history, *in_load])
             verdict = msgspec.structs.replace(
-                judge(history, self._final(seen), self._killed, seen),
+                judge(history, self._read_final_value(seen), self._killed, seen),
                 url=self.url,
                 counter=self._counter,
                 clients=self.clients,
                 seconds=seconds,
-                per_second=sum(1 for operation in in_load if operation.answers) / seconds,
+                per_second=len([operation for operation in in_load if operation.answers]) / seconds,
                 stopped_early=early,
-                stays=None if self.server else self._delete(),
+                stays=None if self.server else self._delete_or_say_why_not(),
             )
             return verdict, history
 
-    def _begin(self) -> None:
-        """Make the first increment, which shows whether this server counts."""
+    def _increment_first(self) -> None:
         key = f"{self._counter}-first"
         invoked = time.monotonic()
         try:
@@ -127,8 +125,7 @@ class Proof:
         answer = () if value is None else (value,)
         self._history.append(Operation(key, invoked, time.monotonic() if answer else None, answer))
 
-    def _watch(self, load: Load) -> None:
-        """Wait until the load's time is over, and the last kill was survived."""
+    def _wait_and_kill(self, load: Load) -> None:
         while not load.failures:
             now = time.monotonic()
             elapsed = now - load.began
@@ -137,7 +134,7 @@ class Proof:
                 moment, victim = self._plan[0]
                 if elapsed >= moment and now >= max(load.began, self._settled[victim]) + _SETTLED_SECONDS:
                     del self._plan[0]
-                    if not self._kill(victim, load.began):
+                    if not self._kill_and_wait(victim, load.began):
                         return
             elif elapsed >= self.seconds:
                 return
@@ -145,8 +142,7 @@ class Proof:
                 raise StartupError(f"the server ended; its last line: {self.server.last_line}")
             time.sleep(_TICK)
 
-    def _kill(self, victim: str, began: float) -> bool:
-        """Kill a process, and return whether service came back."""
+    def _kill_and_wait(self, victim: str, began: float) -> bool:
         assert self.server
         before = self._victims(victim)
         if not before:
@@ -200,8 +196,7 @@ class Proof:
         """Return the seconds that an answer may still take: none if the server has ended."""
         return _GRACE if self.server is None or self.server.running else 0.0
 
-    def _final(self, seen: list[str]) -> int | None:
-        """Read the counter; None, with a reason in `seen`, if that fails."""
+    def _read_final_value(self, seen: list[str]) -> int | None:
         reason = "no answer"
 
         def read() -> int | None:
@@ -215,8 +210,7 @@ class Proof:
             seen.append(f"the counter could not be read in the end: {reason}")
         return final
 
-    def _delete(self) -> str | None:
-        """Delete the counter from the other server, or return the reason why it stays."""
+    def _delete_or_say_why_not(self) -> str | None:
         token = os.environ.get("COUNTER_SERVER_TOKEN")
         authorization = {"Authorization": f"Bearer {token}"} if token else {}
         with suppress(OSError, http.client.HTTPException):

@@ -104,16 +104,14 @@ class _Lab:
             raise Unsupported(f"{strategy.title} cannot be shown here: {self._missing[name]}")
         run_id = _signer().dumps([name, secrets.token_hex(8)])  # signed, so that every worker knows it
         if name == "file":
-            self._make_directory(self._find(run_id)[1])
+            self._make_directory_and_remove_old_ones(self._find(run_id)[1])
         if name == "store":
             _delete_old_counters(self._shared)
-        where = url_for("lab.end", run_id=run_id)
-        content = {"run": where, "ask": url_for("lab.client", run_id=run_id), "clients": clients}
+        links = {"run": url_for("lab.end", run_id=run_id), "ask": url_for("lab.client", run_id=run_id)}
         words = {word: getattr(strategy, word) for word in ("title", "place", "right", "wrong")}
-        return content | words, 201, {"Location": where}
+        return {**links, "clients": clients, **words}, 201, {"Location": links["run"]}
 
     def client(self, run_id: str) -> dict[str, Any]:
-        """Give a client of a run its number, in the way of the run's strategy."""
         name, run = self._find(run_id)
         join = partial(JOIN[name], run)
         take = self._memory.take_of(run.name, join) if self._strategies[name].memory else join()
@@ -123,7 +121,6 @@ class _Lab:
             raise Gone("this run has ended: start another") from None
 
     def end(self, run_id: str) -> Response:
-        """End a run: delete its data now."""
         name, run = self._find(run_id)
         self._memory.forget(run.name)
         if name == "store":
@@ -140,11 +137,7 @@ class _Lab:
         return name
 
     def _find(self, run_id: str) -> tuple[str, Run]:
-        """Find a run and the name of its strategy.
-
-        :raises NotFound: if this server did not begin it.
-        :raises Gone: if it is over.
-        """
+        """Find a run and the name of its strategy, if this server began it and it is not over."""
         try:
             (strategy, nonce), began = _signer().loads(run_id, max_age=_SECONDS, return_timestamp=True)
         except SignatureExpired:
@@ -155,11 +148,7 @@ class _Lab:
         numbers = self._numbers if strategy == "manager" else None
         return strategy, Run(name, self._app, self._shared, self._data.path / name, url_for("lab.page"), numbers)
 
-    def _make_directory(self, run: Run) -> None:
-        """Make the directory of a run, and remove the directories of old runs.
-
-        :raises StartupError: if other users can write to the directory of all runs.
-        """
+    def _make_directory_and_remove_old_ones(self, run: Run) -> None:
         self._data.make()
         runs = run.directory.parent
         if runs.is_symlink():
