@@ -8,6 +8,7 @@ its descendants, removes the directory, and exits.
 
 import ctypes
 import os
+import re
 import select
 import shutil
 import signal
@@ -43,13 +44,13 @@ class Guarded:
         return self._process.poll() is None
 
     @property
-    def lines(self) -> list[str]:
+    def output(self) -> str:
         """The output until now."""
-        return os.pread(self._output.fileno(), _MOST_OUTPUT, 0).decode(errors="replace").split("\n")
+        return os.pread(self._output.fileno(), _MOST_OUTPUT, 0).decode(errors="replace")
 
     @property
     def last_line(self) -> str:
-        return next((line.strip() for line in reversed(self.lines) if line.strip()), "")
+        return self.output.rstrip().rpartition("\n")[2].strip()
 
     def check(self) -> None:
         """Return if the command still runs.
@@ -67,9 +68,8 @@ class Guarded:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             running = self.running
-            for line in self.lines[:-1]:  # the last one is not complete
-                if line.startswith(start):
-                    return line.removeprefix(start)
+            if found := re.search(rf"^{re.escape(start)}(.*)\n", self.output, re.MULTILINE):  # a complete line
+                return found[1]
             if not running:
                 self.check()
             time.sleep(0.01)

@@ -222,20 +222,17 @@ def listen(port: int, sockets: int = 1) -> list[socket.socket]:
     :param sockets: how many sockets share the port; the system spreads the connections evenly over them.
     :raises StartupError: if the port is not available.
     """
-    with ExitStack() as stack:
-        found: list[socket.socket] = []
-        try:
-            for _ in range(sockets):
-                sock = socket.create_server(("127.0.0.1", port), backlog=_BACKLOG, reuse_port=sockets > 1)
-                found.append(stack.enter_context(sock))
-                port = sock.getsockname()[1]
-        except OSError as error:
-            raise StartupError(
-                f"cannot listen on 127.0.0.1 port {port}: {os.strerror(error.errno or 0)}; choose another with --port,"
-                " or omit it to use free ports"
-            ) from error
-        stack.pop_all()
-        return found
+    found: list[socket.socket] = []
+    try:
+        for _ in range(sockets):
+            found.append(socket.create_server(("127.0.0.1", port), backlog=_BACKLOG, reuse_port=sockets > 1))
+            port = found[-1].getsockname()[1]
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on 127.0.0.1 port {port}: {os.strerror(error.errno or 0)}; choose another with --port, or"
+            " omit it to use free ports"
+        ) from error
+    return found
 
 
 class Running(NamedTuple):
