@@ -20,8 +20,8 @@ from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
 from .objects import Declaration
 from .operations import LARGEST_PAGE, Get
-from .server.demo.command import demo
-from .server.prove.command import prove
+from .server.demo import demo
+from .server.prove import prove
 from .state import State, declared_for, open_state
 from .stores import Finding, open_store
 

@@ -8,6 +8,7 @@ its descendants, removes the directory, and exits.
 
 import ctypes
 import os
+import re
 import select
 import shutil
 import signal
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -43,13 +44,13 @@ class Guarded:
         return self._process.poll() is None
 
     @property
-    def lines(self) -> list[str]:
+    def output(self) -> str:
         """The output until now."""
-        return os.pread(self._output.fileno(), _MOST_OUTPUT, 0).decode(errors="replace").split("\n")
+        return os.pread(self._output.fileno(), _MOST_OUTPUT, 0).decode(errors="replace")
 
     @property
     def last_line(self) -> str:
-        return next((line.strip() for line in reversed(self.lines) if line.strip()), "")
+        return self.output.rstrip().rpartition("\n")[2].strip()
 
     def check(self) -> None:
         """Return if the command still runs.
@@ -67,9 +68,8 @@ class Guarded:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             running = self.running
-            for line in self.lines[:-1]:  # the last one is not complete
-                if line.startswith(start):
-                    return line.removeprefix(start)
+            if found := re.search(rf"^{re.escape(start)}(.*)\n", self.output, re.MULTILINE):  # a complete line
+                return found[1]
             if not running:
                 self.check()
             time.sleep(0.01)
@@ -127,19 +127,12 @@ def main(*command: str) -> int:
         select.select([0, os.pidfd_open(process.pid)], [], [])
         return process.poll() or 0
     finally:
-        _kill_descendants()
+        with suppress(ChildProcessError):  # the last one is reaped
+            while True:  # the guard adopts the children of a killed process, and they are next
+                for pid in Path("/proc/thread-self/children").read_text().split():
+                    os.kill(int(pid), signal.SIGKILL)
+                os.wait()
         shutil.rmtree(directory)
-
-
-def _kill_descendants() -> None:
-    """Kill and reap; the guard adopts the children of a killed process, and they are next."""
-    while True:
-        for pid in Path("/proc/thread-self/children").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
-        try:
-            os.wait()
-        except ChildProcessError:
-            return
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -16,7 +16,7 @@ _BAR = 12  # columns
 class Progress:
     """Draws a bar up to `total`; without a bar prints lines, one for each `interval` of progress."""
 
-    def __init__(self, total: float, interval: float, bar: "RichProgress | None" = None) -> None:
+    def __init__(self, total: float, interval: float, bar: "RichProgress | None") -> None:
         self._interval = self._next = interval
         self._bar = bar
         self._task = bar.add_task("", total=total) if bar else None
@@ -37,27 +37,27 @@ class Progress:
             self.say(what)
 
 
-def _bar() -> "RichProgress | None":
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.table import Column
-    except ImportError:  # the extra `demo` installs it
-        return None
-    return Progress(
-        BarColumn(_BAR, table_column=Column(min_width=_BAR)),
-        TextColumn("{task.completed:.0f}/{task.total:g}", table_column=Column(no_wrap=True)),
-        TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-        console=Console(stderr=True),
-        transient=True,
-        expand=True,
-    )
-
-
 @contextmanager
 def progress(total: float, interval: float = 0.0) -> Iterator[Progress]:
     """Show progress up to `total` while the block runs."""
-    bar = _bar() if sys.stderr.isatty() else None
-    with bar if bar is not None else nullcontext():
+    bar = None
+    with suppress(ImportError):  # the extra `demo` installs it
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as RichProgress
+            from rich.table import Column
+
+            whole = Column(no_wrap=True)
+            rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            bar = RichProgress(
+                BarColumn(_BAR, table_column=Column(min_width=_BAR)),
+                TextColumn("{task.completed:.0f}/{task.total:g}", table_column=whole),
+                TimeElapsedColumn(table_column=whole.copy()),
+                TextColumn("{task.description}", markup=False, table_column=rest),
+                console=Console(stderr=True),
+                transient=True,
+                expand=True,
+            )
+    with bar or nullcontext():
         yield Progress(total, interval, bar)

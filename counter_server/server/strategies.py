@@ -1,4 +1,4 @@
-"""The ways to share a number among the requests of a Flask app: one list for the lab, the demonstration and the tests.
+"""The ways to share a number among the requests of a Flask app, for the lab, the demonstration and the tests.
 
 The wrong ones race for real: each reads the number, pauses, and writes it. Without the pause a switch of threads at
 that moment has the same effect, only less often.
@@ -12,26 +12,46 @@ import secrets
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.managers import BaseManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from flask import Flask, Response, after_this_request, request
 from flask.sessions import SecureCookieSessionInterface
-from msgspec import Struct
 
 from ..dicts import SharedDict
 from ..extension import SharedState
 
 YIELD_SECONDS = 0.02  # much longer than the time between two requests that a browser sends together
-LAB_COUNTERS = "lab/"  # the prefix of the counters of runs
 RECIPE = "COUNTER_SERVER_DEMORECIPE"  # the environment variable with the port and key of the textbook recipe
 _BOOT_SECONDS = 10.0
 
 
-class Taken(Struct, frozen=True):
+class Strategy(msgspec.Struct, frozen=True):
+    """One way to count."""
+
+    title: str  # a noun
+    memory: bool = False  # each process keeps the number in its memory
+    about: str = ""  # for the lab, which shows only strategies that have it
+    place: str = ""  # for the lab: where the number is, as in "reads 4 from …"
+    wrong: str = ""  # for the lab: why the result is wrong
+    right: str = ""  # for the lab: why it is right
+    needs: tuple[str, ...] = ()  # packages beyond ours
+    newer: str = ""  # a module that only newer versions of the first package have
+    recipe: str = ""  # the class of the object that the textbook recipe's process holds
+    gunicorn: tuple[str, ...] = ()  # options that gunicorn needs
+    killed: bool = False  # the demonstration kills the process that holds the number
+
+
+RACE = tomllib.loads(Path(__file__).with_name("race.toml").read_text(encoding="utf-8"))
+STRATEGIES = msgspec.convert(RACE["strategies"], dict[str, Strategy])
+
+
+class Taken(msgspec.Struct, frozen=True):
     """One number, and how a client got it. Times are in seconds, of one clock for all processes of a machine."""
 
     number: int
@@ -83,8 +103,8 @@ class SomeObj:
 class LockedObj(SomeObj):
     """The same with a lock for threads, held from the read to the write."""
 
-    def __init__(self, param: int = 0) -> None:
-        super().__init__(param)
+    def __init__(self) -> None:
+        super().__init__()
         self._lock = threading.Lock()
 
     def take(self) -> Taken:
@@ -103,36 +123,15 @@ class Run(NamedTuple):
     numbers: SharedDict | None = None
 
 
-class Strategy(NamedTuple):
-    """One way to count."""
-
-    join: Callable[[Run], Take]  # prepares a process for a run; its clients get their numbers from the result
-    title: str  # a noun
-    memory: bool = False  # each process keeps the number in its memory
-    end: Callable[[Run], object] = lambda _: None  # deletes the number of a run from the store
-    about: str = ""  # for the lab, which shows only strategies that have it
-    place: str = ""  # for the lab: where the number is, as in "reads 4 from …"
-    wrong: str = ""  # for the lab: why the result is wrong
-    right: str = ""  # for the lab: why it is right
-    needs: tuple[str, ...] = ()  # packages beyond ours
-    newer: str = ""  # a module that only newer versions of the first package have
-    recipe: str = ""  # the class of the object that the textbook recipe's process holds
-    gunicorn: tuple[str, ...] = ()  # options that gunicorn needs
-    killed: bool = False  # the demonstration kills the process that holds the number
-
-
 def _file(run: Run) -> Take:
     file = run.directory / "param"
-
-    def read() -> int:
-        return int(file.read_text()) if file.exists() else 0
 
     def write(number: int) -> None:
         draft = file.with_name(secrets.token_hex(8))  # renamed when it is complete: no client reads half a number
         draft.write_text(str(number))
         draft.replace(file)
 
-    return partial(race, read, write)
+    return partial(race, lambda: int(file.read_text()) if file.exists() else 0, write)
 
 
 class _Cookies(SecureCookieSessionInterface):
@@ -176,10 +175,6 @@ def _manager(run: Run) -> Take:
     return partial(one_step, partial(run.numbers.incr, run.name))
 
 
-def _store(run: Run) -> Take:
-    return partial(one_step, run.shared.counter(LAB_COUNTERS + run.name).increment)
-
-
 def _value(_run: Run) -> Take:
     number = multiprocessing.Value("q", 0)
 
@@ -194,10 +189,8 @@ class _RecipeManager(BaseManager):
     """The recipe of the documentation: one process holds the object, the others reach it over a port."""
 
 
-_RecipeManager.register("get_object")
-
-
 def _recipe(_run: Run) -> Take:
+    _RecipeManager.register("get_object")
     port, key = os.environ[RECIPE].split()
     manager: Any = _RecipeManager(("127.0.0.1", int(port)), bytes.fromhex(key))
     manager.connect()
@@ -209,8 +202,7 @@ def hold(kind: str) -> None:
     global_obj = {"SomeObj": SomeObj, "LockedObj": LockedObj}[kind]()
     _RecipeManager.register("get_object", callable=lambda: global_obj)
     key = os.urandom(16)
-    server = _RecipeManager(("127.0.0.1", 0), key).get_server()
-    assert isinstance(server.address, tuple)
+    server: Any = _RecipeManager(("127.0.0.1", 0), key).get_server()
     print(f"{RECIPE}={server.address[1]} {key.hex()}", flush=True)
     server.serve_forever()
 
@@ -238,104 +230,36 @@ def _flask_caching(run: Run) -> Take:
 def _stash(_run: Run) -> Take:
     from gunicorn.dirty import stash
 
+    def read() -> int:  # `exists` first: for a missing key gunicorn 27.0 raises an error instead of a default
+        return stash.get("demo", "number") if stash.exists("demo", "number") else 0
+
     deadline = time.monotonic() + _BOOT_SECONDS
     while True:  # the process that holds it may start later than the workers
         try:
             stash.ensure("demo")
-            break
+            return partial(race, read, partial(stash.put, "demo", "number"))
         except stash.StashError:
             if time.monotonic() > deadline:
                 raise
             pause()
-    # `exists` first: for a key that is not there gunicorn 27.0 raises an error instead of returning the default.
-    return partial(
-        race,
-        lambda: stash.get("demo", "number") if stash.exists("demo", "number") else 0,
-        partial(stash.put, "demo", "number"),
-    )
 
 
-_NEVER = "This must never happen. Please report what you did to the authors of counter_server."
-_ONE_STEP = "No client can come between: each number is given once, whichever worker answers a client."
-
-STRATEGIES = {
-    "global": Strategy(
-        lambda _: SomeObj().take,
-        "a global",
-        memory=True,
-        about="global_obj.param += 1, as in the question: an object in the memory of each worker process.",
-        place="its own global",
-        wrong="A global is safe in no way. Threads of one worker read the same number before either has written the"
-        " next, and each worker process has a global of its own, which begins at 0.",
-        right="It went well this time, by luck: no two clients met in one worker, and only one worker answered. More"
-        " clients, threads or workers end that.",
-    ),
-    "lock": Strategy(
-        lambda _: LockedObj().take,
-        "a global with a lock",
-        memory=True,
-        about="The same global, with a threading.Lock around its read and its write: safe for threads, not processes.",
-        place="its own global",
-        wrong="The lock did its work: in each worker no number came twice. But each worker process has a lock of its"
-        " own, and a global of its own, which begins at 0.",
-        right="One worker process answered every client, and its lock let them in one by one. A second worker would"
-        " have a lock and a global of its own, and give the same numbers again.",
-    ),
-    "file": Strategy(
-        _file,
-        "a file, read then written",
-        about="number = int(file.read_text()), then file.write_text(…): one file for all workers, two steps.",
-        place="the file",
-        wrong="All workers share the file, but reading and writing are two steps, like get and set of a cache. A client"
-        " that reads between them gets the old number, and overwrites the new one.",
-        right="It went well this time, by luck: no client read between the reading and the writing of another.",
-    ),
-    "session": Strategy(
-        _session,
-        "a Flask session",
-        about='session["param"] += 1: a signed cookie, which each answer sends to your browser.',
-        place="the cookie",
-        wrong="A session is a cookie in your browser. Simultaneous requests bring the same cookie, and the last answer"
-        " to arrive replaces it. The session is also yours alone: another visitor has another.",
-        right="It went well this time: the browser sent one request at a time. But a session is yours alone: another"
-        " visitor would have got the same numbers.",
-    ),
-    "manager": Strategy(
-        _manager,
-        "the manager",
-        end=lambda run: run.numbers is not None and run.numbers.pop(run.name, None),
-        about='numbers.incr("param"): a Python object in the manager process, shared by all workers.',
-        place="the manager",
-        wrong=_NEVER,
-        right=f"The manager holds one object for all workers, and adds in one step, under its lock. {_ONE_STEP}",
-    ),
-    "store": Strategy(
-        _store,
-        "the configured store",
-        end=lambda run: run.shared.counter(LAB_COUNTERS + run.name).delete(),
-        about="counter.increment(), as the home page does it for each visit.",
-        place="the store",
-        wrong=_NEVER,
-        right=f"An increment is one step of the store, under its lock or in its transaction. {_ONE_STEP}",
-    ),
-    "value": Strategy(_value, "multiprocessing.Value"),
-    "textbook": Strategy(_recipe, "BaseManager, the textbook recipe", recipe="SomeObj"),
-    "textbook-lock": Strategy(_recipe, "BaseManager with a lock", recipe="LockedObj"),
-    "textbook-killed": Strategy(_recipe, "BaseManager with a lock, killed", recipe="LockedObj", killed=True),
-    "cachelib": Strategy(_cachelib, "cachelib's file cache", needs=("cachelib",)),
-    "flask-caching": Strategy(_flask_caching, "Flask-Caching, get and set", needs=("flask_caching",)),
-    "stash": Strategy(
-        _stash,
-        "gunicorn's Dirty Stash",
-        needs=("gunicorn",),
-        newer="gunicorn.dirty",
-        gunicorn=("--dirty-workers", "1", "--dirty-app", "gunicorn.dirty:DirtyApp"),
-    ),
-    "ours": Strategy(
-        lambda run: partial(one_step, run.shared.object("global_obj", SomeObj, 0, durable=True).query),
-        "counter-server, its manager killed",
-        killed=True,
-    ),
+# Each function prepares a process for a run; the run's clients get their numbers from the function that it returns.
+JOIN: dict[str, Callable[[Run], Take]] = {
+    "global": lambda _: SomeObj().take,
+    "lock": lambda _: LockedObj().take,
+    "file": _file,
+    "session": _session,
+    "manager": _manager,
+    "store": lambda run: partial(one_step, run.shared.counter(run.name).increment),
+    "value": _value,
+    "textbook": _recipe,
+    "textbook-lock": _recipe,
+    "textbook-killed": _recipe,
+    "cachelib": _cachelib,
+    "flask-caching": _flask_caching,
+    "stash": _stash,
+    "ours": lambda run: partial(one_step, run.shared.object("global_obj", SomeObj, 0, durable=True).query),
 }
 
 if __name__ == "__main__":

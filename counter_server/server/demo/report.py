@@ -4,9 +4,7 @@ import io
 import os
 import platform
 import re
-import textwrap
 from collections import Counter
-from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,54 +39,51 @@ def machine() -> str:
     )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the installed distributions that take part."""
+def _versions() -> dict[str, str]:
     return {name: version(name) for name in _DISTRIBUTIONS if find_spec(name.replace("-", "_"))}
 
 
-def as_json(outcomes: list[Outcome], clients: int, rounds: int) -> str:
-    """Format the outcomes for programs; seconds are from the start of all requests to the complete answer."""
-    content = {"clients": clients, "rounds": rounds, "machine": machine(), "versions": versions()}
-    described = [
-        {"name": outcome.pair.name, "title": outcome.pair.title, "verdict": outcome.verdict}
-        | ({"reason": outcome.left_out} if outcome.left_out else _rounds(outcome))
-        for outcome in outcomes
-    ]
-    return msgspec.json.format(msgspec.json.encode({**content, "outcomes": described})).decode()
+def print_json(outcomes: list[Outcome], clients: int, rounds: int) -> None:
+    """Print the outcomes for programs; seconds are from the start of all requests to the complete answer."""
+    rows: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        rows.append({"name": outcome.pair.name, "title": outcome.pair.title, "verdict": outcome.verdict})
+        if outcome.left_out:
+            rows[-1]["reason"] = outcome.left_out
+        else:
+            shown = outcome.rounds.index(outcome.shown)
+            rows[-1] |= {"sentence": outcome.sentence, "shown": shown, "rounds": outcome.rounds}
+    head = {"clients": clients, "rounds": rounds, "machine": machine(), "versions": _versions()}
+    click.echo(msgspec.json.format(msgspec.json.encode({**head, "outcomes": rows})))
 
 
-def _rounds(outcome: Outcome) -> dict[str, Any]:
-    shown = outcome.rounds.index(outcome.shown)
-    return {"sentence": outcome.sentence, "shown": shown, "rounds": outcome.rounds}
+def print_table(outcomes: list[Outcome], clients: int) -> None:
+    """Print the figures of each outcome, and below its title what happened."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Column, Table
+    from rich.text import Text
 
+    console = Console(highlight=False)
 
-def table(outcomes: list[Outcome], clients: int, width: int) -> Iterator[str]:
-    """Yield the lines of the table, with the sentence of each row on lines of its own."""
-    room = max(width - 43, 20)
+    def print_row(verdict: Text | str, title: str, *figures: object) -> None:
+        columns = [Column(width=width, justify="right") for width in (6, 10, 7, 7)]
+        row = Table.grid(Column(width=7), Column(ratio=1), *columns, padding=(0, 1, 0, 0), expand=True)
+        row.add_row(verdict, title, *map(str, figures))
+        console.print(row)
 
-    def row(verdict: str, title: str, *figures: str) -> Iterator[str]:
-        unique, duplicates, skipped, slowest = figures
-        first, *rest = textwrap.wrap(title, room)
-        yield f"{verdict} {first:<{room}} {unique:>6} {duplicates:>10} {skipped:>7} {slowest:>7}"
-        for line in rest:
-            yield f"{'':<8} {line}"
-
-    yield from row(f"{'':<8}", f"{clients} clients at once", "unique", "duplicates", "skipped", "slowest")
+    print_row("", f"{clients} clients at once", "unique", "duplicates", "skipped", "slowest")
     for outcome in outcomes:
         if outcome.left_out:
-            yield f"left out  {outcome.pair.title}: {outcome.left_out}"
+            console.print(f"left out {outcome.pair.title}: {outcome.left_out}", markup=False)
             continue
         shown = outcome.shown
-        right = outcome.verdict == "right"
-        verdict = click.style("✓ right ", "green") if right else click.style("✗ wrong ", "red", bold=True)
-        figures = (str(shown.unique), str(shown.duplicates), str(shown.skipped), f"{shown.slowest_seconds:.2f} s")
-        yield from row(verdict, outcome.pair.title, *figures)
-        for line in textwrap.wrap(outcome.sentence, width - 9):
-            yield f"{'':<8} {click.style(line, dim=True)}"
-    yield ""
-    yield from textwrap.wrap(
-        f"{machine()}; {', '.join(f'{name} {number}' for name, number in versions().items())}", width
-    )
+        verdict = Text("✓ right", "green") if outcome.verdict == "right" else Text("✗ wrong", "bold red")
+        slowest = f"{shown.slowest_seconds:.2f} s"
+        print_row(verdict, outcome.pair.title, shown.unique, shown.duplicates, shown.skipped, slowest)
+        console.print(Padding(Text(outcome.sentence, "dim"), (0, 0, 0, 9)))
+    versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
+    console.print(f"\n{machine()}; {versions}", markup=False)
 
 
 def draw(outcomes: list[Outcome], file: Path) -> None:
@@ -97,24 +92,29 @@ def draw(outcomes: list[Outcome], file: Path) -> None:
     :raises OSError: if the file cannot be written; no part of it is left then.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     shown = [outcome for outcome in outcomes if outcome.rounds]
-    clients = len(shown[0].shown.numbers)
     columns = min(_PANELS_IN_A_ROW, len(shown))
     rows = -(-len(shown) // columns)
-    width, height = columns * _PANEL[0], rows * _PANEL[1] + _HEAD
-    figure = Figure(figsize=(width, height), dpi=100)
-    figure.subplots_adjust(0.2 / width, 0.1 / height, 1 - 0.2 / width, 1 - (_HEAD + 0.55) / height, 0.15, 0.4)
-    title = f"How many of {clients} simultaneous clients got each number"
-    figure.text(0.5, 1 - 0.3 / height, title, ha="center", fontsize=9)
-    for place, colour, words in ((0.2, ONCE, "7 one client"), (0.5, SEVERAL, "x3 several"), (0.8, NEVER, "- none")):
-        box = {"facecolor": colour, "edgecolor": "none", "pad": 4}
-        figure.text(place, 1 - 0.65 / height, words, ha="center", fontsize=7, color=_ink(colour), bbox=box)
+    figure = Figure(figsize=(columns * _PANEL[0], rows * _PANEL[1] + _HEAD), dpi=100, layout="constrained")
+    legend = {"7: one client": ONCE, "x3: several": SEVERAL, "-: none": NEVER}
+    figure.legend(
+        handles=[Patch(facecolor=colour, label=label) for label, colour in legend.items()],
+        title=f"{len(shown[0].shown.numbers)} simultaneous clients:\nhow many got each number",
+        loc="outside upper center",
+        ncols=3,
+        fontsize=7,
+        title_fontsize=9,
+        columnspacing=1,
+        handlelength=1,
+        frameon=False,
+    )
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in panels:
         panel.set_axis_off()
     for panel, outcome in zip(panels, shown, strict=False):
-        _grid(panel, outcome)
+        _draw_grid(panel, outcome)
     picture = io.BytesIO()
     figure.savefig(picture, format=file.suffix.lower()[1:])
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
@@ -125,7 +125,7 @@ def draw(outcomes: list[Outcome], file: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _grid(panel: "Axes", outcome: Outcome) -> None:
+def _draw_grid(panel: "Axes", outcome: Outcome) -> None:
     from matplotlib.patches import Rectangle
 
     shown = outcome.shown
@@ -133,21 +133,16 @@ def _grid(panel: "Axes", outcome: Outcome) -> None:
     panel.set_xlim(0, _IN_A_ROW)
     panel.set_ylim(-(-len(shown.numbers) // _IN_A_ROW), 0)
     panel.set_aspect("equal", anchor="N")
-    for place in range(len(shown.numbers)):
-        clients = given[place + 1]
-        row, column = divmod(place, _IN_A_ROW)
-        colour, sign = (SEVERAL, f"x{clients}") if clients > 1 else (ONCE, f"{place + 1}") if clients else (NEVER, "-")
-        cell = Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8)
-        cell.set_gid(f"{outcome.pair.name}/{place + 1}={clients}")
-        panel.add_patch(cell)
-        panel.text(column + 0.5, row + 0.53, sign, ha="center", va="center", fontsize=5.5, color=_ink(colour))
-    server, _, strategy = outcome.pair.title.partition(" · ")
-    words = f"{shown.unique} unique, {shown.duplicates} duplicates, {shown.skipped} skipped"
+    for number in range(1, len(shown.numbers) + 1):
+        clients = given[number]
+        row, column = divmod(number - 1, _IN_A_ROW)
+        colour, sign = (SEVERAL, f"x{clients}") if clients > 1 else (ONCE, str(number)) if clients else (NEVER, "-")
+        ink = "white" if colour == ONCE else "black"
+        name = f"{outcome.pair.name}/{number}={clients}"
+        panel.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8, gid=name))
+        panel.text(column + 0.5, row + 0.53, sign, ha="center", va="center", fontsize=5.5, color=ink)
+    title = outcome.pair.title.replace(" · ", "\n")
+    words = f"{outcome.verdict}: {shown.unique} unique, {shown.duplicates} duplicates, {shown.skipped} skipped"
     if shown.unanswered:
         words += f"\n{shown.unanswered} got no number"
-    colour = "black" if outcome.verdict == "right" else _WRONG
-    panel.set_title(f"{server}\n{strategy}\n{outcome.verdict}: {words}", fontsize=7, color=colour)
-
-
-def _ink(colour: str) -> str:
-    return "white" if colour == ONCE else "black"
+    panel.set_title(f"{title}\n{words}", fontsize=7, color="black" if outcome.verdict == "right" else _WRONG)

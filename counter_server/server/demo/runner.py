@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flask import Flask, flash, render_template_string
-from msgspec import Struct
+from msgspec import Struct, convert
 
 from ...errors import InvalidRequest, StartupError
 from ...extension import SharedState
 from ...manager.directory import DataDirectory
 from ...manager.starter import python_command
-from ..guard import Guarded, guarded
+from ..guard import guarded
 from ..prove.load import Client, described
-from ..strategies import RECIPE, STRATEGIES, Run, pause
+from ..strategies import JOIN, RACE, RECIPE, STRATEGIES, Run, pause
 
 OURS = "ours"
 _MODULE = "counter_server.server.demo.runner"
@@ -41,27 +41,16 @@ _DATA = "data"  # our manager's directory, among the files of a server
 control_socket_disable = True
 
 
-class Server(NamedTuple):
-    """A server: its usual name, the number of processes that answer, and its options if it is gunicorn."""
+class Server(Struct, frozen=True):
+    """A server that runs the app."""
 
-    title: str
-    processes: int = 1
-    gunicorn: tuple[str, ...] = ()
-
-
-SERVERS = {
-    "development": Server("development server, one thread"),
-    "threaded": Server("development server, threaded"),
-    "processes": Server("development server, processes=10"),
-    "waitress": Server("waitress, 4 processes", 4),
-    "gunicorn": Server("gunicorn, 4 workers", 4, ("-w", "4")),
-    "preload": Server("gunicorn, 4 workers, preloaded", 4, ("-w", "4", "--preload")),
-    "gevent": Server("gunicorn, 1 gevent worker", 1, ("-k", "gevent")),
-    "gevent-4": Server("gunicorn, 4 gevent workers", 4, ("-k", "gevent", "-w", "4")),
-}
+    title: str  # its usual name
+    needs: tuple[str, ...] = ()  # packages
+    processes: int = 1  # that answer at the same time
+    gunicorn: tuple[str, ...] = ()  # its options if it is gunicorn
 
 
-class Pair(NamedTuple):
+class Pair(Struct, frozen=True):
     """A strategy behind a server, with the expected verdict and its reason."""
 
     server: str
@@ -79,9 +68,8 @@ class Pair(NamedTuple):
 
     def missing(self) -> str:
         """Say which packages are not installed; empty if all are."""
-        strategy, options = STRATEGIES[self.strategy], SERVERS[self.server].gunicorn
-        program = ["waitress"] if self.server == "waitress" else ["gunicorn"] if options else []
-        needed = {*strategy.needs, *program, *(["gevent"] if "gevent" in options else [])}
+        strategy = STRATEGIES[self.strategy]
+        needed = {*strategy.needs, *SERVERS[self.server].needs}
         if absent := sorted(name for name in needed if find_spec(name) is None):
             return f"{' and '.join(absent)} not installed: pip install 'counter-server[demo]'"
         if strategy.newer and find_spec(strategy.newer) is None:
@@ -89,32 +77,8 @@ class Pair(NamedTuple):
         return ""
 
 
-_OWN = "Each process has one of its own, and counts alone."
-_READ_WRITE = "It is read, then written: two requests that read the same number both return the next one."
-_SHARED = "One object for all, each call atomic, and on disk before it is answered."
-
-PAIRS = [
-    Pair("development", "global", "right", "One request at a time. This is why the bug does not show at home."),
-    Pair("threaded", "global", "wrong", "Other threads read the number before a thread has written the next."),
-    Pair("threaded", "lock", "right", "A lock is enough for one process, while there is only one."),
-    Pair("processes", "global", "wrong", "Each request is a process, which begins at 0 again."),
-    Pair("waitress", "global", "wrong", _OWN),
-    Pair("waitress", "lock", "wrong", "A lock is for the threads of one process, and there are four processes."),
-    Pair("gunicorn", "global", "wrong", _OWN),
-    Pair("gevent", "global", "wrong", "One process and no threads, but greenlets switch too, wherever one waits."),
-    Pair("gunicorn", "value", "wrong", "Each worker imports the app, and so makes a value of its own."),
-    Pair("preload", "value", "right", "Workers forked from one parent share it: a number only, lost with that parent."),
-    Pair(
-        "gunicorn", "textbook", "wrong", "One object for all, but its process serves it with threads, without a lock."
-    ),
-    Pair("gunicorn", "textbook-lock", "right", "With a lock it is right, while its process lives."),
-    Pair("gunicorn", "textbook-killed", "wrong", "Its process is not restarted, and the number is lost with it."),
-    Pair("waitress", "cachelib", "wrong", f"Its inc() is a get and then a set. {_READ_WRITE}"),
-    Pair("waitress", "flask-caching", "wrong", _READ_WRITE),
-    Pair("waitress", "session", "wrong", "A session belongs to one visitor: each visitor has another."),
-    Pair("gunicorn", "stash", "wrong", f"It has get and put, but no increment. {_READ_WRITE}"),
-    *(Pair(server, OURS, "right", _SHARED) for server in ("processes", "waitress", "gunicorn", "gevent-4")),
-]
+SERVERS = convert(RACE["servers"], dict[str, Server])
+PAIRS = convert(RACE["pairs"], list[Pair])
 
 
 def chosen(only: Sequence[str]) -> list[Pair]:
@@ -142,7 +106,7 @@ def visit_at_once(
     count: int,
     path: str = "/",
     *,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] | None = None,
     patience: float = _PATIENCE,
 ) -> list[Reply]:
     """Send `count` requests at the same moment, each over a connection that is open by then.
@@ -154,27 +118,24 @@ def visit_at_once(
 
     def visit() -> Reply:
         began = time.monotonic()
-        number, error = None, ""
         try:
             with closing(Client(f"http://127.0.0.1:{port}", patience)) as client:
                 client.connect()
                 barrier.wait(patience)
                 began = time.monotonic()
                 status, content = client.request("GET", path, Connection="close")
-                if status == 200 and isinstance(content, int):
-                    number = content
-                else:
-                    error = described(status, content)
         except (OSError, HTTPException, threading.BrokenBarrierError) as failure:
-            error = str(failure) or type(failure).__name__
-        return Reply(number, time.monotonic() - began, error)
+            return Reply(None, time.monotonic() - began, str(failure) or type(failure).__name__)
+        number = content if status == 200 and isinstance(content, int) else None
+        return Reply(number, time.monotonic() - began, described(status, content) if number is None else "")
 
     clients = ThreadPoolExecutor(count)
     replies: list[Reply] = []
     try:
         for done in as_completed([clients.submit(visit) for _ in range(count)]):
             replies.append(done.result())
-            progress(sum(reply.number is not None for reply in replies))
+            if progress:
+                progress(sum(reply.number is not None for reply in replies))
         return replies
     finally:  # after a Ctrl-C some clients still wait for the server, which ends next
         barrier.abort()
@@ -232,26 +193,27 @@ class Outcome(NamedTuple):
 
     @property
     def shown(self) -> Round:
-        """The round to show in a table: the first wrong one, else the slowest."""
+        """The first wrong round, else the slowest."""
         return min(self.rounds, key=lambda each: (each.right, each.right and -each.slowest_seconds))
 
     @property
     def sentence(self) -> str:
         """What happened, and why."""
         shown = self.shown
-        given = Counter(number for number in shown.numbers if number is not None)
-        number, times = max(given.items(), key=lambda item: item[1], default=(0, 0))
-        reason = f"a client without a number got {shown.errors[0]!r}" if shown.errors else "please report it"
-        unexpected = "Right this time, by luck." if self.verdict == "right" else f"Not expected: {reason}."
-        parts = {
-            self.pair.why: self.verdict == self.pair.expected,
-            unexpected: self.verdict != self.pair.expected,
-            f"The number {number} was given {times} times.": times > 1,
-            f"Killed after {shown.killed_after} answers.": shown.killed_after is not None,
-            f"{shown.unanswered} clients got no number.": shown.unanswered > 0,
-            f"Right in {sum(each.right for each in self.rounds)} of {len(self.rounds)} rounds.": len(self.rounds) > 1,
-        }
-        return " ".join(part for part, said in parts.items() if said)
+        ((number, times),) = Counter(number for number in shown.numbers if number).most_common(1) or [(0, 0)]
+        parts = [self.pair.why]
+        if self.verdict != self.pair.expected:
+            reason = f"a client without a number got {shown.errors[0]!r}" if shown.errors else "please report it"
+            parts = ["Right this time, by luck." if self.verdict == "right" else f"Not expected: {reason}."]
+        if times > 1:
+            parts.append(f"The number {number} was given {times} times.")
+        if shown.killed_after is not None:
+            parts.append(f"Killed after {shown.killed_after} answers.")
+        if shown.unanswered:
+            parts.append(f"{shown.unanswered} clients got no number.")
+        if len(self.rounds) > 1:
+            parts.append(f"Right in {sum(each.right for each in self.rounds)} of {len(self.rounds)} rounds.")
+        return " ".join(parts)
 
 
 def listen(port: int, sockets: int = 1) -> list[socket.socket]:
@@ -266,8 +228,6 @@ def listen(port: int, sockets: int = 1) -> list[socket.socket]:
             found.append(socket.create_server(("127.0.0.1", port), backlog=_BACKLOG, reuse_port=sockets > 1))
             port = found[-1].getsockname()[1]
     except OSError as error:
-        for sock in found:
-            sock.close()
         raise StartupError(
             f"cannot listen on 127.0.0.1 port {port}: {os.strerror(error.errno or 0)}; choose another with --port, or"
             " omit it to use free ports"
@@ -279,12 +239,7 @@ class Running(NamedTuple):
     """A server that runs, on a port of loopback."""
 
     port: int
-    server: Guarded
-    recipe: Guarded | None
-
-    def manager(self) -> int | None:
-        """Return the process that holds the number for all others, if there is one."""
-        return self.recipe.pid if self.recipe else DataDirectory(self.server.directory / _DATA).manager_pid()
+    manager: Callable[[], int | None]  # returns the process that holds the number for all others, if there is one
 
 
 @contextmanager
@@ -307,31 +262,26 @@ def run_server(server: str, strategy: str, *, port: int = 0) -> Iterator[Running
             settings = ("-c", f"python:{_MODULE}", "-b", f"fd://{opened[0]}", *options, *way.gunicorn)
             command = python_command("gunicorn", *settings, f"{_MODULE}:create_app({strategy!r})")
         program = stack.enter_context(guarded(command, descriptors=opened, environment=environment))
-        running = Running(sockets[0].getsockname()[1], program, recipe)
+        port = sockets[0].getsockname()[1]
         for sock in sockets:  # when the server ends, its clients must get an error
             sock.close()
-        _await_processes(running, SERVERS[server].processes)
-        yield running
-
-
-def _await_processes(running: Running, count: int) -> None:
-    seen: set[int] = set()
-    deadline = time.monotonic() + _PATIENCE
-    while len(seen) < count:
-        running.server.check()
-        if time.monotonic() > deadline:
-            raise StartupError(f"{len(seen)} of {count} processes answered in {_PATIENCE:g} seconds")
-        probes = visit_at_once(running.port, 1 if count == 1 else _PROBES, "/ready", patience=1)
-        seen |= {reply.number for reply in probes if reply.number is not None}
+        processes, seen = SERVERS[server].processes, set[int | None]()
+        deadline = time.monotonic() + _PATIENCE
+        while len(seen) < processes:
+            program.check()
+            if time.monotonic() > deadline:
+                raise StartupError(f"{len(seen)} of {processes} processes answered in {_PATIENCE:g} seconds")
+            replies = visit_at_once(port, 1 if processes == 1 else _PROBES, "/ready", patience=1)
+            seen |= {reply.number for reply in replies} - {None}
+        data = DataDirectory(program.directory / _DATA)
+        yield Running(port, lambda: recipe.pid if recipe else data.manager_pid())
 
 
 def run(pairs: list[Pair], tell: Callable[[str], None], *, clients: int, rounds: int, port: int) -> Iterator[Outcome]:
     """Yield the outcome of each pair.
 
     :param tell: is called with a few words about each step.
-    :param clients: how many ask at once.
-    :param rounds: how many for each pair, each with a new server.
-    :param port: of all servers, one after the other; 0: free ports.
+    :param rounds: for each pair, each with a new server.
     :raises StartupError: if the port is not available.
     """
     for sock in listen(port):
@@ -373,7 +323,7 @@ def create_app(strategy: str) -> Flask:
     app.secret_key = os.urandom(16)
     app.config["COUNTER_SERVER_STORE"] = DataDirectory(Path.cwd() / _DATA).url
     app.config["COUNTER_SERVER_DEADLINE"] = _PATIENCE
-    take = STRATEGIES[strategy].join(Run("demo", app, SharedState(app), Path.cwd()))
+    take = JOIN[strategy](Run("demo", app, SharedState(app), Path.cwd()))
 
     @app.get("/")
     def home() -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import msgspec
+from jinja2 import Environment
 from msgspec import Struct
 
 from ...errors import InvalidRequest
@@ -154,31 +155,10 @@ def judge(history: list[Operation], final: int | None, kills: Iterable[Kill] = (
 
 def screen(verdict: Verdict) -> str:
     """Format the verdict for people."""
-    more = f" (and {verdict.violations - 1:,} more)" if verdict.violations > 1 else ""
-    rows = {
-        "increments": f"{verdict.answered:,} answered, {verdict.unknown:,} unknown",
-        "final value": "not known" if verdict.final is None else f"{verdict.final:,}",
-    }
-    if verdict.asked_again:
-        rows["asked again"] = f"{verdict.asked_again:,} under their keys"
-    for victim in ("manager", "worker"):
-        recoveries = [kill.recovery for kill in verdict.kills if kill.victim == victim]
-        if recoveries:
-            back = [recovery for recovery in recoveries if recovery is not None]
-            times = f"; back after {_time(median(back))} (median), {_time(max(back))} (worst)" if back else ""
-            rows[f"{victim} kills"] = f"{len(back)} of {len(recoveries)} survived{times}"
-    if verdict.seconds is not None:
-        early = ", stopped early" if verdict.stopped_early else ""
-        load = f"{verdict.clients} clients in {verdict.seconds:.1f} s{early}"
-        rows["throughput"] = f"{verdict.per_second:,.0f} increments/s by {load}"
-    if verdict.median is not None and verdict.slowest is not None:
-        rows["answers"] = f"after {_time(verdict.median)} (median), {_time(verdict.slowest)} (slowest)"
-    if verdict.stays:
-        rows["left there"] = f"the counter {verdict.counter}: {verdict.stays}"
-    if verdict.history:
-        rows["history"] = verdict.history
-    first = "right" if verdict.right else f"WRONG: {verdict.violation}{more}"
-    return "\n".join([first, *(f"{name:<14}{text}" for name, text in rows.items())])
+    environment = Environment(trim_blocks=True, lstrip_blocks=True)  # noqa: S701 - plain text
+    environment.filters |= {"n": "{:,}".format, "time": _time, "median": median}
+    template = environment.from_string(Path(__file__).with_name("verdict.txt").read_text(encoding="utf-8"))
+    return template.render(verdict=verdict).rstrip()
 
 
 def _time(seconds: float) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -23,6 +24,19 @@ def path_of(counter: str) -> str:
     return f"/api/v1/counters/{quote(counter)}"
 
 
+def value_in(status: int, content: Any) -> int | None:
+    """Return the value of a counter in an answer; None if there is none."""
+    value = content.get("value") if status == 200 and isinstance(content, dict) else None
+    return value if type(value) is int else None
+
+
+def described(status: int, content: Any) -> str:
+    """Describe an unexpected answer in a few of its own words."""
+    said = content.get("detail") if isinstance(content, dict) else content
+    text = " ".join(str(said or "").split())[:100]
+    return f"{status} {http.client.responses.get(status, '')}".strip() + (f": {text}" if text else "")
+
+
 class Client:
     """A client of one server, on one connection that it keeps while it works.
 
@@ -32,7 +46,7 @@ class Client:
     """
 
     def __init__(self, url: str, patience: float = PATIENCE) -> None:
-        self.given_up = False  # set from outside: an open increment is not sent again
+        self.given_up = False  # set from outside: nothing is sent again
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -69,32 +83,29 @@ class Client:
         :raises StartupError: if the answer is not a counter-server's.
         """
         status, content = self.request("POST", f"{path_of(counter)}/increment", **{"Idempotency-Key": key})
-        value = content.get("value") if isinstance(content, dict) else None
-        if status == 200 and type(value) is int:
-            return value
-        if status in _ASK_AGAIN:
-            return None
-        raise StartupError(f"an increment was answered {described(status, content)}")
+        value = value_in(status, content)
+        if value is None and status not in _ASK_AGAIN:
+            raise StartupError(f"an increment was answered {described(status, content)}")
+        return value
 
     def increment(self, counter: str, key: str, deadline: float) -> Operation:
         """Send an increment again after every failure that leaves it open, until `deadline` (`time.monotonic`)."""
         invoked = time.monotonic()
+        value = self.retry(lambda: self.increment_once(counter, key), deadline)
+        return Operation(key, invoked) if value is None else Operation(key, invoked, time.monotonic(), (value,))
+
+    def retry(
+        self, attempt: Callable[[], int | None], deadline: float, longest_pause: float = _LONGEST_PAUSE
+    ) -> int | None:
+        """Return the first result of `attempt`, which may fail or return None until then; None after the deadline."""
         pause = _FIRST_PAUSE
         while time.monotonic() < deadline and not self.given_up:
             with suppress(OSError, http.client.HTTPException):
-                value = self.increment_once(counter, key)
-                if value is not None:
-                    return Operation(key, invoked, time.monotonic(), (value,))
+                if (value := attempt()) is not None:
+                    return value
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-        return Operation(key, invoked)
-
-
-def described(status: int, content: Any) -> str:
-    """Describe an unexpected answer in a few of its own words."""
-    said = content.get("detail") if isinstance(content, dict) else content
-    text = " ".join(str(said or "").split())[:100]
-    return f"{status} {http.client.responses.get(status, '')}".strip() + (f": {text}" if text else "")
+            pause = min(2 * pause, longest_pause)
+        return None
 
 
 class Load:
@@ -103,7 +114,7 @@ class Load:
     def __init__(self, url: str, counter: str, clients: int, *, each: int | None = None) -> None:
         self.history: list[Operation] = []  # of operations that ended; append is atomic
         self.failures: list[BaseException] = []  # each ended a client
-        self._open: dict[int, Operation] = {}  # the current operation of each client
+        self._operations: dict[str, Operation] = {}  # the current state of all, by key
         self._counter = counter
         self._each = each
         self._keys = os.urandom(8).hex()  # the prefix of all keys of this load
@@ -124,9 +135,9 @@ class Load:
             count = 0
             while not self._stop.is_set() and count != self._each:
                 key = f"{self._keys}-{number}-{count}"
-                self._open[number] = Operation(key, time.monotonic())
-                self.history.append(client.increment(self._counter, key, time.monotonic() + PATIENCE))
-                del self._open[number]
+                self._operations[key] = Operation(key, time.monotonic())
+                self._operations[key] = client.increment(self._counter, key, time.monotonic() + PATIENCE)
+                self.history.append(self._operations[key])
                 count += 1
         except Exception as error:  # noqa: BLE001 - the owner of the load reports it
             self.failures.append(error)
@@ -147,8 +158,5 @@ class Load:
             thread.join(max(deadline - time.monotonic(), 0))
 
     def operations(self) -> list[Operation]:
-        """Return all operations until now: ended ones in their order, then open ones."""
-        begun = list(self._open.values())  # first: an operation that ends meanwhile is then in both lists
-        ended = list(self.history)
-        keys = {operation.key for operation in ended}
-        return ended + [operation for operation in begun if operation.key not in keys]
+        """Return all operations until now, the open ones included."""
+        return list(self._operations.values())

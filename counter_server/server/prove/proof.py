@@ -20,7 +20,7 @@ from ..guard import Guarded, guarded
 from ..progress import Progress
 from ..supervisor import STABLE_SECONDS
 from .history import Kill, Operation, Verdict, judge
-from .load import PATIENCE, Client, Load, described, path_of
+from .load import PATIENCE, Client, Load, described, path_of, value_in
 
 _BOOT_SECONDS = 60.0
 _GRACE = 10.0  # seconds in which open increments may be answered when the load has ended
@@ -34,12 +34,11 @@ _SETTLED_SECONDS = STABLE_SECONDS + 0.2
 def group_members(group: int) -> list[int]:
     """Return the processes of a process group that are not zombies."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-                if int(pgrp) == group and state != "Z":
-                    found.append(int(entry.name))
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                found.append(int(entry.name))
     return found
 
 
@@ -57,7 +56,7 @@ def own_server() -> Iterator[tuple[Guarded, str]]:
         yield server, url
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Proof:
     """One proof, on a running server."""
 
@@ -67,28 +66,28 @@ class Proof:
     show: Progress
     server: Guarded | None  # if it was started for this proof
     kills: dict[str, int]  # how many of "manager" and "worker", of that server
-    token: str | None = None  # with which the counter is deleted on another server
+
+    def __post_init__(self) -> None:
+        self._client = Client(self.url)
+        self._counter = f"prove-{os.urandom(6).hex()}"
+        self._history: list[Operation] = []  # of this client; the load has its own
+        self._killed: list[Kill] = []
+        self._plan = sorted((random.uniform(0, self.seconds), kind) for kind, n in self.kills.items() for _ in range(n))
+        self._settled = dict.fromkeys(self.kills, 0.0)  # when the last victim of each kind was replaced
 
     def run(self) -> tuple[Verdict, list[Operation]]:
         """Prove, and return the history too. Ctrl-C ends the load early; a second one ends everything.
 
         :raises StartupError: if the server cannot be reached, or does not count.
         """
-        self._counter = f"prove-{os.urandom(6).hex()}"
-        self._history: list[Operation] = []  # of this client; the load has its own
-        self._killed: list[Kill] = []
-        moments = [(random.uniform(0, self.seconds), victim) for victim, n in self.kills.items() for _ in range(n)]
-        self._plan = sorted(moments)
-        self._settled = dict.fromkeys(self.kills, 0.0)  # when the last victim of each kind was replaced
-        self._client = Client(self.url)
         with closing(self._client):
-            self._begin()
+            self._increment_first()
             early = False
             seen: list[str] = []
             load = Load(self.url, self._counter, self.clients)
             try:
                 self.show.say(f"{self.clients} clients increment {self._counter} on {self.url} for {self.seconds:g} s")
-                self._watch(load)
+                self._wait_and_kill(load)
             except KeyboardInterrupt:
                 early = True
                 self.show.say("Stopped early: the history until now will be checked")
@@ -100,19 +99,18 @@ class Proof:
             in_load = load.operations()
             history = self._asked_again([*self._history, *in_load])
             verdict = msgspec.structs.replace(
-                judge(history, self._final(seen), self._killed, seen),
+                judge(history, self._read_final_value(seen), self._killed, seen),
                 url=self.url,
                 counter=self._counter,
                 clients=self.clients,
                 seconds=seconds,
-                per_second=sum(1 for operation in in_load if operation.answers) / seconds,
+                per_second=len([operation for operation in in_load if operation.answers]) / seconds,
                 stopped_early=early,
-                stays=None if self.server else self._delete(),
+                stays=None if self.server else self._delete_or_say_why_not(),
             )
             return verdict, history
 
-    def _begin(self) -> None:
-        """Make the first increment, which shows whether this server counts."""
+    def _increment_first(self) -> None:
         key = f"{self._counter}-first"
         invoked = time.monotonic()
         try:
@@ -124,11 +122,10 @@ class Proof:
             raise StartupError(f"no server can be reached at {self.url}: {reason}; is it running there?") from error
         except StartupError as error:
             raise StartupError(f"{self.url} is not a counter-server: {error}") from error
-        done = Operation(key, invoked) if value is None else Operation(key, invoked, time.monotonic(), (value,))
-        self._history.append(done)
+        answer = () if value is None else (value,)
+        self._history.append(Operation(key, invoked, time.monotonic() if answer else None, answer))
 
-    def _watch(self, load: Load) -> None:
-        """Wait until the load's time is over, and the last kill was survived."""
+    def _wait_and_kill(self, load: Load) -> None:
         while not load.failures:
             now = time.monotonic()
             elapsed = now - load.began
@@ -137,7 +134,7 @@ class Proof:
                 moment, victim = self._plan[0]
                 if elapsed >= moment and now >= max(load.began, self._settled[victim]) + _SETTLED_SECONDS:
                     del self._plan[0]
-                    if not self._kill(victim, load.began):
+                    if not self._kill_and_wait(victim, load.began):
                         return
             elif elapsed >= self.seconds:
                 return
@@ -145,8 +142,7 @@ class Proof:
                 raise StartupError(f"the server ended; its last line: {self.server.last_line}")
             time.sleep(_TICK)
 
-    def _kill(self, victim: str, began: float) -> bool:
-        """Kill a process, and return whether service came back."""
+    def _kill_and_wait(self, victim: str, began: float) -> bool:
         assert self.server
         before = self._victims(victim)
         if not before:
@@ -179,15 +175,13 @@ class Proof:
 
     def _replaced(self, before: list[int], deadline: float) -> bool:
         """Wait until a new worker has answered: the home page contains the process id of its worker."""
-        while time.monotonic() < deadline:
-            client = Client(self.url)  # any worker may accept a new connection
-            with closing(client), suppress(OSError, http.client.HTTPException):
-                page = str(client.request("GET", "/")[1])
-                new = {str(pid) for pid in self._victims("worker") if pid not in before}
-                if new & set(re.findall(r"\d+", page)):
-                    return True
-            time.sleep(0.01)
-        return False
+
+        def answered() -> int | None:
+            with closing(Client(self.url)) as client:  # any worker may accept a new connection
+                numbers = set(map(int, re.findall(r"\d+", str(client.request("GET", "/")[1]))))
+            return next((pid for pid in self._victims("worker") if pid in numbers and pid not in before), None)
+
+        return self._client.retry(answered, deadline, longest_pause=0.01) is not None
 
     def _asked_again(self, history: list[Operation]) -> list[Operation]:
         """Send a sample of the answered increments again: the answers must be the same."""
@@ -202,28 +196,23 @@ class Proof:
         """Return the seconds that an answer may still take: none if the server has ended."""
         return _GRACE if self.server is None or self.server.running else 0.0
 
-    def _final(self, seen: list[str]) -> int | None:
-        """Read the counter; None, with a reason in `seen`, if that fails."""
-        deadline = time.monotonic() + self._grace()
-        while True:
-            try:
-                status, content = self._client.request("GET", path_of(self._counter))
-            except (OSError, http.client.HTTPException) as error:
-                reason = str(error) or type(error).__name__
-            else:
-                if status == 200 and isinstance(content, dict) and type(value := content.get("value")) is int:
-                    return value
-                if status == 404:
-                    return 0
-                reason = f"answered {described(status, content)}"
-            if time.monotonic() > deadline:
-                seen.append(f"the counter could not be read in the end: {reason}")
-                return None
-            time.sleep(_TICK)
+    def _read_final_value(self, seen: list[str]) -> int | None:
+        reason = "no answer"
 
-    def _delete(self) -> str | None:
-        """Delete the counter from the other server, or return the reason why it stays."""
-        authorization = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        def read() -> int | None:
+            nonlocal reason
+            status, content = self._client.request("GET", path_of(self._counter))
+            reason = f"answered {described(status, content)}"
+            return 0 if status == 404 else value_in(status, content)
+
+        final = self._client.retry(read, time.monotonic() + self._grace())
+        if final is None:
+            seen.append(f"the counter could not be read in the end: {reason}")
+        return final
+
+    def _delete_or_say_why_not(self) -> str | None:
+        token = os.environ.get("COUNTER_SERVER_TOKEN")
+        authorization = {"Authorization": f"Bearer {token}"} if token else {}
         with suppress(OSError, http.client.HTTPException):
             status, content = self._client.request("DELETE", path_of(self._counter), **authorization)
             return None if status in (200, 204, 404) else f"deleting it was answered {described(status, content)}"

@@ -4,17 +4,15 @@ A run is begun by one worker, known to all of them, and over after a minute. Its
 the data of old runs can be found and removed.
 """
 
-import os
 import re
 import secrets
 import shutil
-import stat
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 import msgspec
 from cachetools import TTLCache
@@ -22,11 +20,12 @@ from flask import Blueprint, Flask, Response, current_app, render_template, requ
 from itsdangerous import BadSignature, SignatureExpired, URLSafeTimedSerializer
 from werkzeug.exceptions import Gone, NotFound, ServiceUnavailable
 
+from ...dicts import SharedDict
 from ...errors import InvalidRequest, StartupError, Unsupported
 from ...extension import SharedState
 from ...manager.directory import DataDirectory
 from ...settings import default_data_dir
-from ..strategies import LAB_COUNTERS, STRATEGIES, Run, Take
+from ..strategies import JOIN, STRATEGIES, Run, Take
 from .security import is_loopback
 
 _MOST_CLIENTS = 100
@@ -34,6 +33,7 @@ _SECONDS = 60  # that a run may last
 FORGOTTEN = 2 * _SECONDS  # after its begin no client of a run asks, or waits for an answer
 _MOST_RUNS = 100  # whose numbers a worker keeps in its memory
 _MEMORY = "memory:// is each worker process's own: in none did a number come twice, but each began at 0."
+_RUNS = "lab/"  # the prefix of their counters, and their directory
 _NAME = re.compile(r"([0-9]{1,12})-[0-9a-f]{16}")
 
 
@@ -66,16 +66,20 @@ class _Lab:
             scheme = str(shared.state.store).partition("://")[0]  # the whole URL is for operators only
         self._app = app
         self._shared = shared
-        self._strategies = {name: strategy for name, strategy in STRATEGIES.items() if strategy.about}
-        store = self._strategies["store"]._replace(title=f"the configured store, {scheme}://")
-        self._strategies["store"] = store._replace(wrong=_MEMORY) if scheme == "memory" else store
-        no_manager = {"manager": f"the configured store is {scheme}://, and has no manager"}
-        self._missing = {} if scheme == "manager" else no_manager
-        self._numbers = None if self._missing else shared.dict("lab", max_entries=1000, ttl=FORGOTTEN)
         self._memory = Memory()
+        self._strategies = {name: strategy for name, strategy in STRATEGIES.items() if strategy.about}
+        store = self._strategies["store"]
+        wrong = _MEMORY if scheme == "memory" else store.wrong
+        self._strategies["store"] = msgspec.structs.replace(store, title=f"{store.title}, {scheme}://", wrong=wrong)
         url, default = app.config["COUNTER_SERVER_STORE"], app.config["COUNTER_SERVER_DATA_DIR"]
-        # The manager's, or for another store the directory of the app's keys.
-        self._data = DataDirectory.from_url(url, default) if scheme == "manager" else DataDirectory(default)
+        if scheme == "manager":
+            self._missing: dict[str, str] = {}
+            self._numbers: SharedDict | None = shared.dict("lab", max_entries=1000, ttl=FORGOTTEN)
+            self._data = DataDirectory.from_url(url, default)
+        else:
+            self._missing = {"manager": f"the configured store is {scheme}://, and has no manager"}
+            self._numbers = None
+            self._data = DataDirectory(default)  # with the app's keys
         lab.get("")(self.page)
         lab.post("/runs")(self.begin)
         lab.post("/runs/<run_id>/clients")(self.client)
@@ -92,7 +96,7 @@ class _Lab:
             most=_MOST_CLIENTS,
         )
 
-    def begin(self) -> Response:
+    def begin(self) -> tuple[dict[str, Any], int, dict[str, str]]:
         """Begin a run with the form's choices, and return where its clients ask."""
         name = self._strategy(request.form.get("strategy", ""))
         strategy, clients = self._strategies[name], _clients(request.form.get("clients", ""))
@@ -100,30 +104,29 @@ class _Lab:
             raise Unsupported(f"{strategy.title} cannot be shown here: {self._missing[name]}")
         run_id = _signer().dumps([name, secrets.token_hex(8)])  # signed, so that every worker knows it
         if name == "file":
-            self._data.make()
-            _make_directory(self._find(run_id)[1].directory)
+            self._make_directory_and_remove_old_ones(self._find(run_id)[1])
         if name == "store":
             _delete_old_counters(self._shared)
-        where = url_for("lab.end", run_id=run_id)
+        links = {"run": url_for("lab.end", run_id=run_id), "ask": url_for("lab.client", run_id=run_id)}
         words = {word: getattr(strategy, word) for word in ("title", "place", "right", "wrong")}
-        content = {"run": where, "ask": url_for("lab.client", run_id=run_id), "clients": clients, **words}
-        return _json(content, 201, {"Location": where})
+        return {**links, "clients": clients, **words}, 201, {"Location": links["run"]}
 
-    def client(self, run_id: str) -> Response:
-        """Give a client of a run its number, in the way of the run's strategy."""
+    def client(self, run_id: str) -> dict[str, Any]:
         name, run = self._find(run_id)
-        strategy = self._strategies[name]
-        take = self._memory.take_of(run.name, lambda: strategy.join(run)) if strategy.memory else strategy.join(run)
+        join = partial(JOIN[name], run)
+        take = self._memory.take_of(run.name, join) if self._strategies[name].memory else join()
         try:
-            return _json(take())
+            return msgspec.structs.asdict(take())
         except FileNotFoundError:
             raise Gone("this run has ended: start another") from None
 
     def end(self, run_id: str) -> Response:
-        """End a run: delete its data now."""
         name, run = self._find(run_id)
         self._memory.forget(run.name)
-        self._strategies[name].end(run)
+        if name == "store":
+            self._shared.counter(run.name).delete()
+        if run.numbers is not None:
+            run.numbers.pop(run.name, None)
         # A late client may still be writing there: the rest is removed when the next run begins.
         shutil.rmtree(run.directory, ignore_errors=True)
         return Response(status=204)
@@ -134,20 +137,27 @@ class _Lab:
         return name
 
     def _find(self, run_id: str) -> tuple[str, Run]:
-        """Find a run and the name of its strategy.
-
-        :raises NotFound: if this server did not begin it.
-        :raises Gone: if it is over.
-        """
+        """Find a run and the name of its strategy, if this server began it and it is not over."""
         try:
             (strategy, nonce), began = _signer().loads(run_id, max_age=_SECONDS, return_timestamp=True)
         except SignatureExpired:
             raise Gone(f"this run began more than {_SECONDS} seconds ago and is over: start another") from None
         except BadSignature:
             raise NotFound("this run does not exist: start one") from None
-        name = f"{began.timestamp():.0f}-{nonce}"
-        directory = self._data.path / "lab" / name
-        return strategy, Run(name, self._app, self._shared, directory, url_for("lab.page"), self._numbers)
+        name = f"{_RUNS}{began.timestamp():.0f}-{nonce}"
+        numbers = self._numbers if strategy == "manager" else None
+        return strategy, Run(name, self._app, self._shared, self._data.path / name, url_for("lab.page"), numbers)
+
+    def _make_directory_and_remove_old_ones(self, run: Run) -> None:
+        self._data.make()
+        runs = run.directory.parent
+        if runs.is_symlink():
+            raise StartupError(f"{runs} is a link to another directory: remove it")
+        DataDirectory(runs).make()
+        for directory in runs.iterdir():
+            if is_over(directory.name):
+                shutil.rmtree(directory, ignore_errors=True)
+        run.directory.mkdir(0o700)  # one that exists was not made for this run, and is an error
 
 
 def _signer() -> URLSafeTimedSerializer:
@@ -159,10 +169,6 @@ def _clients(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= _MOST_CLIENTS):
         raise InvalidRequest(f"clients is a number from 1 to {_MOST_CLIENTS}")
     return int(text)
-
-
-def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(content), status, headers, content_type="application/json")
 
 
 class Memory:
@@ -194,24 +200,8 @@ def is_over(name: str) -> bool:
     return match is not None and int(match[1]) + FORGOTTEN < time.time()
 
 
-def _make_directory(run: Path) -> None:
-    """Make the directory of a run, and remove the directories of old runs.
-
-    :raises StartupError: if other users can write to the directory of all runs.
-    """
-    path = run.parent
-    path.mkdir(0o700, exist_ok=True)
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise StartupError(f"{path} is not a directory that only this user can write to: remove it")
-    for directory in path.iterdir():
-        if is_over(directory.name):
-            shutil.rmtree(directory, ignore_errors=True)
-    run.mkdir(0o700)  # one that exists was not made for this run, and is an error
-
-
 def _delete_old_counters(shared: SharedState) -> None:
     with suppress(Unsupported):  # memcached lists no counters; it evicts old ones when it needs the room
-        for name, _ in shared.counters(after=LAB_COUNTERS).counters:  # the oldest first
-            if name.startswith(LAB_COUNTERS) and is_over(name.removeprefix(LAB_COUNTERS)):
+        for name, _ in shared.counters(after=_RUNS).counters:  # the oldest first
+            if name.startswith(_RUNS) and is_over(name.removeprefix(_RUNS)):
                 shared.counter(name).delete()
