@@ -202,6 +202,18 @@ def test_the_client_that_is_idle_longest_makes_room_for_another() -> None:
     assert isinstance(ledger.perform([Batch(early, 2, [Increment("a")])])[0], BatchRefused)
 
 
+def test_a_client_that_makes_room_in_a_commit_is_unknown_to_the_rest_of_that_commit() -> None:
+    now = [0.0]
+    ledger = Ledger(clock=lambda: now[0], caps=Caps(clients=1))
+    early, new = os.urandom(16), os.urandom(16)
+    assert apply(ledger, Increment("a"), client=early) == [1]
+    now[0] = CLIENT_MINIMUM
+    answers = ledger.perform([Batch(new, 1, [Increment("a")]), Batch(early, 2, [Increment("a")])])
+    assert answers[0] == [2]
+    assert isinstance(answers[1], BatchRefused)
+    assert ledger.sizes[1] == 1
+
+
 def test_a_shared_object_lets_in_no_more_clients_either() -> None:
     hosted = HostedObject(declare("toolbox", Toolbox, (), {}, durable=False), lambda: 1.0, most_clients=1)
     call = [Invoke("no_such_method", b"")]
