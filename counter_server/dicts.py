@@ -32,10 +32,6 @@ class _Entry(NamedTuple):
     expires: float  # by the dict's timer
 
 
-def _expires(_key: Hashable, entry: _Entry, _now: float) -> float:
-    return entry.expires
-
-
 class BoundedDict:
     """A dict with a maximum number of entries, each with a time to live. Not thread-safe: `HostedObject` locks it.
 
@@ -47,12 +43,11 @@ class BoundedDict:
 
     def __init__(self, max_entries: float, timer: Callable[[], float] = time.monotonic) -> None:
         self._timer = timer
-        self._entries: TLRUCache[Any, _Entry] = TLRUCache(max_entries, _expires, timer)
+        self._entries: TLRUCache[Any, _Entry] = TLRUCache(max_entries, lambda _key, entry, _now: entry.expires, timer)
 
     def find(self, key: Any) -> tuple[Any, ...]:
         """Return a tuple of the key's value, or an empty tuple."""
-        entry = self._entries.get(key)
-        return () if entry is None else (entry.value,)
+        return self._entries.get(key, ())[:1]
 
     def has(self, key: Any) -> bool:
         return key in self._entries
@@ -73,16 +68,14 @@ class BoundedDict:
         return True
 
     def setdefault(self, key: Any, default: Any, ttl: Limit) -> Any:
-        entry = self._entries.get(key)
-        if entry is not None:
-            return entry.value
-        self.set(key, default, ttl)
-        return default  # not read again: it may have expired
+        found = self.find(key)
+        if not found:
+            self.set(key, default, ttl)
+        return found[0] if found else default  # not read again: it may have expired
 
     def remove(self, key: Any) -> tuple[Any, ...]:
         """Remove a key. Return a tuple of its value, or an empty tuple."""
-        entry = self._entries.pop(key, None)
-        return () if entry is None else (entry.value,)
+        return self._entries.pop(key, ())[:1]
 
     def delete(self, key: Any) -> bool:
         """Remove a key. Return whether it existed."""
@@ -111,11 +104,10 @@ class BoundedDict:
 
     def renew(self, key: Any, default: Any, ttl: Limit) -> Any:
         """Read a key and restart its time to live. A key that does not exist is not created."""
-        entry = self._entries.get(key)
-        if entry is None:
-            return default
-        self.set(key, entry.value, ttl)
-        return entry.value
+        found = self.find(key)
+        if found:
+            self.set(key, found[0], ttl)
+        return found[0] if found else default
 
     def keys(self, part: int, parts: int) -> list[Any] | None:
         """Return the keys whose hash falls into one of several parts, or None if they are too large for one answer."""
@@ -182,16 +174,11 @@ class SharedDict:
 
     def keys(self) -> list[Any]:
         """Return all keys, in no order. If they need several answers, keys set meanwhile may be missing."""
-        found: list[Any] = []
-        parts = [(0, 1)]
-        while parts:
-            part, count = parts.pop()
-            some = self._hosted.keys(part, count)
-            if some is None:
-                parts += [(part, 2 * count), (part + count, 2 * count)]
-            else:
-                found += some
-        return found
+        return self._keys(0, 1)
+
+    def _keys(self, part: int, parts: int) -> list[Any]:
+        found = self._hosted.keys(part, parts)
+        return self._keys(part, 2 * parts) + self._keys(part + parts, 2 * parts) if found is None else found
 
     def clear(self) -> None:
         self._hosted.clear()

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from math import inf
+from operator import attrgetter
 from typing import Any, NoReturn
 
 from msgspec import Struct
@@ -82,10 +83,7 @@ def _source(cls: type) -> str:
 
 
 def _find(module: str, qualname: str) -> Any:
-    found: Any = importlib.import_module(module)
-    for part in qualname.split("."):
-        found = getattr(found, part)
-    return found
+    return attrgetter(qualname)(importlib.import_module(module))
 
 
 class Busy(OSError):

@@ -1,19 +1,15 @@
-"""Settings of the command line, the extension and the servers: names, defaults and limits."""
+"""Settings of states, stores and managers: names, defaults and limits."""
 
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import nan
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 from .errors import InvalidRequest
 
 Durability = Literal["commit", "process", "none"]
 DURABILITIES: tuple[str, ...] = get_args(Durability)
-
-LogFormat = Literal["text", "json"]
-LOG_FORMATS: tuple[str, ...] = get_args(LogFormat)
 
 DEFAULT_DURABILITY: Durability = "commit"
 DEFAULT_STORE = "manager://"
@@ -24,7 +20,6 @@ LONGEST_DEADLINE = 60.0  # seconds; client records outlive every batch that is s
 
 
 def check_durability(name: object) -> Durability:
-    """Return `name`, or raise `InvalidRequest` if it is not a durability."""
     if name not in DURABILITIES:
         raise InvalidRequest(f"a durability is one of {', '.join(DURABILITIES)}, not {name!r}")
     return cast(Durability, name)
@@ -72,21 +67,3 @@ class Caps:
 
 
 DEFAULT_CAPS = Caps()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """What `counter-server run` serves, and how."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: a free port
-    workers: int = max(2, os.cpu_count() or 1)
-    threads: int = 8  # in each worker, for requests
-    request_timeout: float = 20.0  # seconds from the first byte of a request to its last
-    frozen_after: float = 6.0  # seconds without a sign of life after which a worker is replaced
-    store: str = DEFAULT_STORE
-    durability: Durability = DEFAULT_DURABILITY
-    log_format: LogFormat = "text"
-    attach: bool = False  # use a manager that is already running
-    caps: Caps = DEFAULT_CAPS
-    web: Mapping[str, Any] = field(default_factory=dict)  # the web application's configuration

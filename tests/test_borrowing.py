@@ -163,7 +163,7 @@ def outcomes(calls: list[Callable[[], object]]) -> list[str]:
         try:
             call()
         except DeadlineExceeded as error:
-            refused = "this request has waited" in str(error)
+            refused = "this request has already waited" in str(error)
             found.append(f"refused, {error.outcome}" if refused else error.outcome)
         else:
             found.append("done")
