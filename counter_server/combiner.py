@@ -113,7 +113,8 @@ class Combiner(Generic[Item, Answer]):
                 self._wait(ticket, ticket.turn, deadline)
             if self._leader is ticket:
                 if ticket.done:
-                    self._step_down(ticket)
+                    with self._lock:
+                        self._pass_on(ticket)
                 else:
                     self._lead(ticket, deadline)
         except BaseException:
@@ -213,10 +214,6 @@ class Combiner(Generic[Item, Answer]):
                 self._pass_on(ticket)
             else:
                 self._leader = None
-
-    def _step_down(self, ticket: _Ticket[Item, Answer]) -> None:
-        with self._lock:
-            self._pass_on(ticket)
 
     def _disband(self, call: _Call[Item, Answer], leader: _Ticket[Item, Answer]) -> None:
         """Put the other threads of a call that was never sent back at the head of the queue."""

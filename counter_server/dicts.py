@@ -16,14 +16,12 @@ Limit = float | None  # a bound, or a time to live in seconds; None: unlimited
 
 
 def check_entries(number: object) -> int:
-    """Return `number`, or raise `InvalidRequest` unless a dict can have this many entries."""
     if type(number) is not int or number < 1:
         raise InvalidRequest(f"the most entries of a dict is an int, 1 or more, not {number!r}")
     return number
 
 
 def check_ttl(seconds: object) -> Limit:
-    """Return `seconds`, or raise `InvalidRequest` unless it can be a time to live. None means forever."""
     return None if seconds is None else check_seconds(seconds, "a ttl")
 
 
@@ -78,7 +76,6 @@ class BoundedDict:
         return self._entries.pop(key, ())[:1]
 
     def delete(self, key: Any) -> bool:
-        """Remove a key. Return whether it existed."""
         return self._entries.pop(key, None) is not None
 
     def incr(
@@ -152,7 +149,6 @@ class SharedDict:
         return _value(self._hosted.find(key) or (default,), key)
 
     def set(self, key: Any, value: Any, *, ttl: Limit = None) -> None:
-        """Set a value, which expires after `ttl` seconds."""
         self._hosted.set(key, value, self._seconds(ttl))
 
     def setdefault(self, key: Any, default: Any = None, *, ttl: Limit = None) -> Any:
@@ -166,14 +162,13 @@ class SharedDict:
     def incr(self, key: Any, by: float = 1, *, minimum: Limit = None, maximum: Limit = None, ttl: Limit = None) -> Any:
         """Add `by` to a number, which starts at 0, and return the result. Its time to live is not extended.
 
-        :param ttl: seconds after which a new number expires.
         :raises LimitReached: if the result would lie outside the bounds; nothing is changed.
         :raises TypeError: if the value is not a number.
         """
         return within_bounds(self._hosted.incr(key, by, self._seconds(ttl), minimum, maximum), key)
 
     def keys(self) -> list[Any]:
-        """Return all keys, in no order. If they need several answers, keys set meanwhile may be missing."""
+        """Return all keys, in no order. If they need several answers, keys that are set meanwhile may be missing."""
         return self._keys(0, 1)
 
     def _keys(self, part: int, parts: int) -> list[Any]:
@@ -210,7 +205,6 @@ def _value(found: tuple[Any, ...], key: Any) -> Any:
 
 
 def within_bounds(number: float | None, key: Any) -> float:
-    """Return the result of an increment, or raise `LimitReached` if there is none."""
     if number is None:
         raise LimitReached(f"the result for {key!r} would lie outside the bounds; nothing was changed")
     return number

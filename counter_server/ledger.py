@@ -121,7 +121,6 @@ def raise_error(error: BaseException) -> NoReturn:
 class Clients:
     """Remembers the last batch of each client, in the order of their last use.
 
-    :param records: the clients known so far, in that order.
     :param most: the maximum number of clients. If there is no room, the client that was idle longest is forgotten, but
         only if no batch of it can arrive any more.
     :param owner: the shared object that they call; empty for the counters.
@@ -162,7 +161,6 @@ class Clients:
         return no_room("client", self._most, "clients")
 
     def remember(self, batch: Batch, results: list[Result], changes: Changes) -> None:
-        """Record the answer, for when the batch is resent."""
         if batch.sequence == 1 and batch.client not in changes.clients:
             changes.more_clients += 1
         changes.clients[batch.client] = ClientRecord(batch.sequence, results, changes.now, self._owner)

@@ -55,10 +55,7 @@ class Declaration(Struct, frozen=True, array_like=True):
 def declare(
     name: str, cls: type, arguments: tuple[Any, ...], keywords: dict[str, Any], *, durable: bool
 ) -> Declaration:
-    """Return the declaration of a shared object `cls(*arguments, **keywords)`.
-
-    :raises InvalidRequest: if another process could not import the class, or the arguments are not plain data.
-    """
+    """Declare `cls(*arguments, **keywords)`. Raise `InvalidRequest` if another process could not make it."""
     check_name(name)
     if not isinstance(cls, type):
         raise InvalidRequest(f"a shared object is declared with its class, not {cls!r}")

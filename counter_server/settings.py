@@ -3,7 +3,6 @@
 import os
 import sys
 from dataclasses import dataclass
-from math import nan
 from typing import Literal, cast, get_args
 
 from .errors import InvalidRequest
@@ -26,15 +25,11 @@ def check_durability(name: object) -> Durability:
 
 
 def check_seconds(seconds: object, what: str, most: float = sys.float_info.max) -> float:
-    """Return `seconds`, or raise `InvalidRequest` about `what`, unless it is more than 0 and at most `most`."""
-    try:
-        number = float(seconds) if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) else nan
-    except OverflowError:  # an int beyond any float
-        number = nan
-    if not 0 < number <= most:
-        limit = f" and at most {most:g}" if most <= LONGEST_DEADLINE else ""
-        raise InvalidRequest(f"{what} is a number of seconds, more than 0{limit}, not {seconds!r}")
-    return number
+    """Return `seconds`, or raise `InvalidRequest` about `what` unless it is more than 0 and at most `most`."""
+    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds <= most:
+        return float(seconds)
+    limit = f" and at most {most:g}" if most <= LONGEST_DEADLINE else ""
+    raise InvalidRequest(f"{what} is a number of seconds, more than 0{limit}, not {seconds!r}")
 
 
 def default_data_dir(instance_path: str = "instance") -> str:

@@ -49,12 +49,7 @@ class Store(Applies, Protocol):
     round_trip: RoundTrip
 
     def findings(self, deadline: float, /) -> list[Finding]:
-        """Ask the live server what it promises, and change nothing.
-
-        :param deadline: in `time.monotonic` seconds.
-        :raises Disconnected: if there is no answer.
-        :raises CounterServerError: if the server does not let this process in.
-        """
+        """Ask the live server what it promises, and change nothing. Raise as `ReportsStatus.status`."""
         ...
 
     def after_fork(self) -> None:
@@ -72,11 +67,9 @@ class Store(Applies, Protocol):
 
 @runtime_checkable
 class HostsObjects(Protocol):
-    """A store that can host shared objects."""
+    """A store that can host shared objects: `object` returns a store for the calls of one of them."""
 
-    def object(self, declaration: Declaration) -> Store:
-        """Return a store for the calls of one shared object."""
-        ...
+    def object(self, declaration: Declaration) -> Store: ...
 
 
 @runtime_checkable
