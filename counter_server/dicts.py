@@ -34,9 +34,7 @@ class BoundedDict:
     """A dict with a maximum number of entries, each with a time to live. Not thread-safe: `HostedObject` locks it.
 
     An entry is removed exactly when its time to live, `ttl`, is over. If a new entry has no room, it replaces the entry
-    that was read or written least recently; expired entries go first. (`cachetools.TLRUCache` has the same rules.)
-
-    :param timer: a monotonic clock, in seconds.
+    that was read or written least recently; expired entries go first, as in `cachetools.TLRUCache`.
     """
 
     def __init__(self, max_entries: float, timer: Callable[[], float] = time.monotonic) -> None:

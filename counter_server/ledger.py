@@ -181,10 +181,9 @@ class Ledger:
     The ledger has its own time: the seconds that it has run, continued from the newest record in `contents`. So a
     clock that jumps neither revives nor repeats anything, and time spent switched off only makes the memory longer.
 
-    :param journal: makes each commit durable, so batches that wait at the same time share one. Without it, sharing a
-        commit would cost more than the commit, so each batch has its own.
+    :param journal: makes each commit durable, so batches that wait at the same time share one.
     :param clock: returns the seconds, if not its own time.
-    :param caps: the maximum number of records; by default there is no limit.
+    :param caps: the maximum number of records; unlimited by default.
     :param fail: ends the process, after an error that may leave memory different from the disk.
     """
 
@@ -234,11 +233,11 @@ class Ledger:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """How many counters, clients and idempotency keys are remembered."""
+        """The numbers of counters, clients and idempotency keys."""
         return len(self._counters), len(self._clients.records), len(self._keys)
 
     def show(self, to: Callable[[Contents], None]) -> Contents:
-        """Call `to` with everything that is remembered, while no thread writes; return it."""
+        """Call `to` with the contents, while no thread writes; return them."""
         with self._writing:
             contents = Contents(self._counters, self._clients.records, self._keys)
             to(contents)

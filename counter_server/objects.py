@@ -107,7 +107,6 @@ class HostedObject:
     :param clock: the time of `clients`, in seconds.
     :param journal: makes the changes of a durable object durable.
     :param state: its pickle, if it existed before.
-    :param clients: the remembered clients, in the order of their last use.
     :param fail: ends the process, before the next call, after an error that may have separated memory from disk.
     :raises StartupError: if the object cannot be made.
     """

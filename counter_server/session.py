@@ -73,7 +73,7 @@ class Session:
         """Apply `operations`, in order, in one atomic step, and return a result for each.
 
         The same list object again means the same batch. If that has no answer yet it is resent under its number, so a
-        thread can finish what another one began. Call this from one thread at a time, as the combiner does.
+        thread can finish a batch of another. Call this from one thread at a time, as the combiner does.
 
         :raises DeadlineExceeded: with the outcome ``"not_applied"`` if no byte was sent.
         :raises OutcomeUnknown: if the batch was sent, and the store has lost its memory of this client since.
