@@ -37,12 +37,11 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
     in this process; only integers and floats are sent as they are, for the manager to add to.
 
     :param url: `manager:///absolute/data/directory`; or a `State`, with its connections, deadline and options.
-    :param name: identifies the cache in the manager; caches with the same name share their entries.
+    :param name: caches with the same name share their entries.
     :param threshold: the maximum number of entries.
     :param default_timeout: seconds, or a `timedelta`; 0 means forever.
     :param deadline: seconds that each call may take; later it raises `CounterServerError`.
     :param options: whether and how to start a manager on demand.
-    :raises InvalidRequest: if the URL, the name or the threshold is not acceptable.
     """
 
     serializer = BaseSerializer()

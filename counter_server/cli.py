@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
@@ -20,14 +20,16 @@ from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
 from .objects import Declaration
 from .operations import LARGEST_PAGE, Get
+from .output import LogFormat
 from .server.demo import demo
 from .server.prove import prove
+from .server.settings import ServerSettings
 from .state import State, declared_for, open_state
 from .stores import Finding, open_store
 
 Command = Callable[..., None]
 
-_DEFAULTS = settings.ServerSettings()
+_DEFAULTS = ServerSettings()
 _ON_OUR_OWN = settings.StoreOptions(idle_timeout=1.0)  # an app may soon want a manager that hosts its objects
 _SECONDS_TO_STOP = 10.0
 _SECONDS_OF_UPKEEP = 3600.0  # for the manager to read or copy all its data
@@ -98,7 +100,7 @@ def _with_state(command: Command) -> Command:
 
 
 def _with_manager_options(command: Command) -> Command:
-    """Add the options of a manager to a command, which is called with its `durability` and `caps`."""
+    """Add the options of a manager to a command, which is called with `durability` and `caps`."""
 
     @wraps(command)
     def with_caps(**arguments: Any) -> None:
@@ -134,7 +136,7 @@ main.add_command(prove)
 @_setting("threads", "Number of threads in each worker.", type=click.IntRange(1, 512))
 @_setting("request_timeout", "Seconds to receive a whole request.", type=click.FloatRange(0, min_open=True))
 @_setting("frozen_after", "Seconds without a sign of life before a worker is replaced.", type=click.FloatRange(2))
-@_setting("log_format", "json: one object a line, requests too.", type=click.Choice(settings.LOG_FORMATS))
+@_setting("log_format", "json: one object a line, requests too.", type=click.Choice(get_args(LogFormat)))
 @_web("--allow-host", "ALLOWED_HOSTS", "A host name for browsers besides localhost; may be repeated.", multiple=True)
 @_web(
     "--trusted-proxy", "TRUSTED_PROXIES", "Number of proxies in front.", "COUNT", type=click.IntRange(0, 16), default=0
@@ -149,8 +151,7 @@ main.add_command(prove)
 def run(data_dir: str | None, store: str | None, *, attach: bool, **options: Any) -> None:
     """Serve the web application: one manager process, several workers, one port.
 
-    Set COUNTER_SERVER_TOKEN in the environment to the operators' token: anyone with this token may set and delete
-    counters.
+    Anyone with the operators' token, COUNTER_SERVER_TOKEN in the environment, may set and delete counters.
     """
     from .server.supervisor import Supervisor
 
@@ -161,7 +162,7 @@ def run(data_dir: str | None, store: str | None, *, attach: bool, **options: Any
                 option = f"--{name.replace('_', '-')}"
                 raise InvalidRequest(f"{option} is for a manager that this command starts, and it starts none: omit it")
     web = {name: options.pop(name) for name in list(options) if name.isupper()}  # named as the app's configuration
-    served = settings.ServerSettings(store=url, web=web, attach=attach, **options)
+    served = ServerSettings(store=url, web=web, attach=attach, **options)
     os.environ["PYTHONSAFEPATH"] = "1"  # or a worker of new code would run the working directory's modules first
     sys.exit(Supervisor(served).run())
 

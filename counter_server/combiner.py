@@ -28,16 +28,13 @@ _LOOK_SECONDS = 0.5  # between the checks of a waiting thread whether its leader
 
 
 class Callee(Protocol[Item, Answers]):
-    """The callee of shared calls."""
+    """Makes shared calls."""
 
     def perform(self, items: list[Item], deadline: float, /) -> Sequence[Answers]:
-        """Return one answer for each item, in order.
+        """Return one answer for each item, in order, before the leader's deadline (in `time.monotonic` seconds).
 
         The same list object again means the same call again: another thread resumes it. If the call has finished, it
-        must return the same answers.
-
-        :param deadline: of the leader, in `time.monotonic` seconds.
-        :raises DeadlineExceeded: to end only the leader's part.
+        must return the same answers. `DeadlineExceeded` ends only the leader's part.
         """
         ...
 
@@ -56,8 +53,6 @@ class _Ticket(Struct, Generic[Item, Answer], eq=False):
 
 
 class _Call(Struct, Generic[Item, Answer], eq=False):
-    """The tickets of one call, and their items as the callee sees them."""
-
     tickets: list[_Ticket[Item, Answer]]
     items: list[Item]
     error: Exception | None = None  # if the call has failed; then it is not made again
@@ -113,7 +108,8 @@ class Combiner(Generic[Item, Answer]):
                 self._wait(ticket, ticket.turn, deadline)
             if self._leader is ticket:
                 if ticket.done:
-                    self._step_down(ticket)
+                    with self._lock:
+                        self._pass_on(ticket)
                 else:
                     self._lead(ticket, deadline)
         except BaseException:
@@ -213,10 +209,6 @@ class Combiner(Generic[Item, Answer]):
                 self._pass_on(ticket)
             else:
                 self._leader = None
-
-    def _step_down(self, ticket: _Ticket[Item, Answer]) -> None:
-        with self._lock:
-            self._pass_on(ticket)
 
     def _disband(self, call: _Call[Item, Answer], leader: _Ticket[Item, Answer]) -> None:
         """Put the other threads of a call that was never sent back at the head of the queue."""

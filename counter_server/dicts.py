@@ -16,14 +16,12 @@ Limit = float | None  # a bound, or a time to live in seconds; None: unlimited
 
 
 def check_entries(number: object) -> int:
-    """Return `number`, or raise `InvalidRequest` unless a dict can have this many entries."""
     if type(number) is not int or number < 1:
         raise InvalidRequest(f"the most entries of a dict is an int, 1 or more, not {number!r}")
     return number
 
 
 def check_ttl(seconds: object) -> Limit:
-    """Return `seconds`, or raise `InvalidRequest` unless it can be a time to live. None means forever."""
     return None if seconds is None else check_seconds(seconds, "a ttl")
 
 
@@ -32,27 +30,20 @@ class _Entry(NamedTuple):
     expires: float  # by the dict's timer
 
 
-def _expires(_key: Hashable, entry: _Entry, _now: float) -> float:
-    return entry.expires
-
-
 class BoundedDict:
     """A dict with a maximum number of entries, each with a time to live. Not thread-safe: `HostedObject` locks it.
 
     An entry is removed exactly when its time to live, `ttl`, is over. If a new entry has no room, it replaces the entry
-    that was read or written least recently; expired entries go first. (`cachetools.TLRUCache` has the same rules.)
-
-    :param timer: a monotonic clock, in seconds.
+    that was read or written least recently; expired entries go first, as in `cachetools.TLRUCache`.
     """
 
     def __init__(self, max_entries: float, timer: Callable[[], float] = time.monotonic) -> None:
         self._timer = timer
-        self._entries: TLRUCache[Any, _Entry] = TLRUCache(max_entries, _expires, timer)
+        self._entries: TLRUCache[Any, _Entry] = TLRUCache(max_entries, lambda _key, entry, _now: entry.expires, timer)
 
     def find(self, key: Any) -> tuple[Any, ...]:
         """Return a tuple of the key's value, or an empty tuple."""
-        entry = self._entries.get(key)
-        return () if entry is None else (entry.value,)
+        return self._entries.get(key, ())[:1]
 
     def has(self, key: Any) -> bool:
         return key in self._entries
@@ -73,19 +64,16 @@ class BoundedDict:
         return True
 
     def setdefault(self, key: Any, default: Any, ttl: Limit) -> Any:
-        entry = self._entries.get(key)
-        if entry is not None:
-            return entry.value
-        self.set(key, default, ttl)
-        return default  # not read again: it may have expired
+        found = self.find(key)
+        if not found:
+            self.set(key, default, ttl)
+        return found[0] if found else default  # not read again: it may have expired
 
     def remove(self, key: Any) -> tuple[Any, ...]:
         """Remove a key. Return a tuple of its value, or an empty tuple."""
-        entry = self._entries.pop(key, None)
-        return () if entry is None else (entry.value,)
+        return self._entries.pop(key, ())[:1]
 
     def delete(self, key: Any) -> bool:
-        """Remove a key. Return whether it existed."""
         return self._entries.pop(key, None) is not None
 
     def incr(
@@ -111,11 +99,10 @@ class BoundedDict:
 
     def renew(self, key: Any, default: Any, ttl: Limit) -> Any:
         """Read a key and restart its time to live. A key that does not exist is not created."""
-        entry = self._entries.get(key)
-        if entry is None:
-            return default
-        self.set(key, entry.value, ttl)
-        return entry.value
+        found = self.find(key)
+        if found:
+            self.set(key, found[0], ttl)
+        return found[0] if found else default
 
     def keys(self, part: int, parts: int) -> list[Any] | None:
         """Return the keys whose hash falls into one of several parts, or None if they are too large for one answer."""
@@ -160,7 +147,6 @@ class SharedDict:
         return _value(self._hosted.find(key) or (default,), key)
 
     def set(self, key: Any, value: Any, *, ttl: Limit = None) -> None:
-        """Set a value, which expires after `ttl` seconds."""
         self._hosted.set(key, value, self._seconds(ttl))
 
     def setdefault(self, key: Any, default: Any = None, *, ttl: Limit = None) -> Any:
@@ -174,24 +160,18 @@ class SharedDict:
     def incr(self, key: Any, by: float = 1, *, minimum: Limit = None, maximum: Limit = None, ttl: Limit = None) -> Any:
         """Add `by` to a number, which starts at 0, and return the result. Its time to live is not extended.
 
-        :param ttl: seconds after which a new number expires.
         :raises LimitReached: if the result would lie outside the bounds; nothing is changed.
         :raises TypeError: if the value is not a number.
         """
         return within_bounds(self._hosted.incr(key, by, self._seconds(ttl), minimum, maximum), key)
 
     def keys(self) -> list[Any]:
-        """Return all keys, in no order. If they need several answers, keys set meanwhile may be missing."""
-        found: list[Any] = []
-        parts = [(0, 1)]
-        while parts:
-            part, count = parts.pop()
-            some = self._hosted.keys(part, count)
-            if some is None:
-                parts += [(part, 2 * count), (part + count, 2 * count)]
-            else:
-                found += some
-        return found
+        """Return all keys, in no order. If they need several answers, keys that are set meanwhile may be missing."""
+        return self._keys(0, 1)
+
+    def _keys(self, part: int, parts: int) -> list[Any]:
+        found = self._hosted.keys(part, parts)
+        return self._keys(part, 2 * parts) + self._keys(part + parts, 2 * parts) if found is None else found
 
     def clear(self) -> None:
         self._hosted.clear()
@@ -223,7 +203,6 @@ def _value(found: tuple[Any, ...], key: Any) -> Any:
 
 
 def within_bounds(number: float | None, key: Any) -> float:
-    """Return the result of an increment, or raise `LimitReached` if there is none."""
     if number is None:
         raise LimitReached(f"the result for {key!r} would lie outside the bounds; nothing was changed")
     return number

@@ -6,25 +6,8 @@ Every error carries an `outcome`, which is one of two words:
 - ``"unknown"``: the call was counted at most once. To find out, repeat it with the same idempotency key, or read the
   counter.
 
-The tree::
-
-    CounterServerError
-    ├── InvalidRequest        an unacceptable name, number, bound or key (also a ValueError)
-    ├── LimitReached          the result would lie outside the caller's bounds
-    ├── KeyReused             the idempotency key was used for another request
-    ├── DeadlineExceeded      no answer in time; the outcome says whether the call may have been applied
-    ├── OutcomeUnknown        the store no longer remembers a batch that may have reached it
-    ├── StateLost             the store restarted without its memory (durability `none`)
-    ├── StorageFull           the store cannot write; reads go on, and writes do when there is room again
-    ├── AccessDenied          the store refused this process's key or user
-    ├── Unsupported           the store does not have this feature
-    ├── NotHosted             the running manager does not host this object, or hosts another one under its name
-    └── StartupError          a server, manager or data directory cannot be used as requested
-        └── DirectoryHeld     another process is the manager of the data directory
-
-`RemoteError` is not part of the tree: the call was made, once, and the error is its result.
-
-`Disconnected` and `BatchRefused` are internal to a store and its session; users never see them.
+`RemoteError` is not a `CounterServerError`: the call was made, once, and the error is its result. `Disconnected` and
+`BatchRefused` are internal to a store and its session; users never see them.
 """
 
 from typing import Literal

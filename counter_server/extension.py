@@ -12,18 +12,10 @@ from typing import cast
 
 from flask import Flask, Request, Response, current_app, g, has_request_context, request, session
 
+from . import settings
 from .dicts import DEFAULT_ENTRIES, BoundedDict, check_entries, check_ttl, within_bounds
 from .errors import DeadlineExceeded
 from .operations import Invoke, Operation, Result, check_step
-from .settings import (
-    DEFAULT_DEADLINE,
-    DEFAULT_STORE,
-    DEFAULT_STORE_OPTIONS,
-    STORE_VARIABLE,
-    StoreOptions,
-    check_durability,
-    check_seconds,
-)
 from .state import Declarations, Sharing, State, open_state
 
 log = logging.getLogger(__name__)
@@ -74,16 +66,16 @@ class SharedState(Sharing):
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Give `app` its state. Nothing connects before the first use.
+        """Give `app` its state, which connects at its first use.
 
-        :raises InvalidRequest: if the configuration names no store.
+        :raises InvalidRequest: if the configuration is not valid.
         :raises Unsupported: if shared objects are declared, and the store hosts none.
         """
         if _NAME in app.extensions:
             raise RuntimeError("this app has a SharedState already: use it, and call init_app only once")
         state = state_of(app, self.declarations)
         app.config.setdefault("COUNTER_SERVER_REQUEST_DEADLINE", 2 * app.config["COUNTER_SERVER_DEADLINE"])
-        check_seconds(app.config["COUNTER_SERVER_REQUEST_DEADLINE"], "a request's deadline", inf)
+        settings.check_seconds(app.config["COUNTER_SERVER_REQUEST_DEADLINE"], "a request's deadline", inf)
         app.extensions[_NAME] = state
         if app.config.setdefault("COUNTER_SERVER_TIMING", False):
             app.after_request(_report_time)
@@ -98,12 +90,11 @@ class SharedState(Sharing):
         return state
 
     def submit(self, operation: Operation) -> Result:
-        """See `Sharing`; the current app's state does it."""
+        """See `Sharing`."""
         with self._borrow() as (state, seconds):
             return state.submit(operation, within=seconds)
 
     def invoke(self, name: str, operation: Invoke) -> Result:
-        """See `Sharing`; the current app's state does it."""
         with self._borrow() as (state, seconds):
             return state.invoke(name, operation, within=seconds)
 
@@ -139,7 +130,7 @@ class SharedState(Sharing):
             basket = shared.visitor_counter("basket")
             basket.increment()        # in a view: 1, 2, 3, … for each browser
 
-        :param max_visitors: the maximum number of visitors; the least recently used number makes room.
+        :param max_visitors: beyond this number, a new visitor replaces the longest idle one.
         :param ttl: seconds without use after which a visitor's number is forgotten.
         """
         check_ttl(ttl)
@@ -152,9 +143,6 @@ class VisitorCounter:
 
     Two browsers never share a number, and two tabs of one browser lose no update: the number is not in the cookie.
     A browser gets its id with the first response that used a method or `value`.
-
-    :param hosted: a handle on the numbers of all visitors, by id.
-    :param ttl: seconds without use after which a number is forgotten.
     """
 
     def __init__(self, name: str, hosted: BoundedDict, ttl: float) -> None:
@@ -166,19 +154,13 @@ class VisitorCounter:
         return f"<VisitorCounter {self.name!r}>"
 
     def increment(self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None) -> int:
-        """Add `by` and return the result.
-
-        :param by: negative to count down.
-        :param minimum: the lowest allowed result.
-        :param maximum: the highest allowed result.
-        :raises LimitReached: if the result would be outside the bounds; nothing is changed.
-        """
+        """Add `by` and return the result, which lies within the bounds, or raise `LimitReached` and change nothing."""
         check_step(by, minimum, maximum)
         number = self._hosted.incr(_visitor(), by, self._ttl, minimum, maximum, renew=True)
         return cast(int, within_bounds(number, self.name))
 
     def decrement(self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None) -> int:
-        """Subtract `by` and return the result; everything else is as for `increment`."""
+        """Subtract `by` and return the result; see `increment`."""
         check_step(by, minimum, maximum)  # before the sign is changed: -True is an int
         return self.increment(-by, minimum=minimum, maximum=maximum)
 
@@ -201,27 +183,19 @@ def _visitor() -> str:
 
 
 def state_of(app: Flask, declarations: Declarations | None = None) -> State:
-    """Return a state as `app` is configured, and set the missing defaults.
-
-    :raises InvalidRequest: if the configuration names no store, or a value is not valid.
-    """
-    app.config.setdefault("COUNTER_SERVER_STORE", os.environ.get(STORE_VARIABLE) or DEFAULT_STORE)
-    app.config.setdefault("COUNTER_SERVER_DEADLINE", DEFAULT_DEADLINE)
-    app.config.setdefault("COUNTER_SERVER_START", DEFAULT_STORE_OPTIONS.start)
-    app.config.setdefault("COUNTER_SERVER_DURABILITY", DEFAULT_STORE_OPTIONS.durability)
-    app.config.setdefault("COUNTER_SERVER_IDLE_TIMEOUT", DEFAULT_STORE_OPTIONS.idle_timeout)
-    options = StoreOptions(
+    """Return a state as `app` is configured, and set the missing defaults."""
+    app.config.setdefault("COUNTER_SERVER_STORE", os.environ.get(settings.STORE_VARIABLE) or settings.DEFAULT_STORE)
+    app.config.setdefault("COUNTER_SERVER_DEADLINE", settings.DEFAULT_DEADLINE)
+    for name in ("start", "durability", "idle_timeout"):
+        app.config.setdefault(f"COUNTER_SERVER_{name.upper()}", getattr(settings.DEFAULT_STORE_OPTIONS, name))
+    config = app.config.get_namespace("COUNTER_SERVER_")
+    options = settings.StoreOptions(
         instance_path=app.instance_path,
-        start=bool(app.config["COUNTER_SERVER_START"]),
-        durability=check_durability(app.config["COUNTER_SERVER_DURABILITY"]),
-        idle_timeout=check_seconds(app.config["COUNTER_SERVER_IDLE_TIMEOUT"], "an idle timeout"),
+        start=bool(config["start"]),
+        durability=settings.check_durability(config["durability"]),
+        idle_timeout=settings.check_seconds(config["idle_timeout"], "an idle timeout"),
     )
-    return open_state(
-        app.config["COUNTER_SERVER_STORE"],
-        deadline=app.config["COUNTER_SERVER_DEADLINE"],
-        options=options,
-        declarations=declarations,
-    )
+    return open_state(config["store"], deadline=config["deadline"], options=options, declarations=declarations)
 
 
 def _current_request() -> Request | None:

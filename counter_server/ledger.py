@@ -1,7 +1,7 @@
 """The counters, and the memory that makes calls exactly-once.
 
-This module knows no Flask, no processes and no files. Durable changes go through a `Journal`; memory changes only after
-its commit has returned, so no value is readable before it is on disk.
+Durable changes go through a `Journal`. Memory changes after its commit has returned, so that every readable value is on
+disk.
 """
 
 import threading
@@ -84,14 +84,9 @@ class Changes(Struct):
 
 
 class Commits(Protocol):
-    """A place that makes changes durable."""
+    """A place that makes changes durable. `commit` returns when they are, or raises `StorageFull` if none was made."""
 
-    def commit(self, changes: Changes) -> None:
-        """Return when `changes` are durable.
-
-        :raises StorageFull: if nothing was changed.
-        """
-        ...
+    def commit(self, changes: Changes, /) -> None: ...
 
 
 Answer = list[Result] | BatchRefused
@@ -100,7 +95,6 @@ KEY_REUSED = Refusal("key_reused", "this idempotency key was used for another re
 
 
 def beyond_bounds(operation: Increment, current: int) -> Refusal | None:
-    """Return the refusal of an increment that would leave its bounds, or 64 bits."""
     minimum = SMALLEST if operation.minimum is None else operation.minimum
     maximum = LARGEST if operation.maximum is None else operation.maximum
     value = current + operation.by
@@ -113,7 +107,6 @@ def beyond_bounds(operation: Increment, current: int) -> Refusal | None:
 
 
 def no_room(what: str, most: float, option: str) -> Refusal:
-    """Return the refusal of one record too many."""
     return Refusal(
         "storage_full",
         f"no room for another {what}: there are {int(most):,}, the maximum of --max-{option}; nothing was counted",
@@ -128,7 +121,6 @@ def raise_error(error: BaseException) -> NoReturn:
 class Clients:
     """Remembers the last batch of each client, in the order of their last use.
 
-    :param records: the clients known so far, in that order.
     :param most: the maximum number of clients. If there is no room, the client that was idle longest is forgotten, but
         only if no batch of it can arrive any more.
     :param owner: the shared object that they call; empty for the counters.
@@ -144,16 +136,14 @@ class Clients:
 
     def answer(self, batch: Batch, changes: Changes) -> Answer | None:
         """Apply the rule of sequences: return the answer to this batch, or None if it must be executed."""
-        record = changes.clients.get(batch.client) or self.records.get(batch.client)
-        if record is None:
-            last = 0
-        elif batch.sequence == record.sequence:
+        # None in the overlay: it has made room, or has expired.
+        records = changes.clients if batch.client in changes.clients else self.records
+        record = records.get(batch.client)
+        if record is not None and batch.sequence == record.sequence:
             return record.results
-        else:
-            last = record.sequence
-        if batch.sequence != last + 1:
-            return BatchRefused(f"batch {batch.sequence} does not follow batch {last}")
-        return None
+        last = record.sequence if record else 0
+        follows = batch.sequence == last + 1
+        return None if follows else BatchRefused(f"batch {batch.sequence} does not follow batch {last}")
 
     def admit(self, client: bytes, changes: Changes) -> Refusal | None:
         """Make room for a client whose first batch must be executed; return a refusal if there is no room."""
@@ -173,9 +163,7 @@ class Clients:
         return no_room("client", self._most, "clients")
 
     def remember(self, batch: Batch, results: list[Result], changes: Changes) -> None:
-        """Record the answer, for when the batch is resent."""
-        if batch.sequence == 1 and batch.client not in changes.clients:
-            changes.more_clients += 1
+        changes.more_clients += batch.sequence == 1  # only then is it a new client
         changes.clients[batch.client] = ClientRecord(batch.sequence, results, changes.now, self._owner)
 
     def forget(self, changes: Changes) -> bool:
@@ -185,7 +173,6 @@ class Clients:
         return len(expired) == _FORGET_AT_ONCE
 
     def merge(self, changes: Changes) -> None:
-        """Make the committed changes."""
         _merge(self.records, changes.clients)
 
 
@@ -195,10 +182,9 @@ class Ledger:
     The ledger has its own time: the seconds that it has run, continued from the newest record in `contents`. So a
     clock that jumps neither revives nor repeats anything, and time spent switched off only makes the memory longer.
 
-    :param journal: makes each commit durable, so batches that wait at the same time share one. Without it, sharing a
-        commit would cost more than the commit, so each batch has its own.
+    :param journal: makes each commit durable, so batches that wait at the same time share one.
     :param clock: returns the seconds, if not its own time.
-    :param caps: the maximum number of records; by default there is no limit.
+    :param caps: the maximum number of records; unlimited by default.
     :param fail: ends the process, after an error that may leave memory different from the disk.
     """
 
@@ -232,7 +218,7 @@ class Ledger:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """Make new locks: in the child of a fork, no thread exists that could release the old ones."""
+        # New locks: in the child of a fork, no thread exists that could release the old ones.
         self._writing = threading.Lock()  # held through a commit; only its holder changes memory
         # Held while memory changes, or is read; one lock is enough if no commit takes long.
         self._memory = threading.Lock() if self._journal else self._writing
@@ -248,11 +234,11 @@ class Ledger:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """How many counters, clients and idempotency keys are remembered."""
+        """The numbers of counters, clients and idempotency keys."""
         return len(self._counters), len(self._clients.records), len(self._keys)
 
     def show(self, to: Callable[[Contents], None]) -> Contents:
-        """Call `to` with everything that is remembered, while no thread writes; return it."""
+        """Call `to` with the contents, while no thread writes; return them."""
         with self._writing:
             contents = Contents(self._counters, self._clients.records, self._keys)
             to(contents)
@@ -329,12 +315,23 @@ class Ledger:
         match operation:
             case Get():
                 return self._value(operation.name, changes)
-            case Set():
-                return self._set(operation, changes)
-            case Delete():
-                return self._delete(operation, changes)
-            case Scan():
-                return self._scan(operation)
+            case Set(name, value):
+                if self._value(name, changes) is None:
+                    if len(self._counters) + changes.more_counters >= self._most_counters:
+                        return no_room("counter", self._most_counters, "counters")
+                    changes.more_counters += 1
+                changes.counters[name] = value
+                return value
+            case Delete(name):
+                existed = self._value(name, changes) is not None
+                if existed:
+                    changes.counters[name] = None
+                    changes.more_counters -= 1
+                return existed
+            case Scan(after, limit):
+                names = self._names.irange(minimum=after or None, inclusive=(False, True))
+                found = [(name, self._counters[name]) for name in islice(names, limit + 1)]
+                return Page(found[:limit], more=len(found) > limit)
             case _:
                 return Refusal("unsupported", "counters have no methods")
 
@@ -372,26 +369,6 @@ class Ledger:
         if known is None or known.used <= changes.now - KEY_LIFETIME:
             return None
         return Replayed(known.value) if known.fingerprint == operation.fingerprint() else KEY_REUSED
-
-    def _set(self, operation: Set, changes: Changes) -> int | Refusal:
-        if self._value(operation.name, changes) is None:
-            if len(self._counters) + changes.more_counters >= self._most_counters:
-                return no_room("counter", self._most_counters, "counters")
-            changes.more_counters += 1
-        changes.counters[operation.name] = operation.value
-        return operation.value
-
-    def _delete(self, operation: Delete, changes: Changes) -> bool:
-        existed = self._value(operation.name, changes) is not None
-        if existed:
-            changes.counters[operation.name] = None
-            changes.more_counters -= 1
-        return existed
-
-    def _scan(self, operation: Scan) -> Page:
-        names = self._names.irange(minimum=operation.after or None, inclusive=(False, True))
-        found = [(name, self._counters[name]) for name in islice(names, operation.limit + 1)]
-        return Page(found[: operation.limit], more=len(found) > operation.limit)
 
     def _forget(self, changes: Changes) -> None:
         """Add the removal of expired records: they stand in the order of their last use."""

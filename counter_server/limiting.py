@@ -39,10 +39,9 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
 
     :param uri: `manager:///absolute/data/directory`.
     :param wrap_exceptions: raise `limits.errors.StorageError` instead of `CounterServerError`.
-    :param name: identifies the windows in the manager; storages with the same name share their budgets.
+    :param name: storages with the same name share their budgets.
     :param deadline: seconds that each call may take.
     :param options: whether and how to start a manager on demand.
-    :raises InvalidRequest: if the URL, the name or the deadline is not acceptable.
     """
 
     STORAGE_SCHEME = ["manager"]  # noqa: RUF012 - as in the interface
@@ -65,7 +64,6 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
         return CounterServerError
 
     def check(self) -> bool:
-        """Return whether the manager answers."""
         try:
             return self.storage.check()
         except CounterServerError as error:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from math import inf
+from operator import attrgetter
 from typing import Any, NoReturn
 
 from msgspec import Struct
@@ -54,10 +55,7 @@ class Declaration(Struct, frozen=True, array_like=True):
 def declare(
     name: str, cls: type, arguments: tuple[Any, ...], keywords: dict[str, Any], *, durable: bool
 ) -> Declaration:
-    """Return the declaration of a shared object `cls(*arguments, **keywords)`.
-
-    :raises InvalidRequest: if another process could not import the class, or the arguments are not plain data.
-    """
+    """Declare `cls(*arguments, **keywords)`. Raise `InvalidRequest` if another process could not make it."""
     check_name(name)
     if not isinstance(cls, type):
         raise InvalidRequest(f"a shared object is declared with its class, not {cls!r}")
@@ -82,10 +80,7 @@ def _source(cls: type) -> str:
 
 
 def _find(module: str, qualname: str) -> Any:
-    found: Any = importlib.import_module(module)
-    for part in qualname.split("."):
-        found = getattr(found, part)
-    return found
+    return attrgetter(qualname)(importlib.import_module(module))
 
 
 class Busy(OSError):
@@ -112,7 +107,6 @@ class HostedObject:
     :param clock: the time of `clients`, in seconds.
     :param journal: makes the changes of a durable object durable.
     :param state: its pickle, if it existed before.
-    :param clients: the remembered clients, in the order of their last use.
     :param fail: ends the process, before the next call, after an error that may have separated memory from disk.
     :raises StartupError: if the object cannot be made.
     """

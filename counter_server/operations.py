@@ -28,10 +28,7 @@ _ONE = 1
 
 
 def check_name(name: object) -> None:
-    """Raise `InvalidRequest` unless `name` can name a counter.
-
-    A name is 1 to 255 bytes of UTF-8 in Unicode normal form C, without control characters and line separators.
-    """
+    """Raise `InvalidRequest` unless `name` is 1 to 255 bytes of UTF-8 in NFC, without control characters."""
     if type(name) is not str:
         raise InvalidRequest(f"a counter's name must be a str, not {type(name).__name__}")
     _check_spelling(name)
@@ -71,7 +68,6 @@ def _check_integer(what: str, value: object) -> None:
 
 
 def check_step(by: int, minimum: int | None, maximum: int | None) -> None:
-    """Raise `InvalidRequest` unless the arguments can be an increment's size and bounds."""
     _check_integer("by", by)
     if by == 0:
         raise InvalidRequest("by must not be 0")
@@ -260,11 +256,7 @@ _encoder = msgpack.Encoder()
 
 
 def encode_plain(value: object, what: str) -> bytes:
-    """Encode the arguments or the result of a shared object's method.
-
-    :param what: names the value in the error.
-    :raises InvalidRequest: if `value` is not plain data, or is too large.
-    """
+    """Encode plain data. Raise `InvalidRequest` about `what` if `value` is something else, or too large."""
     try:
         data = _encoder.encode(_pack(value, what))
     except (RecursionError, UnicodeEncodeError, MsgspecError) as error:

@@ -21,12 +21,11 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
-
-from .settings import LogFormat
+from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
+LogFormat = Literal["text", "json"]
 _MAX_QUEUED_BYTES = 2**20
 _DRAIN_SECONDS = 1.0
 _STANDARD_ATTRIBUTES = {*vars(logging.makeLogRecord({})), "asctime", "message", "taskName"}  # of a log record

@@ -59,11 +59,7 @@ class Session:
         self.store.after_fork()
 
     def request(self, operation: Operation, deadline: float) -> Result:
-        """Apply one operation exactly once, and return its result.
-
-        :param deadline: in `time.monotonic` seconds.
-        :raises CounterServerError: any error of its tree; its `outcome` says whether the operation may be applied.
-        """
+        """Apply one operation exactly once before a deadline (in `time.monotonic` seconds), and return its result."""
         if self._is_shared:
             result = self._combiner.join(operation, deadline)
         else:
@@ -77,9 +73,8 @@ class Session:
         """Apply `operations`, in order, in one atomic step, and return a result for each.
 
         The same list object again means the same batch. If that has no answer yet it is resent under its number, so a
-        thread can finish what another one began. Call this from one thread at a time, as the combiner does.
+        thread can finish a batch of another. Call this from one thread at a time, as the combiner does.
 
-        :param deadline: in `time.monotonic` seconds.
         :raises DeadlineExceeded: with the outcome ``"not_applied"`` if no byte was sent.
         :raises OutcomeUnknown: if the batch was sent, and the store has lost its memory of this client since.
         :raises StateLost: if the store has started again without its memory.

@@ -1,19 +1,14 @@
-"""Settings of the command line, the extension and the servers: names, defaults and limits."""
+"""Settings of states, stores and managers: names, defaults and limits."""
 
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from math import nan
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 from .errors import InvalidRequest
 
 Durability = Literal["commit", "process", "none"]
 DURABILITIES: tuple[str, ...] = get_args(Durability)
-
-LogFormat = Literal["text", "json"]
-LOG_FORMATS: tuple[str, ...] = get_args(LogFormat)
 
 DEFAULT_DURABILITY: Durability = "commit"
 DEFAULT_STORE = "manager://"
@@ -24,22 +19,17 @@ LONGEST_DEADLINE = 60.0  # seconds; client records outlive every batch that is s
 
 
 def check_durability(name: object) -> Durability:
-    """Return `name`, or raise `InvalidRequest` if it is not a durability."""
     if name not in DURABILITIES:
         raise InvalidRequest(f"a durability is one of {', '.join(DURABILITIES)}, not {name!r}")
     return cast(Durability, name)
 
 
 def check_seconds(seconds: object, what: str, most: float = sys.float_info.max) -> float:
-    """Return `seconds`, or raise `InvalidRequest` about `what`, unless it is more than 0 and at most `most`."""
-    try:
-        number = float(seconds) if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) else nan
-    except OverflowError:  # an int beyond any float
-        number = nan
-    if not 0 < number <= most:
-        limit = f" and at most {most:g}" if most <= LONGEST_DEADLINE else ""
-        raise InvalidRequest(f"{what} is a number of seconds, more than 0{limit}, not {seconds!r}")
-    return number
+    """Return `seconds`, or raise `InvalidRequest` about `what` unless it is more than 0 and at most `most`."""
+    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds <= most:
+        return float(seconds)
+    limit = f" and at most {most:g}" if most <= LONGEST_DEADLINE else ""
+    raise InvalidRequest(f"{what} is a number of seconds, more than 0{limit}, not {seconds!r}")
 
 
 def default_data_dir(instance_path: str = "instance") -> str:
@@ -72,21 +62,3 @@ class Caps:
 
 
 DEFAULT_CAPS = Caps()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """What `counter-server run` serves, and how."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: a free port
-    workers: int = max(2, os.cpu_count() or 1)
-    threads: int = 8  # in each worker, for requests
-    request_timeout: float = 20.0  # seconds from the first byte of a request to its last
-    frozen_after: float = 6.0  # seconds without a sign of life after which a worker is replaced
-    store: str = DEFAULT_STORE
-    durability: Durability = DEFAULT_DURABILITY
-    log_format: LogFormat = "text"
-    attach: bool = False  # use a manager that is already running
-    caps: Caps = DEFAULT_CAPS
-    web: Mapping[str, Any] = field(default_factory=dict)  # the web application's configuration

@@ -53,8 +53,7 @@ _states: "weakref.WeakSet[State]" = weakref.WeakSet()
 class Counter:
     """A number that all workers share. Every increment is counted exactly once.
 
-    Each method makes one call to the store, which it shares with other threads that wait at the same time. Each raises
-    `CounterServerError` if the call fails.
+    Each method makes one call to the store, shared with other threads that wait, and may raise `CounterServerError`.
     """
 
     def __init__(self, name: str, shared: "Sharing") -> None:
@@ -68,13 +67,10 @@ class Counter:
     def increment(
         self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None, key: str | None = None
     ) -> int:
-        """Add `by` and return the result.
+        """Add `by` and return the result, which lies within `minimum` and `maximum`.
 
-        :param by: not 0; negative to count down.
-        :param minimum: the lowest allowed result.
-        :param maximum: the highest allowed result.
-        :param key: an idempotency key: for 24 hours, the same key with the same request gets the same number, and is
-            counted once.
+        :param key: an idempotency key: for 24 hours, the same key with the same request is counted once, and gets the
+            same number.
         :raises LimitReached: if the result would be outside the bounds, or outside 64 bits; nothing is changed.
         :raises KeyReused: if the key was used for another request; nothing is changed.
         """
@@ -86,7 +82,7 @@ class Counter:
     def decrement(
         self, by: int = 1, *, minimum: int | None = None, maximum: int | None = None, key: str | None = None
     ) -> int:
-        """Subtract `by` and return the result; everything else is as for `increment`."""
+        """Subtract `by` and return the result; see `increment`."""
         check_step(by, minimum, maximum)  # before its sign is changed: -True is an int
         return self.increment(-by, minimum=minimum, maximum=maximum, key=key)
 
@@ -166,7 +162,6 @@ def _returned(result: Result) -> Any:
 
 
 def expect(kind: type[Kind], result: object) -> Kind:
-    """Return `result`, which must be a `kind`."""
     if not isinstance(result, kind):
         raise TypeError(f"the store answered {result!r} instead of {kind.__name__}")
     return result
@@ -178,21 +173,14 @@ class Declarations(dict[str, Declaration]):
     _unable: Store | None = None  # a store that uses them, but hosts none
 
     def use(self, store: Store) -> None:
-        """Note that `store` uses them, including later ones.
-
-        :raises Unsupported: if something is declared and the store hosts none; a later declaration raises it then.
-        """
+        """Note that `store` uses them. Raise `Unsupported` if it hosts none, now or at the first declaration."""
         if self:
             hosting(store)
         if not isinstance(store, HostsObjects):
             self._unable = store
 
     def add(self, name: str, cls: type, arguments: tuple[Any, ...], keywords: dict[str, Any], *, durable: bool) -> None:
-        """Declare one object. Repeating a declaration has no effect.
-
-        :raises InvalidRequest: if it cannot be hosted, or another object has its name.
-        :raises Unsupported: if a store that uses them hosts none.
-        """
+        """Declare one object; see `Sharing.object`. Repeating a declaration has no effect."""
         if self._unable is not None:
             hosting(self._unable)
         declaration = declare(name, cls, arguments, keywords, durable=durable)
@@ -216,10 +204,7 @@ def declared_for(url: str) -> list[Declaration]:
 
 
 def hosting(store: Store) -> HostsObjects:
-    """Return `store`, if it hosts shared objects.
-
-    :raises Unsupported: if it does not.
-    """
+    """Return `store`, or raise `Unsupported` if it hosts no shared objects."""
     if isinstance(store, HostsObjects):
         return store
     scheme = str(store).partition("://")[0]  # only this: pages show the message, and the URL is for operators
@@ -233,28 +218,18 @@ class Sharing(ABC):
 
     @abstractmethod
     def submit(self, operation: Operation) -> Result:
-        """Apply one operation on the counters, exactly once, and return its result.
-
-        :raises CounterServerError: any error of its tree; its `outcome` says whether the operation may be applied.
-        """
+        """Apply one operation on the counters, exactly once, and return its result, or raise `CounterServerError`."""
 
     @abstractmethod
     def invoke(self, name: str, operation: Invoke) -> Result:
-        """Call a method of the declared object `name`, exactly once, and return its result; see `submit`."""
+        """Call a method of the declared object `name`; see `submit`."""
 
     def counter(self, name: str) -> Counter:
-        """Return the counter `name`, which exists from its first increment on. This may be called at import time.
-
-        :raises InvalidRequest: if the name is not valid.
-        """
+        """Return the counter `name`, which exists from its first increment on, or raise `InvalidRequest`."""
         return Counter(name, self)
 
     def counters(self, *, after: str = "", limit: int = 100) -> Page:
-        """Return a page of counters, in the order of their names.
-
-        :param after: the last name of the page before.
-        :param limit: the maximum number of counters, at most 1000.
-        """
+        """Return at most `limit` counters (at most 1000), in the order of their names, that follow `after`."""
         return expect(Page, self.submit(Scan(after, limit)))
 
     def object(self, name: str, cls: type[Kind], *arguments: Any, durable: bool = False, **keywords: Any) -> Kind:
@@ -265,21 +240,19 @@ class Sharing(ABC):
             global_obj = shared.object("global_obj", SomeObj, 0)
             global_obj.query()        # in a view: 1, 2, 3, … across all workers
 
-        Declare it before any process uses the state, at import time: whatever starts the manager hands it the list of
-        objects. Each call is atomic, made exactly once, and has the state's deadline. Arguments and results are plain
-        data.
+        Declare it at import time, as a manager is started with the list of objects. Each call is atomic, made exactly
+        once, and has the state's deadline. Arguments and results are plain data.
 
-        :param name: identifies the object; all its users declare the same.
         :param cls: the class, found by module and qualified name; called as `cls(*arguments, **keywords)`.
         :param durable: keep the pickled state in the journal, in the same commit as each call.
-        :raises InvalidRequest: if it cannot be hosted.
-        :raises Unsupported: if the store hosts none; if an app comes later, its `init_app` raises this.
+        :raises InvalidRequest: if it cannot be hosted, or another object has its name.
+        :raises Unsupported: if the store hosts none; for an app that comes later, `init_app` raises this.
         """
         self.declarations.add(name, cls, arguments, keywords, durable=durable)
         return cast(Kind, SharedObject(name, cls, self))
 
     def dict(self, name: str, *, max_entries: int = DEFAULT_ENTRIES, ttl: float | None = None) -> SharedDict:
-        """Declare a bounded shared dict with expiry, and return a handle on it. Declare it as an `object`.
+        """Declare a bounded shared dict with expiry, as an `object`, and return a handle on it.
 
         ::
 
@@ -288,9 +261,8 @@ class Sharing(ABC):
 
         The manager keeps it in memory, not on the disk.
 
-        :param max_entries: the maximum number of entries; the least recently used one makes room.
+        :param max_entries: beyond this number, a new entry replaces the least recently used one.
         :param ttl: seconds that an entry lives after it was set; None for no expiry.
-        :raises InvalidRequest: if one of these is not valid.
         """
         check_ttl(ttl)  # before anything is declared
         return SharedDict(self.object(name, BoundedDict, check_entries(max_entries)), ttl)
@@ -307,7 +279,6 @@ def open_state(
 
     It connects at the first call, and may be used by any thread, and after a fork.
 
-    :param url: `manager:///absolute/data/directory`, or `memory://` for this process only.
     :param deadline: seconds that each call may take, at most 60.
     :param options: whether and how to start a manager if there is none.
     :param declarations: the shared objects, if several states have the same ones.
@@ -329,8 +300,7 @@ class State(Sharing):
     ) -> None:
         self._deadline = check_seconds(deadline, "a deadline", LONGEST_DEADLINE)
         self._counters = Session(store, LARGEST_BATCH)
-        # A page is large, so it shares no round trip.
-        self._pages = Session(store, 1)
+        self._pages = Session(store, 1)  # a page is large, so it shares no round trip
         self.declarations = Declarations() if declarations is None else declarations
         self.declarations.use(store)
         self._process = os.getpid()
@@ -344,37 +314,29 @@ class State(Sharing):
 
     @property
     def store(self) -> Store:
-        """The store of the counters."""
         return self._counters.store
 
     def submit(self, operation: Operation, *, within: float = inf) -> Result:
-        """See `Sharing`.
-
-        :param within: seconds that it may take, if less than the state's deadline.
-        """
+        """See `Sharing`. `within` are seconds that it may take, if less than the state's deadline."""
         session = self._pages if isinstance(operation, Scan) else self._counters
         return session.request(operation, self._until(within))
 
     def invoke(self, name: str, operation: Invoke, *, within: float = inf) -> Result:
-        """See `Sharing` and `submit`."""
         deadline = self._until(within)
         with self._opening:
             session = self._objects.get(name)
             if session is None:
-                declaration = self.declarations.get(name)
-                if declaration is None:
+                if name not in self.declarations:
                     raise NotHosted(
                         f"{name!r} is declared with a SharedState that was never initialised with this app; call"
                         " init_app(app)"
                     )
-                session = Session(hosting(self.store).object(declaration), LARGEST_CALL_BATCH)
+                session = Session(hosting(self.store).object(self.declarations[name]), LARGEST_CALL_BATCH)
                 self._objects[name] = session
         return session.request(operation, deadline)
 
     def status(self, *, within: float = inf) -> Status | None:
-        """Return the figures of the store's server, or None if the store has none.
-
-        This starts no manager, and delays no other call.
+        """Return the figures of the store's server, if it has any. This starts no manager, and delays no other call.
 
         :param within: seconds that it may take, if less than the state's deadline.
         :raises DeadlineExceeded: if there is no answer, or no manager.

@@ -20,9 +20,8 @@ class Applies(Protocol):
     def apply(self, batch: Batch, deadline: float, /) -> list[Result]:
         """Execute `batch`, or repeat its answer, in one atomic step.
 
-        The last sequence remembered of the batch's client decides. The same sequence gets the remembered results and
-        executes nothing. The next one (1 from an unknown client) is executed and remembered. Any other is refused.
-        Sequence 0 has only reads, and is just read.
+        The last sequence of the batch's client gets the remembered results, and nothing is executed. The next one (1
+        from an unknown client) is executed and remembered. Any other is refused. Sequence 0 has only reads.
 
         One thread at a time calls this with writes. A batch of reads may come at the same time.
 
@@ -49,12 +48,7 @@ class Store(Applies, Protocol):
     round_trip: RoundTrip
 
     def findings(self, deadline: float, /) -> list[Finding]:
-        """Ask the live server what it promises, and change nothing.
-
-        :param deadline: in `time.monotonic` seconds.
-        :raises Disconnected: if there is no answer.
-        :raises CounterServerError: if the server does not let this process in.
-        """
+        """Ask the live server what it promises, and change nothing. Raise as `ReportsStatus.status`."""
         ...
 
     def after_fork(self) -> None:
@@ -72,11 +66,9 @@ class Store(Applies, Protocol):
 
 @runtime_checkable
 class HostsObjects(Protocol):
-    """A store that can host shared objects."""
+    """A store that can host shared objects: `object` returns a store for the calls of one of them."""
 
-    def object(self, declaration: Declaration) -> Store:
-        """Return a store for the calls of one shared object."""
-        ...
+    def object(self, declaration: Declaration) -> Store: ...
 
 
 @runtime_checkable
@@ -84,9 +76,8 @@ class ReportsStatus(Protocol):
     """A store whose server has figures about itself."""
 
     def status(self, deadline: float) -> Status:
-        """Return the server's figures. This starts and changes nothing, and delays no other call.
+        """Return the server's figures. This starts and changes nothing, and delays no call.
 
-        :param deadline: in `time.monotonic` seconds.
         :raises Disconnected: if there is no answer.
         :raises CounterServerError: if the server does not let this process in.
         """

@@ -29,9 +29,10 @@ from ..manager.directory import DataDirectory
 from ..manager.server import serve
 from ..objects import Declaration
 from ..output import configure
-from ..settings import ServerSettings, default_data_dir
+from ..settings import default_data_dir
 from ..status import Process
 from ..stores import open_store
+from .settings import ServerSettings
 from .systemd import inherited_socket, notify
 from .web import create_app
 from .web.security import signing_key

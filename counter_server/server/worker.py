@@ -28,7 +28,7 @@ from flask import Flask
 from ..errors import Outcome, StartupError
 from ..extension import SharedState
 from ..output import configure
-from ..settings import ServerSettings
+from .settings import ServerSettings
 from .web import create_app
 from .web.health import LIVEZ
 from .web.problems import Problem

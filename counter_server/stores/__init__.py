@@ -15,10 +15,9 @@ def open_store(
     options: StoreOptions = DEFAULT_STORE_OPTIONS,
     declared: Callable[[str], list[Declaration]] = lambda _url: [],
 ) -> Store:
-    """Return the store of `url`. Nothing is connected yet.
+    """Return the store of `url`, which connects at its first use, or raise `InvalidRequest`.
 
     :param declared: returns, for a URL, the shared objects of a manager that is started from here.
-    :raises InvalidRequest: if there is no such store.
     """
     scheme, separator, _ = url.partition(":")
     match scheme if separator else "":

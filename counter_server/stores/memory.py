@@ -15,7 +15,6 @@ class _InMemory:
         return "memory://"
 
     def findings(self, deadline: float) -> list[Finding]:  # noqa: ARG002 - it never waits
-        """See `Store`."""
         return [Finding("may lose", "memory:// ends with its process, and each process counts alone: for tests only")]
 
 
@@ -31,5 +30,4 @@ class MemoryStore(_InMemory, Ledger):
     round_trip: RoundTrip = "none"
 
     def object(self, declaration: Declaration) -> MemoryObject:
-        """See `HostsObjects`."""
         return MemoryObject(declaration, self.now)

@@ -17,8 +17,8 @@ from redis import Redis
 
 from counter_server import SharedState
 from counter_server.server.demo.runner import listen
+from counter_server.server.settings import ServerSettings
 from counter_server.server.worker import Worker
-from counter_server.settings import ServerSettings
 
 
 def create_app(url: str) -> Flask:
