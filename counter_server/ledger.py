@@ -136,9 +136,10 @@ class Clients:
 
     def answer(self, batch: Batch, changes: Changes) -> Answer | None:
         """Apply the rule of sequences: return the answer to this batch, or None if it must be executed."""
-        # None in the overlay: it has made room, or has expired.
-        records = changes.clients if batch.client in changes.clients else self.records
-        record = records.get(batch.client)
+        record = changes.clients.get(batch.client) or self.records.get(batch.client)
+        if record is not None and changes.clients.get(batch.client, record) is None:  # this commit removes it
+            is_expired = record.used <= changes.now - CLIENT_LIFETIME  # then it is kept, as it returns
+            record = record if is_expired else None  # else another client has its place
         if record is not None and batch.sequence == record.sequence:
             return record.results
         last = record.sequence if record else 0
