@@ -252,7 +252,7 @@ def test_the_figures_match_the_operations(server: Server, data_dir: Path) -> Non
     assert after["manager_uptime_seconds"] > before["manager_uptime_seconds"]
     assert after["connections"] >= 2  # a worker's, and ours
     assert after["clients"] == status.clients > 0
-    app = create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_HOST": "127.0.0.1"})
+    app = create_app({"COUNTER_SERVER_STORE": DataDirectory(data_dir).url, "COUNTER_SERVER_HOST": "127.0.0.1"})
     declared = app.extensions["counter_server"].declarations
     assert after["objects"] == status.objects == len(declared) > 0
     assert after["journal_bytes"] == sum(file.stat().st_size for file in data_dir.glob("journal.sqlite3*"))

@@ -27,7 +27,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
 
         - ``COUNTER_SERVER_HOST``: the address that the server is bound to; by default one that other machines reach.
         - ``COUNTER_SERVER_TOKEN``: the token of operators, who may set and delete; by default from the environment.
-        - ``COUNTER_SERVER_ALLOWED_HOSTS``: names of this server besides the loopback names.
+        - ``TRUSTED_HOSTS``: names of this server besides the loopback names; ``".example.org"`` for all names in it.
         - ``COUNTER_SERVER_TRUSTED_PROXIES``: the number of proxies whose X-Forwarded headers are trusted.
         - ``COUNTER_SERVER_BADGES``: the names of counters whose badges may count.
         - ``COUNTER_SERVER_RATE_LIMIT``: a limit for each address, such as ``"100/minute"``; by default none.

@@ -19,7 +19,6 @@ from .problems import refuse
 shared = SharedState()  # of the current app
 badge = Blueprint("badge", __name__)
 
-# The names and colours of badges elsewhere.
 PALETTE = {
     "brightgreen": "44cc11",
     "green": "97ca00",

@@ -26,7 +26,7 @@ _TITLES = {
 
 
 def navigation() -> dict[str, Any]:
-    """Return what every template uses: links to the app's pages, with their titles, and the pid of this process."""
+    """Return the variables of every template: links to the app's pages with their titles, and this process's pid."""
     links = {endpoint: title for endpoint, title in _TITLES.items() if endpoint in current_app.view_functions}
     return {"links": links, "pid": os.getpid()}
 
@@ -39,10 +39,11 @@ def blueprint(shared: SharedState) -> Blueprint:
     def yours() -> VisitorCounter:
         return shared.visitor_counter("session")
 
-    try:  # declare them before the first request; without them each use raises the error again
-        _recent(shared)
+    recent: Recent | None = None
+    try:  # declare them before the first request
+        recent = forgetful(shared.object("last visits", Recent, _VISITS_SHOWN))
         yours()
-    except Unsupported as error:
+    except Unsupported as error:  # `yours` will raise it again
         log.info("the home page shows no last visits: %s", error)
 
     @pages.get("/")
@@ -55,7 +56,13 @@ def blueprint(shared: SharedState) -> Blueprint:
             return ""
         number = visits.increment()
         flash(f"You are visitor number {number}.")
-        return render_template("index.html", number=number, visits=_last_visits(shared, number))
+        last_visits = []
+        if recent is not None:
+            try:
+                last_visits = recent.add([number, os.getpid(), time.strftime("%H:%M:%S", time.gmtime())])
+            except CounterServerError as error:  # the visit counts even so
+                log.warning("visit %s was counted, but the last visits are unavailable: %s", number, error)
+        return render_template("index.html", number=number, visits=last_visits)
 
     @pages.get("/session")
     def session() -> str:
@@ -81,18 +88,3 @@ def _say(sentence: str) -> Response:
     if request.accept_mimetypes.best_match(["text/plain", "text/html"]) == "text/html":
         return Response(render_template("session.html", sentence=sentence))
     return Response(sentence, mimetype="text/plain")
-
-
-def _recent(shared: SharedState) -> Recent:
-    return forgetful(shared.object("last visits", Recent, _VISITS_SHOWN))
-
-
-def _last_visits(shared: SharedState, number: int) -> list[list[Any]]:
-    """Add a visit to the list of all workers, and return the last visits. A visit counts even without the list."""
-    try:
-        return _recent(shared).add([number, os.getpid(), time.strftime("%H:%M:%S", time.gmtime())])
-    except Unsupported:
-        return []
-    except CounterServerError as error:
-        log.warning("visit %s was counted, but the last visits are unavailable: %s", number, error)
-        return []
