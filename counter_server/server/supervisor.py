@@ -1,8 +1,8 @@
 """The supervisor: it binds the port once, starts the manager and the workers, and keeps them running.
 
-Signal handlers only take a note, and one loop acts on it. However the supervisor ends, its children see the end of a
-pipe and exit too. They are forked, so that they start with everything imported, which is most of the work of a start.
-Their successors in a rolling replacement are new interpreters, which run the code that is installed by then.
+Signal handlers only take a note, and one loop acts on it. If the supervisor ends, its children see the end of a pipe
+and exit too. They are forked, to start with everything imported. Their successors in a rolling replacement are new
+interpreters, which run the code that is installed by then.
 """
 
 import logging
@@ -186,7 +186,7 @@ class Processes:
                 row[0] = pid
 
     def __call__(self) -> list[Process]:
-        return [self._read(name, row) for name, row in zip(self._names, self._rows, strict=True)]
+        return list(map(self._read, self._names, self._rows))
 
     @staticmethod
     def _read(name: str, row: Any) -> Process:

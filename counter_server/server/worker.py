@@ -77,7 +77,6 @@ def work(
         if poller.poll(0):  # a stopped supervisor does not read
             lifeline.send(None)
 
-    lifeline.send(None)
     worker.run(beat)
 
 
@@ -131,12 +130,12 @@ class Worker:
         """Serve until `stop`, and call `beat` every second."""
         next_beat = 0.0
         while not self._stopping:
-            self._poll(timeout=BEAT_SECONDS)
             now = time.monotonic()
             if now >= next_beat:
                 next_beat = now + BEAT_SECONDS
                 beat()
                 self._close_overdue(now)
+            self._poll(timeout=BEAT_SECONDS)
         # This closes a copy of the socket: the other workers go on accepting.
         wasyncore.dispatcher.close(self._server)
         self._server.ending = True

@@ -50,11 +50,10 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     security.init_app(app, shared)
     problems.init_app(app)
     rate_limit.init_app(app, shared)
-    app.context_processor(pages.navigation)
     for blueprint in (api.api, api.documentation, dashboard.dashboard, security.sign_in):
         app.register_blueprint(blueprint)
     badge.init_app(app)
-    app.register_blueprint(pages.blueprint(shared))
+    pages.init_app(app, shared)
     app.register_blueprint(health.blueprint(state_of(app)))
     lab.init_app(app, shared)
     return app

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 LIVEZ = "/livez"  # our own server answers it in a thread of its own
 _SECONDS = 1.0  # that a probe may take: a monitor asks again soon
-# A write that changes nothing, as no number is below the smallest. A transactional store still writes the refusal, as the
-# answer to the same batch if it comes again.
+# A write that changes nothing, as no number is below the smallest. A transactional store still writes the refusal,
+# which answers the same batch if it comes again.
 _WRITE = Increment("ready?", maximum=SMALLEST)
 
 _REASONS: dict[type[CounterServerError], str] = {

@@ -4,6 +4,7 @@ The headers follow the IETF's draft-ietf-httpapi-ratelimit-headers-10: ``RateLim
 client may ask, ``RateLimit`` how much is left.
 """
 
+from contextlib import suppress
 from ipaddress import IPv6Address, ip_address, ip_network
 from math import ceil
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from ...extension import SharedState
 from ...state import forgetful
 
 if TYPE_CHECKING:
+    from limits import RateLimitItem
     from limits.strategies import FixedWindowRateLimiter
 
 _LEFT = "_counter_server_rate_limit"  # in `g`: the client's requests in this window, and the seconds until it ends
@@ -33,15 +35,7 @@ def init_app(app: Flask, shared: SharedState) -> None:
     if text is None:
         return
     limiter = _limiter(shared)
-    from limits import parse_many
-
-    try:
-        (item,) = parse_many(text)
-        if item.amount < 1 or item.get_expiry() < 1:
-            raise ValueError
-    except (TypeError, ValueError):
-        message = f"a rate limit is a number of requests in a time, such as 100/minute, not {text!r}"
-        raise InvalidRequest(message) from None
+    item = _parse(text)
 
     def take() -> None:
         if request.blueprint not in _LIMITED:
@@ -65,6 +59,16 @@ def init_app(app: Flask, shared: SharedState) -> None:
 
     app.before_request(take)
     app.after_request(add_headers)
+
+
+def _parse(text: object) -> "RateLimitItem":
+    from limits import parse_many
+
+    with suppress(TypeError, ValueError):
+        (item,) = parse_many(text)  # type: ignore[arg-type]
+        if item.amount > 0 and item.get_expiry() > 0:
+            return item
+    raise InvalidRequest(f"a rate limit is a number of requests in a time, such as 100/minute, not {text!r}")
 
 
 def _limiter(shared: SharedState) -> "FixedWindowRateLimiter":

@@ -149,8 +149,7 @@ def _refuse_other_hosts() -> None:
         )
 
 
-def own_origin() -> str:
-    """Return the origin that the request was sent to, as browsers write it."""
+def _own_origin() -> str:
     return f"{request.scheme}://{request.host}".lower()
 
 
@@ -162,8 +161,8 @@ def _refuse_other_sites() -> None:
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return
     site = request.headers.get("Sec-Fetch-Site")
-    origin = request.headers.get("Origin", own_origin()).lower()
-    if site not in ("same-origin", "none") and (site is not None or origin != own_origin()):
+    origin = request.headers.get("Origin", _own_origin()).lower()
+    if site not in ("same-origin", "none") and (site is not None or origin != _own_origin()):
         raise Forbidden("requests from other sites' pages change nothing here")
 
 
@@ -229,7 +228,7 @@ def wants_page() -> bool:
 
 
 def _bearer() -> str | None:
-    """Return the token in the Authorization header; Werkzeug's own parser misreads a token that contains "="."""
+    # Werkzeug's own parser misreads a token that contains "=".
     scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
     return credentials.strip() if scheme.lower() == "bearer" else None
 
@@ -260,11 +259,11 @@ def _wrong_token() -> Unauthorized:
 
 
 def _way_back() -> str | None:
-    """Return the path of the page to show after signing in: this page, or the page with the form that was sent."""
+    """Return the path of this page, or of the page with the form that was sent."""
     if request.method == "GET":
         query = quote(request.query_string, safe="&=+%/")
         return quote(request.script_root + request.path) + (f"?{query}" if query else "")
-    path = (request.referrer or "").removeprefix(own_origin())
+    path = (request.referrer or "").removeprefix(_own_origin())
     return path if path.startswith("/") else None
 
 
@@ -284,8 +283,8 @@ class _LockedAttempts(Attempts):
 
 
 @sign_in.get("/sign-in")
-def page() -> str:
-    return _form()
+def page(wrong: str = "") -> str:
+    return render_template("sign_in.html", wrong=wrong, next=_next(), seconds=SIGNED_IN_SECONDS)
 
 
 @sign_in.post("/sign-in")
@@ -298,7 +297,7 @@ def enter() -> AnyResponse:
         if not wants_page():
             raise
         answer = error.get_response()
-        answer.set_data(_form(wrong=error.description or ""))
+        answer.set_data(page(error.description or ""))
         return answer
     session[_SIGN_IN] = (secrets.token_hex(16), int(time.time()), _proof())
     session.permanent = True  # the cookie outlasts the browser's window; the server ends the sign-in
@@ -312,10 +311,6 @@ def leave() -> AnyResponse:
         for key in (_SIGN_IN, "_permanent"):
             session.pop(key, None)
     return redirect(_next(), 303)
-
-
-def _form(*, wrong: str = "") -> str:
-    return render_template("sign_in.html", wrong=wrong, next=_next(), seconds=SIGNED_IN_SECONDS)
 
 
 def _next() -> str:
@@ -354,7 +349,7 @@ class Sessions(SecureCookieSessionInterface):
 def signing_key(store: str, data_dir: str) -> bytes:
     """Return the key that signs cookies for the app of a store: the same for all workers, and after a restart.
 
-    :param data_dir: keeps the key of a store without a data directory; with `memory://` nothing is written.
+    :param data_dir: keeps the key of a store without a data directory.
     :raises StartupError: if the directory cannot be made or written.
     """
     directory = _directory(store, data_dir)
