@@ -172,12 +172,11 @@ class Processes:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
         # Each is the pid, 0 during a change and without a process; the `time.monotonic` of its start; and all starts.
-        self._rows = [_spawn.RawArray("d", 3) for _ in names]
+        self._rows = {name: _spawn.RawArray("d", 3) for name in names}
 
     def note(self, name: str, pid: int | None) -> None:
-        row = self._rows[self._names.index(name)]
+        row = self._rows[name]
         if row[0] != (pid or 0):
             row[0] = 0
             if pid is not None:
@@ -186,17 +185,16 @@ class Processes:
                 row[0] = pid
 
     def __call__(self) -> list[Process]:
-        return list(map(self._read, self._names, self._rows))
-
-    @staticmethod
-    def _read(name: str, row: Any) -> Process:
-        # Without a lock, whose holder might be killed. The writer clears the pid first and sets it last, so the values
-        # between two reads of the same pid belong to it.
-        while True:
-            pid, began, starts = row[0], row[1], row[2]
-            if row[0] == pid:
-                uptime = time.monotonic() - began if pid else 0.0
-                return Process(name=name, pid=int(pid) or None, uptime=uptime, restarts=max(int(starts) - 1, 0))
+        found = []
+        for name, row in self._rows.items():
+            # Without a lock, whose holder might be killed. The writer clears the pid first and sets it last, so the
+            # values between two reads of the same pid belong to it.
+            pid, began, starts = row
+            while row[0] != pid:
+                pid, began, starts = row
+            uptime = time.monotonic() - began if pid else 0.0
+            found.append(Process(name=name, pid=int(pid) or None, uptime=uptime, restarts=max(int(starts) - 1, 0)))
+        return found
 
 
 class Supervisor:

@@ -68,13 +68,13 @@ def _begin_request() -> None:
 def _log_request(response: Response) -> Response:
     response.headers["X-Request-ID"] = g.request_id
     fields = {
-        "request_id": g.request_id,
-        "client": request.remote_addr,
         "method": request.method,
         "path": request.path,
         "status": response.status_code,
+        "request_id": g.request_id,
+        "client": request.remote_addr,
         "seconds": round(time.monotonic() - g.request_began, 6),
         "outcome": g.get("outcome", "answered"),
     }
-    log.info("%s %s %s", request.method, request.path, response.status_code, extra=fields)
+    log.info("%(method)s %(path)s %(status)s", fields, extra=fields)
     return response

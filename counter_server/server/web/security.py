@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,7 +32,7 @@ from ...extension import SharedState
 from ...journal import sync
 from ...manager.directory import DataDirectory
 from ...settings import default_data_dir
-from ...state import forgetful
+from ...state import forgetful, open_state
 from ...windows import Attempts
 from .rate_limit import client
 
@@ -82,8 +81,7 @@ def init_app(app: Flask, shared: SharedState) -> None:
                 f"{_TOKEN} is not a token: it must have {_SHORTEST_TOKEN} or more ASCII characters without spaces;"
                 " make one with `openssl rand -hex 32`"
             )
-        own = _LockedAttempts()
-        attempts: Attempts = own
+        attempts = own = open_state("memory://").object("wrong tokens", Attempts)
         try:
             attempts = forgetful(shared.object("wrong tokens", Attempts))
         except Unsupported as error:
@@ -265,18 +263,6 @@ def _way_back() -> str | None:
         return quote(request.script_root + request.path) + (f"?{query}" if query else "")
     path = (request.referrer or "").removeprefix(_own_origin())
     return path if path.startswith("/") else None
-
-
-class _LockedAttempts(Attempts):
-    """Counts in this process, for all of its threads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lock = threading.Lock()
-
-    def note(self, address: str, right: bool) -> float:  # noqa: FBT001 - see `Attempts`
-        with self._lock:
-            return super().note(address, right)
 
 
 # Signing in
