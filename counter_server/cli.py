@@ -71,7 +71,7 @@ def _setting(name: str, said: str, **attributes: Any) -> Callable[[Command], Com
 
 def _web(option: str, name: str, said: str, metavar: str = "NAME", **attributes: Any) -> Callable[[Command], Command]:
     """Make the option for a name in the web application's configuration."""
-    return click.option(option, name, help=said, metavar=metavar, **attributes)
+    return click.option(option, f"COUNTER_SERVER_{name}", help=said, metavar=metavar, **attributes)
 
 
 _data_dir_option = click.option(
@@ -135,30 +135,19 @@ main.add_command(prove)
 @_setting("request_timeout", "Seconds to receive a whole request.", type=click.FloatRange(0, min_open=True))
 @_setting("frozen_after", "Seconds without a sign of life before a worker is replaced.", type=click.FloatRange(2))
 @_setting("log_format", "json: one object a line, requests too.", type=click.Choice(settings.LOG_FORMATS))
-@_web("--allow-host", "TRUSTED_HOSTS", "A host name for browsers besides localhost; may be repeated.", multiple=True)
-@_web(
-    "--trusted-proxy",
-    "COUNTER_SERVER_TRUSTED_PROXIES",
-    "Number of proxies in front.",
-    "COUNT",
-    type=click.IntRange(0, 16),
-    default=0,
-)
-@_web(
-    "--lab/--no-lab",
-    "COUNTER_SERVER_LAB",
-    "Serve /lab, which shows the race (default: only on a loopback address).",
-    default=None,
-)
-@_web(
-    "--badge",
-    "COUNTER_SERVER_BADGES",
-    "A counter that /badge/NAME.svg?count=1 increments; may be repeated.",
+@click.option(
+    "--allow-host",
+    "TRUSTED_HOSTS",
+    help="A host name for browsers besides localhost; may be repeated.",
+    metavar="NAME",
     multiple=True,
 )
 @_web(
-    "--rate-limit", "COUNTER_SERVER_RATE_LIMIT", "API and badge requests from one address, such as 100/minute.", "LIMIT"
+    "--trusted-proxy", "TRUSTED_PROXIES", "Number of proxies in front.", "COUNT", type=click.IntRange(0, 16), default=0
 )
+@_web("--lab/--no-lab", "LAB", "Serve /lab, which shows the race (default: only on a loopback address).", default=None)
+@_web("--badge", "BADGES", "A counter that /badge/NAME.svg?count=1 increments; may be repeated.", multiple=True)
+@_web("--rate-limit", "RATE_LIMIT", "API and badge requests from one address, such as 100/minute.", "LIMIT")
 @_data_dir_option
 @_store_option
 @_with_manager_options
