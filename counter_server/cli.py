@@ -137,7 +137,13 @@ main.add_command(prove)
 @_setting("request_timeout", "Seconds to receive a whole request.", type=click.FloatRange(0, min_open=True))
 @_setting("frozen_after", "Seconds without a sign of life before a worker is replaced.", type=click.FloatRange(2))
 @_setting("log_format", "json: one object a line, requests too.", type=click.Choice(get_args(LogFormat)))
-@_web("--allow-host", "ALLOWED_HOSTS", "A host name for browsers besides localhost; may be repeated.", multiple=True)
+@click.option(
+    "--allow-host",
+    "TRUSTED_HOSTS",
+    help="A host name for browsers besides localhost; may be repeated.",
+    metavar="NAME",
+    multiple=True,
+)
 @_web(
     "--trusted-proxy", "TRUSTED_PROXIES", "Number of proxies in front.", "COUNT", type=click.IntRange(0, 16), default=0
 )

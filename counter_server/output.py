@@ -1,8 +1,7 @@
-"""Standard output, standard error and the log of our processes. None of them ever waits for a reader.
+"""Standard output, standard error and the log of our processes. They never wait for a reader.
 
-An unread pipe, a stopped terminal or a full disk would block every process that writes a line. Here a line is written
-at once if that cannot block. Otherwise it waits in a queue for a thread that writes it. Lines that do not fit into the
-queue, or cannot be written, are dropped and counted. The log reports the count as soon as it can be written again.
+A line is written at once if that cannot block. Otherwise a thread writes it from a queue. Lines that do not fit into
+the queue, or cannot be written, are dropped; the log reports their number as soon as it can be written again.
 """
 
 import _thread
@@ -37,12 +36,11 @@ def configure(process: str, form: LogFormat, level: int = logging.INFO) -> None:
     :param process: ``supervisor``, ``manager`` or ``worker``.
     """
     _protect()
-    pid = "" if process == "supervisor" else f" {os.getpid()}"
     handler = logging.StreamHandler(sys.stderr)
     handler.flush = lambda: None  # type: ignore[method-assign] # flushing the stream would wait for its reader
-    handler.setFormatter(
-        _JSON(process) if form == "json" else _Text(f"%(asctime)s {process}{pid} %(levelname)s %(message)s")
-    )
+    place = process if process == "supervisor" else f"{process} {os.getpid()}"
+    text = _Text(f"%(asctime)s {place} %(levelname)s %(message)s")
+    handler.setFormatter(_JSON(process) if form == "json" else text)
     logging.basicConfig(level=level, handlers=[handler], force=True)  # a fork has its parent's handlers
 
 
@@ -116,10 +114,7 @@ class _Output(io.FileIO):
         return len(line)
 
     def _has_room(self, size: int) -> bool:
-        """Return whether a write cannot block: to a file, or to a pipe that is far from full.
-
-        Other processes write to the same pipe, so its room may be gone a moment later.
-        """
+        """Return whether a write cannot block: to a file, or to a pipe that is far from full, as others write to it."""
         try:
             mode = os.fstat(self.fileno()).st_mode
             if stat.S_ISFIFO(mode):
@@ -169,10 +164,9 @@ class _Output(io.FileIO):
 class _Stream(io.TextIOWrapper):
     """A text stream that passes each line on at once. `flush` waits a moment until it is written."""
 
-    def __init__(self, output: _Output) -> None:
-        # An output needs no buffer, as it always takes the whole line.
-        super().__init__(output, "utf-8", "backslashreplace", line_buffering=True)
-        self._output = output
+    def __init__(self, descriptor: int) -> None:
+        self._output = _Output(descriptor)  # takes whole lines, so it needs no buffer
+        super().__init__(self._output, "utf-8", "backslashreplace", line_buffering=True)
 
     def flush(self) -> None:
         super().flush()
@@ -187,7 +181,7 @@ def _protect() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - it takes no keyword
     if not isinstance(sys.stderr, _Stream):
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
-            stream = _Stream(_Output(descriptor))
+            stream = _Stream(descriptor)
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)  # the standard manager server restores these
             atexit.register(stream.flush)  # Python's own flush comes later, when no thread runs any more

@@ -466,7 +466,7 @@ def test_on_loopback_the_loopback_names_are_accepted(name: str, token: str | Non
 @pytest.mark.parametrize("name", OTHER_NAMES)
 @pytest.mark.parametrize("allowed", [(), ("counter.example",)])
 def test_on_loopback_every_other_name_is_refused(name: str, allowed: tuple[str, ...]) -> None:
-    app = make_app(host="127.0.0.1", allowed_hosts=allowed)
+    app = make_app(host="127.0.0.1", TRUSTED_HOSTS=allowed)
     client = app.test_client()
     for method, path in (
         ("GET", "/"),
@@ -486,10 +486,12 @@ def test_on_loopback_every_other_name_is_refused(name: str, allowed: tuple[str, 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", None])
 def test_configured_names_are_accepted(host: str | None) -> None:
-    client = make_app(host=host, allowed_hosts=["Counter.example", "[2001:db8::1]", "app_1"]).test_client()
-    for name in ("counter.example", "COUNTER.example:8000", "[2001:DB8::1]:80", "localhost:1", "127.0.0.1"):
+    names = ["Counter.example", "[2001:db8::1]", "app_1", ".Zone.example"]
+    client = make_app(host=host, TRUSTED_HOSTS=names).test_client()
+    own = ("counter.example", "COUNTER.example:8000", "[2001:DB8::1]:80", "localhost:1", "127.0.0.1", "a.zone.example")
+    for name in own:
         assert client.get(COUNTER, headers={"Host": name}).status_code == 200, name
-    for name in ("evil.example", "x.counter.example", "counter.example.evil.example", "[2001:db8::2]"):
+    for name in ("evil.example", "x.counter.example", "counter.example.evil.example", "[2001:db8::2]", "2001"):
         assert_refused(client.get(COUNTER, headers={"Host": name}), 421)
 
 
@@ -501,11 +503,12 @@ def test_bound_elsewhere_a_server_accepts_every_name(host: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", ["localhost", ["http://counter.example"], ["counter.example:80"], ["a b"], [""], [7], 7]
+    "names",
+    ["localhost", ["http://counter.example"], ["counter.example:80"], ["a b"], ["a..b"], ["a" * 64], [""], [7], 7],
 )
 def test_an_invalid_host_name_is_refused_at_the_start(names: object) -> None:
     with pytest.raises(StartupError, match="name"):
-        make_app(allowed_hosts=names)
+        make_app(TRUSTED_HOSTS=names)
 
 
 # Proxies

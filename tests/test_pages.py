@@ -1,6 +1,7 @@
 """The home page: each visit is counted once, and other requests are not counted."""
 
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from flask import Flask, session
@@ -232,3 +233,10 @@ def test_viewing_the_page_stores_nothing(client: FlaskClient, app: Flask) -> Non
     client.get("/session")
     with app.test_request_context():
         assert SharedState().dict("visitor counter session").keys() == []
+
+
+def test_a_store_without_shared_objects_has_no_visitors_own_counter(tmp_path: Path) -> None:
+    client = create_app({"COUNTER_SERVER_STORE": f"sqlite:///{tmp_path}/counters.db"}).test_client()
+    assert client.get("/").status_code == 200
+    for response in (client.get("/session"), client.post("/session/inc")):
+        assert (response.status_code, response.get_json()["title"]) == (501, "Unsupported")

@@ -1,8 +1,8 @@
 """The supervisor: it binds the port once, starts the manager and the workers, and keeps them running.
 
-Signal handlers only take a note, and one loop acts on it. However the supervisor ends, its children see the end of a
-pipe and exit too. They are forked, so that they start with everything imported, which is most of the work of a start.
-Their successors in a rolling replacement are new interpreters, which run the code that is installed by then.
+Signal handlers only take a note, and one loop acts on it. If the supervisor ends, its children see the end of a pipe
+and exit too. They are forked, to start with everything imported. Their successors in a rolling replacement are new
+interpreters, which run the code that is installed by then.
 """
 
 import logging
@@ -53,7 +53,7 @@ _fork, _spawn = multiprocessing.get_context("fork"), multiprocessing.get_context
 
 @dataclass(eq=False)
 class Child:
-    """A place among the children: its current process, and how the earlier ones fared."""
+    """A place among the children, and its current process."""
 
     name: str
     target: Callable[..., None]
@@ -69,34 +69,31 @@ class Child:
 
     def start(self) -> None:
         """Start a process, or plan another attempt if the system has no room for one."""
+        context = _spawn if self.fresh else _fork
         before: set[int] = set()
         try:
             if self.fresh:
                 resource_tracker.ensure_running()  # started later it would inherit blocked signals, and unblock them
             before = _descriptors()
-            self._start(before)
+            self.lifeline, theirs = context.Pipe()
+            with theirs:
+                arguments = (*self.arguments, theirs)
+                kept = {0, 1, 2, *(each.fileno() for each in arguments if hasattr(each, "fileno"))}
+                to_close = set() if self.fresh else {self.lifeline.fileno(), *before} - kept
+                process = context.Process(target=_main, args=(to_close, self.target, *arguments), name=self.name)
+                # Only the supervisor acts on signals to the process group: children inherit a mask that blocks them.
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+                try:
+                    process.start()
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self.process, self.pid = process, process.pid
         except OSError as error:
             log.error("%s cannot be started for now: %s", self.name, error)
             self.close_lifeline()
             self.restart_at = time.monotonic() + _LONGEST_PAUSE
             for left_open in _descriptors() - before if before else ():
                 os.close(left_open)
-
-    def _start(self, inherited: set[int]) -> None:
-        context = _spawn if self.fresh else _fork
-        self.lifeline, theirs = context.Pipe()
-        with theirs:
-            arguments = (*self.arguments, theirs)
-            kept = {0, 1, 2, *(each.fileno() for each in arguments if hasattr(each, "fileno"))}
-            to_close = set() if self.fresh else {self.lifeline.fileno(), *inherited} - kept
-            process = context.Process(target=_main, args=(to_close, self.target, *arguments), name=self.name)
-            # Only the supervisor acts on signals to the process group: children inherit a mask that blocks them.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            try:
-                process.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self.process, self.pid = process, process.pid
 
     def hear(self) -> None:
         """Read its signs of life; the first means that it is ready. At the end of the pipe its death follows."""
@@ -110,17 +107,16 @@ class Child:
 
     @property
     def ended(self) -> bool:
-        """Whether its process has died and is not reaped yet."""
+        """Whether its process has died but was not reaped."""
         return self.process is not None and not self.process.is_alive()
 
     def close_lifeline(self) -> None:
-        """Close our end of the pipe."""
         if self.lifeline is not None:
             self.lifeline.close()
             self.lifeline = None
 
     def end(self) -> int:
-        """Reap its process, which is killed unless it has died; plan the next start, and return the exit code."""
+        """Kill its process if it lives, reap it, plan the next start, and return the exit code."""
         if self.process is None:
             return 0
         self.close_lifeline()
@@ -157,8 +153,8 @@ def _main(to_close: Iterable[int], target: Callable[..., None], *arguments: Any)
 
 def _manage(directory: DataDirectory, settings: ServerSettings, hosted: list[Declaration], pipe: Connection) -> None:
     configure("manager", settings.log_format)
-    ready, caps = partial(pipe.send, None), settings.caps
-    serve(directory, settings.durability, ready=ready, lifeline=pipe, declarations=hosted, caps=caps)
+    ready = partial(pipe.send, None)
+    serve(directory, settings.durability, ready=ready, lifeline=pipe, declarations=hosted, caps=settings.caps)
 
 
 def _descriptors() -> set[int]:
@@ -173,18 +169,15 @@ def _descriptors() -> set[int]:
 class Processes:
     """A table of the manager and the workers, in memory that the workers share. Only the supervisor writes it.
 
-    Reading it takes no message and no lock, so it works while a worker is frozen or the manager is down. The
-    application finds it in its configuration as ``COUNTER_SERVER_PROCESSES``, and calls it.
+    Reading needs no other process. The application calls it by its configuration, ``COUNTER_SERVER_PROCESSES``.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
         # Each is the pid, 0 during a change and without a process; the `time.monotonic` of its start; and all starts.
-        self._rows = [_spawn.RawArray("d", 3) for _ in names]
+        self._rows = {name: _spawn.RawArray("d", 3) for name in names}
 
     def note(self, name: str, pid: int | None) -> None:
-        """Note the current process of a child."""
-        row = self._rows[self._names.index(name)]
+        row = self._rows[name]
         if row[0] != (pid or 0):
             row[0] = 0
             if pid is not None:
@@ -193,18 +186,16 @@ class Processes:
                 row[0] = pid
 
     def __call__(self) -> list[Process]:
-        """Return the current rows."""
-        return [self._read(name, row) for name, row in zip(self._names, self._rows, strict=True)]
-
-    @staticmethod
-    def _read(name: str, row: Any) -> Process:
-        # A lock would stop the supervisor if its holder were killed. The writer clears the pid first and sets it last,
-        # so the values between two reads of the same pid belong to it.
-        while True:
-            pid, began, starts = row[0], row[1], row[2]
-            if row[0] == pid:
-                uptime = time.monotonic() - began if pid else 0.0
-                return Process(name=name, pid=int(pid) or None, uptime=uptime, restarts=max(int(starts) - 1, 0))
+        found = []
+        for name, row in self._rows.items():
+            # Without a lock, whose holder might be killed. The writer clears the pid first and sets it last, so the
+            # values between two reads of the same pid belong to it.
+            pid, began, starts = row
+            while row[0] != pid:
+                pid, began, starts = row
+            uptime = time.monotonic() - began if pid else 0.0
+            found.append(Process(name=name, pid=int(pid) or None, uptime=uptime, restarts=max(int(starts) - 1, 0)))
+        return found
 
 
 class Supervisor:
@@ -212,8 +203,7 @@ class Supervisor:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._stopping = False
-        self._hangup = False  # replace the workers
+        self._stopping = self._hangup = False  # signals that arrived
         self._managers: list[Child] = []  # one, or none if the store needs none of ours
         self._workers: list[Child] = []
         self._starting: list[Child] = []  # the successor of a worker
@@ -262,21 +252,21 @@ class Supervisor:
         if not host:
             raise StartupError("--host is empty: name an address, 127.0.0.1 for this machine, 0.0.0.0 for all")
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            sock = socket.socket(*found[:3])
+            *kind, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            sock = socket.socket(*kind)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(found[4])
+            sock.bind(where)
             sock.listen(BACKLOG)
+            return sock
         except (OSError, ValueError) as error:  # ValueError: the host is not even a valid name
             reason = getattr(error, "strerror", None) or error
             raise StartupError(
                 f"cannot listen on {host!r} port {port}: {reason}; choose another --host or --port"
             ) from error
-        return sock
 
     def _make_children(self, sock: socket.socket) -> None:
         settings, store = self._settings, self._settings.store
-        open_store(store).close()  # an invalid URL is reported here, in one line
+        open_store(store).close()  # reports an invalid URL
         directory = DataDirectory.from_url(store, default_data_dir()) if store.startswith("manager:") else None
         managers = ["manager"] if directory and not settings.attach else []
         workers = [f"worker-{n}" for n in range(1, settings.workers + 1)]
@@ -399,7 +389,7 @@ class Supervisor:
         for group in (workers, self._managers):
             deadline = time.monotonic() + DRAIN_SECONDS + 1
             for child in group:
-                if child in self._managers:
+                if group is self._managers:
                     child.close_lifeline()
                 if child.process is not None:
                     child.process.join(max(deadline - time.monotonic(), 0))

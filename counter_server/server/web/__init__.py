@@ -27,7 +27,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
 
         - ``COUNTER_SERVER_HOST``: the address that the server is bound to; by default one that other machines reach.
         - ``COUNTER_SERVER_TOKEN``: the token of operators, who may set and delete; by default from the environment.
-        - ``COUNTER_SERVER_ALLOWED_HOSTS``: names of this server besides the loopback names.
+        - ``TRUSTED_HOSTS``: names of this server besides the loopback names; ``".example.org"`` for all names in it.
         - ``COUNTER_SERVER_TRUSTED_PROXIES``: the number of proxies whose X-Forwarded headers are trusted.
         - ``COUNTER_SERVER_BADGES``: the names of counters whose badges may count.
         - ``COUNTER_SERVER_RATE_LIMIT``: a limit for each address, such as ``"100/minute"``; by default none.
@@ -50,11 +50,10 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     security.init_app(app, shared)
     problems.init_app(app)
     rate_limit.init_app(app, shared)
-    app.context_processor(pages.navigation)
     for blueprint in (api.api, api.documentation, dashboard.dashboard, security.sign_in):
         app.register_blueprint(blueprint)
     badge.init_app(app)
-    app.register_blueprint(pages.blueprint(shared))
+    pages.init_app(app, shared)
     app.register_blueprint(health.blueprint(state_of(app)))
     lab.init_app(app, shared)
     return app
@@ -69,13 +68,13 @@ def _begin_request() -> None:
 def _log_request(response: Response) -> Response:
     response.headers["X-Request-ID"] = g.request_id
     fields = {
-        "request_id": g.request_id,
-        "client": request.remote_addr,
         "method": request.method,
         "path": request.path,
         "status": response.status_code,
+        "request_id": g.request_id,
+        "client": request.remote_addr,
         "seconds": round(time.monotonic() - g.request_began, 6),
         "outcome": g.get("outcome", "answered"),
     }
-    log.info("%s %s %s", request.method, request.path, response.status_code, extra=fields)
+    log.info("%(method)s %(path)s %(status)s", fields, extra=fields)
     return response

@@ -1,7 +1,6 @@
 """The JSON API under `/api/v1/counters`, and its document: `openapi.json`, which the tests hold against the server."""
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from importlib.metadata import version
@@ -55,9 +54,14 @@ def page() -> Response:
 @api.post("/<counter:name>/increment")
 def increment(name: str) -> Response:
     step = _read_body(Step, default=Step())
-    result = shared.submit(Increment(name, step.by, step.minimum, step.maximum, _idempotency_key()))
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and "," in key:  # WSGI joins repeated headers with a comma
+        raise InvalidRequest("an Idempotency-Key may be given once, without a comma")
+    result = shared.submit(Increment(name, step.by, step.minimum, step.maximum, key))
     if isinstance(result, Replayed):
-        return _value(name, result.value, {"Idempotent-Replayed": "true"})
+        response = _value(name, result.value)
+        response.headers["Idempotent-Replayed"] = "true"
+        return response
     return _value(name, expect(int, result))
 
 
@@ -93,20 +97,12 @@ def docs() -> str:
     return render_template("documentation.html", document=_DOCUMENT, root=request.url_root.rstrip("/"))
 
 
-def _json(content: object, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(content), headers=headers, content_type="application/json")
+def _json(content: object) -> Response:
+    return Response(msgspec.json.encode(content), content_type="application/json")
 
 
-def _value(name: str, value: int, headers: Mapping[str, str] | None = None) -> Response:
-    return _json({"counter": name, "value": value}, headers)
-
-
-def _idempotency_key() -> str | None:
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and "," in key:
-        # WSGI joins repeated headers with a comma, so a comma may stand for two keys.
-        raise InvalidRequest("an Idempotency-Key may be given once, without a comma")
-    return key
+def _value(name: str, value: int) -> Response:
+    return _json({"counter": name, "value": value})
 
 
 def read_query(form: type[Form]) -> Form:
@@ -114,26 +110,24 @@ def read_query(form: type[Form]) -> Form:
 
     :raises InvalidRequest: if it does not fit.
     """
-    given = {name: values for name, values in request.args.lists() if name in form.__struct_fields__}
-    for name, values in given.items():
-        if len(values) > 1:
-            raise InvalidRequest(f"{name} is given more than once")
-    single = {name: values[0] for name, values in given.items()}
+    given = {}
+    for name, values in request.args.lists():
+        if name in form.__struct_fields__:
+            given[name], *others = values
+            if others:
+                raise InvalidRequest(f"{name} is given more than once")
     try:
-        query = msgspec.convert(single, form, strict=False)
+        query = msgspec.convert(given, form, strict=False)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"the query is not acceptable: {error}") from None
-    for name, value in single.items():
+    for name, value in given.items():
         if str(getattr(query, name)) != value:  # msgspec takes 1e2 and 1.0 for integers
             raise InvalidRequest(f"the query is not acceptable: {name} is an integer in digits")
     return query
 
 
 def _number(text: str) -> int | float:
-    """Read a JSON number with a point or an exponent: to JSON Schema, 5.0 and 5e0 are the integer 5.
-
-    Unlike a float it is exact beyond 2**53, and it does not write out 1e999999999.
-    """
+    """Read a JSON number with a point or an exponent: to JSON Schema, 5.0 and 5e0 are the integer 5, exactly."""
     with suppress(InvalidOperation):  # more digits, or a larger exponent, than any integer within 64 bits needs
         number = Decimal(text)
         if SMALLEST <= number <= LARGEST and number == number.to_integral_value():

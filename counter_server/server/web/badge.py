@@ -11,7 +11,6 @@ from werkzeug.exceptions import Forbidden
 from ...errors import CounterServerError, InvalidRequest
 from ...extension import SharedState
 from ...operations import Get, check_name
-from ...state import expect
 from .api import read_query
 from .pages import is_prefetch
 from .problems import refuse
@@ -19,7 +18,6 @@ from .problems import refuse
 shared = SharedState()  # of the current app
 badge = Blueprint("badge", __name__)
 
-# The names and colours of badges elsewhere.
 PALETTE = {
     "brightgreen": "44cc11",
     "green": "97ca00",
@@ -61,11 +59,8 @@ def picture(name: str) -> Response:
     check_name(name)
     if query.count and name not in current_app.config["COUNTER_SERVER_BADGES"]:
         raise Forbidden(f"the badge of {name!r} does not count: the operator has not allowed it")
-    if query.count and request.method == "GET" and not is_prefetch():
-        value: int | None = shared.counter(name).increment()
-    else:
-        read = shared.submit(Get(name))
-        value = None if read is None else expect(int, read)
+    counts = query.count and request.method == "GET" and not is_prefetch()
+    value = shared.counter(name).increment() if counts else shared.submit(Get(name))
     if value is None:
         return _answer(query.label or name, "none", 404)
     return _answer(query.label or name, str(value), 200, PALETTE.get(query.color, query.color))

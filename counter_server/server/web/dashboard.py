@@ -43,7 +43,7 @@ def page() -> str:
         next=url_for(".page", **{**_here(), "after": listing.next}),
         status=shared.state.status(),
         figures=figures,
-        processes=processes(),
+        processes=_processes(),
         scheme=str(shared.state.store).partition("://")[0],
     )
 
@@ -57,7 +57,7 @@ def live() -> Response:
         "counters": [{"name": name, "value": str(value)} for name, value in listing.counters],
         "next": listing.next,
         "manager": None if status is None else figures(status),
-        "processes": processes(),
+        "processes": _processes(),
     }
     response = Response(msgspec.json.encode(found), content_type="application/json")
     response.add_etag()
@@ -96,19 +96,14 @@ def delete() -> Response:
 
 
 def _listing() -> Listing:
-    here = _here()
-    limit = _integer("limit", here.get("limit", "50"), 1, _MOST_ROWS)
-    return find(beginning=here.get("q", ""), after=here.get("after", ""), limit=limit)
+    here = {"q": "", "after": "", "limit": "50", **_here()}
+    return find(beginning=here["q"], after=here["after"], limit=_integer("limit", here["limit"], 1, _MOST_ROWS))
 
 
 def find(*, beginning: str, after: str, limit: int) -> Listing:
-    """List counters whose names begin with `beginning`, in order, after the name `after`.
-
-    Such names are neighbours, so this costs the same among any number of counters.
-    """
+    """List counters whose names begin with `beginning`, in order, after the name `after`."""
     found: list[tuple[str, int]] = []
-    if after < beginning:
-        # The first such name may be the text itself, and a scan begins after a name: read that counter too.
+    if after < beginning:  # a scan begins after a name, but the first name may be the text itself
         after = beginning
         value = shared.submit(Get(beginning))
         if isinstance(value, int):
@@ -135,7 +130,7 @@ def _integer(name: str, text: str, least: int, most: int) -> int:
 
 def _say(name: str, result: str) -> Response:
     """Answer the page's script with a sentence, and show it to people on the page that they came from."""
-    # Isolated, the name has its own writing direction, as in `<bdi>`.
+    # The isolated name has its own writing direction, as in `<bdi>`.
     sentence = f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE} {result}."
     if request.accept_mimetypes.best_match(["text/html", "application/json"]) == "application/json":
         return Response(msgspec.json.encode({"sentence": sentence}), content_type="application/json")
@@ -153,22 +148,17 @@ def _for_people(answer: Response) -> Response:
 
 def figures(status: Status) -> dict[str, dict[str, Any]]:
     """Return a manager's figures by their labels, and totals. Only uptime changes if nothing happens."""
-    return {
-        "now": {
-            figure.label: _shown(getattr(status, name), figure.unit) for name, figure in FIGURES.items() if figure.label
-        },
-        "totals": {name: getattr(status, name) for name in _TOTALS},
-    }
-
-
-def _shown(value: Any, unit: str) -> str:
-    if isinstance(value, list):
-        return ", ".join(f"{call.object}.{call.method}" for call in value) or "none"
     show: dict[str, Callable[[Any], str]] = {"number": "{:,}".format, "seconds": duration, "bytes": do_filesizeformat}
-    return show.get(unit, str)(value)
+    now = {
+        figure.label: show.get(figure.unit, str)(getattr(status, name))
+        for name, figure in FIGURES.items()
+        if figure.label
+    }
+    now[FIGURES["slow_calls"].label] = ", ".join(f"{call.object}.{call.method}" for call in status.slow_calls) or "none"
+    return {"now": now, "totals": {name: getattr(status, name) for name in _TOTALS}}
 
 
-def processes() -> list[dict[str, str]] | None:
+def _processes() -> list[dict[str, str]] | None:
     """Return the supervisor's processes as rows for people, or None without a supervisor."""
     found: Callable[[], list[Process]] | None = current_app.config.get("COUNTER_SERVER_PROCESSES")
     if found is None:

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 LIVEZ = "/livez"  # our own server answers it in a thread of its own
 _SECONDS = 1.0  # that a probe may take: a monitor asks again soon
-# A write that changes nothing: no number is below the smallest, so the store refuses it. A transactional store still
-# has to write the refusal, as the answer to the same batch if it comes again.
+# A write that changes nothing, as no number is below the smallest. A transactional store still writes the refusal,
+# which answers the same batch if it comes again.
 _WRITE = Increment("ready?", maximum=SMALLEST)
 
 _REASONS: dict[type[CounterServerError], str] = {
@@ -40,9 +40,9 @@ _OTHER_REASON = "the store cannot be used; the server's log says why"
 
 
 def blueprint(state: State) -> Blueprint:
-    """Make the three routes, for GET and HEAD.
+    """Make the three routes.
 
-    :param state: a state of the application's store for probes only, so that neither probes nor other calls wait for
+    :param state: a state of the application's store for probes only, so that probes and other calls do not wait for
         each other.
     """
     health = Blueprint("health", __name__)
@@ -69,8 +69,7 @@ def blueprint(state: State) -> Blueprint:
         except CounterServerError as error:
             log.warning("no figures: %s", error)
             up = False
-        processes = current_app.config.get("COUNTER_SERVER_PROCESSES")
-        families = list(_metrics(up, status, processes() if processes is not None else []))
+        families = list(_metrics(up, status, current_app.config.get("COUNTER_SERVER_PROCESSES", list)()))
         try:
             encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         except TypeError:  # the header asks for a version that is not a number
@@ -108,16 +107,13 @@ class _Readiness:
         return None
 
     def _probe(self) -> None:
-        try:
-            self._write()
-        except errors.StateLost:  # raised once per client; the new epoch can be written to
-            self._write()
-        except errors.Unsupported:
-            self._state.submit(Get(_WRITE.name), within=_SECONDS)
-
-    def _write(self) -> None:
         with suppress(errors.LimitReached):
-            self._state.submit(_WRITE, within=_SECONDS)
+            try:
+                self._state.submit(_WRITE, within=_SECONDS)
+            except errors.StateLost:  # raised once per client; the new epoch can be written to
+                self._state.submit(_WRITE, within=_SECONDS)
+            except errors.Unsupported:
+                self._state.submit(Get(_WRITE.name), within=_SECONDS)
 
 
 def _metrics(up: bool, status: Status | None, processes: Sequence[Process]) -> Iterator[Metric]:  # noqa: FBT001

@@ -11,8 +11,6 @@ from ...errors import CounterServerError, InvalidRequest, KeyReused, LimitReache
 
 log = logging.getLogger(__name__)
 
-_RETRY_AFTER = "1"  # second; a manager is back within two
-
 _STATUS = {InvalidRequest: 400, LimitReached: 409, KeyReused: 422, Unsupported: 501}  # others: 503
 _DETAIL: dict[Outcome, str] = {
     "not_applied": "the counters could not be reached or written; nothing was counted or changed, so try again",
@@ -46,23 +44,20 @@ class Problem(Struct, frozen=True):
 
 
 def problem(status: int, title: str, detail: str, outcome: Outcome) -> Response:
-    """Make a problem document."""
     g.outcome = outcome  # for the log
-    body = Problem("about:blank", title, status, detail, outcome)
-    response = Response(msgspec.json.encode(body), status, content_type="application/problem+json")
+    body = msgspec.json.encode(Problem("about:blank", title, status, detail, outcome))
+    response = Response(body, status, content_type="application/problem+json")
     if status == 503:
-        response.headers["Retry-After"] = _RETRY_AFTER
+        response.headers["Retry-After"] = "1"  # second; a manager is back within two
     return response
 
 
 def refuse(error: CounterServerError) -> Response:
     """Make the problem document of one of our errors. Messages for operators only go to the log."""
     status = _STATUS.get(type(error), 503)
-    detail = str(error)
     if status >= 500:
         log.warning("%s %s: %s (%s)", request.method, request.path, error, error.outcome)
-    if status == 503:  # the message names directories and commands
-        detail = _DETAIL[error.outcome]
+    detail = _DETAIL[error.outcome] if status == 503 else str(error)  # a 503's message names directories and commands
     return problem(status, type(error).__name__, detail, error.outcome)
 
 

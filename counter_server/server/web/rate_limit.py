@@ -4,6 +4,7 @@ The headers follow the IETF's draft-ietf-httpapi-ratelimit-headers-10: ``RateLim
 client may ask, ``RateLimit`` how much is left.
 """
 
+from contextlib import suppress
 from ipaddress import IPv6Address, ip_address, ip_network
 from math import ceil
 from typing import TYPE_CHECKING
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from limits import RateLimitItem
     from limits.strategies import FixedWindowRateLimiter
 
-_HEADER = "_counter_server_rate_limit"  # in `g`
-_TAKEN = "_counter_server_taken"  # in `g`: the client's requests in this window, and the seconds until it ends
+_LEFT = "_counter_server_rate_limit"  # in `g`: the client's requests in this window, and the seconds until it ends
 _LIMITED = ("api", "badge")  # the blueprints; probes of health must never be refused
 _NETWORK = 64  # bits of an IPv6 address that identify one customer of an access provider
 
@@ -46,20 +46,29 @@ def init_app(app: Flask, shared: SharedState) -> None:
             if error.outcome == "unknown":  # only the budget is in doubt: the request itself has not begun
                 raise DeadlineExceeded(f"the rate limit could not be read: {error}", "not_applied") from error
             raise
-        taken, left = g.pop(_TAKEN)
-        seconds = min(max(ceil(left), 1), item.get_expiry())
-        setattr(g, _HEADER, f'"client";r={max(item.amount - taken, 0)};t={seconds}')
         if not admitted:
+            _, seconds = g.get(_LEFT)
             raise TooManyRequests(f"more than {item} from one address; nothing was counted", retry_after=seconds)
 
     def add_headers(response: Response) -> Response:
-        if (left := g.pop(_HEADER, None)) is not None:
-            response.headers["RateLimit"] = left
+        if _LEFT in g:
+            taken, seconds = g.pop(_LEFT)
+            response.headers["RateLimit"] = f'"client";r={max(item.amount - taken, 0)};t={seconds}'
             response.headers["RateLimit-Policy"] = f'"client";q={item.amount};w={item.get_expiry()}'
         return response
 
     app.before_request(take)
     app.after_request(add_headers)
+
+
+def _parse(text: object) -> "RateLimitItem":
+    from limits import parse_many
+
+    with suppress(TypeError, ValueError):
+        (item,) = parse_many(text)  # type: ignore[arg-type]
+        if item.amount > 0 and item.get_expiry() > 0:
+            return item
+    raise InvalidRequest(f"a rate limit is a number of requests in a time, such as 100/minute, not {text!r}")
 
 
 def _limiter(shared: SharedState) -> "FixedWindowRateLimiter":
@@ -76,30 +85,18 @@ def _limiter(shared: SharedState) -> "FixedWindowRateLimiter":
         raise Unsupported(f"a rate limit cannot be kept: {error}; use manager://, or do without the limit") from None
 
     class AppStorage(ManagerStorage):
-        """Our storage over the application's own state. One call gets the count and the seconds left."""
+        """Our storage over the application's state. One call gets the count and the seconds left."""
 
         def __init__(self) -> None:
             Storage.__init__(self)
             self.storage = windows
 
         def incr(self, key: str, expiry: float, amount: int = 1) -> int:  # noqa: ARG002 - always 1
-            taken = windows.take(key, expiry)
-            setattr(g, _TAKEN, taken)
-            return taken[0]
+            taken, left = windows.take(key, expiry)
+            setattr(g, _LEFT, (taken, int(min(max(ceil(left), 1), expiry))))
+            return taken
 
     return FixedWindowRateLimiter(AppStorage())
-
-
-def _parse(text: object) -> "RateLimitItem":
-    from limits import parse_many
-
-    try:
-        items = parse_many(text) if isinstance(text, str) else []
-    except ValueError:
-        items = []
-    if len(items) != 1 or items[0].amount < 1 or items[0].get_expiry() < 1:
-        raise InvalidRequest(f"a rate limit is a number of requests in a time, such as 100/minute, not {text!r}")
-    return items[0]
 
 
 def client() -> str:

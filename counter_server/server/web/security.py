@@ -1,8 +1,7 @@
 """Who may do what: allowed hosts, the same-origin rule, protective headers, and operators with their token.
 
-Anyone may read and count; operators may set and delete. An operator proves to know the server's token, by a bearer
-header or by signing in. A server without a token treats every client as an operator if only this machine can connect,
-and otherwise refuses to set and delete.
+Anyone may read and count; operators, who know the server's token, may also set and delete. A server without a token
+treats every client as an operator if only this machine can connect, and otherwise refuses to set and delete.
 """
 
 import hmac
@@ -10,9 +9,8 @@ import logging
 import os
 import re
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from ipaddress import ip_address
@@ -26,6 +24,7 @@ from flask.sessions import SecureCookieSessionInterface
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Forbidden, MisdirectedRequest, TooManyRequests, Unauthorized
 from werkzeug.middleware.proxy_fix import ProxyFix
+from werkzeug.sansio.utils import host_is_trusted
 from werkzeug.wrappers import Response as AnyResponse
 
 from ...errors import NotHosted, StartupError, StorageFull, Unsupported
@@ -33,7 +32,7 @@ from ...extension import SharedState
 from ...journal import sync
 from ...manager.directory import DataDirectory
 from ...settings import default_data_dir
-from ...state import forgetful
+from ...state import forgetful, open_state
 from ...windows import Attempts
 from .rate_limit import client
 
@@ -45,7 +44,7 @@ SIGNED_IN_SECONDS = 12 * 3600
 _TOKEN = "COUNTER_SERVER_TOKEN"  # noqa: S105 - the name of the setting
 _SHORTEST_TOKEN = 16  # characters: long enough to resist guessing over a network
 _CLOCK_JUMP = 48 * 3600  # seconds by which the clock may be set back without reviving an ended sign-in
-_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:]+", re.ASCII)
+_HOST = re.compile(r"\.?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?|\[?[0-9a-f]*:[0-9a-f:]+\]?", re.ASCII)
 # A path on this site. Some browsers take a backslash for a slash, and "//" starts the name of another host.
 _LOCAL_PATH = re.compile(r"/(?![/\\])[!-\[\]-~]*")
 _HEADERS = {
@@ -59,6 +58,7 @@ _HEADERS = {
 }
 
 # Keys of an app's `extensions`, of a session, and of a request's environment.
+_HOSTS = "counter_server.trusted_hosts"
 _ATTEMPTS = "counter_server.wrong_tokens"
 _ENDED = "counter_server.ended_sign_ins"
 _SIGN_IN = "counter_server_operator"
@@ -81,12 +81,12 @@ def init_app(app: Flask, shared: SharedState) -> None:
                 f"{_TOKEN} is not a token: it must have {_SHORTEST_TOKEN} or more ASCII characters without spaces;"
                 " make one with `openssl rand -hex 32`"
             )
-        attempts = None
+        attempts = own = open_state("memory://").object("wrong tokens", Attempts)
         try:
             attempts = forgetful(shared.object("wrong tokens", Attempts))
         except Unsupported as error:
             log.info("wrong tokens are counted in each process: %s", error)
-        app.extensions[_ATTEMPTS] = attempts, Attempts(), threading.Lock()
+        app.extensions[_ATTEMPTS] = attempts, own
     app.context_processor(lambda: {"may_operate": may_operate, "why_not": why_not})
     store, data_dir = app.config["COUNTER_SERVER_STORE"], default_data_dir(app.instance_path)
     app.session_interface = Sessions()
@@ -101,16 +101,15 @@ def init_app(app: Flask, shared: SharedState) -> None:
 
 def _configure_hosts(app: Flask) -> None:
     app.config.setdefault("COUNTER_SERVER_HOST", None)
-    names = app.config.setdefault("COUNTER_SERVER_ALLOWED_HOSTS", ())
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise StartupError(f"COUNTER_SERVER_ALLOWED_HOSTS must be a list of host names, not {names!r}")
-    allowed = set()
+    names = app.config["TRUSTED_HOSTS"] or ()
+    if not isinstance(names, list | tuple | set):
+        raise StartupError(f"TRUSTED_HOSTS must be a list of host names, not {names!r}")
     for name in names:
-        host = name.lower().strip("[]") if isinstance(name, str) else ""
-        if not _HOST.fullmatch(host):
+        if not (isinstance(name, str) and _HOST.fullmatch(name.lower())):
             raise StartupError(f"{name!r} is not a host name: give it as browsers send it, without scheme and port")
-        allowed.add(host)
-    app.config["COUNTER_SERVER_ALLOWED_HOSTS"] = allowed
+    hosts = [name.lower() for name in names]
+    app.extensions[_HOSTS] = [f"[{host.strip('[]')}]" if ":" in host else host for host in hosts]
+    app.config["TRUSTED_HOSTS"] = None  # or Flask itself refuses loopback addresses, capitals and IPv6, by 400
     proxies = app.config.setdefault("COUNTER_SERVER_TRUSTED_PROXIES", 0)
     if not isinstance(proxies, int) or isinstance(proxies, bool) or proxies < 0:
         raise StartupError(f"COUNTER_SERVER_TRUSTED_PROXIES must be a number of proxies, 0 or more, not {proxies!r}")
@@ -134,36 +133,34 @@ def _is_loopback_host(host: str) -> bool:
 def _refuse_other_hosts() -> None:
     """Check the Host header against DNS rebinding: another site may point its own name at 127.0.0.1.
 
-    A server that others reach accepts every name, unless names were configured. Flask's TRUSTED_HOSTS does not do
-    here: Werkzeug 3.1 matches neither IPv6 addresses, nor capitals, nor 127.0.0.0/8, and answers 400.
+    A server that other machines reach accepts every name, unless names were configured.
     """
-    allowed = current_app.config["COUNTER_SERVER_ALLOWED_HOSTS"]
-    if not allowed and not is_loopback(current_app):
+    trusted = current_app.extensions[_HOSTS]
+    if not trusted and not is_loopback(current_app):
         return
-    given = request.host if "Host" in request.headers else ""  # Werkzeug makes it empty if it is malformed
-    host = (given if given.endswith("]") else given.rpartition(":")[0] or given).strip("[]").lower()
-    if host not in allowed and not _is_loopback_host(host):
+    given = request.host.lower() if "Host" in request.headers else ""  # Werkzeug makes it empty if it is malformed
+    address = given if given.endswith("]") else given.rpartition(":")[0] or given
+    is_trusted = address in trusted or _is_loopback_host(address.strip("[]"))  # Werkzeug does not compare IPv6
+    if not is_trusted and not host_is_trusted(given, [*trusted, "localhost"]):
         raise MisdirectedRequest(
             "the Host header names another server: to allow this name, start with --allow-host NAME"
         )
 
 
-def own_origin() -> str:
-    """Return the origin that the request was sent to, as browsers write it."""
+def _own_origin() -> str:
     return f"{request.scheme}://{request.host}".lower()
 
 
 def _refuse_other_sites() -> None:
     """Apply the rule of Go's `net/http.CrossOriginProtection`: another site's page changes nothing here.
 
-    Browsers send one of two headers that say where a request comes from. Other clients, such as curl, send neither.
+    Browsers send one of two headers, and curl neither. `Sec-Fetch-Site` is right behind any proxy.
     """
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return
-    # If the browser compared the origins itself, this holds behind any proxy.
     site = request.headers.get("Sec-Fetch-Site")
-    origin = request.headers.get("Origin", own_origin()).lower()
-    if site not in ("same-origin", "none") and (site is not None or origin != own_origin()):
+    origin = request.headers.get("Origin", _own_origin()).lower()
+    if site not in ("same-origin", "none") and (site is not None or origin != _own_origin()):
         raise Forbidden("requests from other sites' pages change nothing here")
 
 
@@ -194,7 +191,7 @@ def may_operate() -> bool:
 
 
 def why_not() -> str:
-    """Return why the sender of this request may not set and delete, and what to do; empty if it may."""
+    """Return why this request may not set and delete, and what to do; empty if it may."""
     if may_operate():
         return ""
     if current_app.config[_TOKEN]:
@@ -229,7 +226,7 @@ def wants_page() -> bool:
 
 
 def _bearer() -> str | None:
-    """Return the token in the Authorization header; Werkzeug's own parser misreads a token that contains "="."""
+    # Werkzeug's own parser misreads a token that contains "=".
     scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
     return credentials.strip() if scheme.lower() == "bearer" else None
 
@@ -237,11 +234,18 @@ def _bearer() -> str | None:
 def _check_token(given: str) -> None:
     """Compare a token in constant time, and limit wrong tokens, per address and in total.
 
-    :raises Unauthorized: if it is not the server's token.
+    The manager counts them for all workers; if it does not host this count, each worker counts its own.
+
     :raises TooManyRequests: if there were too many wrong tokens, whether this token is right or not.
     """
     right = hmac.compare_digest(given.encode(errors="replace"), current_app.config[_TOKEN].encode())
-    if seconds := ceil(_note_attempt(right=right)):
+    attempts, own = current_app.extensions[_ATTEMPTS]
+    try:
+        seconds = ceil(attempts.note(client(), right))
+    except NotHosted as error:
+        log.warning("wrong tokens are counted in each process: %s", error)
+        seconds = ceil(own.note(client(), right))
+    if seconds:
         raise TooManyRequests(f"too many wrong tokens: try again in {seconds} s", retry_after=seconds)
     if not right:
         raise _wrong_token()
@@ -253,32 +257,20 @@ def _wrong_token() -> Unauthorized:
 
 
 def _way_back() -> str | None:
-    """Return the path of the page to show after signing in: this page, or the page with the form that was sent."""
+    """Return the path of this page, or of the page with the form that was sent."""
     if request.method == "GET":
         query = quote(request.query_string, safe="&=+%/")
         return quote(request.script_root + request.path) + (f"?{query}" if query else "")
-    path = (request.referrer or "").removeprefix(own_origin())
+    path = (request.referrer or "").removeprefix(_own_origin())
     return path if path.startswith("/") else None
-
-
-def _note_attempt(*, right: bool) -> float:
-    """Note an attempt in the manager for all workers, or in this process if the store hosts no objects."""
-    shared, own, lock = current_app.extensions[_ATTEMPTS]
-    if shared is not None:
-        try:
-            return float(shared.note(client(), right))
-        except NotHosted as error:
-            log.warning("wrong tokens are counted in each process: %s", error)
-    with lock:
-        return float(own.note(client(), right))
 
 
 # Signing in
 
 
 @sign_in.get("/sign-in")
-def page() -> str:
-    return _form()
+def page(wrong: str = "") -> str:
+    return render_template("sign_in.html", wrong=wrong, next=_next(), seconds=SIGNED_IN_SECONDS)
 
 
 @sign_in.post("/sign-in")
@@ -291,7 +283,7 @@ def enter() -> AnyResponse:
         if not wants_page():
             raise
         answer = error.get_response()
-        answer.set_data(_form(wrong=error.description or ""))
+        answer.set_data(page(error.description or ""))
         return answer
     session[_SIGN_IN] = (secrets.token_hex(16), int(time.time()), _proof())
     session.permanent = True  # the cookie outlasts the browser's window; the server ends the sign-in
@@ -305,10 +297,6 @@ def leave() -> AnyResponse:
         for key in (_SIGN_IN, "_permanent"):
             session.pop(key, None)
     return redirect(_next(), 303)
-
-
-def _form(*, wrong: str = "") -> str:
-    return render_template("sign_in.html", wrong=wrong, next=_next(), seconds=SIGNED_IN_SECONDS)
 
 
 def _next() -> str:
@@ -325,7 +313,7 @@ def _is_signed_in() -> bool:
 
 
 def _sign_in_id() -> str | None:
-    """Return the id of the session's sign-in, also if it is over, if it was made with today's token."""
+    """Return the id of the session's sign-in, even an ended one, if it was made with the current token."""
     name, _, proof = session.get(_SIGN_IN, ("", 0, ""))
     return name if current_app.config[_TOKEN] and hmac.compare_digest(proof, _proof()) else None
 
@@ -347,7 +335,7 @@ class Sessions(SecureCookieSessionInterface):
 def signing_key(store: str, data_dir: str) -> bytes:
     """Return the key that signs cookies for the app of a store: the same for all workers, and after a restart.
 
-    :param data_dir: keeps the key of a store without a data directory; with `memory://` nothing is written.
+    :param data_dir: keeps the key of a store without a data directory.
     :raises StartupError: if the directory cannot be made or written.
     """
     directory = _directory(store, data_dir)
