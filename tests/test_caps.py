@@ -56,7 +56,7 @@ def test_a_counter_too_many_is_refused_by_number_and_option_and_the_others_count
     refused, counted, also_refused = apply(ledger, Increment("c"), Increment("a"), Set("d", 5))
     assert counted == 2
     for result in (refused, also_refused):
-        assert "2, the most that --max-counters allows" in words(result)
+        assert "2, the maximum of --max-counters" in words(result)
     assert apply(ledger, Set("b", 7), Increment("b")) == [7, 8]
     assert ledger.sizes[0] == 2
 
@@ -141,7 +141,7 @@ def test_a_key_too_many_is_refused_and_nothing_is_counted_until_others_are_a_day
         *(1, 2, Replayed(2))
     ]
     refused, plain = apply(ledger, Increment("a", key="m"), Increment("a"))
-    assert "2, the most that --max-keys allows" in words(refused)
+    assert "2, the maximum of --max-keys" in words(refused)
     assert plain == 3
     clock.now += KEY_LIFETIME + 1
     assert apply(ledger, Increment("a", key="k")) == [4]  # its own place is free
@@ -161,7 +161,7 @@ def test_a_client_too_many_may_read_but_not_write_and_is_not_remembered(monkeypa
         apply(ledger, Increment("x"), client=client)
     for _ in range(2):
         refused = apply(ledger, Increment("x"), Set("y", 1), client=cyd)
-        assert ["2, the most that --max-clients allows" in words(result) for result in refused] == [True, True]
+        assert ["2, the maximum of --max-clients" in words(result) for result in refused] == [True, True]
     assert apply(ledger, Increment("x"), client=ann, sequence=2) == [3]
     assert apply(ledger, Increment("x"), client=bob) == [2]  # sent again
     (answer,) = ledger.perform([Batch(cyd, 2, [Increment("x")])])
@@ -272,7 +272,7 @@ def test_connections_over_the_cap_are_told_so_and_get_in_when_another_goes(
         state.counter("c").increment()
     last, kind, _ = greeted(data_dir)
     assert kind == "#RETURN"
-    full = "it has 3 connections, the most that --max-connections allows"
+    full = "it has 3 connections, the maximum of --max-connections"
     over, kind, words = greeted(data_dir)
     over.close()
     assert (kind, words) == ("#FULL", full)

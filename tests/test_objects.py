@@ -460,7 +460,7 @@ def run_script(tmp_path: Path, url: str, text: str, *, name: str = "script.py") 
 def test_using_shared_objects_at_import_time_is_an_error(on_demand: str, tmp_path: Path) -> None:
     text = SCRIPT.replace("DURABLE", "False")
     told = run_script(tmp_path, on_demand, f"{text}print(obj.query())\n")
-    assert "the manager, too, imports the module that declares shared objects" in told
+    assert "the manager imports this module, too, for its shared objects" in told
     guarded = f"{text}if __name__ == '__main__':\n    print(obj.query())\n"
     assert run_script(tmp_path, on_demand, guarded) == "1\n"
 
