@@ -7,7 +7,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.managers import BaseProxy, Token
 from typing import Any
 
-from msgspec import Raw, Struct, ValidationError, msgpack
+from msgspec import Raw, ValidationError, msgpack
 
 from ..errors import AccessDenied, BatchRefused, DirectoryHeld, Disconnected, NotHosted, StateLost, Unsupported
 from ..objects import Declaration
@@ -29,23 +29,15 @@ _DURABILITY = {
 _decode_results = msgpack.Decoder(list[Result]).decode
 _decode_status = msgpack.Decoder(Status).decode
 _decode = msgpack.Decoder().decode
-
-
-class _Reply(Struct, array_like=True, frozen=True):
-    kind: str
-    content: Raw
-
-
-_decode_reply = msgpack.Decoder(_Reply).decode
+_decode_reply = msgpack.Decoder(tuple[str, Raw]).decode
 
 
 class StateProxy(BaseProxy):
     """A `Store` in the manager process of a data directory: its ledger, or one shared object.
 
-    It has one connection for the process, made when it is first needed, and again after it broke. It differs from the
-    standard proxy when something goes wrong. Any exception between sending and receiving closes the connection, so a
-    late reply is never read as the answer to the next call. Every step has a deadline. And it finds a restarted manager
-    by the object's name, and recognises the state by its epoch.
+    It has one connection for the process, made when it is first needed, and again after it broke. Every step has a
+    deadline. Any exception between sending and receiving closes the connection, so that no later call reads a late
+    reply. It finds a restarted manager by the object's name, and recognises the state by its epoch.
 
     :param starter: starts a manager if there is none.
     :param declaration: of the shared object; without it, the proxy is for the ledger.
@@ -97,16 +89,15 @@ class StateProxy(BaseProxy):
     def findings(self, deadline: float) -> list[Finding]:
         """See `Store`."""
         status = self.status(deadline)
-        manager = f"the manager, pid {status.pid}, epoch {status.epoch}, has {status.counters} counters"
+        manager = (
+            f"the manager, pid {status.pid}, epoch {status.epoch}, has {status.counters} counters in {self.directory}"
+        )
         slow = [
-            Finding(
-                "problem",
-                f"{call.object}.{call.method} has run for {call.seconds:.0f} s, and its other callers wait:"
-                " end it, or the manager",
-            )
+            f"{call.object}.{call.method} has run for {call.seconds:.0f} s, and its other callers wait: end it, or the"
+            " manager"
             for call in status.slow_calls
         ]
-        return [Finding("ok", f"{manager} in {self.directory}"), _DURABILITY[status.durability], *slow]
+        return [Finding("ok", manager), _DURABILITY[status.durability], *(Finding("problem", text) for text in slow)]
 
     def ask(self, method: str, arguments: tuple[Any, ...], deadline: float) -> Any:
         """Call one of the manager's own methods, and return its answer as plain data.
@@ -127,44 +118,48 @@ class StateProxy(BaseProxy):
                     self._connection.recv_bytes()
 
     def _callmethod(  # type: ignore[override] # the standard one knows no deadline
-        self, methodname: str, args: tuple[Any, ...] = (), kwds: dict[str, Any] | None = None, *, deadline: float
+        self, methodname: str, args: tuple[Any, ...] = (), *, deadline: float
     ) -> Raw:
         """Call a method of the hosted object and return its result, still encoded.
 
         :raises Disconnected: if there is no answer by `deadline`, or no manager.
         """
         with self._calling:
-            connection = self._connection
-            if connection is None:
-                connection = self._connect(deadline)
+            connection = self._connection or self._connect(deadline)
             self._connection = None  # until the whole reply is here, so that no other call can read it
             sent = True  # until proven otherwise: a signal's handler may raise just after the last byte has left
             try:
                 connection.set_deadline(deadline)
                 try:
-                    connection.send((self._id, methodname, args, kwds or {}))
+                    connection.send((self._id, methodname, args))
                 except (BrokenPipeError, ConnectionResetError):
                     sent = False  # the manager is gone, and never executes a frame that it did not receive whole
                     raise
-                reply = _decode_reply(connection.recv_bytes())
+                kind, content = _decode_reply(connection.recv_bytes())
             except (OSError, EOFError, ValidationError) as error:
                 connection.close()
-                raise Disconnected(_explain(error, self.directory), sent=sent) from error
+                raise self._disconnected(error, sent=sent) from error
             except BaseException:
                 connection.close()
                 raise
             self._connection = connection
-        if reply.kind == "#RETURN":
-            return reply.content
-        raise BatchRefused(_decode(reply.content))
+        if kind != "#RETURN":
+            raise BatchRefused(_decode(content))
+        return content
 
     def _connect(self, deadline: float) -> Connection:
-        """Return a new connection to the object.
+        """Return a new connection to the object, and start a manager if needed and allowed.
 
         :raises Disconnected: if there is no manager, or it does not answer.
         """
         try:
-            connection = self._connect_or_start(deadline)
+            try:
+                connection = self._open(deadline)
+            except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+                if self._starter is None:
+                    raise
+                self._starter.start(self.directory, deadline)
+                connection = self._open(deadline)
             try:
                 self._greet(connection)
             except BaseException:
@@ -175,43 +170,46 @@ class StateProxy(BaseProxy):
                 f"the manager of {self.directory} does not accept this key; nothing was counted"
             ) from error
         except (OSError, EOFError, ValidationError) as error:
-            raise Disconnected(_explain(error, self.directory), sent=False) from error
+            raise self._disconnected(error, sent=False) from error
         self._latest = connection
         return connection
 
+    def _open(self, deadline: float) -> Connection:
+        return connect(str(self.directory.socket), self.directory.existing_key("manager"), deadline=deadline)
+
+    def _disconnected(self, error: BaseException, *, sent: bool) -> Disconnected:
+        match error:
+            case FileNotFoundError() | ConnectionRefusedError():
+                text = (
+                    f"no manager is running in {self.directory}: start one with"
+                    f" 'counter-server manager --data-dir {self.directory}'"
+                )
+            case TimeoutError():
+                text = "the manager did not answer"
+            case _:
+                text = f"the connection to the manager broke: {error}"
+        return Disconnected(text, sent=sent)
+
     def _greet(self, connection: Connection) -> None:
-        connection.send((None, "accept_connection", (self._id, self._declaration), {}))
-        kind, epoch = connection.recv()
+        connection.send((None, "accept_connection", (self._id, self._declaration)))
+        kind, text = connection.recv()
         match kind:
             case "#RETURN":
-                known, self._epoch = self._epoch, epoch
-                if known not in (None, epoch):
+                known, self._epoch = self._epoch, text
+                if known not in (None, text):
                     raise StateLost(
                         f"the manager of {self.directory} has started again without its memory: {self._id} begins again"
                     )
             case "#FULL":
-                raise Disconnected(f"the manager of {self.directory} accepts no more clients: {epoch}", sent=False)
+                raise Disconnected(f"the manager of {self.directory} accepts no more clients: {text}", sent=False)
             case "#AWAY":
-                raise Disconnected(f"{epoch}, and ends for one that hosts {self._declaration}", sent=False)
+                raise Disconnected(f"{text}, and ends for one that hosts {self._declaration}", sent=False)
             case _:
                 raise NotHosted(
-                    f"{epoch}, and not {self._declaration} as declared here: another program started it, or started it"
+                    f"{text}, and not {self._declaration} as declared here: another program started it, or started it"
                     " before that was declared or changed; end it with"
                     f" 'counter-server stop --data-dir {self.directory}', or name another data directory"
                 )
-
-    def _connect_or_start(self, deadline: float) -> Connection:
-        try:
-            return self._connect_to(self.directory, deadline)
-        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-            if self._starter is None:
-                raise
-        self._starter.start(self.directory, deadline)
-        return self._connect_to(self.directory, deadline)
-
-    @staticmethod
-    def _connect_to(directory: DataDirectory, deadline: float) -> Connection:
-        return connect(str(directory.socket), directory.existing_key("manager"), deadline=deadline)
 
     def _drop(self) -> None:
         if self._latest is not None:
@@ -258,15 +256,3 @@ def end_manager(directory: DataDirectory, seconds: float, *, for_another: bool =
                     " if it does not end, 'kill -9' ends it, and loses nothing that is on the disk"
                 ) from error
     return pid
-
-
-def _explain(error: BaseException, directory: DataDirectory) -> str:
-    match error:
-        case FileNotFoundError() | ConnectionRefusedError():
-            return (
-                f"no manager is running in {directory}: start one with 'counter-server manager --data-dir {directory}'"
-            )
-        case TimeoutError():
-            return "the manager did not answer"
-        case _:
-            return f"the connection to the manager broke: {error}"

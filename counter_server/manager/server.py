@@ -1,9 +1,11 @@
-"""The manager process: it holds the ledger and the shared objects, and answers the workers' proxies."""
+"""The manager process: it holds the ledger and the shared objects, and answers the workers' proxies.
+
+It ends in order on a request or without clients, and at once when its state cannot be trusted.
+"""
 
 import _thread
 import gc
 import logging
-import multiprocessing
 import os
 import resource
 import secrets
@@ -12,19 +14,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from math import inf
 from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection as Pipe
 from multiprocessing.connection import answer_challenge, deliver_challenge
-from multiprocessing.managers import BaseManager, Server
+from multiprocessing.managers import Server
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 from msgspec import MsgspecError, msgpack
 
-from ..errors import BatchRefused, StartupError
-from ..journal import Journal
+from ..errors import BatchRefused, StartupError, Stopped
+from ..journal import Journal, JournalFailed
 from ..ledger import Contents, Ledger
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
@@ -33,7 +36,6 @@ from ..status import SlowCall, Status
 from ..store import Applies
 from .client import end_manager
 from .directory import DataDirectory, keep_from_children
-from .ending import Lifeline, end_main_thread, end_when_idle, end_with, fail, keep_found, stop
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,8 @@ _SWITCH_SECONDS = 0.0001  # for which a method computes before another thread's 
 _SECONDS_TO_SUCCEED = 10.0  # in which a manager on demand starts or ends
 _OTHER_DESCRIPTORS = 64  # open beside the connections: its own, and its shared objects
 SLOW_SECONDS = 10.0  # after which a running call of a shared object is reported
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 0.5
+_SECONDS_TO_STOP = 2.0  # for which a commit may hang on the disk when the supervisor has gone
 
 _decode_call = msgpack.Decoder(Call).decode
 _decode_batch = msgpack.Decoder(tuple[Batch]).decode
@@ -86,24 +89,42 @@ class StateServer(Server):
     public: list[str] = ["accept_connection"]  # noqa: RUF012 - the standard class declares it so
     authkey: bytes
     listener: Listener
-    hosted: dict[str, Hosted]
-    ledger: Ledger
-    journal: Journal | None
-    durability: Durability
     mutex: threading.Lock
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(
+        self,
+        directory: DataDirectory,
+        hosted: dict[str, Hosted],
+        journal: Journal | None,
+        durability: Durability,
+        *,
+        most_connections: int,
+        idle_timeout: float | None,
+        supervisor: int | None,
+    ) -> None:
+        super().__init__({}, str(directory.socket), directory.key("manager"), SERIALIZER)
+        self._directory = directory
+        self.hosted = hosted
+        self._ledger = cast(Ledger, hosted["ledger"].applies)
+        self._journal = journal
+        self._durability: Durability = durability
+        self._most_connections = most_connections
+        self._idle_timeout = idle_timeout
+        self._supervisor = supervisor  # pid
         self._connections: set[Connection] = set()
         self._welcomed = 0  # of these, after the greeting
         self._users: set[Connection] = set()  # of these, to shared objects
-        self.most_connections = Caps.connections
-        self.gives_way = False  # to another manager, when no client uses its objects
-        self.keeps_place = ""  # why it does not end for another manager, if it does not
-        self.supervisor: int | None = None  # pid
         self._idle_since = self._began = time.monotonic()
+        self._keeps_place = ""  # why it does not end for another manager or without clients, if it does not
+        if idle_timeout is None:
+            self._keeps_place = (
+                "it was started by hand: 'counter-server run --attach' with the same --data-dir uses it,"
+                " 'counter-server stop' ends it"
+            )
+        elif journal is None:
+            self._keeps_place = "its counters are in memory alone: 'counter-server stop' ends it, and they are lost"
 
-    def idle_for(self) -> float:
+    def _idle_for(self) -> float:
         """Return the seconds since the last client, as far as is known.
 
         A method that never returns keeps the connection of a client that has gone. Such a connection does not count.
@@ -126,7 +147,7 @@ class StateServer(Server):
                 connection = self.listener.accept()
             except OSError:
                 continue
-            if len(self._connections) >= self.most_connections + _MOST_GREETED:
+            if len(self._connections) >= self._most_connections + _MOST_GREETED:
                 connection.close()
                 continue
             with self.mutex:
@@ -167,12 +188,12 @@ class StateServer(Server):
 
     def _welcome(self, conn: Any, hosted: Hosted) -> None:
         with self.mutex:
-            is_room = self._welcomed < self.most_connections
+            is_room = self._welcomed < self._most_connections
             self._welcomed += is_room
             if is_room and hosted.declaration is not None:
                 self._users.add(conn)
         if not is_room:
-            conn.send(("#FULL", f"it has {self.most_connections:,} connections, the maximum of --max-connections"))
+            conn.send(("#FULL", f"it has {self._most_connections:,} connections, the maximum of --max-connections"))
             return
         try:
             conn.send(("#RETURN", hosted.epoch))
@@ -185,12 +206,12 @@ class StateServer(Server):
     def _turn_away(self, conn: Any) -> None:
         """Report what this manager hosts; if no client uses any of it, make way for another manager."""
         with self.mutex:
-            makes_way = self.gives_way and not _is_any_there(self._users)
+            makes_way = not self._keeps_place and not _is_any_there(self._users)
         names = [str(hosted.declaration) for hosted in self.hosted.values() if hosted.declaration]
         reason = f"the manager (pid {os.getpid()}) hosts {', '.join(names) or 'counters only'}"
         conn.send(("#AWAY" if makes_way else "#ERROR", reason))
         if makes_way:
-            end_main_thread()
+            _end_main_thread()
 
     def serve_client(self, conn: Any) -> None:
         """Answer calls, one after the other, until the client goes or breaks the rules."""
@@ -214,23 +235,23 @@ class StateServer(Server):
 
     def status(self) -> Status:
         """Return the manager's figures."""
-        counters, clients, keys = self.ledger.sizes
+        counters, clients, keys = self._ledger.sizes
         return Status(
             pid=os.getpid(),
             epoch=self.hosted["ledger"].epoch,
-            durability=self.durability,
+            durability=self._durability,
             uptime=time.monotonic() - self._began,
-            starts=self.journal.starts if self.journal else 1,
+            starts=self._journal.starts if self._journal else 1,
             counters=counters,
             objects=len(self.hosted) - 1,
             clients=clients,
             keys=keys,
             connections=len(self._connections),
-            batches=self.ledger.batches,
-            operations=self.ledger.operations,
-            commits=self.ledger.commits,
-            commit_seconds=self.ledger.commit_seconds,
-            journal_bytes=self.journal.size if self.journal else 0,
+            batches=self._ledger.batches,
+            operations=self._ledger.operations,
+            commits=self._ledger.commits,
+            commit_seconds=self._ledger.commit_seconds,
+            journal_bytes=self._journal.size if self._journal else 0,
             slow_calls=list(self.slow_calls().values()),
         )
 
@@ -249,10 +270,10 @@ class StateServer(Server):
     def check(self) -> tuple[int, int, int]:
         """Compare the whole journal with memory; return how many counters, clients and keys there are."""
         try:
-            self.ledger.show(self._durable().check)
+            self._ledger.show(self._durable().check)
         except StartupError as error:
             raise BatchRefused(str(error)) from error
-        return self.ledger.sizes
+        return self._ledger.sizes
 
     def back_up(self, target: bytes) -> int:
         """Copy the journal into a new file, and return its bytes."""
@@ -262,57 +283,96 @@ class StateServer(Server):
             raise BatchRefused(str(error)) from error
 
     def _durable(self) -> Journal:
-        if self.journal is None:
+        if self._journal is None:
             raise StartupError("the counters are in memory only (durability none): there is no journal")
-        return self.journal
+        return self._journal
 
     def end(self, for_another: bool) -> bool:  # noqa: FBT001 - the wire has no keywords for it
         """End in order; for another manager, only if this one was started on demand."""
-        if self.supervisor is not None:
-            raise BatchRefused(f"it runs under a supervisor (pid {self.supervisor} there): end that")
-        if for_another and self.keeps_place:
-            raise BatchRefused(self.keeps_place)
-        end_main_thread()
+        if self._supervisor is not None:
+            raise BatchRefused(f"it runs under a supervisor (pid {self._supervisor} there): end that")
+        if for_another and self._keeps_place:
+            raise BatchRefused(self._keeps_place)
+        _end_main_thread()
         return True
 
+    def keep_going(self, is_held: Callable[[], bool], is_ending: threading.Event) -> None:
+        """Restore the socket when its file vanishes, log slow calls, and end the manager when it is idle.
 
-def _report_slow_calls(server: StateServer, is_ending: threading.Event) -> None:
-    """Log each call that runs for long, once, until the manager is ending."""
-    reported: set[tuple[str, float]] = set()
-    while not is_ending.wait(_LOOK_SECONDS):
-        found = server.slow_calls()
-        for key in found.keys() - reported:
-            call = found[key]
-            log.warning(
-                "%s.%s has run for %.0f seconds and still runs; other calls of %s wait for it",
-                *(call.object, call.method, call.seconds, call.object),
-            )
-        reported = set(found)
+        End the process at once when its directory or journal was removed or replaced.
+        """
+        last_error = ""
+        reported: set[tuple[str, float]] = set()
+        while not is_ending.wait(_LOOK_SECONDS):
+            if not is_held():  # another manager may begin with other files
+                fail(StartupError(f"the data directory {self._directory} was removed, or replaced by another"))
+            try:
+                if self._journal:
+                    self._journal.look_after_files()
+                if not self.listener.is_found:
+                    self._directory.remove_stale_socket()
+                    self.listener.rebind()
+                    log.warning("the socket %s was removed; a new one is in its place", self._directory.socket)
+            except JournalFailed as error:
+                fail(error)
+            except (StartupError, OSError) as error:
+                if str(error) != last_error:
+                    log.error("no new client can connect: %s", error)
+                last_error = str(error)
+            slow = self.slow_calls()
+            for key in slow.keys() - reported:
+                call = slow[key]
+                log.warning(
+                    "%s.%s has run for %.0f seconds and still runs; other calls of %s wait for it",
+                    *(call.object, call.method, call.seconds, call.object),
+                )
+            reported = set(slow)
+            if self._idle_timeout is not None and not self._keeps_place and self._idle_for() >= self._idle_timeout:
+                _end_main_thread()  # a client that comes just then starts another manager
+                return
 
 
-def _is_any_there(connections: Iterable[Connection]) -> bool:
+def _is_any_there(connections: set[Connection]) -> bool:
     """Return whether the client of any of these open connections is still there."""
     there = select.poll()  # without an event, it reports only closed connections
-    count = 0
-    for count, connection in enumerate(connections, 1):  # noqa: B007 - the number of connections
+    for connection in connections:
         there.register(connection, 0)
-    return len(there.poll(0)) < count
+    return len(there.poll(0)) < len(connections)
 
 
-class StateManager(BaseManager):
-    """`BaseManager` with our server.
+def fail(error: BaseException) -> NoReturn:
+    """End the process at once, without an answer: the next start reads from the disk what happened."""
+    try:
+        reason = str(error) or type(error).__name__
+        sys.stderr.write(f"manager: {reason}; the last write is unknown; stopping to start again from the disk\n")
+        sys.stderr.flush()
+    finally:  # even without memory for a message, or with a log on a full disk
+        os._exit(74)  # EX_IOERR of sysexits.h
 
-    :param address: a socket's path.
-    """
 
-    _Server = StateServer
+def _end_without_memory(uncaught: threading.ExceptHookArgs) -> None:
+    """Report the error that ended a thread. Without memory, end the process, which could serve no client."""
+    threading.__excepthook__(uncaught)
+    if issubclass(uncaught.exc_type, MemoryError):
+        fail(uncaught.exc_value or MemoryError())
 
-    def __init__(self, address: str, authkey: bytes) -> None:
-        super().__init__(address, authkey, SERIALIZER, multiprocessing.get_context("spawn"))
 
-    def get_server(self) -> StateServer:
-        # The standard method makes a `Server` by that name, whatever `_Server` says.
-        return self._Server(self._registry, self.address, self._authkey, SERIALIZER)  # type: ignore[attr-defined]
+def _stop(_number: int, _frame: object) -> NoReturn:
+    raise Stopped(0)
+
+
+def _end_main_thread() -> None:
+    """End the main thread in order, as a signal from outside does."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+
+def _end_with(lifeline: Pipe) -> None:
+    """End the main thread in order when the lifeline ends, and the process if that hangs on the disk."""
+    with suppress(EOFError, OSError):
+        lifeline.recv()
+    _end_main_thread()
+    time.sleep(_SECONDS_TO_STOP)
+    os._exit(1)  # a commit that hangs is on the disk or is not, and no client waits for it
 
 
 def serve(
@@ -320,7 +380,7 @@ def serve(
     durability: Durability,
     *,
     ready: Callable[[], None],
-    lifeline: Lifeline | None = None,
+    lifeline: Pipe | None = None,
     idle_timeout: float | None = None,
     declarations: Sequence[Declaration] = (),
     caps: Caps = DEFAULT_CAPS,
@@ -340,50 +400,48 @@ def serve(
     threading.excepthook = _end_without_memory
     sys.setswitchinterval(_SWITCH_SECONDS)
     # An exception in the main thread is the server's own way to end; see Server.serve_forever.
-    signal.signal(signal.SIGUSR1, stop)  # our own threads' way to end the main one
+    signal.signal(signal.SIGUSR1, _stop)  # our own threads' way to end the main one
     if lifeline is None:
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGINT, _stop)
     else:
         keep_from_children(lifeline.fileno())
-        threading.Thread(target=end_with, args=(lifeline,), name="lifeline", daemon=True).start()
+        threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
     starting = ExitStack()  # until this manager is ready, no client starts another one
     if idle_timeout is None:
         starting.enter_context(directory.starting(_SECONDS_TO_SUCCEED))
         end_manager(directory, _SECONDS_TO_SUCCEED, for_another=True)
     with starting, directory.hold() as is_held:
-        with _nothing_collected():
+        gc.disable()
+        try:
             journal = _open_journal(directory, durability, caps)
             contents = journal.load() if journal else Contents()
             if journal:
                 journal.count_start()  # after the check, so that a damaged journal is not changed
             ledger = Ledger(contents, journal, caps=caps, fail=fail)
-        epoch = journal.epoch if journal else secrets.token_hex(16)
+        finally:
+            gc.freeze()  # the contents stay: the collector never needs to examine them
+            gc.enable()
+        hosted = {"ledger": Hosted(ledger, journal.epoch if journal else secrets.token_hex(16))}
+        for declaration in declarations:
+            hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, caps)
         directory.remove_stale_socket()
         try:
-            server = StateManager(str(directory.socket), directory.key("manager")).get_server()
+            server = StateServer(
+                directory,
+                hosted,
+                journal,
+                durability,
+                most_connections=_room_for(caps.connections),
+                idle_timeout=idle_timeout,
+                supervisor=os.getppid() if lifeline is not None else None,
+            )
         except OSError as error:
             raise StartupError(f"the socket {directory.socket} cannot be made: {error.strerror or error}") from error
-        server.most_connections = _room_for(caps.connections)
-        server.hosted = {"ledger": Hosted(ledger, epoch)}
-        for declaration in declarations:
-            hosted = _host(declaration, ledger, journal, contents, caps)
-            server.hosted[object_ident(declaration.name)] = hosted
-        server.ledger, server.journal, server.durability = ledger, journal, durability
-        server.keeps_place = _why_it_keeps_its_place(idle_timeout, journal)
-        server.supervisor = os.getppid() if lifeline is not None else None
-        if idle_timeout is not None and journal is not None:
-            server.gives_way = True
-            threading.Thread(
-                target=end_when_idle, args=(server.idle_for, idle_timeout), name="idle", daemon=True
-            ).start()
         is_ending = threading.Event()
-        keeping = threading.Thread(
-            target=keep_found, args=(directory, server.listener, is_held, journal, is_ending), daemon=True
-        )
+        keeping = threading.Thread(target=server.keep_going, args=(is_held, is_ending), daemon=True)
         keeping.start()
-        threading.Thread(target=_report_slow_calls, args=(server, is_ending), name="slow calls", daemon=True).start()
         try:
             ready()
             starting.close()
@@ -399,25 +457,6 @@ def serve(
             if journal:
                 journal.close()
     raise AssertionError("serve_forever returned")
-
-
-def _end_without_memory(uncaught: threading.ExceptHookArgs) -> None:
-    """Report the error that ended a thread. Without memory, end the process, which could serve no client."""
-    threading.__excepthook__(uncaught)
-    if issubclass(uncaught.exc_type, MemoryError):
-        fail(uncaught.exc_value or MemoryError())
-
-
-def _why_it_keeps_its_place(idle_timeout: float | None, journal: Journal | None) -> str:
-    """Return why the manager does not end for another one; empty if it does."""
-    if idle_timeout is None:
-        return (
-            "it was started by hand: 'counter-server run --attach' with the same --data-dir uses it,"
-            " 'counter-server stop' ends it"
-        )
-    if journal is None:
-        return "its counters are in memory alone: 'counter-server stop' ends it, and they are lost"
-    return ""
 
 
 def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, contents: Contents, caps: Caps) -> Hosted:
@@ -451,17 +490,6 @@ def _room_for(connections: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return max(wanted - _MOST_GREETED - _OTHER_DESCRIPTORS, 1)
-
-
-@contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Keep the garbage collector from examining what the block makes, now and later, because it stays."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _open_journal(directory: DataDirectory, durability: Durability, caps: Caps) -> Journal | None:

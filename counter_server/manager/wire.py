@@ -39,12 +39,11 @@ def object_ident(name: str) -> str:
 
 
 class Call(Struct, array_like=True, frozen=True):
-    """A request: the tuple that the standard library's proxies send."""
+    """A request: the tuple that the standard library's proxies send, without its keywords."""
 
     ident: str | None
     method: str
     arguments: Raw
-    keywords: dict[str, Any] = {}
 
 
 class Connection:
@@ -148,9 +147,8 @@ class Connection:
 class Listener:
     """A listening AF_UNIX socket that accepts connections of this user alone."""
 
-    def __init__(self, address: str, backlog: int = _BACKLOG) -> None:
+    def __init__(self, address: str, backlog: int = 0) -> None:  # noqa: ARG002 - the standard server asks for too few
         self.address = address
-        self._backlog = max(backlog, _BACKLOG)
         self._closed = False
         self._socket = self._bound()
 
@@ -160,7 +158,7 @@ class Listener:
             with short_address(self.address) as short:
                 bound.bind(short)
             self._file = os.lstat(self.address)
-            bound.listen(self._backlog)
+            bound.listen(_BACKLOG)
         except BaseException:
             bound.close()
             raise
