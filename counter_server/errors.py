@@ -54,7 +54,7 @@ class OutcomeUnknown(CounterServerError):
 
 
 class StateLost(CounterServerError):
-    """The store restarted without its memory. The next call counts from the beginning."""
+    """The store has lost what it held, or a part of it. The next call continues from what it holds now."""
 
 
 class StorageFull(CounterServerError):

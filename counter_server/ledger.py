@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import islice, takewhile
 from math import inf
-from typing import NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 from msgspec import Struct, field
 from sortedcontainers import SortedSet
@@ -77,7 +77,7 @@ class Changes(Struct):
     clients: dict[bytes, ClientRecord | None] = field(default_factory=dict)
     keys: dict[str, KeyRecord | None] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
-    # How many more there are with it than without. Forgotten records make room for the next commit only.
+    # Net numbers of records that this commit adds. Expired records are not subtracted: their room is free afterwards.
     more_counters: int = 0
     more_clients: int = 0
     more_keys: int = 0
@@ -122,7 +122,7 @@ class Clients:
     """Remembers the last batch of each client, in the order of their last use.
 
     :param most: the maximum number of clients. If there is no room, the client that was idle longest is forgotten, but
-        only if no batch of it can arrive any more.
+        only if none of its sent batches can still arrive.
     :param owner: the shared object that they call; empty for the counters.
     """
 
@@ -181,7 +181,7 @@ class Ledger:
     """Counters, clients and idempotency keys, changed by batches, several in one commit.
 
     The ledger has its own time: the seconds that it has run, continued from the newest record in `contents`. So a
-    clock that jumps neither revives nor repeats anything, and time spent switched off only makes the memory longer.
+    clock that jumps has no effect, and time without a manager does not count: records then live longer.
 
     :param journal: makes each commit durable, so batches that wait at the same time share one.
     :param clock: returns the seconds, if not its own time.
@@ -204,7 +204,7 @@ class Ledger:
         self._most_counters = caps.counters if caps else inf
         self._most_keys = caps.keys if caps else inf
         self._counters = contents.counters
-        self._names: SortedSet[str] = SortedSet(contents.counters)
+        self._names: Any = SortedSet(contents.counters)
         counting = {client: record for client, record in contents.clients.items() if not record.object}
         self._clients = Clients(counting, caps.clients if caps else inf)
         self._keys = contents.keys

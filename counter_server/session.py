@@ -48,7 +48,7 @@ class Session:
         """Become a new client, which the store does not know: after a fork, a refusal or an unknown outcome."""
         self._client = os.urandom(16)
         self._sequence = 0  # of the last answered batch of writes
-        self._known_until = -inf  # in `time.monotonic` seconds; until then the store must know that batch
+        self._known_until = -inf  # in `time.monotonic` seconds; a refusal before means that the store lost its memory
         self._exchange: _Exchange | None = None
 
     def begin_again(self) -> None:
@@ -99,7 +99,7 @@ class Session:
                 raise
             else:
                 if exchange.batch.sequence:
-                    self._sequence = exchange.batch.sequence  # first: an exchange without results is resent
+                    self._sequence = exchange.batch.sequence  # before the results: interrupted in between, it is resent
                     self._known_until = exchange.began + _KNOWN_SECONDS if _is_remembered(results) else -inf
                 exchange.results = results
         return exchange.results
@@ -107,7 +107,7 @@ class Session:
     def _begin(self, operations: list[Operation]) -> _Exchange:
         before = self._exchange
         if before is not None and before.sent and before.results is None:
-            self._renew()  # the abandoned batch may yet be applied under the next number
+            self._renew()  # the abandoned batch may still be applied, and has the number that comes next
         exchange = self._exchange = _Exchange(operations, self._numbered(operations))
         return exchange
 
@@ -121,7 +121,7 @@ class Session:
         """Wait before a batch is resent, or raise at the deadline."""
         now = time.monotonic()
         if now < deadline or now - exchange.began > _LONGEST_PAUSE or not exchange.reason:
-            exchange.reason = str(broken)  # otherwise the deadline cut this attempt short: the last reason says more
+            exchange.reason = str(broken)  # else the deadline cut this attempt short, and the earlier reason says more
         if now >= deadline:
             if exchange.sent and exchange.batch.sequence:
                 raise DeadlineExceeded(

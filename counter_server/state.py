@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind")
 
-_MOST_LOSSES = 10  # in a row that a forgetful handle tolerates; a manager that is killed each time is reported
+_MOST_LOSSES = 10  # in a row for which a forgetful handle repeats a call; it raises the next one
 
 _noticing = threading.Lock()  # held while a child finds out that it is one
 _listing = threading.Lock()  # guards the set below
@@ -53,7 +53,8 @@ _states: "weakref.WeakSet[State]" = weakref.WeakSet()
 class Counter:
     """A number that all workers share. Every increment is counted exactly once.
 
-    Each method makes one call to the store, shared with other threads that wait, and may raise `CounterServerError`.
+    Each method makes one call to the store, and may raise `CounterServerError`. Threads that wait at the same time
+    share that call.
     """
 
     def __init__(self, name: str, shared: "Sharing") -> None:
@@ -155,7 +156,7 @@ def _returned(result: Result) -> Any:
         raise remote
     try:
         error = kind(*decode_plain(raised.arguments))
-    except Exception:  # noqa: BLE001 - the type takes other arguments than it keeps
+    except Exception:  # noqa: BLE001 - its constructor does not accept its own `args`
         raise remote from None
     error.add_note(f"Raised in the manager process:\n{raised.traceback}")
     raise error
@@ -191,7 +192,7 @@ class Declarations(dict[str, Declaration]):
 
 
 def declared_for(url: str) -> list[Declaration]:
-    """Return everything that this process declares for one store: its manager is for all states, caches and limits."""
+    """Return everything that this process declares for one store, in any of its states: one manager hosts all of it."""
     found = Declarations()
     with _listing:
         states = list(_states)

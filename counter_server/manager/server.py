@@ -82,7 +82,7 @@ _OWN: dict[str, msgpack.Decoder[Any]] = {
 class StateServer(Server):
     """The standard library's manager server, with objects by name, typed arguments and time limits.
 
-    A client can call `apply` of the hosted objects, and four methods of the server itself, which are for its operator.
+    A client can call `apply` of the hosted objects, and four methods of the server itself, mostly for its operator.
     It can create nothing, and reads no traceback. A peer that breaks the rules loses its connection, without a reason.
     """
 
@@ -115,7 +115,7 @@ class StateServer(Server):
         self._welcomed = 0  # of these, after the greeting
         self._users: set[Connection] = set()  # of these, to shared objects
         self._idle_since = self._began = time.monotonic()
-        self._keeps_place = ""  # why it does not end for another manager or without clients, if it does not
+        self._keeps_place = ""  # why it refuses to end for another manager or without clients; empty if it does not
         if idle_timeout is None:
             self._keeps_place = (
                 "it was started by hand: 'counter-server run --attach' with the same --data-dir uses it,"
