@@ -38,7 +38,7 @@ _CAPS = {
     "counters": "Maximum number of counters. Beyond it, only existing ones can be changed.",
     "keys": "Maximum number of idempotency keys, remembered for 24 hours each. Beyond it, new ones are refused.",
     "clients": "Maximum number of remembered client processes. Beyond it, the longest idle is forgotten.",
-    "journal_bytes": "Maximum size of the journal. Beyond it, writes are refused, and reads go on.",
+    "journal_bytes": "Maximum size of the journal. Beyond it, writes are refused, and reads continue.",
     "connections": "Maximum number of connections. Beyond it, new ones wait.",
 }
 

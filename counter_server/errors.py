@@ -58,7 +58,7 @@ class StateLost(CounterServerError):
 
 
 class StorageFull(CounterServerError):
-    """The store is full or read-only. Nothing was changed; reads go on, and writes do when there is room again."""
+    """The store is full or read-only. Nothing was changed; reads continue, and writes do when there is room again."""
 
 
 class AccessDenied(CounterServerError):

@@ -267,7 +267,7 @@ class Journal:
                 return JournalFailed(f"the journal {self.path} could not be rolled back: {failure}")
         cap = ", or it has reached --max-journal-bytes" if refused.errno == errno.ENOSPC else ""
         return StorageFull(
-            f"{self.path} cannot be written to: {refused.strerror}{cap}; nothing was counted, and reads go on"
+            f"{self.path} cannot be written to: {refused.strerror}{cap}; nothing was counted, and reads continue"
         )
 
     def look_after_files(self) -> None:

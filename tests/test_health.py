@@ -153,7 +153,7 @@ def test_with_a_full_disk_a_server_is_alive_not_ready_gives_its_figures_and_reco
     assert_not_ready(answer, refused)
     assert ask(server.url, "HEAD", "/readyz")[0] == 503
     assert ask(server.url, "GET", "/livez")[0] == 200
-    assert ask(server.url, "GET", "/api/v1/counters/x")[0] == 200  # reads go on
+    assert ask(server.url, "GET", "/api/v1/counters/x")[0] == 200  # reads continue
     assert figures(server.url)["up"] == 1
     filler.unlink()
     becomes_ready(server.url)

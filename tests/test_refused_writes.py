@@ -1,6 +1,6 @@
 """A file system that takes no writes: it is full, its user's quota is, or it has become read-only.
 
-Writes are refused, reads go on, it heals by itself, and what was refused is never found committed.
+Writes are refused, reads continue, it heals by itself, and what was refused is never found committed.
 """
 
 import errno
@@ -46,7 +46,7 @@ def test_writes_that_the_file_system_refuses_for_a_while_are_refused_and_reads_g
     with failing(manager.pid, "pwrite64", error):
         reason = "its disk is full" if error == "ENOSPC" else os.strerror(getattr(errno, error))
         for _ in range(2):
-            with pytest.raises(StorageFull, match=f"{reason}.*; nothing was counted, and reads go on") as refused:
+            with pytest.raises(StorageFull, match=f"{reason}.*; nothing was counted, and reads continue") as refused:
                 state.counter("c").increment()
             assert refused.value.outcome == "not_applied"
         assert state.counter("c").value == 1
@@ -189,7 +189,7 @@ def count_until_refused(state: State, reason: str = "its disk is full") -> int:
         except StorageFull as error:
             refused = error
     assert refused.outcome == "not_applied"
-    assert re.search(f"{reason}.*; nothing was counted, and reads go on", str(refused))
+    assert re.search(f"{reason}.*; nothing was counted, and reads continue", str(refused))
     return given
 
 

@@ -168,7 +168,7 @@ class RedisStore:
         if isinstance(error, _DENIED) or text.startswith("Protocol error: unauthenticated"):
             return AccessDenied(f"{self} does not let this process in: {text}; nothing was counted")
         if isinstance(error, exceptions.OutOfMemoryError) or text.startswith("MISCONF"):
-            return StorageFull(f"{self} cannot be written to: {text}; nothing was counted, and reads go on")
+            return StorageFull(f"{self} cannot be written to: {text}; nothing was counted, and reads continue")
         if isinstance(error, _PASSING) or text.startswith(("BUSY", "NOREPLICAS")):
             self.close()  # the name may lead to another server now
             return Disconnected(f"{self}: {text}", sent=False)

@@ -106,7 +106,7 @@ class _Transaction:
 Kind = type[Exception]
 _MESSAGES: dict[Kind, str] = {
     AccessDenied: "{} does not let this process in: {}; nothing was counted",
-    StorageFull: "{} cannot be written to: {}; nothing was counted, and reads go on",
+    StorageFull: "{} cannot be written to: {}; nothing was counted, and reads continue",
     StartupError: "{} cannot be used: {}; nothing was changed",
     OutcomeUnknown: "{} failed: {}",
 }

@@ -32,7 +32,7 @@ _SECONDS = 1.0  # that a probe may take: a monitor asks again soon
 _WRITE = Increment("ready?", maximum=SMALLEST)
 
 _REASONS: dict[type[CounterServerError], str] = {
-    errors.StorageFull: "the store cannot write for now; reads go on, and writes are refused until it can",
+    errors.StorageFull: "the store cannot write for now; reads continue, and writes are refused until it can",
     errors.DeadlineExceeded: f"the store has not answered within {_SECONDS:g} s; nothing that it holds is lost by that",
     errors.AccessDenied: "the store does not let this server in; its log says more",
 }
