@@ -350,6 +350,7 @@ def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
         state.counter("c").increment()
     assert lost.value.outcome == "not_applied"
     assert state.counter("c").increment() == (58 if damage == "log cut" else 1)
+    eventually(lambda: successor.errors, "the line in the log")
     (line,) = successor.errors
     assert f"{DataDirectory(data_dir).journal} or its log was removed, replaced or cut" in line
 
