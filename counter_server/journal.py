@@ -385,7 +385,7 @@ def _create(path: Path) -> None:
         with closing(sqlite3.connect(part, isolation_level=None)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(
-                f"BEGIN; {_SCHEMA} INSERT INTO meta VALUES ('epoch', '{secrets.token_hex(16)}');"  # noqa: S608
+                f"BEGIN; {_SCHEMA} INSERT INTO meta VALUES ('epoch', '{secrets.token_hex(16)}');"  # noqa: S608 - random digits
                 f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_VERSION}; COMMIT"
             )
             # Closing the connection would fold the log in, too, but would not report a failure.
@@ -494,7 +494,7 @@ def _rows(connection: sqlite3.Connection, table: str, order: str | None = None) 
     """Yield the rows of a table; raise `ValueError` for a row that does not match its checksum."""
     # Many rows at once, column by column, so that loops in C do the work for each row: there may be a million.
     ordered = f" ORDER BY {order}" if order else ""
-    found = connection.execute(f"SELECT * FROM {table}{ordered}")  # noqa: S608
+    found = connection.execute(f"SELECT * FROM {table}{ordered}")  # noqa: S608 - names of our own
     while block := found.fetchmany(_ROWS_AT_ONCE):
         *columns, checksums = zip(*block, strict=True)
         right = tuple(map(crc32, map(_encode, zip(*columns, strict=True))))
