@@ -4,22 +4,27 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from playwright.sync_api import Browser as Chromium
 
 from counter_server import State
 from counter_server.manager.directory import DataDirectory
-from tests.browser import Browser, chromium
 from tests.cutter import Cutter
-from tests.engines import PostgresServer
 from tests.processes import Manager, Server, end_manager
+
+if TYPE_CHECKING:  # the fast tier does without these packages
+    from playwright.sync_api import Browser as Chromium
+
+    from tests.browser import Browser
+    from tests.engines import PostgresServer
 
 # The programs that tests start cache their bytecode; otherwise each of hundreds would compile everything again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -32,20 +37,52 @@ hypothesis.settings.register_profile("counter_server", deadline=None)
 hypothesis.settings.load_profile("counter_server")
 
 
-# These tests do not depend on Python's version: pages, messages, faults of disks and engines, other programs.
-ONCE = {
-    *("test_access", "test_access_of_servers", "test_architecture", "test_bad_requests", "test_badge"),
-    *("test_benchmarks", "test_cli", "test_dashboard", "test_demo", "test_doctor", "test_documentation", "test_faults"),
-    *("test_lab", "test_leaks", "test_memcached", "test_openapi", "test_prove", "test_rate_limit", "test_redis"),
-    *("test_refused_writes", "test_sql", "test_two_machines", "test_upkeep"),
-}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="Run the slow tests too: engines, browsers, launchers, faults.")
 
-# The slowest files begin first, so that no worker runs one of them alone at the end.
-LONGEST = [
-    *("test_sql", "test_faults", "test_demo", "test_browser_dashboard", "test_stores", "test_supervision"),
-    *("test_seed_programs", "test_browser_lab", "test_cli", "test_objects", "test_health", "test_exactly_once"),
-    *("test_prove", "test_refused_writes", "test_server", "test_browser_home", "test_on_demand", "test_limiting"),
-]
+
+def is_full(config: pytest.Config) -> bool:
+    """Return whether every test runs, or only the fast tier. COUNTER_SERVER_TEST_ALL is for CI."""
+    return bool(config.getoption("all") or os.environ.get("COUNTER_SERVER_TEST_ALL"))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run four files at a time if all tests run, as the slow ones mostly wait for other processes."""
+    return 4 if is_full(config) else 2
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files of slow tests without importing them: only the extra `test-all` has all that they import."""
+    if is_full(config) or collection_path.suffix != ".py":
+        return None
+    return True if "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the slow tests of the other files, and sort so that the slowest files begin first.
+
+    Tracing opcodes with `sys.settrace` crashes CPython 3.12, so those tests are deselected there.
+    """
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+    left_out = {"slow"} if not is_full(config) else set()
+    if sys.version_info[:2] == (3, 12):
+        left_out.add("traces_opcodes")
+    deselected = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which tier ran, and how to run the other."""
+    if is_full(config):
+        terminalreporter.write_line(
+            "All tests ran. Without --all (and COUNTER_SERVER_TEST_ALL), only the fast tier runs."
+        )
+    else:
+        terminalreporter.write_line(
+            "Only the fast tier ran. For everything: pip install -c requirements.lock -e '.[test-all]', then pytest --all"
+        )
 
 
 @pytest.fixture
@@ -119,44 +156,35 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[PostgresServer]:
+def postgres() -> Iterator["PostgresServer"]:
     """Run one server for all tests that do not kill it."""
+    from tests.engines import PostgresServer
+
     with PostgresServer() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def browser_process() -> Iterator[Chromium]:
+def browser_process() -> Iterator["Chromium"]:
     """Run Chromium for the tests of one file. While it runs, this thread has an event loop."""
+    from tests.browser import chromium
+
     with chromium() as process:
         yield process
 
 
 @pytest.fixture
-def browser(browser_process: Chromium, stack: ExitStack) -> Iterator[Browser]:
+def browser(browser_process: "Chromium", stack: ExitStack) -> Iterator["Browser"]:
     """Return a browser without pages. The test fails if one of its pages logs an error.
 
     It closes before the contents of `stack`, because a polling page would report the end of its server.
     """
+    from tests.browser import Browser
+
     browser = Browser(browser_process)
     yield browser
     browser.close()
     assert browser.complaints == []
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sort the slowest files first, and mark the tests that need only one version of Python.
-
-    Tracing opcodes with `sys.settrace` crashes CPython 3.12, so those tests are deselected there.
-    """
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-    for item in items:
-        if "browser" in getattr(item, "fixturenames", ()) or item.path.stem in ONCE:
-            item.add_marker(pytest.mark.once)
-    if sys.version_info[:2] == (3, 12):
-        tracing = [item for item in items if item.get_closest_marker("traces_opcodes")]
-        config.hook.pytest_deselected(items=tracing)
-        items[:] = [item for item in items if item not in tracing]
 
 
 @pytest.hookimpl(wrapper=True)

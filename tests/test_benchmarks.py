@@ -15,6 +15,8 @@ from tests.benchmarks.reasons import WHY
 from tests.benchmarks.results import Place, Results
 from tests.processes import ROOT
 
+pytestmark = pytest.mark.slow
+
 OURS, PLAIN = "ours, none", "BaseManager proxy, AF_UNIX"
 
 

@@ -14,6 +14,8 @@ from tests.browser import LOOKS, Browser, accessibility_violations, overflow, pr
 from tests.load import open_client
 from tests.processes import Server, eventually
 
+pytestmark = pytest.mark.slow
+
 NAMES = {"tickets": 41, "a/b": 7, "100% sure?&#+": -3, "שלום עולם": 12, "計数器": 5, "<b>bold</b>": 1}
 SOON = 2000  # milliseconds of the page's clock within which the page must ask for a change
 

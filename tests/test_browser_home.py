@@ -9,6 +9,8 @@ from playwright.sync_api import Page, expect
 from tests.browser import LOOKS, NARROW, Browser, accessibility_violations, overflow, press_until, screenshot
 from tests.processes import Server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def server(start_server: Callable[..., Server]) -> Server:

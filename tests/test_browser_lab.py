@@ -10,6 +10,8 @@ from playwright.sync_api import Page, Route, expect
 from tests.browser import LOOKS, Browser, accessibility_violations, overflow, press_until, screenshot
 from tests.processes import PATIENCE, Server
 
+pytestmark = pytest.mark.slow
+
 SUMMARY = re.compile(
     r"(?P<clients>\d+) clients?: (?P<unique>\d+) unique, (?P<duplicates>\d+) duplicates?"
     r"(?: \(given to (?P<unlucky>\d+) clients\))?, (?P<skipped>\d+) skipped\."

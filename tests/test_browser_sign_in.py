@@ -9,6 +9,8 @@ from tests.browser import LOOKS, NARROW, Browser, accessibility_violations, over
 from tests.processes import Server
 from tests.test_access import TOKEN
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def server(start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> Server:

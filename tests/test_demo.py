@@ -37,6 +37,8 @@ from counter_server.server.demo.runner import (
 from counter_server.server.strategies import STRATEGIES
 from tests.processes import ROOT, Program, eventually
 
+pytestmark = pytest.mark.slow
+
 CLIENTS = 24
 CERTAIN = {"waitress/global", "waitress/ours"}  # shown in several rounds
 BEFORE = "import sys; {}; from counter_server.cli import main; main()"

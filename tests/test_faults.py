@@ -37,6 +37,8 @@ from tests.strace import failing, faulty, killed_at, late
 from tests.test_manager import greeted, raw
 from tests.test_server import ask
 
+pytestmark = pytest.mark.slow
+
 StartManager = Callable[..., Manager]
 
 

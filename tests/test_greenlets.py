@@ -15,6 +15,8 @@ from tests.launchers import listening_port
 from tests.load import at_once, visit
 from tests.processes import PATIENCE, ROOT, Manager, Program, eventually, frozen, holder
 
+pytestmark = pytest.mark.slow
+
 _PROGRAM = """
 import json, os, sys, time
 url, when, go = sys.argv[1:]

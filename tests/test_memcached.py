@@ -53,6 +53,8 @@ from tests.processes import PATIENCE, ROOT, Server, frozen
 from tests.test_manager import Interrupted, interrupted_when_sent
 from tests.test_stores import NAMES
 
+pytestmark = pytest.mark.slow
+
 _names = count(1)
 
 

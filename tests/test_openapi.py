@@ -26,6 +26,8 @@ from counter_server.server.web.problems import Problem
 from counter_server.state import State
 from tests.processes import PATIENCE, Program, Server
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "a-token-of-operators-in-tests"
 OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 INCREMENT = "/api/v1/counters/{name}/increment"

@@ -22,6 +22,8 @@ from counter_server.server.prove.history import Kill, Operation, judge, load, sa
 from counter_server.server.prove.load import Client
 from tests.processes import PATIENCE, ROOT, Program, Server, children, eventually
 
+pytestmark = pytest.mark.slow
+
 PROOF = ("-m", "counter_server", "prove")
 
 

@@ -26,6 +26,8 @@ from tests.history import assert_exactly_once
 from tests.load import StoreLoad, impatient, open_client
 from tests.processes import PATIENCE, eventually, frozen
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def start_redis(stack: ExitStack, tmp_path: Path) -> Callable[..., RedisServer]:

@@ -39,6 +39,8 @@ from tests.load import LoggedLoad, StoreLoad, impatient, open_client
 from tests.processes import PATIENCE, eventually, frozen
 from tests.test_manager import Interrupted, interrupted_when_sent
 
+pytestmark = pytest.mark.slow
+
 _databases = count(1)
 
 

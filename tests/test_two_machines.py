@@ -10,6 +10,8 @@ from tests.history import assert_exactly_once
 from tests.load import HttpLoad, open_client
 from tests.processes import Server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["redis", "postgresql", "mariadb"])
 def url(request: pytest.FixtureRequest, stack: ExitStack, tmp_path: Path) -> str:

@@ -1,0 +1,190 @@
+"""Measure how strong the tests are: change one small thing of a module, and see whether a test fails.
+
+`python -m tests.mutants session ledger --sample 40` prints every change that no test noticed: a survivor. A change
+flips a comparison or a condition, drops a lock, a commit, an assignment or an error, moves a number by one, or swaps
+two steps. The tests of the module itself run first. What survives these meets the fast tier and, with `--all`, everything.
+"""
+
+import ast
+import copy
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+
+import click
+
+ROOT = Path(__file__).parent.parent
+
+# The tests that most likely notice a change of a module. Running them first saves time.
+FIRST = {
+    "combiner": ["combiner", "session", "caps"],
+    "session": ["session", "combiner", "children", "state"],
+    "ledger": ["ledger", "caps", "operations", "refused_writes"],
+    "journal": ["journal", "ledger", "refused_writes"],
+    "objects": ["objects", "caps", "dicts", "children"],
+    "manager/client": ["manager", "on_demand", "borrowing", "children"],
+}
+
+SECONDS = 300  # A change that makes a test wait for so long is noticed too.
+
+FLIPPED: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.Div: ast.Mult,
+}
+
+Edit = tuple[str, Callable[[ast.AST], None]]
+
+
+def _edits(node: ast.AST) -> Iterator[Edit]:
+    """Yield each small change that can be made in place at one node, with a word for it."""
+    match node:
+        case ast.Compare(ops=[_]):
+            yield "flip the comparison", lambda n: n.ops.__setitem__(0, FLIPPED[type(n.ops[0])]())  # type: ignore[attr-defined]
+        case ast.BoolOp() | ast.BinOp() | ast.AugAssign() if type(node.op) in FLIPPED:
+            yield "flip the operator", lambda n: setattr(n, "op", FLIPPED[type(n.op)]())  # type: ignore[attr-defined]
+        case ast.If() | ast.While() | ast.IfExp() if not isinstance(node.test, ast.Compare | ast.Constant):
+            yield "negate the condition", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))  # type: ignore[attr-defined]
+        case ast.Constant(value=bool()):
+            yield "flip the truth", lambda n: setattr(n, "value", not n.value)  # type: ignore[attr-defined]
+        case ast.Constant(value=int()):
+            yield "add one", lambda n: setattr(n, "value", n.value + 1)  # type: ignore[attr-defined]
+    for field in ("body", "orelse", "finalbody"):
+        steps: list[ast.stmt] = getattr(node, field, [])
+        for place, step in enumerate(steps if isinstance(steps, list) else []):
+            yield from _edits_of_step(field, place, step, steps[place + 1] if place + 1 < len(steps) else None)
+
+
+def _edits_of_step(field: str, place: int, step: ast.AST, following: ast.AST | None) -> Iterator[Edit]:
+    def replace(*new: ast.stmt) -> Callable[[ast.AST], None]:
+        return lambda n: getattr(n, field).__setitem__(slice(place, place + 1), new)
+
+    def swap(n: ast.AST) -> None:
+        steps = getattr(n, field)
+        steps[place], steps[place + 1] = steps[place + 1], steps[place]
+
+    calls = isinstance(step, ast.Expr) and isinstance(step.value, ast.Call)
+    if calls or isinstance(step, ast.Raise | ast.AugAssign):
+        yield f"drop: {ast.unparse(step)}", replace(ast.Pass())
+    if isinstance(step, ast.Assign) and isinstance(step.targets[0], ast.Attribute | ast.Subscript):
+        yield f"drop: {ast.unparse(step)}", replace(ast.Pass())
+    if isinstance(step, ast.With):
+        yield f"drop: with {ast.unparse(step.items[0])}", replace(*step.body)
+    if calls and isinstance(following, ast.Expr | ast.Assign | ast.AugAssign | ast.Return):
+        yield f"after its next step: {ast.unparse(step)}", swap
+    if isinstance(step, ast.Assign | ast.AugAssign) and isinstance(following, ast.Expr):
+        yield f"after its next step: {ast.unparse(step)}", swap
+
+
+def mutants(source: str) -> Iterator[tuple[str, str]]:
+    """Yield what is changed, and the source of the module with that change."""
+    tree = ast.parse(source)
+    ignored = set()
+    for node in ast.walk(tree):
+        annotations = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        keywords = (
+            [keyword.value for keyword in getattr(node, "keywords", [])] if isinstance(node, ast.ClassDef) else []
+        )
+        for part in (*annotations, *keywords):
+            ignored |= {id(inner) for inner in ast.walk(part)} if part is not None else set()
+    for index, node in enumerate(ast.walk(tree)):
+        for variant, (word, _) in enumerate([] if id(node) in ignored else list(_edits(node))):
+            changed = copy.deepcopy(tree)
+            copied = next(each for number, each in enumerate(ast.walk(changed)) if number == index)
+            line = getattr(node, "lineno", 0)
+            list(_edits(copied))[variant][1](copied)
+            yield f"{line} {word} | {_shown(node)}", ast.unparse(ast.fix_missing_locations(changed))
+
+
+def _shown(node: ast.AST) -> str:
+    return ast.unparse(node).splitlines()[0][:100]
+
+
+class Copy:
+    """A copy of the checkout, in which one module is changed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        ignored = shutil.ignore_patterns(".*", "build", "__pycache__")
+        shutil.copytree(ROOT, directory, ignore=ignored)
+        self._environment = {**os.environ, "PYTHONPATH": str(directory)}
+
+    def notices(self, module: str, source: str, *arguments: str) -> bool:
+        """Return whether these tests fail with the module changed to `source`."""
+        path = self._directory / "counter_server" / f"{module}.py"
+        original = path.read_text()
+        path.write_text(source)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+        process = subprocess.Popen(
+            command, cwd=self._directory, env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(SECONDS) != 0
+        except subprocess.TimeoutExpired:
+            return True
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            path.write_text(original)
+
+
+@click.command()
+@click.argument("modules", nargs=-1, type=click.Choice(list(FIRST)))
+@click.option("--sample", type=int, help="Try only this many changes of each module.")
+@click.option("--seed", default=0, show_default=True, help="Chooses the sample.")
+@click.option("--all", "everything", is_flag=True, help="Let survivors meet the slow tests too.")
+def main(modules: tuple[str, ...], sample: int | None, seed: int, *, everything: bool) -> None:
+    """Change MODULES (by default all), and list the changes that no test notices."""
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(2) as pool:
+        copies: SimpleQueue[Copy] = SimpleQueue()
+        for number in range(2):
+            copies.put(Copy(Path(directory) / str(number)))
+
+        def stage(module: str, source: str) -> str:
+            place = copies.get()
+            try:
+                if place.notices(module, source, "-n", "0", *(f"tests/test_{name}.py" for name in FIRST[module])):
+                    return "own"
+                if place.notices(module, source):
+                    return "fast"
+                return "all" if everything and place.notices(module, source, "--all") else "survived"
+            finally:
+                copies.put(place)
+
+        for module in modules or tuple(FIRST):
+            found = list(mutants((ROOT / "counter_server" / f"{module}.py").read_text()))
+            chosen = random.Random(seed).sample(found, min(sample or len(found), len(found)))
+            outcomes = list(pool.map(lambda each: stage(module, each[1]), chosen))
+            for (what, _), outcome in zip(chosen, outcomes, strict=True):
+                if outcome != "own":
+                    click.echo(f"  {outcome}: {module}:{what}")
+            counts = {word: outcomes.count(word) for word in ("own", "fast", "all", "survived")}
+            click.echo(f"{module}: {len(chosen)} of {len(found)} changes; noticed by: {counts}")
+
+
+if __name__ == "__main__":
+    main()
