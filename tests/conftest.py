@@ -81,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         )
     else:
         terminalreporter.write_line(
-            "Only the fast tier ran. For everything: pip install -c requirements.lock -e '.[test-all]', then pytest --all"
+            "Only the fast tier ran. For all: pip install -c requirements.lock -e '.[test-all]', then pytest --all"
         )
 
 

@@ -2,7 +2,7 @@
 
 `python -m tests.mutants session ledger --sample 40` prints every change that no test noticed: a survivor. A change
 flips a comparison or a condition, drops a lock, a commit, an assignment or an error, moves a number by one, or swaps
-two steps. The tests of the module itself run first. What survives these meets the fast tier and, with `--all`, everything.
+two steps. The tests of the module itself run first. What survives meets the fast tier and, with `--all`, everything.
 """
 
 import ast
