@@ -43,7 +43,7 @@ def increment(url: str, name: str = "x") -> int:
     return value
 
 
-def page(url: str, method: str, path: str, cookie: str = "") -> tuple[int, int]:
+def visit(url: str, method: str = "GET", path: str = "/", cookie: str = "") -> tuple[int, int]:
     """Return the number on a page, and the worker process that answered."""
     status, _, text = ask(url, method, path, headers={"Cookie": cookie, "Accept": "text/html"})
     assert status == 200, text
@@ -124,7 +124,7 @@ def test_it_prints_its_url_and_every_worker_counts_visits(any_server: Server) ->
     answering: set[int] = set()
 
     def both_have_answered() -> bool:
-        for number, worker in pool.map(lambda _: page(any_server.url, "GET", "/"), range(32)):
+        for number, worker in pool.map(lambda _: visit(any_server.url), range(32)):
             numbers.append(number)
             answering.add(worker)
         return len(answering) == 2
@@ -145,7 +145,7 @@ def test_two_tabs_of_a_visitor_lose_nothing_between_the_workers(any_server: Serv
 
     def both_have_answered() -> bool:
         answers = [
-            (numbers, pool.submit(page, any_server.url, "POST", "/session/inc", cookie))
+            (numbers, pool.submit(visit, any_server.url, "POST", "/session/inc", cookie))
             for cookie, numbers in list(counts.items()) * 16
         ]
         for numbers, answer in answers:
@@ -207,7 +207,7 @@ def test_a_signal_ends_it_with_status_0_and_the_count_goes_on(
 ) -> None:
     for expected, send in enumerate((os.kill, os.killpg), start=1):  # a terminal's Ctrl-C reaches all processes
         server = start_server()
-        assert increment(server.url) == page(server.url, "GET", "/")[0] == expected
+        assert increment(server.url) == visit(server.url)[0] == expected
         send(server.pid, number)
         assert_ended_well(server)
     assert increment(start_server().url) == 3
@@ -319,7 +319,7 @@ def test_a_killed_worker_is_replaced_and_the_numbers_go_on(any_server: Server) -
     (new,) = eventually(lambda: set(server.children("worker")) - {other}, "a new worker")
     with ThreadPoolExecutor(16) as pool:
         eventually(
-            lambda: new in {worker for _, worker in pool.map(lambda _: page(server.url, "GET", "/"), range(32))},
+            lambda: new in {worker for _, worker in pool.map(lambda _: visit(server.url), range(32))},
             "an answer of the new worker",
         )
     assert increment(server.url) == before + 2

@@ -21,7 +21,8 @@ import pytest
 
 from counter_server.server.prove.proof import group_members
 from tests.processes import PATIENCE, Program, Server, eventually, frozen
-from tests.test_server import INCREMENT, StartServer, address, increment, read_all
+from tests.test_server import INCREMENT, StartServer, address, read_all
+from tests.test_server import increment as increment
 
 pytestmark = pytest.mark.slow
 
