@@ -167,7 +167,6 @@ def test_the_command_and_the_module_are_the_same_program(manager: Manager, state
     (found,) = entry_points(group="console_scripts", name="counter-server")
     assert found.load() is main
     assert launch("increment", "x", "--store", manager.url) == (0, "1\n", "")
-    assert "no counter" in refused(launch("get", "gr\N{SNOWMAN}", "--store", manager.url))
 
 
 def test_help_and_version_need_no_manager(cli: Cli) -> None:

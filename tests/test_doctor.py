@@ -53,11 +53,11 @@ def doctor(url: str) -> tuple[int, list[str]]:
 
 ENGINES = [
     pytest.param(prefix, marks=pytest.mark.slow)
-    for prefix in ("unix://", "memcached://", "postgresql:///db?host=", "mysql:///db?unix_socket=")
+    for prefix in ("sqlite:///", "unix://", "memcached://", "postgresql:///db?host=", "mysql:///db?unix_socket=")
 ]
 
 
-@pytest.mark.parametrize("prefix", ["manager://", "sqlite:///", *ENGINES])
+@pytest.mark.parametrize("prefix", ["manager://", *ENGINES])
 def test_an_unreachable_server_is_reported_in_one_line(tmp_path: Path, prefix: str) -> None:
     url = f"{prefix}{tmp_path}/nothing"
     status, lines = doctor(url)
@@ -86,13 +86,10 @@ def test_a_sqlite_file_is_ok(tmp_path: Path) -> None:
 # The manager
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("durability", "expected"),
-    [
-        ("process", ["durability process"]),
-        pytest.param("commit", [], marks=pytest.mark.slow),
-        pytest.param("none", ["durability none"], marks=pytest.mark.slow),
-    ],
+    [("commit", []), ("process", ["durability process"]), ("none", ["durability none"])],
 )
 def test_a_manager_reports_its_durability(
     start_manager: Callable[..., Manager], data_dir: Path, durability: str, expected: list[str]
