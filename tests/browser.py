@@ -16,7 +16,7 @@ from tests.processes import PATIENCE, ROOT
 SCREENSHOTS = ROOT / "build" / "screenshots"
 NARROW = 360  # pixels: a small phone
 _WIDE = 1280
-LOOKS = [(NARROW, "light"), (NARROW, "dark"), (_WIDE, "light")]  # in which each page is checked
+_LOOKS: list[tuple[int, Literal["light", "dark"]]] = [(NARROW, "light"), (NARROW, "dark"), (_WIDE, "light")]
 _AXE = Path(__file__).parent / "axe_core" / "axe.min.js"
 # As root it cannot have a sandbox; and it may talk only to our server.
 _OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
@@ -32,18 +32,10 @@ class Browser:
         self._chromium = chromium
         self.complaints: list[str] = []  # console errors, exceptions, and requests to other hosts
 
-    def open(
-        self,
-        url: str,
-        *,
-        width: int = _WIDE,
-        colours: Literal["light", "dark"] = "light",
-        javascript: bool = True,
-    ) -> Page:
+    def open(self, url: str, *, width: int = _WIDE, javascript: bool = True) -> Page:
         """Open `url` as a new visitor, without cookies."""
         context = self._chromium.new_context(
             viewport={"width": width, "height": 900},
-            color_scheme=colours,
             java_script_enabled=javascript,
             reduced_motion="reduce",
         )
@@ -68,15 +60,22 @@ class Browser:
             context.close()
 
 
-def accessibility_violations(page: Page) -> list[str]:
-    """Return the violations that axe-core finds on the page now, one line for each broken rule."""
-    page.evaluate(_AXE.read_text())
-    found: dict[str, Any] = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
-    assert len(found["passes"]) > 5, "axe-core checked nothing"
-    return [
-        f"{violation['id']}: {violation['help']}: {[node['html'] for node in violation['nodes']]}"
-        for violation in found["violations"]
-    ]
+def assert_looks(page: Page, name: str) -> None:
+    """Check that the page is accessible and fits into the window, on a telephone, in the dark, and on a wide screen.
+
+    A picture of each is saved in `build/screenshots`.
+    """
+    if page.evaluate("typeof axe") == "undefined":
+        page.evaluate(_AXE.read_text())
+    for width, colours in _LOOKS:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=colours)
+        found: dict[str, Any] = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+        assert len(found["passes"]) > 5, "axe-core checked nothing"
+        for violation in found["violations"]:
+            raise AssertionError((name, width, colours, violation["id"], [node["html"] for node in violation["nodes"]]))
+        assert overflow(page) <= 0, (name, width, colours)
+        page.screenshot(path=SCREENSHOTS / f"{name}-{colours}-{width}.png", full_page=True)
 
 
 def overflow(page: Page) -> int:
@@ -84,13 +83,6 @@ def overflow(page: Page) -> int:
     width = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert isinstance(width, int)
     return width
-
-
-def screenshot(page: Page, name: str) -> Path:
-    """Save a picture of the whole page in `build/screenshots`."""
-    path = SCREENSHOTS / f"{name}.png"
-    page.screenshot(path=path, full_page=True)
-    return path
 
 
 def press_until(page: Page, key: str, selector: str, most: int = 60) -> None:

@@ -5,9 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import ROOT
 
 
 def lint_imports(directory: Path) -> subprocess.CompletedProcess[str]:
@@ -20,23 +18,19 @@ def test_imports_keep_to_the_contracts() -> None:
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize(
-    ("file", "line"),
-    [
-        ("errors.py", "from .state import State"),
-        ("extension.py", "from .server import web"),
-        ("manager/wire.py", "import waitress"),
-        ("server/prove/__init__.py", "from ..demo import command"),
-    ],
-)
-def test_an_import_that_breaks_a_contract_is_found(tmp_path: Path, file: str, line: str) -> None:
+def test_imports_that_break_the_contracts_are_found(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(ROOT / "counter_server", tmp_path / "counter_server")
-    with (tmp_path / "counter_server" / file).open("a") as source:
-        source.write(f"\n{line}\n")
+    for file, line in [
+        ("errors.py", "from .state import State"),
+        ("manager/wire.py", "import waitress"),
+        ("server/prove/__init__.py", "from ..demo import command"),
+    ]:
+        with (tmp_path / "counter_server" / file).open("a") as source:
+            source.write(f"\n{line}\n")
     result = lint_imports(tmp_path)
     assert result.returncode == 1, result.stdout
-    assert "BROKEN" in result.stdout
+    assert "Contracts: 0 kept, 4 broken." in result.stdout
 
 
 def test_every_module_has_a_name_that_says_something() -> None:

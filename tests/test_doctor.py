@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import pytest
@@ -16,21 +16,21 @@ from counter_server.cli import examine
 from counter_server.errors import InvalidRequest
 from counter_server.stores import Finding
 from counter_server.stores.databases import judge_mysql, judge_postgresql
-from tests.engines import DURABLE, MariaDbServer, MemcachedServer, PostgresServer, RedisServer
 from tests.load import open_client
 from tests.processes import PATIENCE, ROOT, Manager, eventually, frozen
 
-StartRedis = Callable[..., RedisServer]
+if TYPE_CHECKING:  # the fast tier does without their packages
+    from tests.engines import MemcachedServer, PostgresServer, RedisServer
+
+StartRedis = Callable[..., "RedisServer"]
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
 
 @pytest.fixture
 def start_redis(stack: ExitStack, tmp_path: Path) -> StartRedis:
+    from tests.engines import RedisServer
+
     return lambda *options, name="redis": stack.enter_context(RedisServer(tmp_path / name, *options))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def findings(url: str) -> list[Finding]:
@@ -42,39 +42,25 @@ def worries(url: str) -> list[str]:
     return [finding.sentence for finding in findings(url) if finding.level != "ok"]
 
 
-def doctor(*arguments: str) -> tuple[int, list[str]]:
+def doctor(url: str) -> tuple[int, list[str]]:
     """Return the command's exit status and all its lines."""
-    command = [sys.executable, "-m", "counter_server", "doctor", *arguments]
+    command = [sys.executable, "-m", "counter_server", "doctor", "--store", url]
     told = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     return told.returncode, (told.stdout + told.stderr).splitlines()
 
 
 # The command
 
-
-def test_a_durable_redis_is_ok(start_redis: StartRedis) -> None:
-    server = start_redis(*DURABLE)
-    status, lines = doctor("--store", server.url)
-    assert status == 0, lines
-    assert lines[0] == server.url
-    assert all(line.startswith("ok  ") for line in lines[1:])
-    assert any("a number is on its disk before it is answered" in line for line in lines)
-    assert len(lines) < 24
+ENGINES = [
+    pytest.param(prefix, marks=pytest.mark.slow)
+    for prefix in ("sqlite:///", "unix://", "memcached://", "postgresql:///db?host=", "mysql:///db?unix_socket=")
+]
 
 
-def test_a_risk_is_printed_and_sets_the_exit_status(start_redis: StartRedis) -> None:
-    status, lines = doctor("--store", start_redis().url)
-    assert status == 1
-    assert any(line.startswith("may lose  appendonly no") for line in lines)
-
-
-@pytest.mark.parametrize(
-    "prefix",
-    ["unix://", "memcached://", "manager://", "sqlite:///", "postgresql:///db?host=", "mysql:///db?unix_socket="],
-)
+@pytest.mark.parametrize("prefix", ["manager://", *ENGINES])
 def test_an_unreachable_server_is_reported_in_one_line(tmp_path: Path, prefix: str) -> None:
     url = f"{prefix}{tmp_path}/nothing"
-    status, lines = doctor("--store", url)
+    status, lines = doctor(url)
     assert status == 1
     assert unquote(lines[0]) == url
     assert len(lines) == 2
@@ -84,22 +70,23 @@ def test_an_unreachable_server_is_reported_in_one_line(tmp_path: Path, prefix: s
 
 
 def test_an_unknown_store_is_an_error() -> None:
-    assert doctor("--store", "nothing://")[0] == 1
     with pytest.raises(InvalidRequest):
         examine("nothing://", PATIENCE)
 
 
-def test_a_password_is_never_printed(start_redis: StartRedis) -> None:
-    server = start_redis(*DURABLE, "--requirepass", "secret")
-    for password in ("secret", "wrong"):
-        status, lines = doctor("--store", f"unix://:{password}@{server.socket}")
-        assert status == (0 if password == "secret" else 1)
-        assert not any(password in line for line in lines)
+def test_a_sqlite_file_is_ok(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/counters.db"
+    with open_client(url) as state:
+        assert state.counter("c").increment() == 1
+    status, lines = doctor(url)
+    assert status == 0, lines
+    assert any("synchronous FULL: a number is on its disk before it is answered" in line for line in lines)
 
 
 # The manager
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("durability", "expected"),
     [("commit", []), ("process", ["durability process"]), ("none", ["durability none"])],
@@ -121,45 +108,53 @@ def test_memory_is_for_tests_only() -> None:
     assert len(worries("memory://")) == 1
 
 
-# Redis and Valkey
+# Redis and Valkey: the settings of one server are changed while it runs
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (("--appendonly", "yes", "--appendfsync", "everysec"), ["appendfsync everysec"]),
-        (("--appendonly", "yes", "--appendfsync", "no"), ["appendfsync no"]),
-        ((*DURABLE, "--no-appendfsync-on-rewrite", "yes"), ["no-appendfsync-on-rewrite yes"]),
-        ((), ["there are no snapshots either"]),
-        (("--save", "3600 1"), ["a snapshot (3600 1)"]),
-        ((*DURABLE, "--maxmemory", "100mb"), []),
-        ((*DURABLE, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"), ["deletes counters"]),
-        ((*DURABLE, "--maxmemory", "100mb", "--maxmemory-policy", "volatile-ttl"), ["may count twice"]),
-        ((*DURABLE, "--maxmemory-policy", "allkeys-lru"), []),
-    ],
-)
-def test_redis_reports_its_durability(start_redis: StartRedis, options: tuple[str, ...], expected: list[str]) -> None:
-    found = worries(start_redis(*options).url)
-    assert len(found) == len(expected), found
-    for sentence, part in zip(found, expected, strict=True):
-        assert part in sentence
+@pytest.mark.slow
+def test_redis_reports_its_durability(start_redis: StartRedis) -> None:
+    server = start_redis(*DURABLE)
+    status, lines = doctor(server.url)
+    assert status == 0, lines
+    assert lines[0] == server.url
+    assert all(line.startswith("ok  ") for line in lines[1:])
+    assert any("a number is on its disk before it is answered" in line for line in lines)
+    assert len(lines) < 24
+    durable = {
+        "appendonly": "yes",
+        "appendfsync": "always",
+        "no-appendfsync-on-rewrite": "no",
+        "save": '""',
+        "maxmemory": "0",
+        "maxmemory-policy": "noeviction",
+    }
+    for changed, expected in [
+        ({"appendfsync": "everysec"}, "appendfsync everysec"),
+        ({"appendfsync": "no"}, "appendfsync no"),
+        ({"no-appendfsync-on-rewrite": "yes"}, "no-appendfsync-on-rewrite yes"),
+        ({"appendonly": "no"}, "there are no snapshots either"),
+        ({"appendonly": "no", "save": '"3600 1"'}, "a snapshot (3600 1)"),
+        ({"maxmemory": "100mb"}, ""),
+        ({"maxmemory": "100mb", "maxmemory-policy": "allkeys-lru"}, "deletes counters"),
+        ({"maxmemory": "100mb", "maxmemory-policy": "volatile-ttl"}, "may count twice"),
+        ({"maxmemory-policy": "allkeys-lru"}, ""),
+    ]:
+        for name, value in {**durable, **changed}.items():
+            assert server.command("CONFIG", "SET", name, value) == b"+OK\r\n"
+        found = [finding for finding in findings(server.url) if finding.level != "ok"]
+        assert len(found) == bool(expected), found
+        for finding in found:
+            assert expected in finding.sentence
+            evicts = "maxmemory" in changed
+            assert (finding.level == "problem") == evicts
+            assert ("CONFIG SET maxmemory-policy noeviction" in finding.sentence) == evicts
+    status, lines = doctor(start_redis(name="another").url)
+    assert status == 1
+    assert any(line.startswith("may lose  appendonly no") for line in lines)
 
 
-@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
-def test_a_redis_that_evicts_is_a_problem_and_the_fix_is_named(start_redis: StartRedis, policy: str) -> None:
-    server = start_redis(*DURABLE, "--maxmemory", "100mb", "--maxmemory-policy", policy)
-    (problem,) = (finding.sentence for finding in findings(server.url) if finding.level == "problem")
-    assert "CONFIG SET maxmemory-policy noeviction" in problem
-
-
-def test_a_redis_that_refuses_config_is_reported(start_redis: StartRedis) -> None:
-    renamed = start_redis(*DURABLE, "--rename-command", "CONFIG", "''")
-    (sentence,) = worries(renamed.url)
-    assert "CONFIG is not permitted" in sentence
-    assert "unknown command" in sentence
-
-
-def test_a_user_without_permission_for_config_is_reported(start_redis: StartRedis) -> None:
+@pytest.mark.slow
+def test_a_password_is_never_printed_and_missing_rights_are_reported(start_redis: StartRedis) -> None:
     server = start_redis(*DURABLE)
     server.command("ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all", "-config")
     (sentence,) = worries(f"unix://app:secret@{server.socket}")
@@ -167,12 +162,23 @@ def test_a_user_without_permission_for_config_is_reported(start_redis: StartRedi
     server.command("ACL", "SETUSER", "app", "-info")
     (sentence,) = worries(f"unix://app:secret@{server.socket}")
     assert "does not let this process in" in sentence
+    server.command("CONFIG", "SET", "requirepass", "secret")
+    for password in ("secret", "wrong"):
+        status, lines = doctor(f"unix://:{password}@{server.socket}")
+        assert status == (0 if password == "secret" else 1)
+        assert not any(password in line for line in lines)
+    renamed = start_redis(*DURABLE, "--rename-command", "CONFIG", "''", name="renamed")
+    (sentence,) = worries(renamed.url)
+    assert "CONFIG is not permitted" in sentence
+    assert "unknown command" in sentence
 
 
+@pytest.mark.slow
 def test_asynchronous_replication_and_the_address_of_a_replica_are_reported(start_redis: StartRedis) -> None:
     # The replica connects by TCP, so the master listens on a port that was free a moment ago.
     master = start_redis(*DURABLE)
-    port = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     assert master.command("CONFIG", "SET", "bind", "127.0.0.1") == b"+OK\r\n"
     assert master.command("CONFIG", "SET", "port", str(port)) == b"+OK\r\n"
     replica = start_redis(*DURABLE, "--replicaof", "127.0.0.1", str(port), name="replica")
@@ -185,61 +191,67 @@ def test_asynchronous_replication_and_the_address_of_a_replica_are_reported(star
     assert any("name the master" in sentence for sentence in worries(replica.url))
 
 
-def test_a_silent_redis_is_reported_within_the_time_limit(start_redis: StartRedis) -> None:
-    server = start_redis()
-    with frozen(server.pid):
-        (finding,) = examine(server.url, 0.2)[1]
-    assert finding.level == "problem"
-
-
 # memcached
 
 
-@pytest.mark.parametrize("option", ["", "-M"])
-def test_memcached_always_has_a_risk(tmp_path: Path, stack: ExitStack, option: str) -> None:
-    server = stack.enter_context(MemcachedServer(tmp_path / "memcached", *filter(None, [option])))
-    status, lines = doctor("--store", server.url)
+@pytest.fixture
+def start_memcached(stack: ExitStack, tmp_path: Path) -> Callable[..., "MemcachedServer"]:
+    from tests.engines import MemcachedServer
+
+    return lambda *options: stack.enter_context(MemcachedServer(tmp_path / "memcached", *options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "eviction"),
+    [(("-M",), "ok        evictions are off"), (("-m", "2"), "may lose  evictions are on")],
+)
+def test_memcached_always_has_a_risk(
+    start_memcached: Callable[..., "MemcachedServer"], options: tuple[str, ...], eviction: str
+) -> None:
+    server = start_memcached(*options)
+    status, lines = doctor(server.url)
     assert status == 1
-    assert any("67108864 bytes" in line for line in lines)
-    assert any("in memory" in line for line in lines)
-    assert any("at most once" in line for line in lines)
-    assert any(line.startswith("ok        evictions are off") for line in lines) == (option == "-M")
-    assert any(line.startswith("may lose  evictions are on") for line in lines) == (option == "")
+    megabytes = 2 if "-m" in options else 64
+    for told in (f"{megabytes * 2**20} bytes", "in memory", "at most once"):
+        assert any(told in line for line in lines)
+    assert any(line.startswith(eviction) for line in lines)
+    assert not any("were evicted" in line for line in lines)
+    if "are on" in eviction:
+        for n in range(80):
+            server.command(f"set filler{n} 0 0 100000\r\n{'x' * 100_000}")
+        assert any("items were evicted" in sentence for sentence in worries(server.url))
 
 
-def test_memcached_reports_its_evictions(tmp_path: Path, stack: ExitStack) -> None:
-    server = stack.enter_context(MemcachedServer(tmp_path / "memcached", "-m", "2"))
-    assert not any("were evicted" in sentence for sentence in worries(server.url))
-    for n in range(80):
-        server.command(f"set filler{n} 0 0 100000\r\n{'x' * 100_000}")
-    assert any("items were evicted" in sentence for sentence in worries(server.url))
-
-
-def test_a_silent_memcached_is_reported_within_the_time_limit(tmp_path: Path, stack: ExitStack) -> None:
-    server = stack.enter_context(MemcachedServer(tmp_path / "memcached"))
-    with frozen(server.pid):
-        (finding,) = examine(server.url, 0.2)[1]
-    assert finding.level == "problem"
+@pytest.mark.slow
+def test_a_silent_server_is_reported_within_the_time_limit(
+    start_redis: StartRedis, start_memcached: Callable[..., "MemcachedServer"]
+) -> None:
+    for server in (start_redis(), start_memcached()):
+        with frozen(server.pid):
+            (finding,) = examine(server.url, 0.2)[1]
+        assert finding.level == "problem"
 
 
 # SQL
 
 
-def test_a_durable_postgres_is_ok(postgres: PostgresServer) -> None:
+@pytest.mark.slow
+def test_a_durable_postgres_is_ok(postgres: "PostgresServer") -> None:
     found = findings(postgres.url)
     assert {finding.level for finding in found} == {"ok"}
     assert found[0].sentence.startswith("PostgreSQL ")
     assert any("a number is on its disk before it is answered" in finding.sentence for finding in found)
 
 
+@pytest.mark.slow
 def test_a_postgres_without_fsync_may_lose_numbers(stack: ExitStack) -> None:
-    server = stack.enter_context(PostgresServer("-c", "fsync=off", "-c", "full_page_writes=off"))
+    """But our sessions override a server-wide `synchronous_commit` off."""
+    from tests.engines import PostgresServer
+
+    options = ("fsync=off", "full_page_writes=off", "synchronous_commit=off")
+    server = stack.enter_context(PostgresServer(*(word for option in options for word in ("-c", option))))
     assert [worry.split(":")[0] for worry in worries(server.url)] == ["fsync off", "full_page_writes off"]
-
-
-def test_our_sessions_override_a_server_wide_synchronous_commit_off(stack: ExitStack) -> None:
-    server = stack.enter_context(PostgresServer("-c", "synchronous_commit=off"))
-    assert worries(server.url) == []
     with open_client(server.url) as state:
         assert state.counter("c").increment() == 1
         store: Any = state.store
@@ -261,20 +273,16 @@ def test_our_sessions_override_a_server_wide_synchronous_commit_off(stack: ExitS
     ],
 )
 def test_standbys_are_judged_by_their_settings(told: dict[str, str], levels: list[str]) -> None:
-    usual = {
-        "server_version": "15",
-        "fsync": "on",
-        "full_page_writes": "on",
-        "synchronous_commit": "on",
-        "synchronous_standby_names": "",
-        "in_recovery": "false",
-        "standbys": "0",
-    }
+    on = dict.fromkeys(("fsync", "full_page_writes", "synchronous_commit"), "on")
+    usual = {"server_version": "15", **on, "synchronous_standby_names": "", "in_recovery": "false", "standbys": "0"}
     assert [finding.level for finding in judge_postgresql({**usual, **told})] == levels
 
 
-def test_a_mariadb_that_keeps_all_promises_is_well(stack: ExitStack) -> None:
-    server = stack.enter_context(MariaDbServer())
+@pytest.mark.slow
+def test_mariadb_reports_its_durability(stack: ExitStack) -> None:
+    from tests.engines import MariaDbServer
+
+    server = stack.enter_context(MariaDbServer("--log-bin", "--sync-binlog=1"))
     with open_client(server.url) as state:
         assert state.counter("c").increment() == 1
     found = findings(server.url)
@@ -283,35 +291,24 @@ def test_a_mariadb_that_keeps_all_promises_is_well(stack: ExitStack) -> None:
     assert any("a number is on its disk before it is answered" in finding.sentence for finding in found)
     server.query("ALTER TABLE counter_server_keys ENGINE = Aria")
     assert worries(server.url) == ["counter_server_keys: no transactions; run ALTER TABLE ... ENGINE = InnoDB"]
-
-
-def test_a_mariadb_that_does_not_wait_for_its_disk_may_lose(stack: ExitStack) -> None:
-    options = ("--innodb-flush-log-at-trx-commit=2", "--log-bin", "--sync-binlog=0", "--max-allowed-packet=1M")
-    server = stack.enter_context(MariaDbServer(*options, "--skip-innodb-doublewrite"))
+    server.query("ALTER TABLE counter_server_keys ENGINE = InnoDB")
+    for setting in ("innodb_flush_log_at_trx_commit = 2", "sync_binlog = 0", "max_allowed_packet = 1048576"):
+        server.query(f"SET GLOBAL {setting}")
     assert [worry.split(":")[0] for worry in worries(server.url)] == [
-        *("innodb_flush_log_at_trx_commit 2", "innodb_doublewrite OFF", "sync_binlog 0", "max_allowed_packet 1048576")
+        *("innodb_flush_log_at_trx_commit 2", "sync_binlog 0", "max_allowed_packet 1048576")
     ]
 
 
 @pytest.mark.parametrize(
-    ("read_only", "replicas", "expected"),
+    ("setting", "replicas", "expected"),
     [
-        ("ON", 0, "takes no writes: name the primary"),
-        ("OFF", 2, "2 asynchronous replicas: a failover may lose the last numbers"),
+        ({"read_only": "ON"}, 0, "takes no writes: name the primary"),
+        ({"read_only": "OFF"}, 2, "2 asynchronous replicas: a failover may lose the last numbers"),
+        ({"innodb_doublewrite": "OFF"}, 0, "innodb_doublewrite OFF"),
     ],
 )
-def test_what_replication_of_mysql_means_for_the_numbers(read_only: str, replicas: int, expected: str) -> None:
-    settings = {"version": "8.4.3", "innodb_flush_log_at_trx_commit": "1", "read_only": read_only}
-    found = judge_mysql(settings, [], replicas)
+def test_mysql_is_judged_by_its_settings(setting: dict[str, str], replicas: int, expected: str) -> None:
+    found = judge_mysql({"version": "8.4.3", "innodb_flush_log_at_trx_commit": "1", **setting}, [], replicas)
     assert found[0].sentence == "MySQL 8.4.3"
     (worry,) = (finding.sentence for finding in found if finding.level != "ok")
     assert expected in worry
-
-
-def test_a_sqlite_file_is_ok(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/counters.db"
-    with open_client(url) as state:
-        assert state.counter("c").increment() == 1
-    status, lines = doctor("--store", url)
-    assert status == 0, lines
-    assert any("synchronous FULL: a number is on its disk before it is answered" in line for line in lines)

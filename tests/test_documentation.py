@@ -11,7 +11,7 @@ import pytest
 from flask import Flask
 
 from counter_server import SharedState
-from tests.processes import ROOT, Manager, Server
+from tests.processes import ROOT, Server
 from tests.soak_faults import Faults
 
 BESIDE = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -40,30 +40,15 @@ def test_the_lines_for_any_app_count(document: str) -> None:
     assert names["number"] == 1
 
 
-def test_the_example_without_flask_returns_the_values_beside_it(start_manager: Callable[..., Manager]) -> None:
-    code = example("docs/any-app.md", "from counter_server import open_state")
-    code = code.replace("manager:///var/lib/counters", start_manager().url)
-    head, *lines = code.rstrip().split("\n")
-    with_line, assignment, *calls = (line for line in lines if line)
-    told = [int(line.partition("#")[2].split(",")[0].split()[0]) for line in calls if "#" in line]
-    program = "\n".join(
-        [head, with_line, assignment, *(f"    print({line.partition('#')[0].strip()})" for line in calls)]
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert [int(line) for line in result.stdout.split()[: len(told)]] == told
-    assert told == [1, 6, 7, 6, 6]
-
-
-def test_the_examples_of_a_dict_a_visitors_counter_a_cache_and_limits_work(on_demand: str, tmp_path: Path) -> None:
-    """Run the examples in a temporary directory; each line of the dict returns the value beside it."""
-    app = Flask(__name__, instance_path=str(tmp_path))
-    app.config.update(COUNTER_SERVER_STORE=on_demand, SECRET_KEY="for this test")
-    shared = SharedState(app)
-    names: dict[str, object] = {"app": app, "shared": shared}
+def test_the_examples_for_any_app_return_the_values_beside_them(on_demand: str, tmp_path: Path) -> None:
+    """Those of a dict, a visitor's counter, a cache and limits, in a temporary directory; and those without Flask."""
 
     def code(start: str) -> str:
         return example("docs/any-app.md", start).replace("manager:///var/lib/counters", on_demand)
 
+    app = Flask(__name__, instance_path=str(tmp_path))
+    app.config.update(COUNTER_SERVER_STORE=on_demand, SECRET_KEY="for this test")
+    names: dict[str, object] = {"app": app, "shared": SharedState(app)}
     # All declarations come before the first use.
     (carts, *uses), (basket, use) = (code(start).strip().split("\n") for start in ("carts = ", "basket = "))
     declarations = (
@@ -76,14 +61,22 @@ def test_the_examples_of_a_dict_a_visitors_counter_a_cache_and_limits_work(on_de
             run_example_line(line, names)
     assert names["items"] == 1
 
+    head, with_line, *lines = (line for line in code("from counter_server import open_state").split("\n") if line)
+    exec(head, names)  # noqa: S102 - as above
+    assert with_line.endswith(" as state:")
+    with eval(with_line.removeprefix("with ").removesuffix(" as state:"), names) as names["state"]:  # noqa: S307 - so
+        assert sum(run_example_line(line.strip(), names) for line in lines) == 5
 
-def run_example_line(line: str, names: dict[str, object]) -> None:
-    """Run a line; if it has a value beside it, check that the line returns it."""
+
+def run_example_line(line: str, names: dict[str, object]) -> bool:
+    """Run a line; if it has a value beside it, check that the line returns it, and return whether it had one."""
     statement, _, told = (part.strip() for part in line.partition("  #"))
-    if told.startswith(("'", "[")) or told.isdigit():
-        assert repr(eval(statement, names)) == told, statement  # noqa: S307 - of our own document
-    else:
-        exec(statement, names)  # noqa: S102 - of our own document
+    if told.startswith(("'", "[")) or told[:1].isdigit():
+        value = told.partition(",")[0] if told[0].isdigit() else told
+        assert repr(eval(statement, names)) == value, statement  # noqa: S307 - as above
+        return True
+    exec(statement, names)  # noqa: S102 - as above
+    return False
 
 
 def test_the_readmes_commands_for_counters_work(start_server: Callable[..., Server], data_dir: Path) -> None:

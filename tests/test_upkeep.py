@@ -3,133 +3,114 @@
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from counter_server import State, journal
+from counter_server import journal
+from counter_server.cli import main
 from counter_server.errors import StartupError, StorageFull
 from counter_server.journal import Journal, examine
 from counter_server.ledger import Changes, ClientRecord, Contents, KeyRecord, Ledger
 from counter_server.operations import Batch, Increment, Result
 from tests.journals import Committing
 from tests.load import open_client
-from tests.processes import PATIENCE, ROOT, Manager, fill
-
-StartManager = Callable[..., Manager]
+from tests.processes import Manager, fill
 
 
-class Done:
-    """One run of the command, with its exit status and output."""
-
-    def __init__(self, *arguments: str | Path) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "counter_server", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            timeout=PATIENCE,
-            check=False,
-            text=True,
-        )
-        self.status, self.output, self.errors = done.returncode, done.stdout, done.stderr
-        assert "Traceback" not in self.errors
+def cli(*arguments: str | Path) -> str:
+    """Run the command, and return what it prints."""
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert (done.exit_code, done.stderr) == (0, "")
+    return done.stdout
 
 
-@pytest.fixture
-def state(start_manager: StartManager, stack: ExitStack) -> State:
-    """Return the state of a running manager, with a counter at 3 and a key."""
-    state = stack.enter_context(open_client(start_manager().url))
-    assert [state.counter("c").increment(key=key) for key in (None, None, "k")] == [1, 2, 3]
-    return state
+def refused(*arguments: str | Path) -> str:
+    """Run the command, and return its one line of error."""
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert (done.exit_code, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    return line
 
 
 def left_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-# Online
+# With a running manager
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return the data directory of a running manager, with a counter at 3 and a key."""
+    data_dir = tmp_path_factory.mktemp("upkeep") / "data"
+    with Manager(data_dir) as manager, open_client(manager.url) as state:
+        assert [state.counter("c").increment(key=key) for key in (None, None, "k")] == [1, 2, 3]
+        yield data_dir
+        assert state.counter("c").increment() == 4  # the manager keeps running
+
+
+FOUND = "1 counters, 1 idempotency keys, 1 clients"
 
 
 def test_a_backup_of_a_running_manager_is_one_file_that_can_be_restored(
-    state: State, start_manager: StartManager, data_dir: Path, tmp_path: Path, stack: ExitStack
+    data_dir: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
     place = tmp_path / "elsewhere"
     place.mkdir()
     backup = place / "b\N{SNOWMAN} .db"
-    done = Done("backup", backup, "--data-dir", data_dir)
-    assert (done.status, done.errors) == (0, "")
-    assert str(backup) in done.output
+    assert str(backup) in cli("backup", backup, "--data-dir", data_dir)
     assert left_in(place) == [backup.name]
     assert backup.stat().st_mode & 0o777 == 0o600
-    assert state.counter("c").increment() == 4  # the manager keeps running
     place.chmod(0o500)  # the copy has no log, and needs no room for one
-    assert "1 counters, 1 idempotency keys, 1 clients" in Done("check", backup).output
+    assert FOUND in cli("check", backup)
     assert left_in(place) == [backup.name]
 
     other = tmp_path / "restored"
     other.mkdir(mode=0o700)
     shutil.copy(backup, other / "journal.sqlite3")
-    restored = stack.enter_context(Manager(other))
-    again = stack.enter_context(open_client(restored.url))
-    assert again.counter("c").increment(key="k") == 3
-    assert again.counter("c").increment() == 4
+    restored = stack.enter_context(open_client(stack.enter_context(Manager(other)).url))
+    assert restored.counter("c").increment(key="k") == 3
+    assert restored.counter("c").increment() == 4
 
 
-def test_a_backup_never_overwrites_a_file(state: State, data_dir: Path, tmp_path: Path) -> None:
+def test_a_backup_never_overwrites_a_file(data_dir: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("notes")
-    before = left_in(tmp_path)
-    done = Done("backup", precious, "--data-dir", data_dir)
-    assert done.status == 1
-    assert f"{precious} is there already" in done.errors
+    assert f"{precious} is there already" in refused("backup", precious, "--data-dir", data_dir)
     assert precious.read_text() == "notes"
     for nowhere in (tmp_path / "no" / "such", Path("/proc/backup"), tmp_path / ("x" * 300)):
-        done = Done("backup", nowhere, "--data-dir", data_dir)
-        assert done.status == 1
-        assert str(nowhere) in done.errors
-        assert len(done.errors.splitlines()) == 1
-    assert left_in(tmp_path) == before
-    assert state.counter("c").increment() == 4
+        assert str(nowhere) in refused("backup", nowhere, "--data-dir", data_dir)
+    assert left_in(tmp_path) == [precious.name]
 
 
-def test_a_backup_to_a_full_disk_fails_alone(state: State, data_dir: Path, small_disk: Path) -> None:
+def test_a_backup_to_a_full_disk_fails_alone(data_dir: Path, small_disk: Path) -> None:
     fill(small_disk / "filler")
-    done = Done("backup", small_disk / "b", "--data-dir", data_dir)
-    assert done.status == 1
-    assert "full" in done.errors
+    assert "full" in refused("backup", small_disk / "b", "--data-dir", data_dir)
     assert left_in(small_disk) == ["filler"]
-    assert state.counter("c").increment() == 4
 
 
-def test_a_running_managers_journal_is_checked_against_its_memory(state: State, data_dir: Path) -> None:
-    done = Done("check", "--data-dir", data_dir)
-    assert (done.status, done.errors) == (0, "")
-    assert done.output == (
-        f"{data_dir / 'journal.sqlite3'} is whole: 1 counters, 1 idempotency keys, 1 clients;"
-        " the manager's memory is the same\n"
-    )
-    assert state.counter("c").increment() == 4
+def test_a_running_managers_journal_is_checked_against_its_memory(data_dir: Path) -> None:
+    path = data_dir / "journal.sqlite3"
+    assert cli("check", "--data-dir", data_dir) == f"{path} is whole: {FOUND}; the manager's memory is the same\n"
 
 
-def test_counters_with_durability_none_can_neither_be_copied_nor_checked(
-    start_manager: StartManager, data_dir: Path, tmp_path: Path
-) -> None:
-    start_manager("--durability", "none")
+@pytest.mark.slow
+def test_counters_with_durability_none_are_not_copied_or_checked(tmp_path: Path, stack: ExitStack) -> None:
+    stack.enter_context(Manager(tmp_path / "volatile", "--durability", "none"))
     for command in (["backup", tmp_path / "b"], ["check"]):
-        done = Done(*command, "--data-dir", data_dir)
-        assert done.status == 1
-        assert "in memory only" in done.errors
+        assert "in memory only" in refused(*command, "--data-dir", tmp_path / "volatile")
 
 
-def test_a_backup_beside_the_log_of_another_journal_is_refused(state: State, data_dir: Path, tmp_path: Path) -> None:
+def test_a_backup_beside_the_log_of_another_journal_is_refused(data_dir: Path, tmp_path: Path) -> None:
     """SQLite would read the log's pages as the backup's."""
-    assert Done("backup", tmp_path / "b", "--data-dir", data_dir).status == 0
+    cli("backup", tmp_path / "b", "--data-dir", data_dir)
     place = tmp_path / "restored"
     place.mkdir(mode=0o700)
     journal, log = place / "journal.sqlite3", place / "journal.sqlite3-wal"
@@ -145,29 +126,25 @@ def test_a_backup_beside_the_log_of_another_journal_is_refused(state: State, dat
         assert restored.load().counters == {"c": 3}
 
 
-# Offline
+# Without one
 
 
-def test_both_work_without_a_manager_and_check_changes_nothing(
-    state: State, stack: ExitStack, start_manager: StartManager, data_dir: Path, tmp_path: Path
-) -> None:
-    stack.close()  # kills the manager: the last commits are in the log
-    files = {path.name: path.read_bytes() for path in data_dir.glob("journal*")}
+def test_both_work_without_a_manager_and_check_changes_nothing(data_dir: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir(mode=0o700)
+    for file in data_dir.glob("journal*"):  # the last commits are in the log
+        shutil.copy(file, killed)
+    files = {path: path.read_bytes() for path in killed.iterdir()}
     assert len(files) == 2
-    done = Done("check", "--data-dir", data_dir)
-    assert (done.status, done.errors) == (0, "")
-    assert "1 counters, 1 idempotency keys, 1 clients" in done.output
-    assert {name: (data_dir / name).read_bytes() for name in files} == files
-    done = Done("backup", tmp_path / "b", "--data-dir", data_dir)
-    assert (done.status, done.errors) == (0, "")
+    assert FOUND in cli("check", "--data-dir", killed)
+    assert {path: path.read_bytes() for path in files} == files
+    cli("backup", tmp_path / "b", "--data-dir", killed)
     assert examine(tmp_path / "b").counters == {"c": 3}
 
 
-def test_without_a_journal_nothing_is_created(data_dir: Path, tmp_path: Path) -> None:
+def test_without_a_journal_nothing_is_created(tmp_path: Path) -> None:
     for command in (["backup", tmp_path / "b"], ["check"], ["check", tmp_path / "b"]):
-        done = Done(*command, "--data-dir", data_dir)
-        assert done.status == 1
-        assert len(done.errors.splitlines()) == 1
+        refused(*command, "--data-dir", tmp_path / "nowhere")
     assert left_in(tmp_path) == []
 
 
@@ -239,36 +216,19 @@ def test_a_backup_during_commits_is_consistent(kept: Journal, tmp_path: Path, mo
     ],
 )
 def test_a_row_changed_by_another_program_is_found(kept: Journal, tmp_path: Path, statement: str, words: str) -> None:
-    kept.commit(some_changes())
-    assert examine_closed(kept) == Contents(
-        {"a": 1}, {b"c" * 16: ClientRecord(7, [1], 2.0)}, {"k": KeyRecord(b"f" * 16, 5, 2.0)}, {"o": b"state"}
-    )
+    rows: Any = ({"a": 1}, {b"c" * 16: ClientRecord(7, [1], 2.0)}, {"k": KeyRecord(b"f" * 16, 5, 2.0)}, {"o": b"state"})
+    kept.commit(Changes(2.0, *rows))
+    kept.close()
+    assert examine(kept.path) == Contents(*rows)
     with closing(sqlite3.connect(kept.path)) as other:
         other.execute(statement)
         other.commit()
     with pytest.raises(StartupError, match=words) as found:
         examine(kept.path)
     assert str(kept.path) in str(found.value)
-    done = Done("check", kept.path)
-    assert done.status == 1
-    assert (str(kept.path) in done.errors, len(done.errors.splitlines())) == (True, 1)
+    assert str(kept.path) in refused("check", kept.path)
     with pytest.raises(StartupError, match=words), closing(Journal(kept.path)) as again:
         again.load()
-
-
-def some_changes() -> Changes:
-    return Changes(
-        now=2.0,
-        counters={"a": 1},
-        clients={b"c" * 16: ClientRecord(7, [1], 2.0)},
-        keys={"k": KeyRecord(b"f" * 16, 5, 2.0)},
-        objects={"o": b"state"},
-    )
-
-
-def examine_closed(kept: Journal) -> Contents:
-    kept.close()
-    return examine(kept.path)
 
 
 def test_a_difference_between_memory_and_disk_is_found(kept: Journal) -> None:
