@@ -551,7 +551,7 @@ def test_a_damaged_index_is_found_by_a_thorough_check_alone(path: Path, open_jou
     with pytest.raises(StartupError, match="index"):
         journal.check(contents())
     foreign(path.with_name("other"))
-    with pytest.raises(StartupError, match="not a journal"):
+    with pytest.raises(StartupError, match="is not a journal of counter_server"):
         examine(path.with_name("other"))
 
 
