@@ -34,7 +34,6 @@ from counter_server.errors import (
     StateLost,
     Unsupported,
 )
-from counter_server.ledger import Changes, Ledger
 from counter_server.manager import client as client_module
 from counter_server.manager.client import StateProxy, end_manager
 from counter_server.manager.directory import DataDirectory
@@ -42,7 +41,6 @@ from counter_server.manager.server import StateServer
 from counter_server.manager.wire import HANDSHAKE_SECONDS, LARGEST_FRAME, Connection, connect
 from counter_server.objects import Declaration
 from counter_server.operations import Batch, Increment
-from tests.journals import Committing
 from tests.load import at_once, impatient, open_client
 from tests.processes import PATIENCE, Manager, Program, eventually, frozen
 from tests.standard_server import KEY, StandardManager
@@ -198,17 +196,6 @@ def test_every_thread_keeps_its_deadline_while_the_manager_is_frozen(
 # Restarts, forks and crowds
 
 
-@pytest.mark.slow
-def test_a_proxy_finds_a_restarted_manager_within_the_deadline(tmp_path: Path) -> None:
-    with Manager(tmp_path / "own") as manager, open_client(manager.url, deadline=PATIENCE) as state:
-        assert state.counter("c").increment() == 1
-        manager.kill()
-        with ThreadPoolExecutor(1) as caller:
-            answer = caller.submit(state.counter("c").increment)
-            with Manager(tmp_path / "own"):
-                assert answer.result(PATIENCE) == 2
-
-
 def test_without_a_manager_the_error_says_what_to_do_and_that_nothing_was_counted(tmp_path: Path) -> None:
     with open_client(f"manager://{tmp_path}/own", deadline=0.1) as state, pytest.raises(DeadlineExceeded) as error:
         state.counter("c").increment()
@@ -266,21 +253,6 @@ def test_100_fresh_clients_connect_at_once(manager: Manager, name: str) -> None:
     assert sorted(at_once(100, increment)) == list(range(1, 101))
 
 
-def test_32_waiting_threads_share_round_trips(manager: Manager, state: State, counter: Counter) -> None:
-    counter.increment()
-    before = state.status()
-    waiting = cast(Any, state)._counters._combiner._waiting
-    with ThreadPoolExecutor(32) as threads:
-        with frozen(manager.pid):  # while it is away all but the first have to wait
-            values = [threads.submit(counter.increment) for _ in range(32)]
-            eventually(lambda: len(waiting) == 31, "31 threads waiting behind one")
-        assert sorted(value.result() for value in values) == list(range(2, 34))
-    after = state.status()
-    assert before is not None
-    assert after is not None
-    assert (after.operations - before.operations, after.batches - before.batches) == (32, 2)
-
-
 @pytest.mark.slow
 def test_many_pages_at_once_disturb_no_increment(state: State, counter: Counter) -> None:
     """Their answers together are larger than a frame may be."""
@@ -296,40 +268,6 @@ def test_many_pages_at_once_disturb_no_increment(state: State, counter: Counter)
     answers = at_once(70, work)
     assert sorted(value for kind, value in answers if kind == "increment") == [1, 2, 3, 4, 5]
     assert [size for kind, size in answers if kind == "page"] == [1000] * 65
-
-
-def test_batches_of_workers_that_wait_at_the_same_time_share_a_commit() -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    def commit(_changes: Changes) -> None:
-        begun.set()
-        assert go_on.wait(PATIENCE)
-
-    ledger = Ledger(journal=Committing(commit))
-
-    def send() -> Any:
-        return ledger.apply(Batch(os.urandom(16), 1, [Increment("c")]))[0]
-
-    with ThreadPoolExecutor(64) as threads:
-        answers = [threads.submit(send)]
-        assert begun.wait(PATIENCE)  # its commit is under way
-        answers += [threads.submit(send) for _ in range(63)]
-        eventually(lambda: len(ledger._combiner._waiting) == 63, "63 batches waiting behind one")
-        go_on.set()
-        assert sorted(answer.result() for answer in answers) == list(range(1, 65))
-    assert (ledger.operations, ledger.batches, ledger.commits) == (64, 64, 2)
-
-
-def test_in_memory_each_batch_has_a_commit_of_its_own_and_none_is_lost() -> None:
-    ledger = Ledger()
-
-    def send() -> list[Any]:
-        client = os.urandom(16)
-        return [ledger.apply(Batch(client, sequence, [Increment("c")]))[0] for sequence in range(1, 101)]
-
-    answers = at_once(8, send)
-    assert sorted(value for values in answers for value in values) == list(range(1, 801))
-    assert (ledger.operations, ledger.batches, ledger.commits) == (800, 800, 800)
 
 
 # Peers that mean no good
@@ -588,21 +526,20 @@ def test_an_exception_of_a_handler_while_it_sends_or_takes_the_lock_leaves_the_s
 
 
 @pytest.mark.slow
-def test_a_manager_that_cannot_start_a_thread_goes_on_when_it_can(
-    manager: Manager, counter: Counter, data_dir: Path
-) -> None:
+def test_a_manager_that_cannot_start_a_thread_goes_on_when_it_can(tmp_path: Path) -> None:
     """Its memory is limited to what it has, so there is none for the stack of another thread."""
-    counter.increment()
-    unlimited = resource.prlimit(manager.pid, resource.RLIMIT_AS)
-    size = int(Path(f"/proc/{manager.pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(manager.pid, resource.RLIMIT_AS, (size + 2**20, unlimited[1]))  # less than a thread's stack
-    try:
-        with raw(data_dir) as peer:
-            assert received_until_closed(peer) == b""
-    finally:
-        resource.prlimit(manager.pid, resource.RLIMIT_AS, unlimited)
-    with open_client(manager.url) as fresh:
-        assert fresh.counter(counter.name).increment() == 2
+    with Manager(tmp_path / "own") as manager, open_client(manager.url) as state:
+        state.counter("c").increment()
+        unlimited = resource.prlimit(manager.pid, resource.RLIMIT_AS)
+        size = int(Path(f"/proc/{manager.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(manager.pid, resource.RLIMIT_AS, (size + 2**20, unlimited[1]))  # less than a thread's stack
+        try:
+            with raw(tmp_path / "own") as peer:
+                assert received_until_closed(peer) == b""
+        finally:
+            resource.prlimit(manager.pid, resource.RLIMIT_AS, unlimited)
+        with open_client(manager.url, deadline=PATIENCE) as fresh:
+            assert fresh.counter("c").increment() == 2
 
 
 # The proxy alone, on a connection that a test scripts

@@ -1,6 +1,5 @@
 """Shared objects of plain classes are the same for all workers, and each call is made exactly once."""
 
-import gc
 import pickle
 import subprocess
 import sys
@@ -213,24 +212,6 @@ def test_a_declaration_shows_its_class_and_arguments(monkeypatch: pytest.MonkeyP
     for name, cls, reason in (("", SomeObj, "name"), ("x", not_a_class, "declared with its class")):
         with pytest.raises(InvalidRequest, match=reason):
             declare(name, cls, (), {}, durable=False)  # type: ignore[arg-type]
-
-
-@slow
-def test_threads_can_declare_at_the_same_time() -> None:
-    """Python 3.11 finds a class's source by parsing, which fails if a garbage collection lets two threads parse."""
-
-    def let_another_thread_run(_phase: str, _found: dict[str, int]) -> None:
-        time.sleep(0.0005)
-
-    threshold = gc.get_threshold()
-    gc.callbacks.append(let_another_thread_run)
-    gc.set_threshold(500)
-    try:
-        found = at_once(8, lambda: {declare("toolbox", Toolbox, (), {}, durable=False).source for _ in range(20)})
-    finally:
-        gc.set_threshold(*threshold)
-        gc.callbacks.remove(let_another_thread_run)
-    assert set().union(*found) == found[0] != {b""}
 
 
 def test_a_handle_without_init_app_names_the_missing_call() -> None:
