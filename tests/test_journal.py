@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -125,7 +126,8 @@ def test_commits_are_synced_where_they_were_promised_to_be(
     first.commit(Changes(now=1.0))
     locked: list[bool] = []
     first._connection.set_trace_callback(lambda _: locked.append(first._committing.locked()))
-    first.commit(SOME)
+    with ThreadPoolExecutor(1) as another_thread:
+        another_thread.submit(first.commit, SOME).result()
     first._connection.set_trace_callback(None)
     assert locked == [True] * 12
     assert first.load() == contents()
