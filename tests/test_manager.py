@@ -649,7 +649,7 @@ def test_a_greeting_says_why_a_client_is_not_served(monkeypatch: pytest.MonkeyPa
 
     def scripted(*_: object, deadline: float) -> Any:
         if isinstance(made[-1], FileNotFoundError):
-            raise made.pop()
+            raise made[-1]
         return made[-1]
 
     monkeypatch.setattr(client_module, "connect", scripted)
@@ -683,10 +683,10 @@ def test_a_greeting_says_why_a_client_is_not_served(monkeypatch: pytest.MonkeyPa
         def start(self, _directory: DataDirectory, deadline: float) -> None:
             self.started += 1
             assert deadline == 5.0
+            made.append(Quiet(("#RETURN", "one"), ("#RETURN", None)))
 
-    none: Any = FileNotFoundError()
+    made.append(FileNotFoundError())
     for starter in (None, Starting()):
-        made[:] = [Quiet(("#RETURN", "one"), ("#RETURN", None)), none]
         proxy = proxy_on(None, starter=starter)
         if starter is None:
             with pytest.raises(Disconnected, match="no manager is running in /nowhere") as error:

@@ -318,7 +318,10 @@ def test_a_refused_commit_undoes_the_call_and_another_failure_ends_the_process()
         scene.call("query")
 
 
-def test_a_state_may_have_a_megabyte() -> None:
+def test_a_state_may_have_a_megabyte_and_is_loaded_before_it_is_kept(tmp_path: Path) -> None:
+    scene = Scene(Spoiled)
+    assert "the call was undone" in scene.call("spoil", "not loaded again", str(tmp_path / "calls")).message
+    assert scene.call("count") == 1
     box = Toolbox()
     box.add("tool", 500_000)
     room = LARGEST_STATE - len(pickle.dumps(box, pickle.HIGHEST_PROTOCOL)) + 500_000
