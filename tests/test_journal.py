@@ -149,6 +149,7 @@ def test_commits_are_synced_where_they_were_promised_to_be(
     first.close()
     first.close()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["elsewhere", "journal"]
+    assert path.read_bytes()[68:72] == b"CTSR"
     again = open_journal()
     assert again.epoch == first.epoch != open_journal(tmp_path / "another").epoch
     assert again.load() == Contents(
@@ -226,11 +227,11 @@ def test_starts_are_counted_while_the_file_exists(open_journal: Open, path: Path
 def test_a_new_journal_and_a_backup_reach_the_disk_before_their_names(
     tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced: list[tuple[str, bool, bytes]] = []
+    synced: list[tuple[str, int, bytes]] = []
     target, kept = tmp_path / "backup", module.sync
 
     def sync(file: Path) -> None:
-        named = (target if path.exists() else path).exists()
+        named = path.exists() + target.exists()
         before = len(os.listdir("/proc/self/fd"))
         kept(file)
         assert len(os.listdir("/proc/self/fd")) == before
@@ -246,13 +247,13 @@ def test_a_new_journal_and_a_backup_reach_the_disk_before_their_names(
     with closing(Journal(path)) as journal:
         assert not left.exists()
         # The parent's names, the new file in WAL mode, and its name.
-        assert synced == [(tmp_path.name, False, b""), ("journal", False, b"\2"), (tmp_path.name, False, b"")]
+        assert synced == [(tmp_path.name, 0, b""), ("journal", 0, b"\2"), (tmp_path.name, 1, b"")]
         assert len(fsyncs) == 3
         journal.commit(SOME)
         synced.clear()
         assert journal.back_up(target) == target.stat().st_size
         (part, *_), (directory, *_) = synced
-        assert [named for _, named, _ in synced] == [False, True]
+        assert [named for _, named, _ in synced] == [1, 2]
         assert (directory, stat.S_IMODE(target.stat().st_mode)) == (tmp_path.name, 0o600)
         for wrong, reason in ((target, "is there already"), (tmp_path / "none" / "x", "no backup can be written")):
             with pytest.raises(StartupError, match=reason):
@@ -628,6 +629,7 @@ def test_a_start_goes_on_where_only_its_writes_are_refused(
         with closing(Journal(path)) as journal:
             journal.count_start()
             assert (journal.starts, journal.load()) == (1, contents())
+            assert mark.exists() is (statement == "UPDATE meta")  # the next start needs a new epoch, too
     else:
         with pytest.raises(StartupError, match="free some space") as refused:
             Journal(path)
