@@ -313,7 +313,10 @@ def test_a_refused_commit_undoes_the_call_and_another_failure_ends_the_process()
     scene.journal.error = None
     assert scene.call("query", sequence=3) == refused  # a refusal stays one
     assert scene.call("query") == 3
-    scene.journal.error = OSError()
+    scene.now += CLIENT_LIFETIME + 1
+    assert scene.call("query", client=b"e" * 16, sequence=1) == 4
+    assert scene.journal.made[-1].clients[b"c" * 16] is None  # forgotten
+    scene.sent, scene.journal.error = 0, OSError()
     with pytest.raises(Failed):
         scene.call("query")
 
