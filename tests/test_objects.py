@@ -57,7 +57,7 @@ slow = pytest.mark.slow
 
 @pytest.fixture(params=["memory", pytest.param("manager", marks=slow)])
 def state(request: pytest.FixtureRequest, on_demand: str) -> Iterator[State]:
-    with open_state("memory://" if request.param == "memory" else on_demand, deadline=PATIENCE) as state:
+    with open_state("memory://" if request.param == "memory" else on_demand, deadline=2 * PATIENCE) as state:
         yield state
 
 
@@ -121,7 +121,7 @@ def test_plain_data_is_returned_unchanged_and_other_data_refused(toolbox: Any) -
 
 def test_many_large_arguments_at_once_fit(toolbox: Any) -> None:
     large = "x" * (LARGEST_VALUE - 100)
-    assert at_once(20, lambda: len(toolbox.echo(large)[0][0])) == [len(large)] * 20
+    assert at_once(16, lambda: len(toolbox.echo(large)[0][0])) == [len(large)] * 16
     call = Invoke("m" * 255, bytes(LARGEST_VALUE))
     assert len(msgpack.encode(Batch(b"c" * 16, 2**63, [call] * LARGEST_CALL_BATCH))) < LARGEST_FRAME - 1000
 
