@@ -1,7 +1,9 @@
 """Classes that tests share between processes; the manager imports them from here."""
 
+import os
+import sys
 import threading
-from collections.abc import Iterator
+import time
 from typing import Any, cast
 
 
@@ -16,6 +18,10 @@ class SomeObj:
         return self.param
 
 
+class OwnError(Exception):
+    """An exception that is not built in."""
+
+
 class Toolbox:
     """An object with one method for each possible outcome of a call."""
 
@@ -24,7 +30,6 @@ class Toolbox:
     def __init__(self) -> None:
         self.items: list[object] = []
         self._secret = 1
-        self.gate = False
 
     def echo(self, *arguments: object, **keywords: object) -> object:
         return (arguments, keywords)
@@ -52,6 +57,48 @@ class Toolbox:
 
     def _private(self) -> int:
         return self._secret
+
+
+class UntellableError(Exception):
+    def __str__(self) -> str:
+        raise self.args[0]("never")
+
+
+class Untellable:
+    def __iter__(self) -> Any:
+        raise SystemExit(4)
+
+    __repr__ = __iter__
+
+
+class StrangeText(str):
+    __slots__ = ()
+
+    def encode(self, *_: object, **__: object) -> bytes:
+        raise SystemExit(5)
+
+    __getitem__ = __len__ = __str__ = encode  # type: ignore[assignment]
+
+
+class StrangeError(Exception):
+    def __str__(self) -> str:
+        return StrangeText("strange")
+
+
+class Hostile(type):
+    """A class whose every operation ends the program."""
+
+    def _raise(cls, *_: object) -> Any:
+        raise SystemExit(6)
+
+    __eq__ = _raise
+    __hash__ = _raise  # pyright: ignore[reportAssignmentType]
+    __module__ = property(_raise)  # pyright: ignore[reportAssignmentType]
+    __name__ = property(_raise)  # pyright: ignore[reportAssignmentType]
+
+
+class HostileError(Exception, metaclass=Hostile):
+    pass
 
 
 class Awkward:
@@ -86,46 +133,14 @@ class Awkward:
         return self.calls
 
 
-class UntellableError(Exception):
-    def __str__(self) -> str:
-        raise self.args[0]("never")
+class Unpicklable:
+    def __getstate__(self) -> object:
+        raise SystemExit(7)
 
 
-class Untellable:
-    def __iter__(self) -> Iterator[str]:
-        raise SystemExit(4)
-
-    __repr__ = __iter__  # type: ignore[assignment]
-
-
-class StrangeText(str):
-    __slots__ = ()
-
-    def encode(self, *_: object, **__: object) -> bytes:
-        raise SystemExit(5)
-
-    __getitem__ = __len__ = __str__ = encode  # type: ignore[assignment]
-
-
-class StrangeError(Exception):
-    def __str__(self) -> str:
-        return StrangeText("strange")
-
-
-class Hostile(type):
-    """A class whose every operation ends the program."""
-
-    def _raise(cls, *_: object) -> Any:
-        raise SystemExit(6)
-
-    __eq__ = _raise
-    __hash__ = _raise  # pyright: ignore[reportAssignmentType]
-    __module__ = property(_raise)  # pyright: ignore[reportAssignmentType]
-    __name__ = property(_raise)  # pyright: ignore[reportAssignmentType]
-
-
-class HostileError(Exception, metaclass=Hostile):
-    pass
+class TwoArgumentsError(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
 
 
 class Spoiled:
@@ -150,16 +165,6 @@ class Spoiled:
         return self.calls
 
 
-class Unpicklable:
-    def __getstate__(self) -> object:
-        raise SystemExit(7)
-
-
-class TwoArgumentsError(Exception):
-    def __init__(self, one: int, two: int) -> None:
-        super().__init__(f"{one} and {two}")
-
-
 class OneWay:
     """An object that can be pickled but not unpickled."""
 
@@ -170,17 +175,19 @@ class OneWay:
         """Never called."""
 
 
-class OwnError(Exception):
-    """An exception that is not built in."""
-
-
 class Slow:
-    """An object whose method waits until a file exists."""
+    """An object whose method waits until a file exists.
+
+    :param reported_after: seconds after which its manager reports a call; by default the manager's own time.
+    """
+
+    def __init__(self, reported_after: float | None = None) -> None:
+        if reported_after is not None:
+            from counter_server.manager import server
+
+            server.SLOW_SECONDS = reported_after
 
     def wait_for(self, path: str) -> str:
-        import os
-        import time
-
         while not os.path.exists(path):
             time.sleep(0.005)
         return "done"
@@ -189,6 +196,9 @@ class Slow:
         """Compute for ever."""
         while True:
             pass
+
+    def switch_interval(self) -> float:
+        return sys.getswitchinterval()
 
 
 class Refusing:

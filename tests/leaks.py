@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Self
@@ -74,22 +74,12 @@ class Life:
         quarter = len(seen) // 4
         if len(seen) < _FEWEST:
             return None
-        return Growth(
-            kind=self.kind,
-            pid=self.pid,
-            samples=len(self.samples),
-            first=_middle(seen[:quarter]),
-            last=_middle(seen[-quarter:]),
-        )
+        first, last = _middle(seen[:quarter]), _middle(seen[-quarter:])
+        return Growth(kind=self.kind, pid=self.pid, samples=len(self.samples), first=first, last=last)
 
 
 def _middle(samples: list[Sample]) -> Sample:
-    return Sample(
-        memory=int(median(sample.memory for sample in samples)),
-        descriptors=int(median(sample.descriptors for sample in samples)),
-        threads=int(median(sample.threads for sample in samples)),
-        work=int(median(sample.work for sample in samples)),
-    )
+    return Sample(**{each.name: int(median(getattr(one, each.name) for one in samples)) for each in fields(Sample)})
 
 
 class Watch:
@@ -133,9 +123,9 @@ class Watch:
 
 def _look_at(process: Path, work: int) -> tuple[str, Sample]:
     descriptors = len(list((process / "fd").iterdir()))
-    fields = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines() if ":\t" in line)
-    if "VmRSS" not in fields:
+    figures = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines() if ":\t" in line)
+    if "VmRSS" not in figures:
         raise ProcessLookupError(f"{process} is a zombie")
     began = (process / "stat").read_text().rpartition(")")[2].split()[19]
-    memory = int(fields["VmRSS"].split()[0]) * 1024
-    return began, Sample(memory=memory, descriptors=descriptors, threads=int(fields["Threads"]), work=work)
+    memory = int(figures["VmRSS"].split()[0]) * 1024
+    return began, Sample(memory=memory, descriptors=descriptors, threads=int(figures["Threads"]), work=work)

@@ -15,8 +15,6 @@ KEY = b"key"
 
 
 class Counter:
-    """A lock and a number."""
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._value = 0

@@ -1,26 +1,32 @@
 """The journal: every commit survives the process, and foreign files are left alone."""
 
+import errno
 import gc
+import logging
 import os
 import shutil
 import signal
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
+from counter_server import journal as module
 from counter_server.errors import BatchRefused, StartupError, StorageFull
-from counter_server.journal import Journal, JournalFailed
-from counter_server.ledger import KEY_LIFETIME, Changes, ClientRecord, Contents, KeyRecord, Ledger
+from counter_server.journal import Journal, JournalFailed, examine, refusal
+from counter_server.ledger import Changes, ClientRecord, Contents, KeyRecord, Ledger
 from counter_server.operations import (
     LARGEST,
     SMALLEST,
     Batch,
-    Delete,
     Get,
     Increment,
     Operation,
@@ -32,76 +38,61 @@ from counter_server.operations import (
 )
 from tests.processes import Program
 
-ANN = b"ann".ljust(16)
-BOB = b"bob".ljust(16)
-CYD = b"cyd".ljust(16)
+ANN, BOB, CYD = b"ann".ljust(16), b"bob".ljust(16), b"cyd".ljust(16)
+RESULTS: list[Result] = [1, SMALLEST, LARGEST, True, False, None, Replayed(3), Refusal("limit", "too much")]
+RESULTS += [Page([("a", 1), ("\u4e2d", -1)], more=True)]
+SOME = Changes(
+    now=20.0,
+    counters={"a": 1, "\u4e2d": SMALLEST, "b": LARGEST, "zero": 0},
+    clients={
+        ANN: ClientRecord(7, RESULTS, 20.0),
+        BOB: ClientRecord(LARGEST, [2], 10.5),
+        CYD: ClientRecord(1, [1], 11.0, "object"),
+    },
+    keys={"k": KeyRecord(b"\0" * 16, 5, 20.0), "l": KeyRecord(b"\xff" * 16, LARGEST, 3.25)},
+    objects={"object": b"state"},
+)
+# More than fits into a few pages; the first one would fit.
+MANY = Changes(now=30.0, counters={"a": 100, **{f"{number:0200}": number for number in range(1000)}})
 
-RESULTS: list[Result] = [
-    1,
-    SMALLEST,
-    LARGEST,
-    True,
-    False,
-    None,
-    Replayed(3),
-    Page([("a", 1), ("\u4e2d", -1)], more=True),
-    Refusal("limit", "too much"),
-]
+Open = Callable[..., Journal]
+
+
+def contents(changes: Changes = SOME) -> Contents:
+    return Contents(dict(changes.counters), dict(changes.clients), dict(changes.keys), dict(changes.objects))  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "journal.sqlite"
+    return tmp_path / "journal"
 
 
 @pytest.fixture
-def open_journal(path: Path) -> Iterator[Callable[..., Journal]]:
-    """Open a journal, by default the test's own; all are closed at the end."""
-    opened: list[Journal] = []
-
-    def open_journal(at: Path = path, durability: str = "commit") -> Journal:
-        opened.append(Journal(at, durability))
-        return opened[-1]
-
-    yield open_journal
-    for journal in opened:
-        journal.close()
+def mark(path: Path) -> Path:
+    """Return the file that names the least size of the log."""
+    return path.with_name("in-use.journal")
 
 
 @pytest.fixture
-def journal(open_journal: Callable[..., Journal]) -> Journal:
+def open_journal(path: Path, stack: ExitStack) -> Open:
+    return lambda at=path, durability="commit", **options: stack.enter_context(
+        closing(Journal(at, durability, **options))
+    )
+
+
+@pytest.fixture
+def journal(open_journal: Open) -> Journal:
     return open_journal()
 
 
-def some_changes() -> Changes:
-    return Changes(
-        now=20.0,
-        counters={"a": 1, "\u4e2d": SMALLEST, "b": LARGEST, "zero": 0},
-        clients={ANN: ClientRecord(7, RESULTS, 20.0), BOB: ClientRecord(LARGEST, [2], 10.5)},
-        keys={"k": KeyRecord(b"\0" * 16, 5, 20.0), "l": KeyRecord(b"\xff" * 16, LARGEST, 3.25)},
-    )
+def log_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
 
 
-def as_contents(changes: Changes) -> Contents:
-    return Contents(
-        {name: value for name, value in changes.counters.items() if value is not None},
-        {client: record for client, record in changes.clients.items() if record is not None},
-        {key: known for key, known in changes.keys.items() if known is not None},
-    )
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def assert_left_alone(directory: Path, before: dict[str, bytes]) -> None:
-    """Assert that every file is still there with the same bytes, even after garbage collection."""
-    gc.collect()
-    after = files_of(directory)
-    assert {name: len(content) for name, content in after.items() if name in before} == {
-        name: len(content) for name, content in before.items()
-    }
-    assert {name: after[name] for name in before} == before
+def left_by_a_kill(path: Path, place: Path) -> Path:
+    """Copy the files of an open journal as they are on the disk now, and return the copy's path."""
+    shutil.copytree(path.parent, place, ignore=lambda *_: [place.name])
+    return place / path.name
 
 
 def pragma(journal: Journal, name: str) -> int | str:
@@ -110,71 +101,63 @@ def pragma(journal: Journal, name: str) -> int | str:
     return value
 
 
-def large_changes() -> Changes:
-    """Return more changes than fit into a few pages; the first of them would fit."""
-    return Changes(now=30.0, counters={"a": 100, **{f"{number:0200}": number for number in range(1000)}})
+def sql(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def sqlite_error(code: int) -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError("made by a test")
+    error.sqlite_errorcode = code
+    return error
 
 
 # Every commit survives
 
 
-def test_a_new_journal_is_empty(journal: Journal) -> None:
-    assert journal.load() == Contents()
-
-
-def test_the_next_journal_loads_every_commit(open_journal: Callable[..., Journal]) -> None:
-    first = open_journal()
-    first.commit(some_changes())
-    first.close()
-    assert open_journal().load() == as_contents(some_changes())
-
-
-def test_a_later_commit_replaces_and_removes(open_journal: Callable[..., Journal]) -> None:
-    first = open_journal()
-    first.commit(some_changes())
-    first.commit(
-        Changes(
-            now=30.0,
-            counters={"a": 2, "b": None, "never-there": None},
-            clients={ANN: ClientRecord(8, [9], 30.0), BOB: None},
-            keys={"k": None, "m": KeyRecord(b"m" * 16, 6, 30.0)},
-        )
-    )
-    first.close()
-    assert open_journal().load() == Contents(
-        counters={"a": 2, "\u4e2d": SMALLEST, "zero": 0},
-        clients={ANN: ClientRecord(8, [9], 30.0)},
-        keys={"l": KeyRecord(b"\xff" * 16, LARGEST, 3.25), "m": KeyRecord(b"m" * 16, 6, 30.0)},
-    )
-
-
-def test_an_empty_commit_is_allowed(open_journal: Callable[..., Journal]) -> None:
-    first = open_journal()
-    first.commit(Changes(now=1.0))
-    first.commit(some_changes())
-    first.commit(Changes(now=2.0))
-    first.close()
-    assert open_journal().load() == as_contents(some_changes())
-
-
-@pytest.mark.parametrize("durability", ["commit", "process"])
-def test_the_files_of_a_journal_that_was_never_closed_hold_every_commit(
-    open_journal: Callable[..., Journal], path: Path, tmp_path: Path, durability: str
+@pytest.mark.parametrize(("durability", "synchronous"), [("commit", 2), ("process", 1)])
+def test_commits_are_synced_where_they_were_promised_to_be(
+    open_journal: Open, path: Path, mark: Path, tmp_path: Path, durability: str, synchronous: int
 ) -> None:
+    """FULL is 2 and NORMAL is 1; in WAL mode FULL syncs at each commit. Check an existing file, too."""
     first = open_journal(path, durability)
-    first.commit(some_changes())
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    for name, content in _copies(path):
-        (elsewhere / name).write_bytes(content)
-    second = open_journal(elsewhere / path.name)
-    assert second.load() == as_contents(some_changes())
-    assert second.epoch == first.epoch
-
-
-def _copies(path: Path) -> list[tuple[str, bytes]]:
-    """Return the contents of the journal and its log as they are on disk at this moment."""
-    return [(file.name, file.read_bytes()) for file in path.parent.glob(path.name + "*")]
+    assert (first.load(), first.starts, len(first.epoch)) == (Contents(), 0, 32)
+    first.commit(Changes(now=1.0))
+    locked: list[bool] = []
+    first._connection.set_trace_callback(lambda _: locked.append(first._committing.locked()))
+    with ThreadPoolExecutor(1) as another_thread:
+        another_thread.submit(first.commit, SOME).result()
+    first._connection.set_trace_callback(None)
+    assert locked == [True] * 12
+    assert first.load() == contents()
+    assert first.size == path.stat().st_size + log_of(path).stat().st_size
+    assert int(mark.read_text()) == log_of(path).stat().st_size > 0
+    second = open_journal(left_by_a_kill(path, tmp_path / "elsewhere"), durability)
+    for journal in (first, second):
+        assert (journal.load(), journal.epoch) == (contents(), first.epoch)
+        assert (pragma(journal, "synchronous"), pragma(journal, "journal_mode")) == (synchronous, "wal")
+    assert log_of(second.path).stat().st_size == 0  # written again, as the last sync may have failed
+    later = Changes(
+        now=30.0,
+        counters={"a": 2, "b": None, "never-there": None},
+        clients={ANN: ClientRecord(8, [9], 30.0), BOB: None},
+        keys={"k": None, "m": KeyRecord(b"m" * 16, 6, 30.0)},
+        objects={"object": b"new"},
+    )
+    first.commit(later)
+    first.close()
+    first.close()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["elsewhere", "journal"]
+    assert path.read_bytes()[68:72] == b"CTSR"
+    again = open_journal()
+    assert again.epoch == first.epoch != open_journal(tmp_path / "another").epoch
+    assert again.load() == Contents(
+        {"a": 2, "\u4e2d": SMALLEST, "zero": 0},
+        {CYD: ClientRecord(1, [1], 11.0, "object"), ANN: ClientRecord(8, [9], 30.0)},
+        {"l": KeyRecord(b"\xff" * 16, LARGEST, 3.25), "m": KeyRecord(b"m" * 16, 6, 30.0)},
+        {"object": b"new"},
+    )
 
 
 _WRITER = """
@@ -191,59 +174,39 @@ for sequence in range(1, 1_000_000):
 """
 
 
-@pytest.mark.parametrize("durability", ["commit", "process"])
-def test_every_answered_increment_survives_a_kill(
-    open_journal: Callable[..., Journal], path: Path, durability: str
-) -> None:
+@pytest.mark.parametrize("durability", ["commit", pytest.param("process", marks=pytest.mark.slow)])
+def test_every_answered_increment_survives_a_kill(open_journal: Open, path: Path, durability: str) -> None:
     with Program("-c", _WRITER, path, durability) as writer:
         for _ in range(50):
             writer.expect("answered")
         writer.kill()
         assert writer.wait() == -signal.SIGKILL
     answered = int(writer.output[-1].split()[1])
-    contents = open_journal().load()
-    value = contents.counters["a"]
-    # The last commit may have been made and not yet answered; nothing else is in doubt.
-    assert value in (answered, answered + 1)
-    record = contents.clients[b"w" * 16]
+    found = open_journal().load()
+    value = found.counters["a"]
+    assert value in (answered, answered + 1)  # only the last commit may have been made and not yet answered
+    record = found.clients[b"w" * 16]
     assert (record.sequence, record.results) == (value, [value])
-    assert [known.value for known in contents.keys.values()] == list(range(1, value + 1))
+    assert [known.value for known in found.keys.values()] == list(range(1, value + 1))
 
 
-def test_the_epoch_stays_the_same_while_the_file_exists(open_journal: Callable[..., Journal], tmp_path: Path) -> None:
-    first = open_journal()
-    epoch = first.epoch
-    assert len(epoch) == 32
-    first.commit(some_changes())
-    assert first.epoch == epoch
-    first.close()
-    assert open_journal().epoch == epoch
-    assert open_journal(tmp_path / "another").epoch != epoch
-
-
-def test_clients_and_keys_are_loaded_in_the_order_of_their_last_use(open_journal: Callable[..., Journal]) -> None:
-    first = open_journal()
+def test_clients_and_keys_are_loaded_in_the_order_of_their_last_use(journal: Journal) -> None:
     used = {ANN: 3.0, BOB: 1.0, CYD: 2.0}
-    first.commit(
-        Changes(
-            now=3.0,
-            clients={client: ClientRecord(1, [1], time) for client, time in used.items()},
-            keys={client.decode().strip(): KeyRecord(b"f" * 16, 1, time) for client, time in used.items()},
-        )
-    )
-    first.commit(Changes(now=4.0, clients={BOB: ClientRecord(2, [1], 4.0)}))
-    contents = first.load()
-    assert list(contents.clients) == [CYD, ANN, BOB]
-    assert list(contents.keys) == ["bob", "cyd", "ann"]
+    clients: dict[bytes, ClientRecord | None] = {who: ClientRecord(1, [1], time) for who, time in used.items()}
+    keys: dict[str, KeyRecord | None] = {who.decode().strip(): KeyRecord(b"f" * 16, 1, used[who]) for who in used}
+    journal.commit(Changes(now=3.0, clients=clients, keys=keys))
+    journal.commit(Changes(now=4.0, clients={BOB: ClientRecord(2, [1], 4.0)}))
+    found = journal.load()
+    assert (list(found.clients), list(found.keys)) == ([CYD, ANN, BOB], ["bob", "cyd", "ann"])
 
 
-def test_under_load_the_log_is_folded_in_again_and_again(open_journal: Callable[..., Journal], path: Path) -> None:
+@pytest.mark.slow
+def test_under_load_the_log_is_folded_in_again_and_again(open_journal: Open, path: Path) -> None:
     journal = open_journal(path, "process")
     largest = 0
     for number in range(1500):
-        journal.commit(
-            Changes(now=1.0, counters={f"{number % 50:0200}": number}, clients={ANN: ClientRecord(1, [1], 1.0)})
-        )
+        clients: dict[bytes, ClientRecord | None] = {ANN: ClientRecord(1, [1], 1.0)}
+        journal.commit(Changes(now=1.0, counters={f"{number % 50:0200}": number}, clients=clients))
         largest = max(largest, journal.size)
     assert 3 * 2**20 < largest < 6 * 2**20  # a thousand pages, not everything that was ever written
     journal.close()
@@ -251,16 +214,78 @@ def test_under_load_the_log_is_folded_in_again_and_again(open_journal: Callable[
     assert open_journal().load().counters[f"{49:0200}"] == 1499
 
 
-@pytest.mark.parametrize(("durability", "synchronous"), [("commit", 2), ("process", 1)])
-def test_commits_are_synced_where_they_were_promised_to_be(
-    open_journal: Callable[..., Journal], path: Path, durability: str, synchronous: int
-) -> None:
-    """FULL is 2 and NORMAL is 1; in WAL mode FULL syncs at each commit. Check an existing file, too."""
-    for _ in range(2):
-        journal = open_journal(path, durability)
-        assert pragma(journal, "synchronous") == synchronous
-        assert pragma(journal, "journal_mode") == "wal"
+def test_starts_are_counted_while_the_file_exists(open_journal: Open, path: Path) -> None:
+    for expected in (1, 2, 3):
+        journal = open_journal()
+        journal.count_start()
+        assert (journal.starts, journal.load()) == (expected, Contents())
         journal.close()
+    with pytest.raises(StartupError, match=str(path)):
+        journal.count_start()
+
+
+def test_a_new_journal_and_a_backup_reach_the_disk_before_their_names(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, int, bytes]] = []
+    target, kept = tmp_path / "backup", module.sync
+
+    def sync(file: Path) -> None:
+        named = path.exists() + target.exists()
+        before = len(os.listdir("/proc/self/fd"))
+        kept(file)
+        assert len(os.listdir("/proc/self/fd")) == before
+        synced.append((file.name, named, file.read_bytes()[18:19] if file.is_file() else b""))
+        assert file == tmp_path or stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+    fsyncs: list[int] = []
+    monkeypatch.setattr(module, "sync", sync)
+    monkeypatch.setattr(os, "fsync", fsyncs.append)
+    left = path.with_name(".journal.new")
+    left.mkdir()
+    (left / path.name).write_text("left by a killed process")
+    with closing(Journal(path)) as journal:
+        assert not left.exists()
+        # The parent's names, the new file in WAL mode, and its name.
+        assert synced == [(tmp_path.name, 0, b""), ("journal", 0, b"\2"), (tmp_path.name, 1, b"")]
+        assert len(fsyncs) == 3
+        journal.commit(SOME)
+        synced.clear()
+        assert journal.back_up(target) == target.stat().st_size
+        (part, *_), (directory, *_) = synced
+        assert [named for _, named, _ in synced] == [1, 2]
+        assert (directory, stat.S_IMODE(target.stat().st_mode)) == (tmp_path.name, 0o600)
+        for wrong, reason in ((target, "is there already"), (tmp_path / "none" / "x", "no backup can be written")):
+            with pytest.raises(StartupError, match=reason):
+                journal.back_up(wrong)
+        assert not (tmp_path / part).exists()
+        assert [file.name for file in tmp_path.glob(".*")] == []
+    synced.clear()
+    assert target.read_bytes()[18:19] == b"\1"  # not in WAL mode: one file has it all
+    assert examine(target) == contents()
+    with closing(Journal(target)) as restored:
+        assert (restored.load(), restored.epoch) == (contents(), journal.epoch)
+        assert pragma(restored, "journal_mode") == "wal"
+        assert synced[0][0] == "backup"
+        assert not list(tmp_path.glob("*-shm"))  # the directory's lock replaces SQLite's
+
+
+def test_commits_go_on_between_the_parts_of_a_backup(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.commit(MANY)
+    made: list[int] = []
+
+    def pause(_seconds: float) -> None:
+        assert not journal._committing.locked()
+        made.append(len(made))
+        journal.commit(Changes(now=31.0, counters={"during": len(made)}))
+
+    monkeypatch.setattr(module, "_BACKUP_PAGES", 20)
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=pause))
+    journal.back_up(tmp_path / "backup")
+    assert (len(made) > 2, journal._committing.locked()) == (True, False)
+    assert examine(tmp_path / "backup").counters == {**MANY.counters, "during": len(made)}
 
 
 # A ledger on it
@@ -272,322 +297,380 @@ def answer_of(ledger: Ledger, batch: Batch) -> list[Result]:
     return answer
 
 
-def test_a_batch_sent_again_after_a_restart_is_answered_as_before(open_journal: Callable[..., Journal]) -> None:
-    operations: list[Operation] = [
-        Increment("a", key="k"),
-        Increment("a", key="k"),
-        Increment("b", key="k"),
-        Increment("a", 1, maximum=1),
-        Set("c", 5),
-        Get("c"),
-        Get("d"),
-        Delete("d"),
-        Delete("c"),
-    ]
-    first = open_journal()
-    before = answer_of(Ledger(first.load(), first), Batch(ANN, 1, operations))
-    assert before[:2] == [1, Replayed(1)]
-    first.close()
-    second = open_journal()
-    ledger = Ledger(second.load(), second)
-    assert answer_of(ledger, Batch(ANN, 1, operations)) == before
-    assert answer_of(ledger, Batch(ANN, 2, [Increment("a"), Increment("a", key="k"), Get("c")])) == [
-        2,
-        Replayed(1),
-        None,
-    ]
-    assert second.load().counters == {"a": 2}
-
-
-def test_time_goes_on_from_the_newest_record_whatever_the_clock_says(
-    open_journal: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = SimpleNamespace(now=5000.0)
-    monkeypatch.setattr("counter_server.ledger.time", SimpleNamespace(monotonic=lambda: clock.now))
-    first = open_journal()
-    ledger = Ledger(first.load(), first)
-    clock.now += 100
-    answer_of(ledger, Batch(ANN, 1, [Increment("a", key="k")]))
-    clock.now += 50
-    answer_of(ledger, Batch(BOB, 1, [Increment("a")]))
-    first.close()
-
-    clock.now = 7.0  # the machine was started again
-    second = open_journal()
-    ledger = Ledger(second.load(), second)
-    clock.now += 10
-    answer_of(ledger, Batch(CYD, 1, [Increment("a")]))
-    assert {client: record.used for client, record in second.load().clients.items()} == {ANN: 100, BOB: 150, CYD: 160}
-    clock.now += KEY_LIFETIME - 61  # the key is 86,399 seconds old
-    assert answer_of(ledger, Batch(b"d" * 16, 1, [Increment("a", key="k")])) == [Replayed(1)]
-    clock.now += 2
-    assert answer_of(ledger, Batch(b"e" * 16, 1, [Increment("a", key="k")])) == [4]
-
-
-def test_records_that_the_ledger_forgets_are_removed_from_the_disk(
-    open_journal: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("counter_server.ledger.time", SimpleNamespace(monotonic=lambda: clock.now))
-    journal = open_journal()
-    ledger = Ledger(journal.load(), journal)
-    answer_of(ledger, Batch(ANN, 1, [Increment("a", key="k")]))
-    clock.now += KEY_LIFETIME + 1
-    answer_of(ledger, Batch(BOB, 1, [Increment("a")]))
-    contents = journal.load()
-    assert list(contents.clients) == [BOB]
-    assert contents.keys == {}
-
-
-# Foreign files
-
-
-def refuse(path: Path) -> str:
-    """Return the error message that refuses the file, after checking that it names the file."""
-    with pytest.raises(StartupError) as caught:
-        Journal(path)
-    assert str(path) in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("text", [b"no", b"not a database, but somebody's notes\n" * 1000, b"\0" * 4096])
-def test_a_file_that_is_not_a_database_is_refused_and_left_alone(path: Path, tmp_path: Path, text: bytes) -> None:
-    path.write_bytes(text)
-    refuse(path)
-    assert_left_alone(tmp_path, {path.name: text})
-
-
-def test_a_database_of_another_program_is_refused_and_left_alone(path: Path, tmp_path: Path) -> None:
-    with closing(sqlite3.connect(path)) as other:
-        other.execute("CREATE TABLE counters (name TEXT, value INTEGER)")
-        other.execute("INSERT INTO counters VALUES ('a', 1)")
-        other.commit()
-    before = files_of(tmp_path)
-    assert "not a journal" in refuse(path)
-    assert_left_alone(tmp_path, before)
-
-
-def left_by_a_kill(build: Callable[[sqlite3.Connection], object], path: Path) -> None:
-    """Put at `path` a database whose last changes are in its log only, as a killed program leaves it."""
-    original = path.with_name("original")
-    with closing(sqlite3.connect(original, isolation_level=None)) as other:
-        if not other.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            other.execute("PRAGMA journal_mode = WAL")
-        build(other)
-        for suffix in ("", "-wal"):
-            shutil.copy(f"{original}{suffix}", f"{path}{suffix}")
-    for file in path.parent.glob("original*"):
-        file.unlink()
-
-
-def test_a_database_of_another_program_that_was_killed_is_refused_and_left_alone(path: Path, tmp_path: Path) -> None:
-    left_by_a_kill(lambda other: other.execute("CREATE TABLE precious (a)"), path)
-    before = files_of(tmp_path)
-    assert len(before[f"{path.name}-wal"]) > 0
-    assert "not a journal" in refuse(path)
-    assert_left_alone(tmp_path, before)
-
-
-@pytest.mark.parametrize("version", [0, 1, 3])
-def test_a_journal_of_another_format_is_refused_and_left_alone(
-    open_journal: Callable[..., Journal], path: Path, tmp_path: Path, version: int
-) -> None:
-    journal = open_journal()
-    journal.commit(some_changes())
-    journal.close()
-    with closing(sqlite3.connect(path)) as other:
-        other.execute(f"PRAGMA user_version = {version}")
-    before = files_of(tmp_path)
-    assert f"format {version}" in refuse(path)
-    assert_left_alone(tmp_path, before)
-
-
-def test_a_journal_of_another_format_that_was_killed_is_refused_and_left_alone(
-    open_journal: Callable[..., Journal], path: Path, tmp_path: Path
-) -> None:
-    journal = open_journal(tmp_path / "original")
-    journal.commit(some_changes())
-    journal.close()
-    left_by_a_kill(lambda other: other.execute("PRAGMA user_version = 3"), path)
-    before = files_of(tmp_path)
-    assert len(before[f"{path.name}-wal"]) > 0
-    assert "format 3" in refuse(path)
-    assert_left_alone(tmp_path, before)
-
-
-def test_a_refused_file_is_closed_at_once(path: Path) -> None:
-    """Not by the garbage collector: an error that is kept somewhere would keep the file locked."""
-    with closing(sqlite3.connect(path)) as other:
-        other.execute("CREATE TABLE precious (a)")
-        with pytest.raises(StartupError) as caught:
-            Journal(path)
-        other.execute("PRAGMA busy_timeout = 0")
-        other.execute("INSERT INTO precious VALUES (1)")
-        other.commit()
-    assert str(path) in str(caught.value)
-
-
-def test_a_journal_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    refuse(tmp_path / "no-such-directory" / "journal")
-    refuse(tmp_path)
-
-
-def test_a_journal_in_use_by_another_connection_is_refused(
-    path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    journal.commit(some_changes())
-    impatient = partial(sqlite3.connect, timeout=0)
-    monkeypatch.setattr("counter_server.journal.sqlite3.connect", impatient)
-    assert "locked" in refuse(path)
-    journal.commit(Changes(now=21.0, counters={"a": 2}))
-    assert journal.load().counters["a"] == 2
-
-
-# Damage and failure
-
-
-@pytest.mark.parametrize("size", [0, 1, 100, 511])
-def test_a_journal_cut_to_almost_nothing_is_not_taken_for_a_new_one(
-    journal: Journal, path: Path, tmp_path: Path, size: int
-) -> None:
-    """SQLite takes it for a new one, and counting would silently begin again at 1."""
-    journal.commit(some_changes())
-    journal.close()
-    path.write_bytes(path.read_bytes()[:size])
-    before = files_of(tmp_path)
-    assert f"{size} bytes" in refuse(path)
-    assert_left_alone(tmp_path, before)
-
-
-def test_a_journal_whose_tables_have_vanished_is_not_taken_for_a_new_one(journal: Journal, path: Path) -> None:
-    journal.commit(some_changes())
-    journal.close()
-    content = bytearray(path.read_bytes())
-    content[103:105] = b"\0\0"  # the number of tables
-    path.write_bytes(content)
-    with pytest.raises(StartupError, match=str(path)), closing(Journal(path)) as again:
-        again.load()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "UPDATE clients SET results = x'c1ff'",
-        "UPDATE clients SET results = x''",
-        "UPDATE clients SET results = x'81a16101'",
-        "DROP TABLE keys",
-        "ALTER TABLE counters RENAME COLUMN value TO something",
-    ],
-)
-def test_a_damaged_journal_is_refused_by_name(open_journal: Callable[..., Journal], path: Path, damage: str) -> None:
-    first = open_journal()
-    first.commit(some_changes())
-    first.close()
-    with closing(sqlite3.connect(path)) as other:
-        other.execute(damage)
-        other.commit()
-    second = open_journal()
-    with pytest.raises(StartupError) as caught:
-        second.load()
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("number", [0, 199, 200, 523, 999])
-def test_a_changed_row_is_named_at_every_position(
-    open_journal: Callable[..., Journal], path: Path, number: int
-) -> None:
-    first = open_journal()
-    first.commit(Changes(1.0, {f"row {each:03}": each for each in range(1000)}))
-    first.close()
-    with closing(sqlite3.connect(path)) as other:
-        other.execute("UPDATE counters SET value = value + 1 WHERE name = ?", (f"row {number:03}",))
-        other.commit()
-    with pytest.raises(StartupError, match=f"a row of its counters is not what was written: 'row {number:03}'"):
-        open_journal().load()
-
-
-def test_a_journal_whose_pages_were_overwritten_is_refused_by_name(
-    open_journal: Callable[..., Journal], path: Path
-) -> None:
-    first = open_journal()
-    first.commit(large_changes())
-    first.close()
-    content = path.read_bytes()
-    path.write_bytes(content[:4096] + b"\xaa" * (len(content) - 4096))
-    with pytest.raises(StartupError) as caught:
-        open_journal().load()
-    assert str(path) in str(caught.value)
-
-
-def test_a_full_disk_is_a_clean_refusal_and_heals_when_there_is_room(journal: Journal, path: Path) -> None:
-    journal.commit(some_changes())
-    pragma(journal, f"max_page_count = {pragma(journal, 'page_count')}")
-    for _ in range(2):
-        with pytest.raises(StorageFull) as caught:
-            journal.commit(large_changes())
-        assert str(path) in str(caught.value)
-        assert journal.load() == as_contents(some_changes())
-    journal.commit(Changes(now=31.0, counters={"a": 2}))  # a change that needs no new page fits
-    pragma(journal, "max_page_count = 100000")
-    journal.commit(large_changes())
-    assert len(journal.load().counters) == len(some_changes().counters) + 1000
-    assert journal.load().counters["a"] == 100
-
-
-def test_starts_are_counted_while_the_file_exists(open_journal: Callable[..., Journal]) -> None:
-    for expected in (1, 2, 3):
-        journal = open_journal()
-        journal.count_start()
-        assert journal.starts == expected
-        assert journal.load() == Contents()
-        journal.close()
-
-
-def test_a_start_that_cannot_be_counted_names_the_file(journal: Journal, path: Path) -> None:
-    journal.close()
-    with pytest.raises(StartupError) as caught:
-        journal.count_start()
-    assert str(path) in str(caught.value)
-
-
-def test_a_ledger_on_a_full_disk_refuses_writes_reads_on_and_heals(
-    open_journal: Callable[..., Journal], journal: Journal
-) -> None:
+def test_a_ledger_on_a_full_disk_refuses_writes_reads_on_and_heals(journal: Journal) -> None:
     ledger = Ledger(journal.load(), journal)
     answer_of(ledger, Batch(ANN, 1, [Set("a", 1)]))
     pragma(journal, f"max_page_count = {pragma(journal, 'page_count')}")
     many: list[Operation] = [Increment(f"{number:0200}") for number in range(500)]
     refused = answer_of(ledger, Batch(ANN, 2, [Increment("a"), Get("a"), *many]))
     assert [result.code for result in refused if isinstance(result, Refusal)] == ["storage_full"] * 501
-    assert refused[1] == 1
-    assert ledger.sizes[0] == 1
+    assert (refused[1], ledger.sizes[0]) == (1, 1)
+    ledger.show(journal.check)  # an answer that was refused for lack of space is in memory alone
     pragma(journal, "max_page_count = 100000")
     assert answer_of(ledger, Batch(ANN, 3, [Increment("a"), *many])) == [2] + [1] * 500
     assert len(journal.load().counters) == 501
 
 
-def test_any_other_failure_leaves_the_outcome_unknown(journal: Journal, path: Path) -> None:
-    journal.commit(some_changes())
+# Foreign and damaged files
+
+
+def foreign(path: Path, *statements: str) -> None:
+    sql(path, "CREATE TABLE counters (name TEXT, value INTEGER)", *statements)
+
+
+def killed(path: Path, *statements: str) -> None:
+    """Leave a database whose last changes are in its log only."""
+    with closing(sqlite3.connect(path.with_name("original"), isolation_level=None)) as other:
+        if path.exists():
+            with closing(sqlite3.connect(path)) as source:
+                source.backup(other)
+        for statement in ("PRAGMA journal_mode = WAL", *statements):
+            other.execute(statement)
+        for suffix in ("", "-wal"):
+            shutil.copy(path.with_name(f"original{suffix}"), f"{path}{suffix}")
+    path.with_name("original").unlink()
+
+
+def hot(path: Path, *statements: str) -> None:
+    """Leave a database with half a transaction, which the file beside it undoes, as a backup that is opened first."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        names = ("PRAGMA journal_mode = DELETE", *statements, "PRAGMA cache_size = 1", "BEGIN")
+        for statement in (*names, "CREATE TABLE filler AS SELECT zeroblob(300000)"):
+            other.execute(statement)
+        for suffix in ("", "-journal"):
+            shutil.copy(f"{path}{suffix}", path.with_name(f"kept{suffix}"))
+    for suffix in ("", "-journal"):
+        path.with_name(f"kept{suffix}").rename(f"{path}{suffix}")
+
+
+def ours(path: Path) -> None:
+    with closing(Journal(path)) as journal:
+        journal.commit(SOME)
+
+
+def edited(path: Path, start: int, new: bytes) -> None:
+    ours(path)
+    content = bytearray(path.read_bytes())
+    content[start : start + len(new)] = new
+    path.write_bytes(content)
+
+
+def cut(path: Path, size: int) -> None:
+    ours(path)
+    os.truncate(path, size)
+
+
+def other_format(path: Path, version: int, leave: Callable[..., None] = sql) -> None:
+    ours(path)
+    leave(path, f"PRAGMA user_version = {version}")
+
+
+def without_its_journal(path: Path, put: Callable[[Path], object]) -> None:
+    with closing(Journal(path)) as journal:
+        journal.commit(SOME)
+        log = log_of(path).read_bytes()
+        journal.back_up(path.with_name("backup"))
+    path.unlink()
+    put(path)
+    log_of(path).write_bytes(log)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a word": (lambda path: path.write_bytes(b"no"), "cut to 2 bytes"),
+    "notes": (lambda path: path.write_bytes(b"somebody's notes\n" * 1000), "file is not a database"),
+    "zeros": (lambda path: path.write_bytes(b"\0" * 4096), ""),
+    "another program's": (foreign, "not a journal"),
+    "another program's, killed": (lambda path: killed(path, "CREATE TABLE precious (a)"), "not a journal"),
+    "another program's, half written": (hot, "cannot be used"),
+    **{f"format {number}": (partial(other_format, version=number), f"format {number}") for number in (0, 1, 3)},
+    "format 3, killed": (partial(other_format, version=3, leave=killed), "format 3"),
+    **{f"cut to {size}": (partial(cut, size=size), f"cut to {size} bytes") for size in (0, 1, 100, 511)},
+    "cut to 512": (partial(cut, size=512), "cannot be used"),
+    "a directory": (Path.mkdir, "cannot be used"),
+    "a log alone": (partial(without_its_journal, put=lambda _: None), "does not belong to"),
+    "a log beside a backup": (
+        partial(without_its_journal, put=lambda path: path.with_name("backup").rename(path)),
+        "does not belong to",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_foreign_file_is_refused_by_name_and_left_alone(
+    path: Path, tmp_path: Path, make: Callable[[Path], object], reason: str
+) -> None:
+    make(path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    with pytest.raises(StartupError, match=f"{path}.*{reason}|{reason}.*{path}"):
+        Journal(path)
+    gc.collect()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+
+
+def test_a_refused_file_is_closed_at_once(path: Path, tmp_path: Path) -> None:
+    """Not by the garbage collector: an error that is kept somewhere would keep the file locked."""
+    ours(path)
+    sql(path, "DELETE FROM meta")
+    with pytest.raises(StartupError, match="it has no epoch") as caught:
+        Journal(path)
+    sql(path, "INSERT INTO meta VALUES ('epoch', 'e')")
+    assert caught.value.__cause__
+    with pytest.raises(StartupError, match="cannot be used"):
+        Journal(tmp_path / "no-such-directory" / "journal")
+
+
+def test_a_half_opened_backup_is_opened_again(path: Path, open_journal: Open) -> None:
+    ours(path)
+    hot(path)
+    journal = open_journal()
+    assert journal.load() == contents()
     journal.close()
-    with pytest.raises(JournalFailed) as caught:
-        journal.commit(large_changes())
-    assert str(path) in str(caught.value)
+    hot(path, "PRAGMA user_version = 3")
+    with pytest.raises(StartupError, match="format 3"):
+        Journal(path)
 
 
-def test_a_journal_can_be_closed_twice(journal: Journal) -> None:
-    journal.commit(some_changes())
+def test_a_journal_in_use_by_another_connection_is_refused(
+    path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.commit(MANY)
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0))
+    with pytest.raises(StartupError, match=f"{path}.*locked"):
+        Journal(path)
+    journal.commit(SOME)
+    assert journal.load().counters == {**MANY.counters, **SOME.counters}
+
+
+def ours_with(statement: str, path: Path) -> None:
+    ours(path)
+    sql(path, statement)
+
+
+def unused_page(path: Path) -> None:
+    ours(path)
+    size = path.stat().st_size
+    edited(path, 28, (size // 4096 + 1).to_bytes(4, "big"))
+    with path.open("ab") as file:
+        file.write(bytes(4096))
+
+
+def changed_row(path: Path, number: int) -> None:
+    with closing(Journal(path)) as journal:
+        journal.commit(Changes(1.0, {f"row {each:03}": each for each in range(1000)}))
+    sql(path, f"UPDATE counters SET value = value + 1 WHERE name = 'row {number:03}'")  # noqa: S608
+
+
+def overwritten(path: Path) -> None:
+    with closing(Journal(path)) as journal:
+        journal.commit(MANY)
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\xaa" * (len(content) - 4096))
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    **{
+        statement: (partial(ours_with, statement), reason)
+        for statement, reason in {
+            "UPDATE clients SET results = x'c1ff'": "a row of its clients",
+            "DROP TABLE keys": "",
+            "ALTER TABLE counters RENAME COLUMN value TO something": "its tables are not a journal's",
+            "CREATE TABLE more (name)": "its tables are not a journal's",
+        }.items()
+    },
+    "no table": (lambda path: edited(path, 103, b"\0\0"), ""),
+    "a page that is not used": (unused_page, "never used"),
+    "overwritten": (overwritten, ""),
+    **{
+        f"row {number}": (partial(changed_row, number=number), f"a row of its counters .*'row {number:03}'")
+        for number in (0, 199, 200, 523, 999)
+    },
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_journal_is_refused_by_name(path: Path, damage: Callable[[Path], object], reason: str) -> None:
+    damage(path)
+    shutil.copy(path, copy := path.with_name("journal-copy"))
+    with pytest.raises(StartupError, match=f"{path}.*{reason}"), closing(Journal(path)) as again:
+        again.load()
+    with pytest.raises(StartupError, match=f"{copy}.*{reason}"):
+        examine(copy)
+
+
+def test_a_damaged_index_is_found_by_a_thorough_check_alone(path: Path, open_journal: Open) -> None:
+    ours(path)
+    with closing(sqlite3.connect(path)) as other:
+        ((page,),) = other.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_objects_1'")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"object", (page - 1) * 4096)
+    content[start : start + 6] = b"abject"
+    path.write_bytes(content)
+    with pytest.raises(StartupError, match="index"):
+        examine(path)
+    journal = open_journal()
+    assert journal.load() == contents()
+    with pytest.raises(StartupError, match="index"):
+        journal.check(contents())
+    foreign(path.with_name("other"))
+    with pytest.raises(StartupError, match="is not a journal of counter_server"):
+        examine(path.with_name("other"))
+
+
+def test_the_file_is_compared_with_the_memory(journal: Journal) -> None:
+    journal.check(Contents())
+    journal.commit(SOME)
+    journal.check(contents())
+    right = contents()
+    clients, known = right.clients, right.clients[ANN]
+    journal.check(replace(right, clients={**clients, ANN: known._replace(sequence=8, results=[1]), b"d" * 16: known}))
+    journal.check(replace(right, clients={ANN: clients[ANN], BOB: clients[BOB]}))  # the object has its own
+    for wrong, reason in (
+        (replace(right, counters={**right.counters, "a": 2}), r"its counters have \[1\] for 'a', and the memory 2"),
+        (replace(right, counters={**right.counters, "new": 2}), "it has 4 counters, and the memory 5"),
+        (replace(right, keys={"k": right.keys["k"]}), "its keys have .* for 'l', and the memory None"),
+        (replace(right, keys={**right.keys, "m": right.keys["k"]}), "it has 2 keys, and the memory 3"),
+        (replace(right, clients={ANN: known}), "it knows a client at batch"),
+        (replace(right, clients={**clients, ANN: known._replace(sequence=6)}), "it knows a client at batch 7"),
+        (replace(right, clients={**clients, ANN: known._replace(results=[1])}), "other results of a client's batch 7"),
+    ):
+        with pytest.raises(StartupError, match=reason):
+            journal.check(wrong)
+
+
+# Failing writes, and files that are gone
+
+
+def test_a_full_disk_is_a_clean_refusal_and_heals_when_there_is_room(open_journal: Open, path: Path) -> None:
+    journal = open_journal(most=1)
+    assert pragma(journal, "max_page_count") == pragma(journal, "page_count")
     journal.close()
-    journal.close()
+    journal = open_journal(most=1_000_000)
+    assert pragma(journal, "max_page_count") == 244
+    journal.commit(SOME)
+    pragma(journal, f"max_page_count = {pragma(journal, 'page_count')}")
+    for _ in range(2):
+        with pytest.raises(StorageFull, match=f"{path} .*full, or it has reached --max-journal-bytes"):
+            journal.commit(MANY)
+        assert journal.load() == contents()
+    journal.commit(Changes(now=31.0, counters={"a": 2}))  # a change that needs no new page fits
+    pragma(journal, "max_page_count = 100000")
+    journal.commit(MANY)
+    found = journal.load().counters
+    assert (len(found), found["a"]) == (1004, 100)
 
 
-@pytest.mark.parametrize("suffixes", [[""], ["-wal"], ["", "-wal"]])
+@pytest.mark.parametrize(
+    ("code", "rolls_back", "reason"),
+    [
+        (sqlite3.SQLITE_FULL, True, "its disk is full, or"),
+        (sqlite3.SQLITE_IOERR_WRITE, True, "no quota; nothing was counted"),
+        (sqlite3.SQLITE_CANTOPEN, True, None),
+        (sqlite3.SQLITE_FULL, False, None),
+    ],
+)
+def test_a_failed_commit_is_undone_or_its_outcome_is_unknown(
+    path: Path, monkeypatch: pytest.MonkeyPatch, code: int, reason: str | None, *, rolls_back: bool
+) -> None:
+    class Failing(sqlite3.Connection):
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            if statement == "ROLLBACK" and not rolls_back:
+                raise sqlite_error(sqlite3.SQLITE_IOERR)
+            return super().execute(statement, *values)
+
+    class FailingCursor:
+        def execute(self, statement: str, *values: Any) -> None:
+            if statement.startswith("REPLACE INTO keys"):
+                raise sqlite_error(code)
+            cursor.execute(statement, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Failing))
+    no_quota(monkeypatch)
+    with closing(Journal(path)) as journal:
+        cursor, journal._cursor = journal._cursor, FailingCursor()  # type: ignore[assignment]
+        with pytest.raises(StorageFull if reason else JournalFailed, match=f"{path}.*{reason or ''}"):
+            journal.commit(SOME)
+        if reason:
+            journal._cursor = cursor
+            assert journal.load() == Contents()
+            journal.commit(SOME)
+
+
+def no_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(*_: object) -> int:
+        raise OSError(errno.EDQUOT, "no quota")
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+@pytest.mark.parametrize(
+    ("statement", "code", "is_ignored"),
+    [
+        ("PRAGMA wal_checkpoint", sqlite3.SQLITE_FULL, True),
+        ("PRAGMA wal_checkpoint", sqlite3.SQLITE_CANTOPEN, False),
+        ("REPLACE INTO meta", sqlite3.SQLITE_FULL, True),
+        ("UPDATE meta", sqlite3.SQLITE_FULL, True),
+        ("PRAGMA journal_mode", sqlite3.SQLITE_CANTOPEN, False),
+    ],
+)
+def test_a_start_goes_on_where_only_its_writes_are_refused(
+    path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch, statement: str, code: int, *, is_ignored: bool
+) -> None:
+    class Failing(sqlite3.Connection):
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            if sql.startswith(statement):
+                raise sqlite_error(code)
+            return super().execute(sql, *values)
+
+    ours(path)
+    mark.write_text("100")
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Failing))
+    no_quota(monkeypatch)
+    if is_ignored:
+        with closing(Journal(path)) as journal:
+            journal.count_start()
+            assert (journal.starts, journal.load()) == (1, contents())
+            assert mark.exists() is (statement == "UPDATE meta")  # the next start needs a new epoch, too
+    else:
+        with pytest.raises(StartupError, match="free some space") as refused:
+            Journal(path)
+        assert cast(OSError, refused.value.__cause__).errno == errno.EDQUOT
+
+
+def test_why_a_write_was_refused_is_found_by_another_write(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed, unopened = sqlite_error(sqlite3.SQLITE_IOERR_WRITE), sqlite_error(sqlite3.SQLITE_CANTOPEN_ISDIR)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        assert refusal(error := OSError(number, ""), path) is error
+    for other in (OSError(errno.EIO, ""), ValueError(), sqlite_error(sqlite3.SQLITE_IOERR), failed):
+        assert refusal(other, path) is None
+    tried: list[tuple[int, int]] = []
+
+    def pwrite(_file: int, data: bytes, offset: int) -> int:
+        tried.append((offset, len(data)))
+        return len(data) - (1000 if len(tried) == 1 else 0)  # a partial write
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    for sizes, start in (((), 0), ((7,), 7), ((7, 70), 70)):
+        for size, file in zip(sizes, (path, log_of(path)), strict=False):
+            file.write_bytes(bytes(size))
+        tried.clear()
+        assert refusal(failed, path) is None
+        assert tried == [(start, 65536), (start + 64536, 1000)]
+    no_quota(monkeypatch)
+    for reported, is_commit, found in ((failed, True, True), (unopened, False, True), (unopened, True, False)):
+        refused = refusal(reported, path, committing=is_commit)
+        assert (refused is not None and refused.errno == errno.EDQUOT) is found
+
+
+@pytest.mark.parametrize("suffixes", [[""], ["-wal"], ["", "-wal"]], ids=["journal", "log", "both"])
 @pytest.mark.parametrize("how", ["removed", "replaced", "cut"])
 def test_nothing_is_committed_to_files_that_are_gone(
-    open_journal: Callable[..., Journal], path: Path, suffixes: list[str], how: str
+    open_journal: Open, path: Path, mark: Path, suffixes: list[str], how: str
 ) -> None:
     journal = open_journal()
-    journal.commit(some_changes())
-    journal.commit(some_changes())
+    journal.commit(SOME)
+    journal.commit(SOME)
+    journal.look_after_files()
+    assert not journal._committing.locked()
     for suffix in suffixes:
         file = path.with_name(path.name + suffix)
         if how == "cut":
@@ -596,6 +679,60 @@ def test_nothing_is_committed_to_files_that_are_gone(
         file.rename(file.with_name(f"{file.name}.moved"))
         if how == "replaced":
             shutil.copy(file.with_name(f"{file.name}.moved"), file)
-    for _ in range(2):
-        with pytest.raises(JournalFailed, match=f"{path}.* was {how} .*while it was in use"):
-            journal.commit(Changes(now=21.0, counters={"a": 2}))
+    with journal._committing:
+        journal.look_after_files()  # a commit under way does it
+    for act in (journal.look_after_files, lambda: journal.commit(MANY), lambda: journal.commit(SOME)):
+        with pytest.raises(JournalFailed, match=f"{path}.* was {how} .*while it was in use") as failed:
+            act()
+        assert ("nothing is lost" in str(failed.value)) is (how == "removed" and suffixes == ["-wal"])
+    assert mark.exists() is (how != "removed" or suffixes != ["-wal"])
+    if how != "removed":
+        assert mark.read_text() == str(LARGEST)
+    journal.close()
+    if suffixes == ["-wal"]:
+        again = open_journal()
+        assert (again.epoch == journal.epoch) is (how == "removed")
+        assert how != "removed" or again.load() == contents()
+
+
+@pytest.mark.parametrize("lost", ["log", "a byte of the log", "journal and log", "journal, for a backup", "nothing"])
+def test_a_rollback_while_no_process_looked_begins_a_new_epoch(
+    open_journal: Open, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, lost: str
+) -> None:
+    journal = open_journal()
+    journal.commit(SOME)
+    copy = left_by_a_kill(path, tmp_path / "copy")
+    log, mark = log_of(copy), copy.with_name("in-use.journal")
+    if lost == "a byte of the log":
+        os.truncate(log, log.stat().st_size - 1)
+    elif lost != "nothing":
+        log.unlink()
+        if lost != "log":
+            copy.unlink()
+        if lost.endswith("backup"):
+            journal.back_up(copy)
+    is_lost = lost not in ("nothing", "journal, for a backup")
+    with caplog.at_level(logging.ERROR):
+        again = open_journal(copy)
+    assert ("acknowledged increments are lost" in caplog.text) is is_lost
+    assert ((again.epoch != journal.epoch), len(again.epoch), mark.exists()) == (is_lost, 32, False)
+    again.close()
+    mark.write_text("not a number")
+    third = open_journal(copy)
+    assert third.epoch == again.epoch
+    mark.unlink()
+    mark.mkdir()  # cannot be written
+    third.commit(SOME)
+    mark.rmdir()
+    third.commit(MANY)
+    assert int(mark.read_text()) == log.stat().st_size
+    os.truncate(log, 100)
+    third.close()  # finds the cut log, and leaves the mark
+    assert open_journal(copy).epoch != third.epoch
+
+
+def test_a_closed_journal_commits_nothing(journal: Journal, path: Path) -> None:
+    journal.commit(SOME)
+    journal.close()
+    with pytest.raises(JournalFailed, match=str(path)):
+        journal.commit(MANY)

@@ -27,6 +27,7 @@ LEAKS = {
 }
 
 
+@pytest.mark.slow
 def test_a_process_that_leaks_is_told_from_one_that_does_not() -> None:
     with ExitStack() as stack:
         programs = {

@@ -12,7 +12,6 @@ import signal
 import socket
 import sqlite3
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
@@ -31,7 +30,9 @@ from tests.test_faults import cpu_seconds, crowd, threads_of
 from tests.test_manager import raw, received_until_closed
 from tests.test_server import ask
 
+pytestmark = pytest.mark.slow
 StartManager = Callable[..., Manager]
+Ready = Callable[..., tuple[Program, str]]
 
 
 @pytest.fixture
@@ -40,31 +41,41 @@ def address(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def standard(stack: ExitStack, address: str) -> Program:
-    """The standard library's manager, ready."""
-    return stack.enter_context(ready("-m", "tests.standard_server", address))
+def ready(stack: ExitStack) -> Callable[..., tuple[Program, str]]:
+    """Start Python; return the program, and what it prints when it is ready."""
+
+    def start(*arguments: str) -> tuple[Program, str]:
+        program = stack.enter_context(Program(*arguments))
+        return program, program.expect("ready")
+
+    return start
 
 
-def ready(*arguments: str) -> Program:
-    program = Program(*arguments)
-    program.told = program.expect("ready")  # type: ignore[attr-defined]
-    return program
+@pytest.fixture
+def standard(ready: Ready, address: str) -> Program:
+    """Return the standard library's manager, ready."""
+    return ready("-m", "tests.standard_server", address)[0]
 
 
 def silent(address: str) -> socket.socket:
     peer = socket.socket(socket.AF_UNIX)
-    peer.settimeout(10)
+    peer.settimeout(PATIENCE)
     peer.connect(address)
     return peer
 
 
-def test_a_managers_child_outlives_its_killed_parent(stack: ExitStack) -> None:
+def test_a_managers_child_outlives_its_killed_parent(ready: Ready) -> None:
     """Ours does not: test_no_process_outlives_a_killed_supervisor."""
-    parent = stack.enter_context(ready("-m", "tests.standard_server", "--child"))
-    child = int(cast(Any, parent).told)
+    parent, said = ready("-m", "tests.standard_server", "--child")
+    child = int(said)
+
+    def status() -> list[str]:
+        return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+
+    assert status()[1] == str(parent.pid)
     parent.kill()
-    time.sleep(0.5)  # longer than ours takes; it would stay for ever
-    assert Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    eventually(lambda: status()[1] != str(parent.pid), "another parent")
+    assert status()[0] != "Z"
     os.kill(child, signal.SIGKILL)
 
 
@@ -90,7 +101,7 @@ def test_without_descriptors_the_accept_loop_spins(standard: Program, address: s
     resource.prlimit(standard.pid, resource.RLIMIT_NOFILE, (used, used))
     with closing(silent(address)):
         before = cpu_seconds(standard.pid)
-        eventually(lambda: cpu_seconds(standard.pid) - before > 0.5, "half a second of processor time, for nothing", 10)
+        eventually(lambda: cpu_seconds(standard.pid) - before > 0.5, "half a second of processor time, for nothing")
 
 
 def test_an_unauthenticated_peer_is_sent_a_traceback_with_paths(
@@ -116,10 +127,10 @@ def test_an_unauthenticated_peer_is_sent_a_traceback_with_paths(
 
 @pytest.mark.parametrize(("flags", "called"), [((), False), (("-O",), True)], ids=["plain", "python -O"])
 def test_with_python_o_a_function_that_is_not_public_is_called(
-    stack: ExitStack, address: str, flags: tuple[str, ...], *, called: bool
+    ready: Ready, address: str, flags: tuple[str, ...], *, called: bool
 ) -> None:
     """Ours refuses both: test_none_of_the_standard_servers_functions_can_be_called."""
-    server = stack.enter_context(ready(*flags, "-m", "tests.standard_server", address))
+    server, _ = ready(*flags, "-m", "tests.standard_server", address)
     with Client(address, authkey=KEY) as connection:
         connection.send((None, "fallback_str", ("", ""), {}))
         kind, result = connection.recv()
@@ -176,18 +187,10 @@ def test_a_crowd_of_fresh_clients_finds_no_place_in_the_queue(
 ) -> None:
     """Its backlog lets 17 wait, and 129 since Python 3.13. Ours: test_100_fresh_clients_connect_at_once."""
     with ExitStack() as peers:
-        os.kill(standard.pid, signal.SIGSTOP)  # away for a moment, as under load
-        try:
-            placed = connected_at_once(peers, address, 200)
-        finally:
-            os.kill(standard.pid, signal.SIGCONT)
-        assert placed < 140
-        ours = start_manager()
-        os.kill(ours.pid, signal.SIGSTOP)
-        try:
+        with frozen(standard.pid):  # away for a moment, as under load
+            assert connected_at_once(peers, address, 200) < 140
+        with frozen(start_manager().pid):
             assert connected_at_once(peers, str(data_dir / "manager.sock"), 200) == 200
-        finally:
-            os.kill(ours.pid, signal.SIGCONT)
 
 
 def connected_at_once(stack: ExitStack, address: str, count: int) -> int:
@@ -211,12 +214,12 @@ server.serve_forever()
 """
 
 
-def test_a_crowd_of_fresh_clients_on_tcp_is_connected_and_some_of_it_never_served(
-    stack: ExitStack, start_server: Callable[..., Server]
+def test_a_crowd_of_fresh_clients_on_tcp_is_connected_and_partly_never_served(
+    ready: Ready, stack: ExitStack, start_server: Callable[..., Server]
 ) -> None:
     """The kernel forgets those for whom there was no place in the queue, and they wait for a server that waits, too."""
-    standard = stack.enter_context(ready("-c", _ON_TCP))
-    port = int(cast(Any, standard).told)
+    standard, said = ready("-c", _ON_TCP)
+    port = int(said)
     with ExitStack() as peers:
         with frozen(standard.pid):
             crowd = crowded(peers, port)
@@ -255,15 +258,12 @@ def forgotten_by(port: int, crowd: list[socket.socket]) -> list[socket.socket]:
 
 def test_the_standard_handshake_has_no_time_limit(standard: Program, address: str) -> None:
     """A server that has gone silent holds its clients for ever, too: `connect` and every call wait without a limit."""
-    os.kill(standard.pid, signal.SIGSTOP)
     held = threading.Thread(target=lambda: _handshake(address), daemon=True)
-    try:
+    with frozen(standard.pid):
         held.start()
         held.join(3)  # ours gives up: test_every_thread_keeps_its_deadline_while_the_manager_is_frozen
         assert held.is_alive()
-    finally:
-        os.kill(standard.pid, signal.SIGCONT)
-    held.join(10)
+    held.join(PATIENCE)
     assert not held.is_alive()
 
 
@@ -285,12 +285,12 @@ server.run()
 
 
 def test_json_that_is_deeply_nested_is_an_internal_error_in_plain_flask(
-    stack: ExitStack, start_server: Callable[..., Server]
+    ready: Ready, start_server: Callable[..., Server]
 ) -> None:
     deep = b"[" * 100_000
     headers = {"Content-Type": "application/json"}
-    theirs = stack.enter_context(ready("-c", _FLASK))
-    assert ask(f"http://127.0.0.1:{cast(Any, theirs).told}", "POST", "/", deep, headers)[0] == 500
+    _, port = ready("-c", _FLASK)
+    assert ask(f"http://127.0.0.1:{port}", "POST", "/", deep, headers)[0] == 500
     ours = start_server("--workers", "1")
     for size, status in ((100_000, 413), (10_000, 400)):
         assert ask(ours.url, "POST", "/api/v1/counters/c/increment", deep[:size], headers)[0] == status
@@ -301,7 +301,7 @@ import time, waitress
 
 def app(environ, start_response):
     print("request", flush=True)
-    time.sleep(1)
+    time.sleep(60)
     start_response("200 OK", [])
     return [b"done"]
 
@@ -311,10 +311,10 @@ server.run()
 """
 
 
-def test_waitress_alone_dies_on_sigterm_with_requests_open(stack: ExitStack) -> None:
+def test_waitress_alone_dies_on_sigterm_with_requests_open(ready: Ready) -> None:
     """Under our supervisor it does not: test_a_request_that_is_open_when_the_signal_comes_is_answered."""
-    server = stack.enter_context(ready("-c", _WAITRESS))
-    with socket.create_connection(("127.0.0.1", int(cast(Any, server).told)), timeout=10) as client:
+    server, port = ready("-c", _WAITRESS)
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=PATIENCE) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         server.expect("request")
         server.send_signal(signal.SIGTERM)
