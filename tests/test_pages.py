@@ -169,3 +169,21 @@ def test_a_store_without_shared_objects_has_no_visitors_own_counter(tmp_path: Pa
     assert client.get("/").status_code == 200
     for response in (client.get("/session"), client.post("/session/inc")):
         assert (response.status_code, response.get_json()["title"]) == (501, "Unsupported")
+
+
+# For machines
+
+
+def test_a_store_in_memory_is_alive_ready_and_up(client: FlaskClient, state: State) -> None:
+    for _ in range(2):
+        for path, text in (("/livez", "alive\n"), ("/readyz", "ready\n")):
+            for response, body in ((client.get(path), text), (client.head(path), "")):
+                assert (response.status_code, response.text) == (200, body)
+                assert response.headers["Cache-Control"] == "no-store"
+                assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
+            assert client.post(path).status_code == 405
+    for accept in ("", "application/openmetrics-text; version=x.y", "text/plain; version=1.0.z", ";,;=", "é"):
+        response = client.get("/metrics", headers={"Accept": accept})  # a malformed header is ignored
+        assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert "\ncounter_server_up 1.0\n" in response.text
+    assert all_counters(state) == {}
