@@ -1,6 +1,7 @@
 """Permissions: every way to set and delete, with and without permission, and the counters afterwards."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.cookies import Morsel, SimpleCookie
 from itertools import product
@@ -86,10 +87,10 @@ def assert_done(app: Flask, method: str, headers: dict[str, str]) -> None:
     state_of(app).counter("x").set(VALUE)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", None])
-def test_with_a_token_only_clients_that_send_it_set_and_delete(host: str | None) -> None:
-    app = make_app(host=host, token=TOKEN)
-    for method in ("PUT", "DELETE"):
+def test_with_a_token_only_clients_that_send_it_set_and_delete() -> None:
+    app = make_app(token=TOKEN)
+    for host, method in product(["127.0.0.1", "0.0.0.0", None], ["PUT", "DELETE"]):
+        app.config["COUNTER_SERVER_HOST"] = host
         for number, headers in enumerate(BAD_CREDENTIALS):
             response = send(app.test_client(), method, headers, REMOTE_ADDR=f"192.0.2.{number}")
             assert_refused(response, 401)
@@ -108,8 +109,9 @@ def assert_everyone_reads_and_counts(app: Flask) -> None:
 
 
 def test_without_a_token_only_a_loopback_address_allows_set_and_delete() -> None:
-    for host, proxies in [*product(LOOPBACK, [0]), *product(ELSEWHERE, [0]), ("127.0.0.1", 1)]:
-        app = make_app(host=host, trusted_proxies=proxies)
+    app = make_app()
+    for host, proxies in [*product([*LOOPBACK, *ELSEWHERE], [0]), ("127.0.0.1", 1)]:
+        app.config.update(COUNTER_SERVER_HOST=host, COUNTER_SERVER_TRUSTED_PROXIES=proxies)
         here = host in LOOPBACK and not proxies
         assert is_loopback(app) is here
         for method, headers in product(["PUT", "DELETE"], [{}, bearer(TOKEN)]):
@@ -120,14 +122,18 @@ def test_without_a_token_only_a_loopback_address_allows_set_and_delete() -> None
                 for words in ("set and delete are off", "COUNTER_SERVER_TOKEN", "127.0.0.1"):
                     assert words in detail
                 assert value_of(app) == VALUE
-        assert_everyone_reads_and_counts(app)
+        client = app.test_client()  # accepts every name if it is bound elsewhere
+        for name in ("evil.example", "counter.example:80", "192.0.2.1"):
+            assert client.get(COUNTER, headers={"Host": name}).status_code == (421 if here else 200)
+    assert_everyone_reads_and_counts(app)
 
 
 def test_the_token_comes_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COUNTER_SERVER_TOKEN", TOKEN)
+    shortest = "x" * 16
+    monkeypatch.setenv("COUNTER_SERVER_TOKEN", shortest)
     app = create_app({"COUNTER_SERVER_STORE": "memory://"})
     assert send(app.test_client(), "PUT").status_code == 401
-    assert send(app.test_client(), "PUT", bearer(TOKEN)).status_code == 200
+    assert send(app.test_client(), "PUT", bearer(shortest)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -138,10 +144,6 @@ def test_an_unusable_token_is_refused_at_the_start_and_not_repeated(token: objec
         make_app(token=token)
     assert "\n" not in str(caught.value)
     assert not str(token).strip() or str(token) not in str(caught.value)
-
-
-def test_a_token_of_16_characters_is_long_enough() -> None:
-    assert send(make_app(token="x" * 16).test_client(), "PUT", bearer("x" * 16)).status_code == 200
 
 
 def test_ten_wrong_tokens_a_minute_are_answered() -> None:
@@ -283,17 +285,17 @@ def test_another_site_cannot_sign_in_or_out_or_use_the_cookie(setting: Setting, 
     assert send(client, "PUT").status_code == 200
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_cookies_are_out_of_reach_for_scripts_and_other_sites(client: FlaskClient, scheme: str) -> None:
-    url = f"{scheme}://localhost"
-    signed_in = cookie_of(client.post("/sign-in", base_url=url, data={"token": TOKEN}))
-    for cookie in (signed_in, cookie_of(client.get("/session", base_url=url))):
-        assert cookie["httponly"]
-        assert cookie["samesite"] == "Lax"
-        assert bool(cookie["secure"]) is (scheme == "https")
-        assert cookie["path"] == "/"
-        assert not cookie["domain"]
-    assert bool(cookie_of(client.post("/sign-out", base_url=url))["secure"]) is (scheme == "https")
+def test_cookies_are_out_of_reach_for_scripts_and_other_sites(app: Flask) -> None:
+    for url, secure in (("http://localhost", False), ("https://localhost", True)):
+        client = app.test_client()
+        signed_in = cookie_of(client.post("/sign-in", base_url=url, data={"token": TOKEN}))
+        for cookie in (signed_in, cookie_of(client.get("/session", base_url=url))):
+            assert cookie["httponly"]
+            assert cookie["samesite"] == "Lax"
+            assert bool(cookie["secure"]) is secure
+            assert cookie["path"] == "/"
+            assert not cookie["domain"]
+        assert bool(cookie_of(client.post("/sign-out", base_url=url))["secure"]) is secure
 
 
 def test_a_changed_cookie_is_ignored(app: Flask, bare: FlaskClient) -> None:
@@ -410,22 +412,16 @@ def test_on_loopback_only_loopback_names_are_accepted(token: str | None, allowed
         assert send(client, "PUT", {"Host": name, **bearer(TOKEN)}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", None])
-def test_configured_names_are_accepted(host: str | None) -> None:
-    names = ["Counter.example", "[2001:db8::1]", "app_1", ".Zone.example"]
-    client = make_app(host=host, TRUSTED_HOSTS=names).test_client()
+def test_configured_names_are_accepted() -> None:
+    app = make_app(TRUSTED_HOSTS=["Counter.example", "[2001:db8::1]", "app_1", ".Zone.example"])
     own = ("counter.example", "COUNTER.example:8000", "[2001:DB8::1]:80", "localhost:1", "127.0.0.1", "a.zone.example")
-    for name in own:
-        assert client.get(COUNTER, headers={"Host": name}).status_code == 200, name
-    for name in ("evil.example", "x.counter.example", "counter.example.evil.example", "[2001:db8::2]", "2001"):
-        assert_refused(client.get(COUNTER, headers={"Host": name}), 421)
-
-
-def test_bound_elsewhere_a_server_accepts_every_name() -> None:
-    for host in ("0.0.0.0", "::", "192.0.2.1", None):
-        client = make_app(host=host).test_client()
-        for name in ("evil.example", "counter.example:80", "192.0.2.1"):
-            assert client.get(COUNTER, headers={"Host": name}).status_code == 200
+    client = app.test_client()
+    for host in ("127.0.0.1", "0.0.0.0", None):
+        app.config["COUNTER_SERVER_HOST"] = host
+        for name in own:
+            assert client.get(COUNTER, headers={"Host": name}).status_code == 200, name
+        for name in ("evil.example", "x.counter.example", "counter.example.evil.example", "[2001:db8::2]", "2001"):
+            assert_refused(client.get(COUNTER, headers={"Host": name}), 421)
 
 
 @pytest.mark.parametrize(
@@ -472,15 +468,15 @@ def test_an_invalid_number_of_proxies_is_refused_at_the_start(proxies: object) -
 # Other sites
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
-def test_requests_from_other_sites_change_nothing(method: str) -> None:
+def test_requests_from_other_sites_change_nothing() -> None:
     app = make_app(host="127.0.0.1")
     client = app.test_client()
 
-    def request(headers: dict[str, str]) -> TestResponse:
-        if method == "POST":
-            return client.post(f"{COUNTER}/increment", headers=headers)
-        return send(client, method, headers)
+    def requests(headers: dict[str, str]) -> Iterator[tuple[TestResponse, int | None]]:
+        """Yield the answer to each method, and the value that the counter would have."""
+        yield client.post(f"{COUNTER}/increment", headers=headers), VALUE + 1
+        yield send(client, "PUT", headers), 9
+        yield send(client, "DELETE", headers), None
 
     for headers in [
         *({"Sec-Fetch-Site": site} for site in ("same-site", "cross-site", "of-next-year")),
@@ -488,14 +484,15 @@ def test_requests_from_other_sites_change_nothing(method: str) -> None:
         *({"Origin": f"http://{name}"} for name in ("localhost:8001", "localhost.evil.example", "evil.example")),
         *({"Origin": origin} for origin in ("https://localhost", "localhost", "null", "")),
     ]:
-        assert "other sites" in assert_refused(request(headers), 403)
-        assert value_of(app) == VALUE
+        for response, _ in requests(headers):
+            assert "other sites" in assert_refused(response, 403)
+            assert value_of(app) == VALUE
     own = [{}, {"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}]
     for headers in [*own, {"Origin": "http://localhost"}, {"Origin": "HTTP://LOCALHOST"}]:
-        response = request(headers)
-        assert response.status_code in (200, 204), response.text
-        assert value_of(app) == {"POST": VALUE + 1, "PUT": 9, "DELETE": None}[method]
-        state_of(app).counter("x").set(VALUE)
+        for response, changed in requests(headers):
+            assert response.status_code in (200, 204), response.text
+            assert value_of(app) == changed
+            state_of(app).counter("x").set(VALUE)
 
 
 # Headers

@@ -298,7 +298,9 @@ def test_a_client_that_disconnects_after_the_body_is_counted_once_and_its_retry_
     assert ask(server.url, "DELETE", f"{COUNTERS}/gone")[0] == 204
 
 
-@pytest.mark.parametrize("begun", [HEAD + HOST, HEAD + HOST + b"Content-Length: 1000\r\n\r\n", HEAD[:9]])
+@pytest.mark.parametrize(
+    "begun", [HEAD + HOST, head(b"Content-Length: 1000"), HEAD[:9]], ids=["head", "body", "first line"]
+)
 def test_a_request_that_arrives_byte_by_byte_is_cut_off(server: Server, begun: bytes) -> None:
     with connect(server) as slow:
         slow.sendall(begun)
