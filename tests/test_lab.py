@@ -57,14 +57,14 @@ def numbers(answers: list[Answer]) -> list[int]:
 
 
 def raced(one: Answer, other: Answer) -> bool:
-    """Whether both had read before either wrote, and so got the same number."""
+    """Return whether both had read before either wrote, and so got the same number."""
     together = one.began < other.ended and other.began < one.ended
     return one is not other and together and one.number == other.number
 
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory for the data of `two`, and for the temporary files of its servers."""
+    """Return a directory for the data of `two`, and for the temporary files of its servers."""
     path = tmp_path_factory.mktemp("scratch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(path))
@@ -73,14 +73,14 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def two(scratch: Path) -> Iterator[str]:
-    """The URL of a server with two workers."""
+    """Return the URL of a server with two workers."""
     with Server("--workers", "2", "--data-dir", scratch / "data") as server:
         yield server.url
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a server with one worker."""
+    """Return the URL of a server with one worker."""
     with Server("--workers", "1", "--data-dir", tmp_path_factory.mktemp("one") / "data") as server:
         yield server.url
 
