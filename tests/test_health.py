@@ -353,9 +353,9 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 def test_every_other_store_is_ready_and_up_without_figures(store_url: str) -> None:
     client = client_of(store_url)
-    for _ in range(2):
-        assert client.get("/readyz").status_code == 200
-        assert parsed(client.get("/metrics").text) == {"up": 1}
+    for _ in range(2):  # to connect may take longer than a probe
+        eventually(lambda: client.get("/readyz").status_code == 200, "readiness")
+        eventually(lambda: parsed(client.get("/metrics").text) == {"up": 1}, "its only figure")
     assert client.get("/api/v1/counters/ready%3F").status_code == 404
     with open_client(store_url) as state:
         assert state.status() is None

@@ -312,8 +312,7 @@ def test_only_the_names_of_runs_that_are_over_count_as_over() -> None:
 
 def test_the_lab_is_on_if_configured_or_if_only_this_machine_can_connect() -> None:
     for host, wanted, on in [
-        *((host, None, True) for host in ("127.0.0.1", "127.8.0.1", "::1", "localhost")),
-        *((host, None, False) for host in ("0.0.0.0", "192.0.2.1", "localhost.example", None)),
+        *(("127.0.0.1", None, True), ("0.0.0.0", None, False), (None, None, False)),  # other hosts: `test_access`
         *(("127.0.0.1", False, False), ("0.0.0.0", True, True), (None, True, True)),
     ]:
         config = {"COUNTER_SERVER_HOST": host, "COUNTER_SERVER_LAB": wanted, "COUNTER_SERVER_STORE": "memory://"}
