@@ -1,14 +1,16 @@
-"""The pages for machines on real servers: is this process alive, is the store ready, and the figures."""
+"""The pages for machines: is this process alive, is the store ready, and the figures."""
 
 import multiprocessing
 import os
 import re
+import select
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,27 +29,36 @@ from counter_server.manager.directory import DataDirectory
 from counter_server.server.supervisor import Processes
 from counter_server.server.web import create_app
 from counter_server.status import Process, Status
-from tests.engines import MemcachedServer, PostgresServer, RedisServer
+from tests.engines import MemcachedServer, RedisServer
 from tests.load import at_once, open_client
 from tests.processes import PATIENCE, Manager, Server, eventually, fill, frozen
 from tests.test_manager import received_until_closed
 from tests.test_server import Answer, address, ask, increment
 
+pytestmark = pytest.mark.slow
+
 StartServer = Callable[..., Server]
 
-DEADLINE = 1.0  # seconds that a probe may take
-SLACK = 3.5  # seconds that a busy machine may add; together still under a call's deadline of 5
-MOVING = (
-    "uptime",
-    "connections",
-    "commit_seconds",
-    "journal_bytes",
-)  # parts of names of figures that change all the time
+# Parts of names of figures that change all the time.
+MOVING = ("uptime", "connections", "commit_seconds", "journal_bytes")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("health") / "data"
+
+
+@pytest.fixture(scope="module")
+def server(data: Path) -> Iterator[Server]:
+    """Run a server for all tests that only ask it."""
+    with Server("--workers", "2", "--frozen-after", str(2 * PATIENCE), "--data-dir", data) as server:
+        yield server
 
 
 @pytest.fixture
-def server(start_server: StartServer) -> Server:
-    return start_server("--workers", "2")
+def state(server: Server, data: Path) -> Iterator[State]:
+    with open_client(DataDirectory(data).url) as state:
+        yield state
 
 
 def parsed(text: str) -> dict[str, float]:
@@ -77,16 +88,15 @@ def figures(url: str) -> dict[str, float]:
     return eventually(reported, "the manager's figures") or {}
 
 
-def timed(url: str, path: str) -> tuple[float, Answer]:
-    began = time.monotonic()
-    answer = ask(url, "GET", path)
-    return time.monotonic() - began, answer
-
-
 def status_of(state: State) -> Status:
     reported = state.status()
     assert reported is not None
     return reported
+
+
+def answer_of(client: FlaskClient, path: str) -> Answer:
+    response = client.get(path)
+    return response.status_code, dict(response.headers), response.text
 
 
 def assert_not_ready(answer: Answer, words: str) -> None:
@@ -103,35 +113,23 @@ def is_ready(url: str) -> bool:
 
 
 def becomes_ready(url: str) -> None:
-    """Wait until it is ready: usually within a second, on a busy machine longer."""
     eventually(lambda: is_ready(url), "readiness")
 
 
 # Alive and ready
 
 
-def test_a_server_is_alive_and_ready_and_the_answer_is_not_cached(server: Server) -> None:
+def test_a_probe_of_readiness_is_committed_and_changes_no_counter(server: Server, state: State) -> None:
     becomes_ready(server.url)
-    for path, text in (("/livez", "alive\n"), ("/readyz", "ready\n")):
-        for method, body in (("GET", text), ("HEAD", "")):
-            status, headers, got = ask(server.url, method, path)
-            assert (status, got) == (200, body)
-            assert headers["Cache-Control"] == "no-store"
-            assert headers["Content-Type"] == "text/plain; charset=utf-8"
-        assert ask(server.url, "POST", path)[0] == 405
-
-
-def test_a_probe_of_readiness_is_committed_and_changes_no_counter(server: Server, data_dir: Path) -> None:
-    with open_client(DataDirectory(data_dir).url) as state:
-        before = status_of(state)
-        probes = [is_ready(server.url) for _ in range(5)]
-        after = status_of(state)
-        assert probes.count(True) <= after.commits - before.commits <= 5
-        assert after.journal_bytes > before.journal_bytes
-        assert state.counters().counters == []
-        state.counter("ready?").set(-(2**63))  # a counter like any other
-        becomes_ready(server.url)
-        assert state.counter("ready?").value == -(2**63)
+    before = status_of(state)
+    probes = [is_ready(server.url) for _ in range(5)]
+    after = status_of(state)
+    assert probes.count(True) <= after.commits - before.commits <= 5
+    assert after.journal_bytes > before.journal_bytes
+    assert "ready?" not in dict(state.counters().counters)
+    state.counter("ready?").set(-(2**63))  # a counter like any other
+    becomes_ready(server.url)
+    assert state.counter("ready?").value == -(2**63)
 
 
 def test_with_a_full_disk_a_server_is_alive_not_ready_gives_its_figures_and_recovers(
@@ -175,94 +173,83 @@ def test_a_start_that_a_full_disk_cannot_record_is_counted_in_memory(small_disk:
         journal.close()
 
 
-def test_with_the_manager_frozen_livez_answers_at_once_and_readyz_within_its_deadline(server: Server) -> None:
-    becomes_ready(server.url)
-    (manager,) = server.children("manager")
-    with frozen(manager):
-        seconds, answer = timed(server.url, "/readyz")
-        assert_not_ready(answer, "has not answered within 1 s")
-        assert DEADLINE <= seconds < DEADLINE + SLACK
-        alive = [timed(server.url, "/livez") for _ in range(5)]
-        assert [status for _, (status, _, _) in alive] == [200] * 5
-        assert min(seconds for seconds, _ in alive) < DEADLINE / 2  # it asks no store
-        seconds, (status, _, text) = timed(server.url, "/metrics")
-        assert status == 200
-        assert seconds < DEADLINE + SLACK
-        reported = {name: value for name, value in parsed(text).items() if not name.startswith("process_")}
-        assert reported == {"up": 0}
-    eventually(lambda: is_ready(server.url), "readiness, with the manager there again")
+def test_with_the_manager_frozen_livez_answers_at_once_and_readyz_within_its_deadline(
+    start_manager: Callable[..., Manager],
+) -> None:
+    manager = start_manager()
+    client = client_of(manager.url, COUNTER_SERVER_DEADLINE=2 * PATIENCE)
+    assert client.get("/readyz").status_code == 200
+    began = time.monotonic()
+    with frozen(manager.pid):
+        assert client.get("/livez").status_code == 200
+        assert_not_ready(answer_of(client, "/readyz"), "has not answered within 1 s")
+        assert parsed(client.get("/metrics").text) == {"up": 0}
+        assert 1.9 < time.monotonic() - began < PATIENCE
+    eventually(lambda: client.get("/readyz").status_code == 200, "readiness, with the manager there again")
 
 
 def test_livez_is_answered_within_a_second_while_200_requests_wait(stack: ExitStack, start_server: StartServer) -> None:
     server = start_server("--workers", "1", "--threads", "8")
     (manager,) = server.children("manager")
     assert increment(server.url) == 1
-    host, port = address(server)
     with frozen(manager):
-        waiting = [stack.enter_context(socket.create_connection((host, port), timeout=PATIENCE)) for _ in range(200)]
+        waiting = [stack.enter_context(socket.create_connection(address(server), PATIENCE)) for _ in range(200)]
         for connection in waiting:
             connection.sendall(b"POST /api/v1/counters/x/increment HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for method, path, status in (("GET", "/livez", 200), ("HEAD", "//%6civez?x", 200), ("GET", "/livez", 421)):
             given = {"Host": "evil.example"} if status == 421 else {}
-            began = time.monotonic()
-            answered, headers, _ = ask(server.url, method, path, headers=given)
-            assert time.monotonic() - began < 1
-            assert answered == status
-            assert headers["X-Content-Type-Options"] == "nosniff"
+
+            def within_a_second() -> bool:
+                began = time.monotonic()
+                answered, headers, _ = ask(server.url, method, path, headers=given)
+                assert answered == status
+                assert headers["X-Content-Type-Options"] == "nosniff"
+                return time.monotonic() - began < 1
+
+            eventually(within_a_second, "an answer within a second")  # on a busy machine, perhaps not the first
+        assert select.select(waiting[-1:], [], [], 0) == ([], [], []), "the others do not wait any more"
         # On one connection the answers keep their order.
         waiting[0].sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    assert re.findall(rb"HTTP/1.1 (\d+)|(alive)", received_until_closed(waiting[0]))[1:] == [
-        (b"200", b""),
-        (b"", b"alive"),
-    ]
+    answers = re.findall(rb"HTTP/1.1 (\d+)|(alive)", received_until_closed(waiting[0]))
+    assert answers[1:] == [(b"200", b""), (b"", b"alive")]
 
 
 def test_many_probes_do_not_pile_up_behind_a_frozen_manager(start_server: StartServer) -> None:
-    server = start_server("--workers", "1", "--threads", "4")
+    server = start_server("--workers", "1", "--threads", "2")
     (manager,) = server.children("manager")
     with frozen(manager):
-        answers = at_once(80, lambda: timed(server.url, "/readyz"))
-    for _, answer in answers:
-        assert_not_ready(answer, "has not answered")
-    # 80 probes that each wait, 4 at a time, would take 20 s. But one thread waits for all.
-    assert max(seconds for seconds, _ in answers) < 10 * DEADLINE
+        # If each waited for a second, 2 at a time, the last would get no answer within PATIENCE.
+        for answer in at_once(100, lambda: ask(server.url, "GET", "/readyz")):
+            assert_not_ready(answer, "has not answered")
 
 
 # Figures
 
 
-def test_the_figures_match_the_operations(server: Server, data_dir: Path) -> None:
+def test_the_figures_match_the_operations(server: Server, data: Path, state: State) -> None:
     before = figures(server.url)
     for number in range(7):
         headers = {"Idempotency-Key": f"key-{number % 5}"}
         assert ask(server.url, "POST", f"/api/v1/counters/c{number % 5}/increment", headers=headers)[0] == 200
-    with open_client(DataDirectory(data_dir).url) as state:
-        state.counter("c0").value  # noqa: B018 - connects, and is a read
-        after = figures(server.url)
-        status = status_of(state)
-    assert after["counters"] - before["counters"] == 5
-    assert after["idempotency_keys"] == 5
-    for name in (
-        "operations_total",
-        "batches_total",
-        "commits_total",
-    ):  # they were sent one by one, so each has its own
-        assert after[name] - before[name] == 7
-    assert 0 < after["commit_seconds_total"] - before["commit_seconds_total"] < 7 * SLACK
-    assert after["manager_uptime_seconds"] > before["manager_uptime_seconds"]
+    state.counter("c0").value  # noqa: B018 - connects, and is a read
+    after, status = figures(server.url), status_of(state)
+    gained = {name: after[name] - before[name] for name in before if name in after}
+    assert (gained["counters"], gained["idempotency_keys"]) == (5, 5)
+    for kind in ("operations", "batches", "commits"):  # they were sent one by one, so each has its own
+        assert gained[f"{kind}_total"] == 7
+    assert gained["commit_seconds_total"] > 0
+    assert gained["manager_uptime_seconds"] > 0
     assert after["connections"] >= 2  # a worker's, and ours
     assert after["clients"] == status.clients > 0
-    app = create_app({"COUNTER_SERVER_STORE": DataDirectory(data_dir).url, "COUNTER_SERVER_HOST": "127.0.0.1"})
-    declared = app.extensions["counter_server"].declarations
-    assert after["objects"] == status.objects == len(declared) > 0
-    assert after["journal_bytes"] == sum(file.stat().st_size for file in data_dir.glob("journal.sqlite3*"))
+    app = create_app({"COUNTER_SERVER_STORE": DataDirectory(data).url, "COUNTER_SERVER_HOST": "127.0.0.1"})
+    assert after["objects"] == status.objects == len(app.extensions["counter_server"].declarations) > 0
+    assert after["journal_bytes"] == sum(file.stat().st_size for file in data.glob("journal.sqlite3*"))
     assert after[f"manager_info{{durability=commit,epoch={status.epoch}}}"] == 1
     assert (after["up"], after["manager_starts_total"]) == (1, 1)
 
 
 def test_every_worker_gives_the_same_figures(server: Server) -> None:
-    for number in range(3):
-        increment(server.url, f"c{number}")
+    increment(server.url)
     reported = []
     for worker in server.children("worker"):
         with frozen(worker):  # so that the other one answers
@@ -271,11 +258,12 @@ def test_every_worker_gives_the_same_figures(server: Server) -> None:
         {name: value for name, value in one.items() if not any(map(name.count, MOVING))} for one in reported
     )
     assert first == second
-    assert first["counters"] == 3
+    assert first["counters"] > 0
     assert {"process_up{process=worker-1}", "process_up{process=worker-2}"} <= set(first)
 
 
-def test_the_surviving_worker_reports_a_killed_manager_and_a_killed_worker(server: Server) -> None:
+def test_the_surviving_worker_reports_a_killed_manager_and_worker(start_server: StartServer) -> None:
+    server = start_server("--workers", "2")
     increment(server.url)
     (manager,) = server.children("manager")
     before = figures(server.url)
@@ -291,7 +279,10 @@ def test_the_surviving_worker_reports_a_killed_manager_and_a_killed_worker(serve
         return {kind: [now[f"process_{kind}{{process={place}}}"] for place in places] for kind in kinds}
 
     def manager_and_one_worker_restarted() -> bool:
-        now = reported()
+        try:
+            now = reported()
+        except (OSError, HTTPException):  # the killed worker may have been about to answer
+            return False
         manager, *workers = now["restarts_total"]
         return (manager, sorted(workers)) == (1, [0, 1]) and sum(now["up"]) == 3
 
@@ -303,7 +294,7 @@ def test_the_surviving_worker_reports_a_killed_manager_and_a_killed_worker(serve
     assert max(zip(uptimes, restarts, strict=True))[1] == 0  # the survivor is the oldest
 
 
-def test_openmetrics_is_sent_on_request_and_malformed_accept_headers_are_ignored(server: Server) -> None:
+def test_openmetrics_is_sent_on_request(server: Server) -> None:
     wish = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
     status, headers, text = ask(server.url, "GET", "/metrics", headers={"Accept": wish})
     assert status == 200
@@ -312,18 +303,15 @@ def test_openmetrics_is_sent_on_request_and_malformed_accept_headers_are_ignored
     assert text.endswith("# EOF\n")
     reported = _by_name(openmetrics_parser.text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
     assert set(reported) == set(figures(server.url))
-    for strange in ("application/openmetrics-text; version=x.y", "text/plain; version=1.0.z", ";,;=", "é", "*/*" * 500):
-        status, headers, text = ask(server.url, "GET", "/metrics", headers={"Accept": strange})
-        assert (status, parsed(text)["up"]) == (200, 1)
     assert ask(server.url, "HEAD", "/metrics")[2] == ""
 
 
 # Without a supervisor, and other stores
 
 
-def client_of(url: str) -> FlaskClient:
+def client_of(url: str, **config: object) -> FlaskClient:
     """Make a client of the application under another launcher, which may not start a manager."""
-    return create_app({"COUNTER_SERVER_STORE": url, "COUNTER_SERVER_START": False}).test_client()
+    return create_app({"COUNTER_SERVER_STORE": url, "COUNTER_SERVER_START": False, **config}).test_client()
 
 
 def test_without_a_manager_there_is_one_figure_and_no_readiness_and_none_is_started(
@@ -337,8 +325,7 @@ def test_without_a_manager_there_is_one_figure_and_no_readiness_and_none_is_star
     assert not [name for name in reported if name.startswith("process_")]  # only a supervisor knows them
     manager.kill()
     assert parsed(client.get("/metrics").text) == {"up": 0}
-    response = client.get("/readyz")
-    assert_not_ready((response.status_code, dict(response.headers), response.text), "has not answered")
+    assert_not_ready(answer_of(client, "/readyz"), "has not answered")
     assert client.get("/livez").status_code == 200
     start_manager("--durability", "none")  # a new manager with a new epoch
     assert client.get("/readyz").status_code == 200
@@ -355,23 +342,20 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             yield "memory://"
         case "sqlite":
             yield f"sqlite:///{tmp_path}/counters.db"
-        case "redis":
-            with RedisServer(tmp_path / "redis") as redis:
-                yield redis.url
-        case "memcached":
-            with MemcachedServer(tmp_path / "memcached") as memcached:
-                yield memcached.url
-        case _:
-            postgres: PostgresServer = request.getfixturevalue("postgres")
+        case "postgresql":
+            postgres = request.getfixturevalue("postgres")
             postgres.query("CREATE DATABASE health")
             yield postgres.url_of("health")
+        case engine:
+            with {"redis": RedisServer, "memcached": MemcachedServer}[engine](tmp_path / "engine") as server:
+                yield server.url
 
 
-def test_every_other_store_is_ready_and_up_without_further_figures(store_url: str) -> None:
+def test_every_other_store_is_ready_and_up_without_figures(store_url: str) -> None:
     client = client_of(store_url)
-    for _ in range(2):
-        assert client.get("/readyz").status_code == 200
-        assert parsed(client.get("/metrics").text) == {"up": 1}
+    for _ in range(2):  # to connect may take longer than a probe
+        eventually(lambda: client.get("/readyz").status_code == 200, "readiness")
+        eventually(lambda: parsed(client.get("/metrics").text) == {"up": 1}, "its only figure")
     assert client.get("/api/v1/counters/ready%3F").status_code == 404
     with open_client(store_url) as state:
         assert state.status() is None
@@ -382,15 +366,13 @@ def test_a_redis_that_is_full_or_gone_is_not_ready_with_a_reason(tmp_path: Path)
         client = client_of(redis.url)
         assert client.get("/readyz").status_code == 200
         redis.command("CONFIG", "SET", "maxmemory", "1")
-        response = client.get("/readyz")
-        assert_not_ready((response.status_code, dict(response.headers), response.text), "cannot write for now")
+        assert_not_ready(answer_of(client, "/readyz"), "cannot write for now")
         assert parsed(client.get("/metrics").text) == {"up": 1}  # it answers
         redis.kill()
-        response = client.get("/readyz")
-        assert_not_ready((response.status_code, dict(response.headers), response.text), "has not answered")
+        assert_not_ready(answer_of(client, "/readyz"), "has not answered")
         assert parsed(client.get("/metrics").text) == {"up": 0}
         redis.start()
-        assert client.get("/readyz").status_code == 200
+        eventually(lambda: client.get("/readyz").status_code == 200, "readiness, with redis there again")
 
 
 # The status itself
@@ -440,8 +422,8 @@ def test_figures_of_a_process_are_never_mixed_with_those_of_the_next() -> None:
         seen: list[list[Process]] = []
 
         def looked_often_enough() -> bool:
-            seen.extend(processes() for _ in range(1000))
-            return len({two.pid for _, two in seen}) > 100 and len(seen) > 20_000
+            seen.extend(processes() for _ in range(100))
+            return len({two.pid for _, two in seen}) > 20 and len(seen) > 2_000
 
         eventually(looked_often_enough, "both running at the same time")
     finally:

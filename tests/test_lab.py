@@ -17,13 +17,12 @@ from counter_server.server.strategies import YIELD_SECONDS, SomeObj
 from counter_server.server.web import create_app
 from counter_server.server.web.lab import FORGOTTEN, Memory, is_over
 from counter_server.state import State
-from tests.engines import RedisServer
 from tests.load import at_once
 from tests.processes import Server, eventually
 from tests.test_server import ask
 
 CLIENTS = 50
-RACY = ["global", "file"]
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,7 @@ class Answer:
 
 
 def post(url: str, path: str, form: str = "", cookie: str = "") -> tuple[dict[str, str], Any]:
-    headers = {"Content-Type": "application/x-www-form-urlencoded", "Cookie": cookie}
-    status, got, text = ask(url, "POST", path, form.encode(), headers)
+    status, got, text = ask(url, "POST", path, form.encode(), {**FORM, "Cookie": cookie})
     assert status in (200, 201), text
     return got, json.loads(text)
 
@@ -59,14 +57,14 @@ def numbers(answers: list[Answer]) -> list[int]:
 
 
 def raced(one: Answer, other: Answer) -> bool:
-    """Whether both had read before either wrote, and so got the same number."""
+    """Return whether both had read before either wrote, and so got the same number."""
     together = one.began < other.ended and other.began < one.ended
     return one is not other and together and one.number == other.number
 
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory for the data of `two`, and for the temporary files of its servers."""
+    """Return a directory for the data of `two`, and for the temporary files of its servers."""
     path = tmp_path_factory.mktemp("scratch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(path))
@@ -75,14 +73,14 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def two(scratch: Path) -> Iterator[str]:
-    """The URL of a server with two workers."""
+    """Return the URL of a server with two workers."""
     with Server("--workers", "2", "--data-dir", scratch / "data") as server:
         yield server.url
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a server with one worker."""
+    """Return the URL of a server with one worker."""
     with Server("--workers", "1", "--data-dir", tmp_path_factory.mktemp("one") / "data") as server:
         yield server.url
 
@@ -93,7 +91,8 @@ def app(data_dir: Path) -> Flask:
     return create_app({**config, "COUNTER_SERVER_LAB": True})
 
 
-@pytest.mark.parametrize("strategy", RACY)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["global", "file"])
 @pytest.mark.parametrize("workers", ["one", "two"])
 def test_threads_that_read_before_another_has_written_get_the_same_number(
     request: pytest.FixtureRequest, strategy: str, workers: str
@@ -105,6 +104,7 @@ def test_threads_that_read_before_another_has_written_get_the_same_number(
     assert any(raced(one, other) for one in answers for other in answers if one.worker == other.worker)
 
 
+@pytest.mark.slow
 def test_a_lock_is_enough_for_one_worker(one: str) -> None:
     answers = play(one, "lock")
     assert numbers(answers) == list(range(1, CLIENTS + 1))
@@ -126,6 +126,7 @@ def play_on_both(url: str, strategy: str) -> list[Answer]:
     return eventually(try_it, "a run on both workers")
 
 
+@pytest.mark.slow
 def test_a_lock_in_each_of_two_workers_keeps_each_to_itself(two: str) -> None:
     given = by_worker(play_on_both(two, "lock"))
     assert sum(map(len, given.values())) == CLIENTS
@@ -133,64 +134,59 @@ def test_a_lock_in_each_of_two_workers_keeps_each_to_itself(two: str) -> None:
         assert own == list(range(1, len(own) + 1))
 
 
-def test_a_session_gives_one_number_to_all_requests_that_bring_the_same_cookie(two: str) -> None:
+@pytest.mark.slow
+def test_a_session_gives_one_number_to_all_requests_with_the_same_cookie(two: str) -> None:
     run = begin(two, "session")
     cookie = ""
     for expected in (1, 2, 3):  # one after the other it counts
         headers, answer = post(two, run["ask"], cookie=cookie)
         assert answer["number"] == expected
-        cookie = headers["Set-Cookie"].partition(";")[0]
+        cookie, *rest = headers["Set-Cookie"].split("; ")
+        assert cookie.startswith("session_lab=")  # not the visitor's own
+        assert {"HttpOnly", "Path=/lab", "SameSite=Lax"} <= set(rest)
     together = at_once(CLIENTS, lambda: Answer(**post(two, run["ask"], cookie=cookie)[1]))
     assert set(numbers(together)) == {4}
 
 
-def test_a_session_of_the_lab_is_not_the_visitors(two: str) -> None:
-    headers, _ = post(two, begin(two, "session")["ask"])
-    name, _, rest = headers["Set-Cookie"].partition("=")
-    assert name == "session_lab"
-    assert {"HttpOnly", "Path=/lab", "SameSite=Lax"} <= set(rest.split("; "))
-
-
-@pytest.mark.parametrize("strategy", ["manager", "store"])
-def test_the_manager_and_the_store_give_each_number_once_in_every_run(two: str, strategy: str) -> None:
-    for _ in range(3):
+@pytest.mark.slow
+def test_the_manager_and_the_store_give_each_number_once_and_leave_nothing(two: str, scratch: Path) -> None:
+    for strategy in ("manager", "store") * 3:
         assert numbers(play(two, strategy)) == list(range(1, CLIENTS + 1))
+    play(two, "file")
+    assert "lab/" not in ask(two, "GET", "/api/v1/counters")[2]
+    (data_dir,) = scratch.iterdir()
+    assert list((data_dir / "lab").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_another_store_does_so_too_and_the_page_says_that_it_has_no_manager(tmp_path: Path) -> None:
+    from tests.engines import RedisServer
+
     with RedisServer(tmp_path) as redis, Server("--workers", "2", "--store", redis.url) as server:
         assert numbers(play(server.url, "store")) == list(range(1, CLIENTS + 1))
         status, _, text = ask(server.url, "GET", "/lab")
         assert status == 200
         assert "Not here: the configured store is unix://, and has no manager." in text
-        form = {"Content-Type": "application/x-www-form-urlencoded"}
-        status, _, text = ask(server.url, "POST", "/lab/runs", b"strategy=manager&clients=1", form)
+        status, _, text = ask(server.url, "POST", "/lab/runs", b"strategy=manager&clients=1", FORM)
         assert (status, json.loads(text)["title"]) == (501, "Unsupported")
         assert "unix://" in text
 
 
-@pytest.mark.parametrize("strategy", ["global", "lock", "file", "manager", "store"])
-def test_each_run_begins_at_one_and_knows_nothing_of_another(one: str, strategy: str) -> None:
-    runs = [begin(one, strategy) for _ in range(2)]
-    for expected in (1, 2):
+@pytest.mark.slow
+def test_each_run_begins_at_one_and_knows_nothing_of_another(one: str) -> None:
+    for strategy in ("global", "lock", "file", "manager", "store"):
+        runs = [begin(one, strategy) for _ in range(2)]
+        for expected in (1, 2):
+            for run in runs:
+                assert post(one, run["ask"])[1]["number"] == expected
         for run in runs:
-            assert post(one, run["ask"])[1]["number"] == expected
-    for run in runs:
-        assert ask(one, "DELETE", run["run"])[0] == 204
+            assert ask(one, "DELETE", run["run"])[0] == 204
 
 
 def test_a_session_begins_each_run_at_one(client: FlaskClient) -> None:
     for _ in range(2):
         run = started(client, "session")
         assert [count(client, run) for _ in range(3)] == [1, 2, 3]  # the client keeps the cookie
-
-
-def test_an_ended_run_leaves_no_counter_no_object_and_no_file(two: str, scratch: Path) -> None:
-    for strategy in ("file", "manager", "store"):
-        play(two, strategy)
-    assert "lab/" not in ask(two, "GET", "/api/v1/counters")[2]
-    (data_dir,) = scratch.iterdir()
-    assert list((data_dir / "lab").iterdir()) == []
 
 
 def started(client: FlaskClient, strategy: str) -> Any:
@@ -217,13 +213,8 @@ def long_ago(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def test_the_data_of_old_runs_is_removed_when_another_run_begins(
-    app: Flask,
-    client: FlaskClient,
-    long_ago: Callable[[int], None],
-    data_dir: Path,
+    client: FlaskClient, state: State, long_ago: Callable[[int], None], data_dir: Path
 ) -> None:
-    state = app.extensions["counter_server"]
-    assert isinstance(state, State)
     state.counter("lab/mine").increment()
     for seconds, left in ((FORGOTTEN + 2, 0), (0, 1)):
         long_ago(seconds)
@@ -249,52 +240,40 @@ def test_the_files_are_for_this_user_only(client: FlaskClient, data_dir: Path) -
 
 
 def test_no_directory_of_another_is_used_for_files(client: FlaskClient, data_dir: Path, tmp_path: Path) -> None:
+    choice = {"strategy": "file", "clients": "1"}
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     data_dir.mkdir(0o700)
     (data_dir / "lab").symlink_to(theirs)
-    assert client.post("/lab/runs", data={"strategy": "file", "clients": "1"}).status_code == 503
+    assert client.post("/lab/runs", data=choice).status_code == 503
     (data_dir / "lab").unlink()
     (data_dir / "lab").mkdir()
     (data_dir / "lab").chmod(0o777)
-    assert client.post("/lab/runs", data={"strategy": "file", "clients": "1"}).status_code == 503
+    assert client.post("/lab/runs", data=choice).status_code == 503
     assert list(theirs.iterdir()) == list((data_dir / "lab").iterdir()) == []
 
 
 def test_a_run_is_over_after_a_minute(client: FlaskClient, long_ago: Callable[[int], None]) -> None:
     long_ago(62)
-    path = started(client, "global")["ask"]
-    assert client.post(path).status_code == 200
+    run = started(client, "global")["ask"]
+    assert client.post(run).status_code == 200
     long_ago(0)
-    response = client.post(path)
+    response = client.post(run)
     assert (response.status_code, response.mimetype) == (410, "application/problem+json")
     assert "start another" in response.text
-
-
-def test_a_run_that_the_server_never_began_is_not_found(client: FlaskClient) -> None:
-    run = started(client, "global")["ask"]
-    for path in ("/lab/runs/x/clients", run.replace("/clients", "x/clients"), run.replace("runs/", "runs/x")):
-        response = client.post(path)
+    for unknown in ("/lab/runs/x/clients", run.replace("/clients", "x/clients"), run.replace("runs/", "runs/x")):
+        response = client.post(unknown)
         assert (response.status_code, response.mimetype) == (404, "application/problem+json")
 
 
-@pytest.mark.parametrize(
-    ("strategy", "clients"),
-    [
-        ("", "100"),
-        ("magic", "100"),
-        ("__class__", "100"),
-        *(
-            ("global", clients)
-            for clients in ("", "0", "101", "-1", "1.5", "x", "1e2", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 4300)
-        ),
-    ],
-)
-def test_an_invalid_choice_is_refused(client: FlaskClient, strategy: str, clients: str) -> None:
-    choice = {"strategy": strategy, "clients": clients}
-    for response in (client.post("/lab/runs", data=choice), client.get("/lab", query_string=choice)):
-        assert (response.status_code, response.get_json()["title"]) == (400, "InvalidRequest")
-    assert client.post("/lab/runs", json=choice).status_code == 400
+def test_an_invalid_choice_is_refused(client: FlaskClient) -> None:
+    bad_clients = ("", "0", "101", "-1", "1.5", "x", "1e2", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 4300)
+    choices = [*(("global", clients) for clients in bad_clients), ("", "100"), ("magic", "100"), ("__class__", "100")]
+    for strategy, clients in choices:
+        choice = {"strategy": strategy, "clients": clients}
+        for response in (client.post("/lab/runs", data=choice), client.get("/lab", query_string=choice)):
+            assert (response.status_code, response.get_json()["title"]) == (400, "InvalidRequest")
+        assert client.post("/lab/runs", json=choice).status_code == 400
 
 
 def test_other_sites_and_other_methods_start_nothing(client: FlaskClient) -> None:
@@ -306,6 +285,7 @@ def test_other_sites_and_other_methods_start_nothing(client: FlaskClient) -> Non
     assert count(client, run) == 1
 
 
+@pytest.mark.slow
 def test_a_worker_keeps_a_hundred_runs_and_forgets_none_of_them_for_another() -> None:
     memory = Memory()
     runs = [f"{number}-x" for number in range(101)]
@@ -322,58 +302,30 @@ def test_a_worker_keeps_a_hundred_runs_and_forgets_none_of_them_for_another() ->
 
 
 def test_only_the_names_of_runs_that_are_over_count_as_over() -> None:
-    now = int(time.time())
-    nonce = "0123456789abcdef"
+    now, nonce = int(time.time()), "0123456789abcdef"
     assert is_over(f"{now - FORGOTTEN - 2}-{nonce}")
-    for other in (
-        f"{now}-{nonce}",
-        f"{now - 60}-{nonce}",
-        "1-mine",
-        f"1-{nonce}x",
-        "",
-        f"-1-{nonce}",
-        f"{'9' * 5000}-{nonce}",
-    ):
+    for other in (f"{now}-{nonce}", f"{now - 60}-{nonce}", f"-1-{nonce}", f"{'9' * 5000}-{nonce}"):
+        assert not is_over(other)
+    for other in ("1-mine", f"1-{nonce}x", ""):
         assert not is_over(other)
 
 
-@pytest.mark.parametrize(
-    ("host", "wanted", "on"),
-    [
-        ("127.0.0.1", None, True),
-        ("127.8.0.1", None, True),
-        ("::1", None, True),
-        ("localhost", None, True),
-        ("0.0.0.0", None, False),
-        ("192.0.2.1", None, False),
-        ("localhost.example", None, False),
-        (None, None, False),
-        ("127.0.0.1", False, False),
-        ("0.0.0.0", True, True),
-        (None, True, True),
-    ],
-)
-def test_the_lab_is_on_if_it_is_configured_or_only_this_machine_can_connect(
-    *,
-    host: str | None,
-    wanted: bool | None,
-    on: bool,
-) -> None:
-    config = {"COUNTER_SERVER_HOST": host, "COUNTER_SERVER_LAB": wanted, "COUNTER_SERVER_STORE": "memory://"}
-    client = create_app({name: value for name, value in config.items() if value is not None}).test_client()
-    assert ('href="/lab"' in client.get("/").text) == on
-    for method, path in (
-        ("GET", "/lab"),
-        ("POST", "/lab/runs"),
-        ("POST", "/lab/runs/x/clients"),
-        ("DELETE", "/lab/runs/x"),
-    ):
-        response = client.open(path, method=method)
-        if response.status_code == 404:
-            assert response.mimetype == "application/problem+json"
-        assert ("the lab is off" in response.text and "run --lab" in response.text) == (not on)
+def test_the_lab_is_on_if_configured_or_if_only_this_machine_can_connect() -> None:
+    for host, wanted, on in [
+        *(("127.0.0.1", None, True), ("0.0.0.0", None, False), (None, None, False)),  # other hosts: `test_access`
+        *(("127.0.0.1", False, False), ("0.0.0.0", True, True), (None, True, True)),
+    ]:
+        config = {"COUNTER_SERVER_HOST": host, "COUNTER_SERVER_LAB": wanted, "COUNTER_SERVER_STORE": "memory://"}
+        client = create_app({name: value for name, value in config.items() if value is not None}).test_client()
+        assert ('href="/lab"' in client.get("/").text) == on
+        run = "/lab/runs/x"
+        for method, path in (("GET", "/lab"), ("POST", "/lab/runs"), ("POST", f"{run}/clients"), ("DELETE", run)):
+            response = client.open(path, method=method)
+            assert response.status_code != 404 or response.mimetype == "application/problem+json"
+            assert ("the lab is off" in response.text and "run --lab" in response.text) == (not on)
 
 
+@pytest.mark.slow
 def test_the_command_line_turns_it_on_and_off(start_server: Callable[..., Server]) -> None:
     off = start_server("--workers", "1", "--no-lab")
     assert ask(off.url, "GET", "/lab")[0] == 404
@@ -382,6 +334,7 @@ def test_the_command_line_turns_it_on_and_off(start_server: Callable[..., Server
     assert ask(on.url.replace("0.0.0.0", "127.0.0.1"), "GET", "/lab")[0] == 200
 
 
+@pytest.mark.slow
 def test_the_lab_says_that_memory_is_each_workers_own() -> None:
     with Server("--workers", "2", "--store", "memory://") as server:
         for own in by_worker(play_on_both(server.url, "store")).values():
