@@ -171,8 +171,9 @@ class Load:
         returned = time.monotonic()
         self.answers.append(answer)
         assert answer.status in (200, 500, 503)
-        known = (returned, (answer.content,)) if answer.status == 200 else ()
-        self.history.append(Operation(key, invoked, *known))
+        answered = answer.status == 200
+        operation = Operation(key, invoked, returned, (answer.content,)) if answered else Operation(key, invoked)
+        self.history.append(operation)
 
     def progress(self, answered: int) -> None:
         """Wait until this number of further requests returned a number."""
