@@ -16,7 +16,7 @@ from counter_server.errors import CounterServerError, InvalidRequest
 from counter_server.manager.client import StateProxy
 from counter_server.state import Counter
 from tests.load import at_once
-from tests.processes import Manager
+from tests.processes import PATIENCE, Manager
 
 STORE = "COUNTER_SERVER_STORE"
 DATA_DIR = "COUNTER_SERVER_DATA_DIR"
@@ -217,8 +217,9 @@ def test_apps_with_one_manager_share_their_counters(
     instance.mkdir()
     (instance / "counter-server").symlink_to(data_dir)
     by_folder = Flask(__name__, instance_path=str(instance))
+    by_folder.config["COUNTER_SERVER_DEADLINE"] = PATIENCE
     shared = SharedState(by_folder)
-    apps = by_folder, make_app(shared, url), make_app(shared, url)
+    apps = by_folder, *(make_app(shared, url, COUNTER_SERVER_DEADLINE=PATIENCE) for _ in range(2))
     before = open_sockets()
     counter = shared.counter("x")
     numbers: list[int] = []
@@ -236,7 +237,7 @@ def test_an_app_goes_on_with_the_next_manager_after_one_was_killed(
     stack: ExitStack, start_manager: Callable[[], Manager]
 ) -> None:
     manager = start_manager()
-    app = make_app(SharedState(), manager.url, COUNTER_SERVER_DEADLINE=30)
+    app = make_app(SharedState(), manager.url, COUNTER_SERVER_DEADLINE=PATIENCE)
     stack.callback(app.extensions["counter_server"].close)
     with app.app_context():
         assert SharedState().counter("x").increment() == 1

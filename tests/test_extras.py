@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import PATIENCE, ROOT
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -47,9 +47,10 @@ def run_without(tmp_path: Path) -> Run:
 def test_the_core_works_without_the_packages_of_the_server(run_without: Run, on_demand: str) -> None:
     """The manager too, which is started on demand."""
     imports = "; ".join(f"import counter_server{module}" for module in [*CORE, *STORES])
-    count = f"from counter_server.cli import main; main(['increment', 'x', '--store', {on_demand!r}])"
-    done = run_without(SERVER_PACKAGES, "-c", f"{imports}; {count}")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+    by_state = f"print(counter_server.open_state({on_demand!r}, deadline={PATIENCE}).counter('x').increment())"
+    by_command = f"counter_server.cli.main(['increment', 'x', '--store', {on_demand!r}])"
+    done = run_without(SERVER_PACKAGES, "-c", f"{imports}; {by_state}; {by_command}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n2\n", "")
 
 
 @pytest.mark.slow

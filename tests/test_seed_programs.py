@@ -4,7 +4,6 @@ One `app.py` serves each program of `tests/programs` under its name, and adds th
 """
 
 import http.client
-import shutil
 import threading
 import time
 from collections import defaultdict
@@ -26,6 +25,10 @@ from tests.processes import PATIENCE, ROOT, end_manager, eventually, holder
 PROGRAMS = ROOT / "tests" / "programs"
 LINE = 'shared.object("global_obj", SomeObj, 0)'
 INSTEAD = {"plain_obj": "SomeObj(0)", "durable_obj": 'shared.object("durable", SomeObj, 0, durable=True)'}
+PATIENT = {  # on a busy machine
+    "app = Flask(__name__)\n": f"app = Flask(__name__)\napp.config['COUNTER_SERVER_DEADLINE'] = {PATIENCE}\n",
+    "ManagerCache()": f"ManagerCache(deadline={PATIENCE})",
+}
 DATA_DIR = Path("instance", "counter-server")
 LOST = {"lost": True}
 
@@ -61,13 +64,13 @@ if __name__ == "__main__":
 
 def launch(stack: ExitStack, directory: Path, launcher: str) -> list[str]:
     """Serve the programs in a directory until the stack closes, with two servers if one is a single process."""
-    for program in PROGRAMS.glob("*.py"):
-        shutil.copy(program, directory)
-    text = (PROGRAMS / "some_obj.py").read_text()
-    assert LINE in text
-    for name, instead in INSTEAD.items():
-        (directory / f"{name}.py").write_text(text.replace(LINE, instead))
-    (directory / "app.py").write_text(APP)
+    texts = {program.stem: program.read_text() for program in PROGRAMS.glob("*.py")}
+    assert LINE in texts["some_obj"]
+    texts.update({name: texts["some_obj"].replace(LINE, instead) for name, instead in INSTEAD.items()})
+    for name, text in {**texts, "app": APP}.items():
+        for create, patient in PATIENT.items():
+            text = text.replace(create, patient)
+        (directory / f"{name}.py").write_text(text)
     stack.callback(end_manager, directory / DATA_DIR / "manager.lock")
     servers = 1 if LAUNCHERS[launcher].processes > 1 else 2
     return [launch_app(stack, launcher, directory)[1] for _ in range(servers)]
