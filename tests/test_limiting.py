@@ -280,14 +280,16 @@ STEPS = st.tuples(
 )
 
 
-def _hits(*steps: tuple[float, str, str]) -> list[Step]:
-    return [(seconds, "hit", strategy, RateLimitItemPerMinute(1), who, 1) for seconds, strategy, who in steps]
+def _hits(*steps: tuple[float, str, str], then: str = "hit") -> list[Step]:
+    hits = [(seconds, "hit", strategy, RateLimitItemPerMinute(1), who, 1) for seconds, strategy, who in steps]
+    return [*hits, (60.0, then, *hits[-1][2:])]
 
 
 @pytest.mark.parametrize("examples", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_windows_answer_like_the_reference_at_the_same_times(examples: int) -> None:
     # At the very edge of a window, and half a second before it.
-    @example(_hits((0.0, "moving-window", "anna"), (60.0, "moving-window", "anna")))
+    @example(_hits((0.0, "moving-window", "anna")))
+    @example(_hits((0.0, "moving-window", "anna"), then="get_window_stats"))
     @example(_hits((0.0, "fixed-window", "anna"), (59.5, "fixed-window", "ben"), (0.0, "fixed-window", "anna")))
     @settings(max_examples=examples)
     @given(st.lists(STEPS, min_size=50, max_size=50))
