@@ -10,6 +10,8 @@ import pytest
 
 from tests.processes import PATIENCE, ROOT
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 SERVER_PACKAGES = ("waitress", "prometheus_client")
@@ -53,7 +55,6 @@ def test_the_core_works_without_the_packages_of_the_server(run_without: Run, on_
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n2\n", "")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", [("run", "--port", "0"), ("prove", "--seconds", "1")], ids=["run", "prove"])
 @pytest.mark.parametrize("missing", SERVER_PACKAGES)
 def test_a_command_without_a_package_of_the_server_names_the_extra(
@@ -68,7 +69,6 @@ def test_a_command_without_a_package_of_the_server_names_the_extra(
     assert not (tmp_path / "instance").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "program", "says"),
     [
@@ -91,7 +91,6 @@ def test_a_module_without_its_package_names_the_extra(run_without: Run, missing:
     assert done.stderr.endswith(f"{says}\n")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "program", "output"),
     [
@@ -105,7 +104,6 @@ def test_a_package_that_is_not_used_is_not_needed(run_without: Run, missing: str
     assert (done.returncode, done.stdout, done.stderr) == (0, output, "")
 
 
-@pytest.mark.slow
 def test_the_demonstration_without_waitress_names_the_extra(run_without: Run) -> None:
     done = run_without(("waitress",), "-m", "counter_server", "demo", "--json", "--only", "waitress/ours")
     assert done.returncode == 1
