@@ -1,46 +1,47 @@
-"""The launchers that people use, for tests: each serves the app of `app.py` in a directory."""
+"""The launchers that people use, each of which serves the app of `app.py` in a directory, and a client for them."""
 
+import json
 import os
 import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from http.cookiejar import Cookie, CookieJar
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.processes import ROOT, Program, eventually
+from tests.processes import PATIENCE, ROOT, Program, eventually
 
-_UWSGI = Path(sys.prefix) / "bin" / "uwsgi"
+SYNC = "gunicorn, 4 sync workers"
 
 
 @dataclass(frozen=True)
 class Launcher:
     """A command that runs in the directory of `app.py`."""
 
-    arguments: tuple[str, ...]
+    command: str
     program: str = sys.executable
     processes: int = 4  # that answer requests
 
 
+_UWSGI = str(Path(sys.prefix) / "bin" / "uwsgi")
+_UWSGI_OPTIONS = "--http-socket 127.0.0.1:0 --master --processes 4 --die-on-term"
+
 LAUNCHERS = {
-    "gunicorn, 4 sync workers": Launcher(("-m", "gunicorn", "-w", "4", "-b", "127.0.0.1:0", "app:app")),
+    SYNC: Launcher("-m gunicorn -w 4 -b 127.0.0.1:0 app:app"),
     "gunicorn, gthread, preloaded": Launcher(
-        (
-            *("-m", "gunicorn", "-w", "4", "-k", "gthread", "--threads", "8", "--preload"),
-            *("-b", "127.0.0.1:0", "app:app"),
-        )
+        "-m gunicorn -w 4 -k gthread --threads 8 --preload -b 127.0.0.1:0 app:app"
     ),
-    "flask run": Launcher(("-m", "flask", "run", "--with-threads", "--port", "0"), processes=1),
-    "waitress": Launcher(("app.py",), processes=1),
-    "uWSGI, preforked": Launcher(
-        ("--http-socket", "127.0.0.1:0", "--master", "--processes", "4", "--die-on-term", "-w", "app:app"), str(_UWSGI)
-    ),
+    "flask run": Launcher("-m flask run --with-threads --port 0", processes=1),
+    "waitress": Launcher("app.py", processes=1),
+    "uWSGI, preforked": Launcher(f"{_UWSGI_OPTIONS} -w app:app", _UWSGI),
     "uWSGI, by file": Launcher(
-        (
-            *("--http-socket", "127.0.0.1:0", "--master", "--processes", "4", "--die-on-term"),
-            *("--enable-threads", "--threads", "4", "--wsgi-file", "app.py", "--callable", "app"),
-        ),
-        str(_UWSGI),
+        f"{_UWSGI_OPTIONS} --enable-threads --threads 4 --wsgi-file app.py --callable app", _UWSGI
     ),
 }
 
@@ -51,7 +52,7 @@ def launch(stack: ExitStack, name: str, directory: Path) -> tuple[Program, str]:
     if not Path(launcher.program).exists():
         pytest.skip(f"{launcher.program} is not installed: pip install uwsgi (needs a C compiler)")
     environment = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
-    program = Program(*launcher.arguments, program=launcher.program, cwd=directory, environment=environment)
+    program = Program(*launcher.command.split(), program=launcher.program, cwd=directory, environment=environment)
     stack.enter_context(program)
     eventually(lambda: listening_port(program.pid) or not program.running, f"{name} listens")
     assert program.running, program.errors
@@ -73,3 +74,42 @@ def listening_port(group: int) -> int | None:
     except OSError:
         return None
     return None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response to a browser; if its app says so, with the worker that sent it."""
+
+    status: int
+    content: Any
+    worker: str  # its pid
+    number: int  # of this response among the worker's
+
+
+class Browser:
+    """A client with cookies that opens a new connection for each request, to each server in turn."""
+
+    def __init__(self, *urls: str, cookies: Iterable[Cookie] = ()) -> None:
+        self._urls = urls
+        self._turns = cycle(urls)
+        self._cookies = CookieJar()
+        for cookie in cookies:
+            self._cookies.set_cookie(cookie)
+        # No proxy: the environment may name one.
+        handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor(self._cookies)
+        self._opener = urllib.request.build_opener(*handlers)
+
+    def tab(self) -> "Browser":
+        """Return another browser with the cookies of this moment."""
+        return Browser(*self._urls, cookies=self._cookies)
+
+    def visit(self, path: str = "/", method: str = "GET") -> Answer:
+        request = urllib.request.Request(next(self._turns) + path, method=method)  # noqa: S310 - http, to ourselves
+        try:
+            response = self._opener.open(request, timeout=PATIENCE)
+        except urllib.error.HTTPError as error:
+            response = error
+        with response:
+            status, headers, body = response.status or 0, response.headers, response.read()
+        content = json.loads(body) if body[:1] in b"{0123456789" else body
+        return Answer(status, content, headers.get("X-Worker", ""), int(headers.get("X-Number", -1)))

@@ -1,4 +1,4 @@
-"""An installation without the extra `server`: the core works, and the rest names the extra."""
+"""An installation without the optional packages: the core works, and the rest names the extra."""
 
 import os
 import subprocess
@@ -8,14 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import PATIENCE, ROOT
+
+pytestmark = pytest.mark.slow
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 SERVER_PACKAGES = ("waitress", "prometheus_client")
 CORE = ["", ".caching", ".cli", ".extension", ".limiting", ".manager.client", ".manager.server", ".manager.starter"]
 STORES = [".stores.memcached", ".stores.memory", ".stores.redis", ".stores.sql"]
-CREATE_APP = ("-c", "from counter_server.server.web import create_app; print(create_app().name)")
+CREATE_APP = "from counter_server.server.web import create_app; print(create_app().name)"
+USE_A_CACHE = """
+from cachelib import BaseCache
+from counter_server.caching import ManagerCache
+cache = ManagerCache('memory://')
+print(isinstance(cache, BaseCache), cache.set('a', [1]), cache.get('a'), cache.inc('b'), cache.clear())
+print(cache.default_timeout, cache.ignore_delete_many_errors, cache.get_dict('a', 'b'))
+"""
 
 
 @pytest.fixture
@@ -37,16 +46,13 @@ def run_without(tmp_path: Path) -> Run:
     return run
 
 
-def test_the_core_imports_no_package_of_the_server(run_without: Run) -> None:
-    imports = "; ".join(f"import counter_server{module}" for module in [*CORE, *STORES])
-    done = run_without(SERVER_PACKAGES, "-c", imports)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_core_counts_without_the_packages_of_the_server(run_without: Run, on_demand: str) -> None:
+def test_the_core_works_without_the_packages_of_the_server(run_without: Run, on_demand: str) -> None:
     """The manager too, which is started on demand."""
-    done = run_without(SERVER_PACKAGES, "-m", "counter_server", "increment", "x", "--store", on_demand)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+    imports = "; ".join(f"import counter_server{module}" for module in [*CORE, *STORES])
+    by_state = f"print(counter_server.open_state({on_demand!r}, deadline={PATIENCE}).counter('x').increment())"
+    by_command = f"counter_server.cli.main(['increment', 'x', '--store', {on_demand!r}])"
+    done = run_without(SERVER_PACKAGES, "-c", f"{imports}; {by_state}; {by_command}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n2\n", "")
 
 
 @pytest.mark.parametrize("command", [("run", "--port", "0"), ("prove", "--seconds", "1")], ids=["run", "prove"])
@@ -55,25 +61,47 @@ def test_a_command_without_a_package_of_the_server_names_the_extra(
     run_without: Run, command: tuple[str, ...], missing: str, tmp_path: Path
 ) -> None:
     done = run_without((missing,), "-m", "counter_server", *command)
-    assert done.returncode == 1
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout) == (1, "")
     line = done.stderr.splitlines()[-1]
-    package = missing.replace("_", "-")
     assert line.startswith("Error: ")
-    assert line.endswith(f"the server needs {package}: pip install 'counter-server[server]'")
+    assert line.endswith(f"the server needs {missing.replace('_', '-')}: pip install 'counter-server[server]'")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "instance").exists()
 
 
-def test_the_application_without_a_package_of_its_own_names_the_extra(run_without: Run) -> None:
-    done = run_without(("prometheus_client",), *CREATE_APP)
+@pytest.mark.parametrize(
+    ("missing", "program", "says"),
+    [
+        (
+            "cachelib",
+            "import counter_server.caching",
+            "ImportError: a cache needs cachelib: pip install 'counter-server[cache]'",
+        ),
+        (
+            "limits",
+            "import counter_server.limiting",
+            "ImportError: a limit's storage needs limits: pip install 'counter-server[limits]'",
+        ),
+        ("prometheus_client", CREATE_APP, "the server needs prometheus-client: pip install 'counter-server[server]'"),
+    ],
+)
+def test_a_module_without_its_package_names_the_extra(run_without: Run, missing: str, program: str, says: str) -> None:
+    done = run_without((missing,), "-c", program)
     assert done.returncode == 1
-    assert done.stderr.endswith("the server needs prometheus-client: pip install 'counter-server[server]'\n")
+    assert done.stderr.endswith(f"{says}\n")
 
 
-def test_the_application_needs_no_waitress_under_another_launcher(run_without: Run) -> None:
-    done = run_without(("waitress",), *CREATE_APP)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize(
+    ("missing", "program", "output"),
+    [
+        ("waitress", CREATE_APP, "counter_server.server.web\n"),
+        ("flask_caching", USE_A_CACHE, "True True [1] 1 True\n300 True {'a': None, 'b': None}\n"),
+    ],
+    ids=["under another launcher", "with cachelib alone"],
+)
+def test_a_package_that_is_not_used_is_not_needed(run_without: Run, missing: str, program: str, output: str) -> None:
+    done = run_without((missing,), "-c", program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, output, "")
 
 
 def test_the_demonstration_without_waitress_names_the_extra(run_without: Run) -> None:

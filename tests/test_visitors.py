@@ -2,15 +2,13 @@
 
 import base64
 import json
-import urllib.request
 import zlib
 from contextlib import ExitStack
-from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import Flask, session
+from flask import Flask, request, session
 from flask.testing import FlaskClient
 
 from counter_server import SharedState
@@ -18,9 +16,9 @@ from counter_server.dicts import BoundedDict
 from counter_server.errors import InvalidRequest, LimitReached, StateLost
 from counter_server.extension import VisitorCounter
 from counter_server.operations import LARGEST, SMALLEST
-from tests.launchers import listening_port
+from tests.launchers import SYNC, Browser, launch
 from tests.load import at_once
-from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, holder
+from tests.processes import PATIENCE, end_manager
 from tests.test_dicts import Clock
 
 BASKET = "_counter_server_visitor"  # the session's key
@@ -34,18 +32,18 @@ def make_app(**config: object) -> tuple[Flask, SharedState]:
 
 
 def with_routes(app: Flask, basket: VisitorCounter) -> Flask:
-    """What can be done with `basket`, each as a page; arguments as JSON."""
+    """Make each use of `basket` a page; arguments are JSON."""
 
     @app.post("/<method>")
     def call(method: str) -> dict[str, int]:
-        from flask import request
-
         return {"value": getattr(basket, method)(**request.get_json(silent=True) or {}) or 0}
 
-    @app.get("/")
-    def value() -> dict[str, int]:
-        return {"value": basket.value}
+    @app.get("/logout")
+    def log_out() -> dict[str, int]:
+        session.clear()
+        return {}
 
+    app.add_url_rule("/", view_func=lambda: {"value": basket.value})
     return app
 
 
@@ -89,30 +87,21 @@ def test_it_counts_up_and_down_within_bounds_and_begins_again(app: Flask) -> Non
     assert value(client) == 0
 
 
-@pytest.mark.parametrize("method", ["increment", "decrement"])
-@pytest.mark.parametrize(
-    "by", [0, True, False, 1.5, float("nan"), LARGEST + 1, SMALLEST - 1, "1", b"1", None, [1]], ids=repr
-)
-def test_a_step_that_cannot_be_is_refused_and_changes_nothing(method: str, by: Any) -> None:
+def test_an_invalid_step_or_bound_is_refused_and_changes_nothing() -> None:
     app, shared = make_app()
     basket = shared.visitor_counter("basket")
+    steps: list[Any] = [0, True, False, 1.5, float("nan"), LARGEST + 1, SMALLEST - 1, "1", b"1", None, [1]]
+    wrong: list[dict[str, Any]] = [{"by": step} for step in steps]
+    for bound in ("1", True, 1.5, LARGEST + 1):
+        wrong += [{"minimum": bound}, {"maximum": bound}]
+    wrong.append({"minimum": 2, "maximum": 1})
     with app.test_request_context():
         assert basket.increment(3) == 3
-        with pytest.raises(InvalidRequest, match="by must"):
-            getattr(basket, method)(by)
-        assert basket.value == 3
-
-
-@pytest.mark.parametrize("bound", ["1", True, 1.5, LARGEST + 1], ids=repr)
-def test_bounds_that_cannot_be_are_refused_and_change_nothing(bound: Any) -> None:
-    app, shared = make_app()
-    basket = shared.visitor_counter("basket")
-    with app.test_request_context():
         for method in (basket.increment, basket.decrement):
-            for bounds in ({"minimum": bound}, {"maximum": bound}, {"minimum": 2, "maximum": 1}):
-                with pytest.raises(InvalidRequest, match=r"minimum|maximum"):
-                    method(**bounds)
-        assert basket.value == 0
+            for arguments in wrong:
+                with pytest.raises(InvalidRequest, match="by must" if "by" in arguments else r"minimum|maximum"):
+                    method(**arguments)
+        assert basket.value == 3
 
 
 def test_a_number_may_be_larger_than_64_bits() -> None:
@@ -123,7 +112,7 @@ def test_a_number_may_be_larger_than_64_bits() -> None:
         assert [basket.increment(SMALLEST), basket.value] == [2 * LARGEST - 1, 2 * LARGEST - 1]
 
 
-def test_counters_of_different_names_are_different_and_of_one_name_the_same() -> None:
+def test_each_name_has_its_own_counter() -> None:
     app, shared = make_app()
     basket, again, wishes = (shared.visitor_counter(name) for name in ("basket", "basket", "wishes, ключ"))
     with app.test_request_context():
@@ -131,14 +120,10 @@ def test_counters_of_different_names_are_different_and_of_one_name_the_same() ->
         assert shared.counter("basket").value == 0
     with pytest.raises(InvalidRequest, match="already has that name"):
         shared.visitor_counter("basket", max_visitors=7)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"ttl": 0}, {"ttl": True}, {"ttl": -1.0}, {"max_visitors": 0}, {"max_visitors": True}], ids=str
-)
-def test_a_counter_that_cannot_be_is_refused_when_it_is_declared(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest):
-        SharedState().visitor_counter("basket", **wrong)
+    wrong: list[dict[str, Any]] = [{"ttl": ttl} for ttl in (0, True, -1.0)]
+    for options in [*wrong, {"max_visitors": 0}, {"max_visitors": True}]:
+        with pytest.raises(InvalidRequest):
+            SharedState().visitor_counter("other", **options)
 
 
 # Simultaneous tabs
@@ -165,64 +150,41 @@ from flask import Flask, request
 from counter_server import SharedState
 
 app = Flask(__name__)
-app.config["SECRET_KEY"] = "of this test"
-app.config["COUNTER_SERVER_DEADLINE"] = 30
+app.config.update(SECRET_KEY="of this test", COUNTER_SERVER_STORE={url!r}, COUNTER_SERVER_DEADLINE=30)
 shared = SharedState(app)
 basket = shared.visitor_counter("basket")
 
 @app.post("/")
 def add():
-    return {"value": basket.increment(int(request.args.get("by", 1)))}
+    return dict(value=basket.increment(int(request.args.get("by", 1))))
 
 @app.get("/")
 def show():
-    return {"value": basket.value}
+    return dict(value=basket.value)
 """
 
 
-class Browser:
-    """A client that keeps cookies; a tab of it has those of the moment it was opened."""
-
-    def __init__(self, url: str, cookies: CookieJar | None = None) -> None:
-        self._url = url
-        self._cookies = CookieJar()
-        for cookie in cookies or ():
-            self._cookies.set_cookie(cookie)
-        # No proxy: the environment may name one.
-        handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor(self._cookies)
-        self._opener = urllib.request.build_opener(*handlers)
-
-    def tab(self) -> "Browser":
-        return Browser(self._url, self._cookies)
-
-    def ask(self, method: str, query: str = "") -> int:
-        request = urllib.request.Request(self._url + query, method=method)  # noqa: S310 - http, to ourselves
-        with self._opener.open(request, timeout=PATIENCE) as response:
-            return int(json.load(response)["value"])
+def ask(browser: Browser, method: str = "POST", path: str = "/") -> int:
+    return int(browser.visit(path, method).content["value"])
 
 
+@pytest.mark.slow
 def test_visitors_of_an_app_of_4_workers(on_demand: str, tmp_path: Path, stack: ExitStack) -> None:
-    """Each has a number of his own, whichever worker answers, and no tab's click is lost."""
-    (tmp_path / "app.py").write_text(APP)
-    launcher = ("-m", "gunicorn", "-w", "4", "-b", "127.0.0.1:0", "app:app")
-    program = stack.enter_context(Program(*launcher, cwd=tmp_path, environment={"PYTHONPATH": str(ROOT)}))
-    eventually(lambda: listening_port(program.pid), "gunicorn listens")
-    url = f"http://127.0.0.1:{listening_port(program.pid)}/"
-
+    """Each has a number of their own, whichever worker answers, and no tab's click is lost."""
+    (tmp_path / "app.py").write_text(APP.format(url=on_demand))
+    program, url = launch(stack, SYNC, tmp_path)
     one, two = Browser(url), Browser(url)
-    assert [one.ask("POST"), two.ask("POST", "?by=100"), one.ask("GET"), two.ask("GET")] == [1, 100, 1, 100]
+    assert [ask(one), ask(two, path="/?by=100"), ask(one, "GET"), ask(two, "GET")] == [1, 100, 1, 100]
     tabs = iter([browser.tab() for browser in (one, two) for _ in range(8)])
-    mine = at_once(16, lambda: [tab.ask("POST") for tab in [next(tabs)] for _ in range(5)])
-    numbers = sorted(number for five in mine for number in five)
-    assert numbers == [*range(2, 42), *range(101, 141)], program.errors
-    assert [one.ask("GET"), two.ask("GET"), Browser(url).ask("GET")] == [41, 140, 0]
-    strangers = at_once(20, lambda: [browser.ask("POST") for browser in [Browser(url)] for _ in range(3)])
+    mine = at_once(16, lambda: [ask(tab) for tab in [next(tabs)] * 5])
+    assert sorted(number for five in mine for number in five) == [*range(2, 42), *range(101, 141)], program.errors
+    assert [ask(one, "GET"), ask(two, "GET"), ask(Browser(url), "GET")] == [41, 140, 0]
+    strangers = at_once(20, lambda: [ask(browser) for browser in [Browser(url)] * 3])
     assert strangers == [[1, 2, 3]] * 20, program.errors
-    assert holder(tmp_path / "instance" / "counter-server") is not None
-    program.stop()
 
 
-def test_after_a_kill_of_the_manager_visitors_begin_anew_and_one_is_told(on_demand: str, data_dir: Path) -> None:
+@pytest.mark.slow
+def test_after_a_kill_visitors_begin_again_and_one_is_told(on_demand: str, data_dir: Path) -> None:
     app, shared = make_app(COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=PATIENCE)
     with_routes(app, shared.visitor_counter("basket"))
     one, two = app.test_client(), app.test_client()
@@ -238,58 +200,35 @@ def test_after_a_kill_of_the_manager_visitors_begin_anew_and_one_is_told(on_dema
 # Time, and room
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-def timed(clock: Clock, *, ttl: float = 10, max_visitors: int = 100) -> tuple[Flask, VisitorCounter, BoundedDict]:
-    """An app whose visitors' counter keeps its numbers here, by `clock`."""
+def timed(*, ttl: float = 10, max_visitors: int = 100) -> tuple[FlaskClient, Clock, BoundedDict]:
+    """Return a client of an app whose visitor counter keeps its numbers here, by a clock."""
+    clock = Clock()
     numbers = BoundedDict(max_visitors, clock)
     app, _ = make_app()
-    basket = VisitorCounter("basket", numbers, ttl)
-    return with_routes(app, basket), basket, numbers
+    return with_routes(app, VisitorCounter("basket", numbers, ttl)).test_client(), clock, numbers
 
 
-@pytest.mark.parametrize("use", ["increment", "value"])
-def test_a_number_is_forgotten_after_a_time_without_use_and_reading_is_use(clock: Clock, use: str) -> None:
-    app, _, numbers = timed(clock, ttl=10)
-    client = app.test_client()
-    expected = increment(client, by=5)
-    for _ in range(3):
-        clock.now += 9.5
-        if use == "value":
-            assert value(client) == expected
-        else:
-            expected += 1
-            assert increment(client) == expected
-    clock.now += 10
-    assert numbers.size() == 0
-    assert (value(client), increment(client)) == (0, 1)
+def test_a_number_expires_after_a_time_without_use_and_reading_is_use() -> None:
+    for reading in (True, False):
+        client, clock, numbers = timed()
+        assert increment(client, by=5) == 5
+        for number in (6, 7, 8):
+            clock.now += 9.5
+            assert (value(client) == 5) if reading else (increment(client) == number)
+        clock.now += 9
+        with pytest.raises(LimitReached):
+            increment(client, maximum=1)  # which is no use
+        clock.now += 1
+        assert numbers.size() == 0
+        assert value(client) == 0
+        assert numbers.size() == 0  # reading makes no number
+        assert increment(client) == 1
 
 
-def test_to_look_makes_no_number(clock: Clock) -> None:
-    app, _, numbers = timed(clock)
-    assert [value(app.test_client()) for _ in range(3)] == [0, 0, 0]
-    assert numbers.size() == 0
-
-
-def test_a_refused_step_does_not_make_a_number_live_longer(clock: Clock) -> None:
-    app, _, numbers = timed(clock, ttl=10)
-    client = app.test_client()
-    increment(client)
-    clock.now = 9
-    with pytest.raises(LimitReached):
-        increment(client, maximum=1)
-    clock.now = 10
-    assert numbers.size() == 0
-
-
-def test_there_are_as_many_numbers_as_may_be_and_those_used_last(clock: Clock) -> None:
-    app, _, numbers = timed(clock, max_visitors=3)
-    regular = app.test_client()
+def test_a_new_visitor_replaces_the_longest_idle_one() -> None:
+    regular, _, numbers = timed(max_visitors=3)
     increment(regular, by=7)
-    others = [app.test_client() for _ in range(6)]
+    others = [regular.application.test_client() for _ in range(6)]
     for other in others:
         increment(other)
         assert value(regular) == 7
@@ -315,14 +254,14 @@ def session_cookie(client: FlaskClient) -> str:
 
 
 def test_the_cookie_holds_an_opaque_id_and_not_the_number(app: Flask) -> None:
-    clients = [app.test_client() for _ in range(20)]
     ids = set()
-    for client in clients:
+    for _ in range(20):
+        client = app.test_client()
+        assert value(client) == 0  # reading is enough to be known
+        cookie = session_cookie(client)
         assert increment(client, by=123456789) == 123456789
-        before = session_cookie(client)
-        assert increment(client) == 123456790
-        assert session_cookie(client) == before
-        content = payload_of(before)
+        assert session_cookie(client) == cookie
+        content = payload_of(cookie)
         assert [*content] == [BASKET]
         assert "1234567" not in content[BASKET]
         assert len(base64.urlsafe_b64decode(content[BASKET] + "==")) == 16  # bytes, of the system's randomness
@@ -330,15 +269,7 @@ def test_the_cookie_holds_an_opaque_id_and_not_the_number(app: Flask) -> None:
     assert len(ids) == 20
 
 
-def test_reading_is_enough_to_be_known(app: Flask) -> None:
-    client = app.test_client()
-    assert value(client) == 0
-    cookie = session_cookie(client)
-    assert increment(client) == 1
-    assert session_cookie(client) == cookie
-
-
-def test_a_cookie_that_was_tampered_with_is_a_new_visitors(app: Flask) -> None:
+def test_a_forged_cookie_is_a_new_visitors(app: Flask) -> None:
     victim = app.test_client()
     increment(victim, by=5)
     genuine = session_cookie(victim)
@@ -361,41 +292,25 @@ def test_a_cookie_that_was_tampered_with_is_a_new_visitors(app: Flask) -> None:
     assert value(victim) == 5
 
 
-@pytest.mark.parametrize("entry", [None, 7, True, 1.5, ["x"], {"a": 1}, b"bytes"], ids=repr)
-def test_an_entry_of_the_session_that_is_no_text_is_replaced(app: Flask, entry: Any) -> None:
+def test_an_invalid_entry_of_the_session_is_replaced_and_a_cleared_one_is_new(app: Flask) -> None:
     client = app.test_client()
-    with client.session_transaction() as content:
-        content[BASKET] = entry
-        content["own"] = "kept"
-    assert [increment(client), increment(client)] == [1, 2]
-    with client.session_transaction() as content:
-        assert isinstance(content[BASKET], str)
-        assert content["own"] == "kept"
-
-
-def test_who_clears_the_session_is_a_new_visitor(app: Flask) -> None:
-    @app.post("/logout")
-    def logout() -> dict[str, int]:
-        session.clear()
-        return {}
-
-    client = app.test_client()
-    assert [increment(client), increment(client)] == [1, 2]
-    client.post("/logout")
+    for entry in (None, 7, True, 1.5, ["x"], {"a": 1}, b"bytes"):
+        with client.session_transaction() as content:
+            content.update({BASKET: entry, "own": "kept"})
+        assert [increment(client), increment(client)] == [1, 2]
+        with client.session_transaction() as content:
+            assert isinstance(content[BASKET], str)
+            assert content["own"] == "kept"
+    client.get("/logout")
     assert value(client) == 0
 
 
-def test_without_a_secret_key_the_error_says_so() -> None:
+def test_without_a_secret_key_or_a_request_the_error_says_so() -> None:
     app, shared = make_app(SECRET_KEY=None)
     basket = shared.visitor_counter("basket")
     uses: list[Any] = [basket.increment, basket.decrement, basket.reset, lambda: basket.value]
     for use in uses:
         with app.test_request_context(), pytest.raises(RuntimeError, match="secret key"):
             use()
-
-
-def test_without_a_request_the_error_says_so() -> None:
-    app, shared = make_app()
-    basket = shared.visitor_counter("basket")
-    with app.app_context(), pytest.raises(RuntimeError, match="request context"):
-        basket.increment()
+        with app.app_context(), pytest.raises(RuntimeError, match="request context"):
+            use()
