@@ -614,4 +614,4 @@ TestLedgerAgainstModel.settings = settings(
 
 @pytest.mark.slow
 class TestLedgerAgainstModelForLonger(TestLedgerAgainstModel):  # type: ignore[misc, valid-type]
-    settings = settings(TestLedgerAgainstModel.settings, max_examples=40)
+    settings = settings(TestLedgerAgainstModel.settings, max_examples=30)
