@@ -35,8 +35,6 @@ BOB = b"bob".ljust(16)
 CYD = b"cyd".ljust(16)
 READER = bytes(16)
 
-FULL = "storage_full"
-
 
 class Caller:
     """A client that numbers its batches as it should."""
@@ -59,10 +57,6 @@ class Caller:
 def plain(result: Result) -> Result:
     """Return the code of a refusal, which a model knows, for its message, which is for people."""
     return Refusal(result.code, "") if isinstance(result, Refusal) else result
-
-
-def no(code: str) -> Refusal:
-    return Refusal(code, "")
 
 
 def read(ledger: Ledger, *operations: Operation) -> list[Result]:
@@ -117,89 +111,57 @@ def call(ledger: Ledger) -> Caller:
     return Caller(ledger)
 
 
-keyed = partial(Increment, key="k")
+add, keyed = Increment, partial(Increment, key="k")
+LIMIT, REUSED, FULL = (Refusal(code, "") for code in ("limit", "key_reused", "storage_full"))
+
+RESULTS: dict[str, list[tuple[Operation, Result]]] = {
+    "increments": [(add("a"), 1), (add("a", 5), 6), (add("a", -10), -4), (add("b"), 1)],
+    "bounds": [
+        (add("a", 3, None, 3), 3),
+        (add("a", 1, None, 3), LIMIT),
+        (add("a", -4, 0), LIMIT),
+        (add("a", -3, 0), 0),
+    ],
+    "refused, not made": [(add("a", 2, maximum=1), LIMIT), (Get("a"), None)],
+    "bounds are of the result": [(Set("a", 9), 9), (add("a", -1, maximum=5), LIMIT), (add("a", -5, maximum=5), 4)],
+    "the largest": [
+        (add("a", LARGEST), LARGEST),
+        (add("a"), LIMIT),
+        (add("a", LARGEST), LIMIT),
+        (add("a", -1), LARGEST - 1),
+    ],
+    "the smallest": [
+        (add("a", SMALLEST), SMALLEST),
+        (add("a", -1), LIMIT),
+        (add("a", SMALLEST), LIMIT),
+        (Get("a"), SMALLEST),
+    ],
+    "set": [(Get("a"), None), (Set("a", 0), 0), (Get("a"), 0), (Set("a", -7), -7), (add("a"), -6)],
+    "delete": [(Delete("a"), False), (Set("a", 5), 5), (Delete("a"), True), (Delete("a"), False), (add("a"), 1)],
+    "a key counts once": [(keyed("a", 2), 2), (add("a"), 3), (keyed("a", 2), Replayed(2)), (add("a", key="l"), 4)],
+    "a key is of one request": [
+        (keyed("a"), 1),
+        (keyed("b"), REUSED),
+        (keyed("a", 1, 0), REUSED),
+        (keyed("a"), Replayed(1)),
+    ],
+    "a key precedes the bounds": [(keyed("a", maximum=1), 1), (keyed("a", maximum=1), Replayed(1))],
+    "a refused request uses no key": [(Set("a", 5), 5), (keyed("a", maximum=5), LIMIT), (keyed("b"), 1)],
+    "a key survives its counter": [(keyed("a"), 1), (Delete("a"), True), (keyed("a"), Replayed(1)), (Get("a"), None)],
+}
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["a batch each", "one batch"])
-@pytest.mark.parametrize(
-    ("operations", "results", "left"),
-    [
-        pytest.param(
-            [Increment("a"), Increment("a", 5), Increment("a", -10), Increment("b")],
-            [1, 6, -4, 1],
-            {"a": -4, "b": 1},
-            id="increments",
-        ),
-        pytest.param(
-            [Increment("a", 3, maximum=3), Increment("a", maximum=3), Increment("a", -4, 0), Increment("a", -3, 0)],
-            [3, no("limit"), no("limit"), 0],
-            {"a": 0},
-            id="bounds",
-        ),
-        pytest.param([Increment("a", 2, maximum=1), Get("a")], [no("limit"), None], {}, id="refused, not made"),
-        pytest.param(
-            [Set("a", 100), Increment("a", -1, maximum=10), Increment("a", -95, maximum=10)],
-            [100, no("limit"), 5],
-            {"a": 5},
-            id="bounds apply to the result",
-        ),
-        pytest.param(
-            [Increment("a", LARGEST), Increment("a"), Increment("a", LARGEST), Increment("a", -1), Increment("a")],
-            [LARGEST, no("limit"), no("limit"), LARGEST - 1, LARGEST],
-            {"a": LARGEST},
-            id="the largest number",
-        ),
-        pytest.param(
-            [Increment("b", SMALLEST), Increment("b", -1), Increment("b", SMALLEST)],
-            [SMALLEST, no("limit"), no("limit")],
-            {"b": SMALLEST},
-            id="the smallest number",
-        ),
-        pytest.param(
-            [Get("a"), Delete("a"), Set("a", 0), Get("a"), Set("a", -7), Increment("a"), Delete("a"), Delete("a")],
-            [None, False, 0, 0, -7, -6, True, False],
-            {},
-            id="set and delete",
-        ),
-        pytest.param([Set("a", 5), Delete("a"), Increment("a")], [5, True, 1], {"a": 1}, id="made again"),
-        pytest.param(
-            [keyed("a", 2), Increment("a"), keyed("a", 2), Increment("a", key="l")],
-            [2, 3, Replayed(2), 4],
-            {"a": 4},
-            id="a key counts once",
-        ),
-        pytest.param(
-            [keyed("a"), keyed("b"), keyed("a", 2), keyed("a", 1, 0), keyed("a")],
-            [1, *[no("key_reused")] * 3, Replayed(1)],
-            {"a": 1},
-            id="a key is of one request",
-        ),
-        pytest.param(
-            [keyed("a", maximum=1), keyed("a", maximum=1)], [1, Replayed(1)], {"a": 1}, id="a key precedes the bounds"
-        ),
-        pytest.param(
-            [Set("a", 5), keyed("a", maximum=5), keyed("b"), Set("a", 4)],
-            [5, no("limit"), 1, 4],
-            {"a": 4, "b": 1},
-            id="a refused request does not use its key",
-        ),
-        pytest.param(
-            [keyed("a"), Delete("a"), keyed("a"), Get("a")],
-            [1, True, Replayed(1), None],
-            {},
-            id="a key survives its counter",
-        ),
-    ],
-)
-def test_operations_have_their_results(
-    operations: list[Operation], results: list[Result], left: dict[str, int], call: Caller, *, together: bool
-) -> None:
+@pytest.mark.parametrize("steps", RESULTS.values(), ids=RESULTS)
+def test_operations_have_their_results(steps: list[tuple[Operation, Result]], call: Caller, *, together: bool) -> None:
+    operations = [operation for operation, _ in steps]
     found = call(*operations) if together else [call(operation)[0] for operation in operations]
-    assert list(map(repr, found)) == list(map(repr, results))  # True is not 1
-    assert everything(call.ledger) == left
-    assert read(call.ledger, Get("a"), Get("b")) == [left.get("a"), left.get("b")]
-    keys = {operation.key for operation in operations if isinstance(operation, Increment)} - {None}
-    assert call.ledger.sizes == (len(left), 1, len(keys))
+    assert list(map(repr, found)) == [repr(result) for _, result in steps]  # True is not 1
+    model = Model()
+    model.apply(Batch(ANN, 1, operations))
+    assert everything(call.ledger) == model.counters
+    assert read(call.ledger, Get("a"), Get("b")) == [model.counters.get("a"), model.counters.get("b")]
+    assert call.ledger.sizes == (len(model.counters), 1, len(model.keys))
 
 
 def test_pages_have_every_counter_once_in_the_order_of_the_names(call: Caller) -> None:
@@ -446,7 +408,7 @@ def test_a_full_disk_refuses_writes_and_answers_reads(clock: SimpleNamespace, ca
     assert call.resend(*first) == [1, 5]
     second: list[Operation] = [Increment("a"), Get("a"), Set("b", 6), Delete("b"), Get("b"), Increment("c", key="k")]
     refused = call(*second)
-    assert refused == [no(FULL), 1, no(FULL), no(FULL), 5, no(FULL)]
+    assert refused == [FULL, 1, FULL, FULL, 5, FULL]
     Caller(call.ledger, BOB)(Increment("a"))  # it forgets nothing, either
     disk.error = None
     assert call.resend(*second) == refused
@@ -458,7 +420,7 @@ def test_a_full_disk_answers_a_known_key_with_its_number(call: Caller, disk: Dis
     assert call(Increment("a", key="k")) == [1]
     disk.error = StorageFull("no room")
     keys = [Increment("a", key="k"), Increment("b", key="k"), Increment("a", key="l")]
-    assert call(*keys) == [Replayed(1), no("key_reused"), no(FULL)]
+    assert call(*keys) == [Replayed(1), REUSED, FULL]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), OSError(5, "I/O"), MemoryError()], ids=repr)
@@ -528,9 +490,9 @@ class Model:
                 return self.counters.get(name)
             case Increment(name, by, minimum, maximum, key) if key in self.keys:
                 used_for, number = self.keys[key]
-                return Replayed(number) if used_for == Increment(name, by, minimum, maximum) else no("key_reused")
+                return Replayed(number) if used_for == Increment(name, by, minimum, maximum) else REUSED
             case _ if full:
-                return no(FULL)
+                return FULL
             case Set(name, value):
                 self.counters[name] = value
                 return value
@@ -540,7 +502,7 @@ class Model:
                 value = self.counters.get(name, 0) + by
                 low, high = (SMALLEST if minimum is None else minimum), (LARGEST if maximum is None else maximum)
                 if value < low or value > high:
-                    return no("limit")
+                    return LIMIT
                 self.counters[name] = value
                 if key is not None:
                     self.keys[key] = (Increment(name, by, minimum, maximum), value)
