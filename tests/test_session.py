@@ -1,5 +1,6 @@
 """A session against stores that lose, refuse and forget: each list of operations counts once, or is known not to."""
 
+import threading
 from collections.abc import Callable
 from typing import cast
 
@@ -18,9 +19,10 @@ from counter_server.ledger import CLIENT_LIFETIME, Ledger
 from counter_server.operations import Batch, Get, Increment, Operation, Refusal, Replayed, Result, Scan
 from counter_server.session import Session
 from counter_server.store import Finding, RoundTrip
+from tests.processes import PATIENCE
 from tests.test_combiner import InterruptedAt
 
-Step = Result | BaseException | Callable[[], BaseException]
+Step = Result | BaseException | Callable[[], Result | BaseException]
 
 
 class Clock:
@@ -191,6 +193,7 @@ def test_a_refusal_after_an_answer_is_proof_of_a_rollback(before: list[Step], cl
         ("ab", [NOT_SENT], "not_applied"),
         ("ab", [SENT], "unknown"),
         ("sb", [SENT], "not_applied"),
+        ("aa", [SENT], "unknown"),
     ],
 )
 def test_a_definite_error_reports_whether_the_batch_may_have_counted(
@@ -250,6 +253,29 @@ def test_an_operation_is_shared_if_the_store_is_not_in_this_process() -> None:
         assert session.request(Increment("a"), DEADLINE) == 6
         assert store.clients == [0, 0, 0, 1]
         assert store.deadlines == [DEADLINE] * 4
+
+
+def test_a_call_that_is_not_shared_is_made_alone() -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait() -> Result:
+        inside.set()
+        assert go_on.wait(PATIENCE)
+        return 1
+
+    store = FakeStore(wait, 2, round_trip="none")
+    session = Session(store, 3)
+    threads = [threading.Thread(target=session.request, args=(Increment("a"), DEADLINE), daemon=True) for _ in range(2)]
+    threads[0].start()
+    assert inside.wait(PATIENCE)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert len(store.batches) == 1
+    go_on.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert [batch.sequence for batch in store.batches] == [1, 2]
+    assert store.clients == [0, 0]
 
 
 class RememberingStore(FakeStore):
