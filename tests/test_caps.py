@@ -153,13 +153,18 @@ def test_one_client_too_many_reads_and_is_not_remembered(clock: SimpleNamespace)
     assert ledger.sizes == (1, 1, 0)
 
 
-def test_a_rejected_client_stays_rejected_when_there_is_room() -> None:
+def test_a_rejected_client_stays_rejected_when_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of its batch may be on its way over a connection that it gave up after the answer."""
+    monkeypatch.setattr("counter_server.ledger._TURNED_AWAY", 2)
     clients = Clients({}, 0)
-    assert clients.admit(ANN, Changes(0.0)) is not None
+    assert all(clients.admit(client, Changes(0.0)) for client in (ANN, BOB))
     clients._most = 1
-    assert clients.admit(ANN, Changes(0.0)) is not None
-    assert clients.admit(BOB, Changes(0.0)) is None
+    assert all(clients.admit(client, Changes(0.0)) for client in (ANN, BOB))
+    assert clients.admit(CYD, Changes(0.0)) is None
+    clients._most = 0
+    assert clients.admit(CYD, Changes(0.0)) is not None, "the third replaces the first"
+    clients._most = 1
+    assert [bool(clients.admit(client, Changes(0.0))) for client in (ANN, BOB, CYD)] == [False, True, True]
 
 
 def test_the_client_that_is_idle_longest_makes_room_for_another(clock: SimpleNamespace) -> None:

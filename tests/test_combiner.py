@@ -5,8 +5,8 @@ import random
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from math import inf
 from queue import SimpleQueue
@@ -84,12 +84,39 @@ class Submitter(threading.Thread):
         return error.outcome
 
 
+class Guarded(deque[Any]):
+    """The queue of a `CheckedCombiner`."""
+
+    def __init__(self, items: Iterable[Any], lock: threading.Lock) -> None:
+        super().__init__(items)
+        self._lock = lock
+
+    def append(self, item: Any) -> None:
+        assert self._lock.locked()
+        super().append(item)
+
+    def remove(self, item: Any) -> None:
+        assert self._lock.locked()
+        super().remove(item)
+
+
+class CheckedCombiner(Combiner[int, str]):
+    """Fails if anything that the lock guards changes without it. A new lock comes with new contents."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_leader", "_unfinished", "_waiting") and self._lock is getattr(self, f"{name}_lock", None):
+            assert self._lock.locked(), name
+        if name in ("_leader", "_unfinished", "_waiting"):
+            super().__setattr__(f"{name}_lock", self._lock)
+        super().__setattr__(name, Guarded(value, self._lock) if name == "_waiting" else value)
+
+
 class Scene:
     """A combiner whose first call is under way, by a thread with item 0, and threads that come one after the other."""
 
     def __init__(self, *, limit: int = 100, together: bool = False) -> None:
         self.callee = Callee()
-        self.combiner: Combiner[int, str] = Combiner(self.callee, limit=limit, together=together)
+        self.combiner = CheckedCombiner(self.callee, limit=limit, together=together)
         self.first = Submitter(self.combiner, 0)
         self.visit = self.begun()
 
@@ -117,7 +144,9 @@ class Scene:
         late_comer = Submitter(self.combiner, 999)
         visit = self.begun()
         visit.answer()
-        return visit.items == [999] and late_comer.outcome() == "answer to 999" and not self.combiner._waiting
+        outcome = late_comer.outcome()
+        is_empty = not (self.combiner._unfinished or self.combiner._leader or self.combiner._waiting)
+        return visit.items == [999] and outcome == "answer to 999" and is_empty
 
 
 @pytest.fixture(autouse=True)
@@ -561,7 +590,7 @@ def test_whatever_fails_every_thread_returns_and_nothing_runs_twice(seed: int | 
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     print(f"seed {seed}")  # shown with a failure
     unreliable = Unreliable(random.Random(seed))
-    combiner: Combiner[int, str] = Combiner(Callee(unreliable), limit=5, together=together)
+    combiner = CheckedCombiner(Callee(unreliable), limit=5, together=together)
     barrier = threading.Barrier(16)
     outcomes: dict[int, str | BaseException] = {}
 

@@ -28,7 +28,7 @@ from counter_server.operations import (
     Scan,
     Set,
 )
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, eventually
 
 ANN = b"ann".ljust(16)
 BOB = b"bob".ljust(16)
@@ -367,6 +367,27 @@ def test_nothing_is_readable_before_it_is_committed_and_reads_do_not_wait() -> N
         writer.join(PATIENCE)
     assert results == [[2, 5]]
     assert everything(ledger) == {"a": 2, "b": 5}
+
+
+def test_threads_that_wait_for_a_commit_share_the_next() -> None:
+    disk = Disk(held=1)
+    ledger = Ledger(journal=disk)
+    threads = [started(partial(ledger.apply, Batch(ANN, 1, [Increment("a")])))]
+    assert disk.holds.wait(PATIENCE)
+    threads += [started(partial(ledger.apply, Batch(client, 1, [Increment("a")]))) for client in (BOB, CYD)]
+    eventually(lambda: len(ledger._combiner._waiting) == 2, "two waiting threads")
+    with ledger._memory:  # a read: no part of a commit is merged meanwhile
+        disk.go_on.set()
+        threads[0].join(0.1)
+        assert threads[0].is_alive()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert [set(changes.clients) for changes in disk.committed] == [{ANN}, {BOB, CYD}]
+    assert everything(ledger) == {"a": 3}
+    with ledger._memory:
+        reader = started(partial(read, ledger, Get("a")))
+        reader.join(0.1)
+        assert reader.is_alive(), "a read saw memory while it may change"
 
 
 def test_a_stopped_ledger_ends_its_commit_and_begins_no_other() -> None:

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
+from math import inf
 from typing import cast
 
 import pytest
@@ -19,10 +21,10 @@ from counter_server.ledger import CLIENT_LIFETIME, Ledger
 from counter_server.operations import Batch, Get, Increment, Operation, Refusal, Replayed, Result, Scan
 from counter_server.session import Session
 from counter_server.store import Finding, RoundTrip
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, eventually
 from tests.test_combiner import InterruptedAt
 
-Step = Result | BaseException | Callable[[], Result | BaseException]
+Step = Result | list[Result] | BaseException | Callable[[], Result | BaseException]
 
 
 class Clock:
@@ -65,7 +67,7 @@ class FakeStore:
             step = step()
         if isinstance(step, BaseException):
             raise step
-        return [step]
+        return step if isinstance(step, list) else [step]
 
     def after_fork(self) -> None:
         self.forks += 1
@@ -158,6 +160,7 @@ LOST, FORGOTTEN = ("StateLost", "not_applied"), ("OutcomeUnknown", "unknown")
         pytest.param([REFUSED, NOT_SENT], "A", [NOT_APPLIED], "11", "01", id="refused is not sent"),
         pytest.param([REFUSED, REFUSED, 1], "a", [1], "111", "012", id="refused twice"),
         pytest.param([1, SENT, REFUSED, 2], "abc", [1, FORGOTTEN, 2], "1221", "0001", id="refused after it was sent"),
+        pytest.param([REFUSED, SENT, 2], "Ab", [UNKNOWN, 2], "111", "012", id="refused, sent, then another list"),
         pytest.param([STOPPED, REFUSED], "aa", [STOPPED, FORGOTTEN], "11", "00", id="refused after an interrupt"),
         pytest.param([REFUSED, SENT, REFUSED], "a", [FORGOTTEN], "111", "011", id="a new client that may have sent it"),
         pytest.param([1, 2], "afb", [1, 2], "11", "01", id="a fork"),
@@ -255,7 +258,8 @@ def test_an_operation_is_shared_if_the_store_is_not_in_this_process() -> None:
         assert store.deadlines == [DEADLINE] * 4
 
 
-def test_a_call_that_is_not_shared_is_made_alone() -> None:
+@pytest.mark.parametrize("round_trip", ["none", "short"])
+def test_threads_share_a_batch_or_make_calls_alone_in_turn(round_trip: RoundTrip) -> None:
     inside, go_on = threading.Event(), threading.Event()
 
     def wait() -> Result:
@@ -263,19 +267,26 @@ def test_a_call_that_is_not_shared_is_made_alone() -> None:
         assert go_on.wait(PATIENCE)
         return 1
 
-    store = FakeStore(wait, 2, round_trip="none")
+    is_alone = round_trip == "none"
+    following: list[Step] = [2, 3] if is_alone else [[2, 3]]
+    store = FakeStore(wait, *following, round_trip=round_trip)
     session = Session(store, 3)
-    threads = [threading.Thread(target=session.request, args=(Increment("a"), DEADLINE), daemon=True) for _ in range(2)]
+    ask = partial(session.request, Increment("a"), inf)
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
     threads[0].start()
     assert inside.wait(PATIENCE)
-    threads[1].start()
-    threads[1].join(0.2)
+    for thread in threads[1:]:
+        thread.start()
+    if is_alone:
+        threads[1].join(0.2)
+    else:
+        eventually(lambda: len(session._combiner._waiting) == 2, "two waiting threads")
     assert len(store.batches) == 1
     go_on.set()
     for thread in threads:
         thread.join(PATIENCE)
-    assert [batch.sequence for batch in store.batches] == [1, 2]
-    assert store.clients == [0, 0]
+    assert [batch.sequence for batch in store.batches] == ([1, 2, 3] if is_alone else [1, 2])
+    assert len(set(store.clients)) == 1
 
 
 class RememberingStore(FakeStore):
