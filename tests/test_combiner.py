@@ -330,6 +330,26 @@ def test_an_item_that_is_withdrawn_is_not_sent_while_its_thread_leaves(
     assert (two.late(), one.outcome(), items) == ("not_applied", "answer to 1", [1])
 
 
+def test_the_item_of_an_interrupted_thread_in_the_queue_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+    wait, go_on = scene.combiner._wait, threading.Event()
+
+    def interrupted(ticket: Any, *arguments: Any) -> None:
+        if ticket.item == 2:
+            assert go_on.wait(PATIENCE)
+            raise KeyboardInterrupt
+        wait(ticket, *arguments)
+
+    monkeypatch.setattr(scene.combiner, "_wait", interrupted)
+    one, two = scene.come(1, 2)
+    go_on.set()
+    assert isinstance(two.outcome(), KeyboardInterrupt)
+    assert scene.next_call().items == [1]
+    scene.visit.answer()
+    assert one.outcome() == "answer to 1"
+    assert scene.still_works()
+
+
 @pytest.mark.parametrize("ending", [None, UNKNOWN, NOT_APPLIED], ids=["answered", "unknown", "never sent"])
 def test_a_thread_whose_deadline_passes_during_its_call_leaves(
     ending: DeadlineExceeded | None, clock: SimpleNamespace

@@ -27,11 +27,14 @@ from tests.test_combiner import InterruptedAt
 Step = Result | list[Result] | BaseException | Callable[[], Result | BaseException]
 
 
+START = 1000.0
+
+
 class Clock:
     """Stands in for `time` in the session: it moves only while that pauses, and by no stall of the machine."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now = START
         self.pauses: list[float] = []
 
     def monotonic(self) -> float:
@@ -95,7 +98,7 @@ STOPPED = KeyboardInterrupt()
 BROKEN = RuntimeError("broken")
 LATE = DeadlineExceeded.__name__
 
-DEADLINE = 30.0
+DEADLINE = START + 30.0
 HALF = CLIENT_LIFETIME / 2
 
 
@@ -119,7 +122,7 @@ def play(session: Session, calls: str, clock: Clock) -> list[object]:
         else:
             operations = lists.setdefault(call.lower(), write())
             try:
-                told += session.perform(operations, clock.now + (DEADLINE if call.islower() else -1))
+                told += session.perform(operations, clock.now + (30 if call.islower() else -1))
             except CounterServerError as error:
                 told.append((type(error).__name__, error.outcome))
             except (KeyboardInterrupt, RuntimeError) as error:
@@ -212,10 +215,10 @@ def test_a_definite_error_reports_whether_the_batch_may_have_counted(
 def test_a_batch_is_resent_until_its_deadline(first: Disconnected, clock: Clock) -> None:
     store = FakeStore(first, *[NOT_SENT] * 1000)
     with pytest.raises(DeadlineExceeded, match=r"fake://.*nobody there") as caught:
-        Session(store, 1000).perform(write(), 1.0)
+        Session(store, 1000).perform(write(), START + 1)
     assert caught.value.outcome == ("unknown" if first is SENT else "not_applied")
-    assert clock.now == 1.0, "it should neither give up early nor pause beyond the deadline"
-    assert set(store.deadlines) == {1.0}
+    assert clock.now == START + 1, "it should neither give up early nor pause beyond the deadline"
+    assert set(store.deadlines) == {START + 1}
     assert len(store.batches) == len(clock.pauses) + 1
     for number, pause in enumerate(clock.pauses[:-1]):
         longest = min(0.005 * 2**number, 0.2)  # a server that is back should be found soon
@@ -235,12 +238,12 @@ def test_an_attempt_cut_short_by_the_deadline_is_not_the_reason(
     first: list[str], deadline: float, reported: str, clock: Clock
 ) -> None:
     def wait() -> Disconnected:
-        clock.now = deadline
+        clock.now = START + deadline
         return Disconnected("the manager did not answer", sent=False)
 
     store = FakeStore(*[Disconnected(reason, sent=False) for reason in first], wait)
     with pytest.raises(DeadlineExceeded, match=reported):
-        Session(store, 1000).perform(write(), deadline)
+        Session(store, 1000).perform(write(), START + deadline)
 
 
 def test_an_operation_is_shared_if_the_store_is_not_in_this_process() -> None:
