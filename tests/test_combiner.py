@@ -375,6 +375,30 @@ def test_a_thread_whose_deadline_passes_during_its_call_leaves(
     assert scene.still_works()
 
 
+@pytest.mark.parametrize("is_awaited", [False, True], ids=["an arrival", "a waiting thread"])
+def test_a_leader_that_left_without_handing_over_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, *, is_awaited: bool
+) -> None:
+    scene = Scene()
+
+    def interrupted(_ticket: Any) -> None:
+        raise KeyboardInterrupt
+
+    if is_awaited:
+        monkeypatch.setattr(combiner_module, "_LOOK_SECONDS", 0.01)
+    others = scene.come(1) if is_awaited else []
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.combiner, "_leave", interrupted)
+        scene.visit.ending.put(UNKNOWN)
+        assert isinstance(scene.first.outcome(), KeyboardInterrupt)
+    for other in others:
+        visit = scene.begun()
+        assert visit.items == [1]
+        visit.answer()
+        assert other.outcome() == "answer to 1"
+    assert scene.still_works()
+
+
 def test_after_a_fork_nothing_of_the_parents_threads_is_left(clock: SimpleNamespace) -> None:
     """Their locks are held for ever, as it is here; the fork itself is tested with the state."""
     scene = Scene()
