@@ -1,6 +1,7 @@
 """The ledger: what batches do to counters, and the memory that makes each of them count once."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,13 +77,13 @@ class Disk:
     def __init__(self, held: int = 0) -> None:
         self.committed: list[Changes] = []
         self.error: Exception | None = None
-        self._held = held
+        self.held = held
         self.holds, self.go_on = threading.Event(), threading.Event()
 
     def commit(self, changes: Changes) -> None:
         if self.error is not None:
             raise self.error
-        if len(self.committed) + 1 == self._held:
+        if len(self.committed) + 1 == self.held:
             self.holds.set()
             assert self.go_on.wait(PATIENCE)
         self.committed.append(changes)
@@ -420,6 +421,18 @@ def test_a_stopped_ledger_ends_its_commit_and_begins_no_other() -> None:
     assert ledger.commits <= 3
 
 
+def test_after_a_fork_no_call_of_the_parents_threads_is_left() -> None:
+    disk = Disk(held=1)
+    ledger = Ledger(journal=disk)
+    parent = started(partial(ledger.apply, Batch(ANN, 1, [Increment("a")])))
+    assert disk.holds.wait(PATIENCE)
+    ledger.after_fork()
+    disk.held = 0
+    assert ledger.apply(Batch(BOB, 1, [Increment("b")]), time.monotonic() + PATIENCE) == [1]
+    disk.go_on.set()
+    parent.join(PATIENCE)
+
+
 def test_a_full_disk_refuses_writes_and_answers_reads(clock: SimpleNamespace, call: Caller, disk: Disk) -> None:
     """A batch that was refused stays refused when it is sent again; an applied one is answered as before."""
     first: list[Operation] = [Increment("a"), Set("b", 5)]
@@ -460,6 +473,11 @@ def test_another_error_of_the_disk_is_raised_and_changes_nothing(call: Caller, d
 def test_a_batch_of_reads_changes_nothing_and_commits_nothing(ledger: Ledger, disk: Disk) -> None:
     assert read(ledger, Get("a"), Scan()) == [None, Page([], more=False)]
     assert disk.committed == []
+    memory = Ledger()
+    assert memory.apply(Batch(ANN, 1, [Increment("a")])) == [1]
+    for refusing in (memory, ledger):
+        with pytest.raises(BatchRefused):
+            refusing.apply(Batch(ANN, 5, [Increment("a")]))
     assert isinstance(ledger.perform([Batch(READER, 0, [Get("a")])])[0], BatchRefused)
 
 
