@@ -131,9 +131,13 @@ def test_one_key_too_many_is_refused_until_others_are_a_day_old(clock: SimpleNam
     keyed = {key: Increment("a", key=key) for key in "klmn"}
     assert apply(ledger, keyed["k"], keyed["l"], keyed["l"]) == [1, 2, Replayed(2)]
     assert apply(ledger, keyed["m"], Increment("a")) == [KEY, 3]
+    clock.now = KEY_LIFETIME - 0.5
+    assert apply(ledger, Increment("b")) == [1]  # looks for expired keys
     clock.now = KEY_LIFETIME
-    assert apply(ledger, keyed["k"]) == [4]  # its own place is free
-    assert apply(ledger, keyed["m"], keyed["n"], keyed["k"]) == [5, KEY, Replayed(4)]  # so is another's, since then
+    assert apply(ledger, keyed["k"]) == [4]  # its own place is free, although no key was removed yet
+    clock.now += 1
+    assert apply(ledger, Increment("b")) == [2]
+    assert apply(ledger, keyed["m"], keyed["n"], keyed["k"]) == [5, KEY, Replayed(4)]
 
 
 def test_one_client_too_many_reads_and_is_not_remembered(clock: SimpleNamespace) -> None:

@@ -299,6 +299,9 @@ def test_an_item_whose_deadline_passes_in_the_queue_is_never_sent(clock: SimpleN
     one, two = *scene.come(1), *scene.come(2, deadline=10.0)
     gone_at_once = Submitter(scene.combiner, 3, deadline=0.0)
     assert gone_at_once.late() == "not_applied"
+    clock.now = 9.9
+    two.join(0.1)
+    assert two.is_alive()
     clock.now = 10.0
     assert two.late() == "not_applied"
     assert scene.next_call().items == [1]

@@ -412,6 +412,10 @@ def test_a_stopped_ledger_ends_its_commit_and_begins_no_other() -> None:
     others = [count(BOB), count(CYD)]
     others[0].join(0.05)
     assert others[0].is_alive()
+    shown: list[Contents] = []
+    others.append(started(partial(ledger.show, shown.append)))
+    others[-1].join(0.05)
+    assert shown == []
     assert len(disk.committed) == 1
     assert read(ledger, Get("a")) == [1]
     ledger._writing.release()
