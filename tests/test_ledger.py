@@ -384,6 +384,8 @@ def test_threads_that_wait_for_a_commit_share_the_next() -> None:
     for thread in threads:
         thread.join(PATIENCE)
     assert [set(changes.clients) for changes in disk.committed] == [{ANN}, {BOB, CYD}]
+    assert 0 < ledger.commit_seconds < 10 * PATIENCE
+    assert not ledger._combiner._together, "commits are short"
     assert everything(ledger) == {"a": 3}
     with ledger._memory:
         reader = started(partial(read, ledger, Get("a")))
