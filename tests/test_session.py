@@ -1,8 +1,10 @@
 """A session against stores that lose, refuse and forget: each list of operations counts once, or is known not to."""
 
-import time
+import threading
 from collections.abc import Callable
+from functools import partial
 from math import inf
+from typing import cast
 
 import pytest
 
@@ -13,24 +15,26 @@ from counter_server.errors import (
     CounterServerError,
     DeadlineExceeded,
     Disconnected,
-    OutcomeUnknown,
     StateLost,
 )
 from counter_server.ledger import CLIENT_LIFETIME, Ledger
 from counter_server.operations import Batch, Get, Increment, Operation, Refusal, Replayed, Result, Scan
 from counter_server.session import Session
 from counter_server.store import Finding, RoundTrip
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, eventually
 from tests.test_combiner import InterruptedAt
 
-Step = Callable[[Batch], list[Result]]
+Step = Result | list[Result] | BaseException | Callable[[], Result | BaseException]
+
+
+START = 1000.0
 
 
 class Clock:
     """Stands in for `time` in the session: it moves only while that pauses, and by no stall of the machine."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now = START
         self.pauses: list[float] = []
 
     def monotonic(self) -> float:
@@ -41,7 +45,7 @@ class Clock:
         self.now += seconds
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(session_module, "time", clock)
@@ -49,425 +53,291 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class FakeStore:
-    """Answers each call with the next of its steps, and keeps what it was sent."""
+    """Answers each call with the next of its steps, a result or an error, and keeps what it was sent."""
 
-    round_trip: RoundTrip = "short"
-
-    def findings(self, _deadline: float) -> list[Finding]:
-        return []
-
-    def __init__(self, *steps: Step) -> None:
-        self._steps = list(steps)
+    def __init__(self, *steps: Step, round_trip: RoundTrip = "short") -> None:
+        self.round_trip: RoundTrip = round_trip
+        self.steps = list(steps)
         self.batches: list[Batch] = []
         self.deadlines: list[float] = []
+        self.forks = 0
 
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
         self.batches.append(batch)
         self.deadlines.append(deadline)
-        return self._steps.pop(0)(batch)
+        step = self.steps.pop(0)
+        if callable(step):
+            step = step()
+        if isinstance(step, BaseException):
+            raise step
+        return step if isinstance(step, list) else [step]
 
     def after_fork(self) -> None:
-        """Nothing to let go of."""
+        self.forks += 1
+
+    def findings(self, _deadline: float) -> list[Finding]:
+        return []
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Close nothing."""
 
     def __str__(self) -> str:
         return "fake://"
 
     @property
-    def numbers(self) -> list[int]:
-        return [batch.sequence for batch in self.batches]
-
-    @property
     def clients(self) -> list[int]:
         """The clients, numbered in the order of their first batch."""
-        seen: list[bytes] = []
-        for batch in self.batches:
-            if batch.client not in seen:
-                seen.append(batch.client)
+        seen = list(dict.fromkeys(batch.client for batch in self.batches))
         return [seen.index(batch.client) for batch in self.batches]
 
 
-def answers(*results: Result) -> Step:
-    return lambda _batch: list(results)
+SENT = Disconnected("broke after sending", sent=True)
+NOT_SENT = Disconnected("nobody there", sent=False)
+REFUSED = BatchRefused("batch 1 does not follow")
+STOPPED = KeyboardInterrupt()
+BROKEN = RuntimeError("broken")
+LATE = DeadlineExceeded.__name__
+
+DEADLINE = START + 30.0
+HALF = CLIENT_LIFETIME / 2
 
 
-def fails(error: BaseException) -> Step:
-    def fail(_batch: Batch) -> list[Result]:
-        raise error
-
-    return fail
+def write() -> list[Operation]:
+    return [Increment("a")]
 
 
-def lasts_until(deadline: float, error: BaseException, clock: Clock) -> Step:
-    """Fails when the deadline is there, and not at once: what a store does that waits for its server until then."""
+def play(session: Session, calls: str, clock: Clock) -> list[object]:
+    """Make calls, and return their results, or errors with outcomes.
 
-    def wait(_batch: Batch) -> list[Result]:
-        clock.now = deadline
-        raise error
-
-    return wait
-
-
-SENT = fails(Disconnected("broke after sending", sent=True))
-NOT_SENT = fails(Disconnected("nobody there", sent=False))
-REFUSED = fails(BatchRefused("batch 1 does not follow"))
-
-
-def in_time() -> float:
-    return time.monotonic() + PATIENCE
-
-
-def too_late() -> float:
-    return time.monotonic() - 1
-
-
-def write(name: str = "a") -> list[Operation]:
-    return [Increment(name)]
+    Each letter is a list of operations: "r" and "s" read, "m" reads and writes, others write. A capital letter is the
+    same list with a deadline that has passed. "f" is a fork. "." is half the life of a client, "," a little less.
+    """
+    lists: dict[str, list[Operation]] = {"r": [Get("a"), Scan()], "s": [Get("a")], "m": [Get("a"), Increment("a")]}
+    told: list[object] = []
+    for call in calls:
+        if call in ".,":
+            clock.now += HALF if call == "." else HALF - 1
+        elif call == "f":
+            session.begin_again()
+        else:
+            operations = lists.setdefault(call.lower(), write())
+            try:
+                told += session.perform(operations, clock.now + (30 if call.islower() else -1))
+            except CounterServerError as error:
+                told.append((type(error).__name__, error.outcome))
+            except (KeyboardInterrupt, RuntimeError) as error:
+                told.append(error)
+    return told
 
 
-def test_batches_are_numbered_from_1_and_have_one_client_of_16_bytes() -> None:
-    store = FakeStore(answers(1), answers(2), answers(3))
-    session = Session(store, 1000)
-    deadline = in_time()
-    assert [session.perform(write(), deadline) for _ in range(3)] == [[1], [2], [3]]
-    assert store.numbers == [1, 2, 3]
-    assert store.clients == [0, 0, 0]
-    assert len(store.batches[0].client) == 16
-    assert store.deadlines == [deadline] * 3
-
-
-def test_two_sessions_are_two_clients() -> None:
-    store = FakeStore(answers(1), answers(2))
-    Session(store, 1000).perform(write(), in_time())
-    Session(store, 1000).perform(write(), in_time())
-    assert store.clients == [0, 1]
-
-
-def test_reads_go_without_a_number_and_do_not_use_one_up() -> None:
-    store = FakeStore(answers(1), answers(1, 2), answers(2), answers(3, 4))
-    session = Session(store, 1000)
-    reads: list[Operation] = [Get("a"), Scan()]
-    mixed: list[Operation] = [Get("a"), Increment("a")]
-    for operations in (write(), reads, write(), mixed):
-        session.perform(operations, in_time())
-    assert store.numbers == [1, 0, 2, 3]
-
-
-def test_a_batch_that_broke_after_it_was_sent_is_sent_again_as_it_was() -> None:
-    store = FakeStore(SENT, NOT_SENT, SENT, answers(1), answers(2))
-    session = Session(store, 1000)
-    assert session.perform(write(), in_time()) == [1]
-    assert store.batches[1:4] == store.batches[:1] * 3
-    assert session.perform(write(), in_time()) == [2]
-    assert store.numbers == [1, 1, 1, 1, 2]
-    assert store.clients == [0] * 5
+NO_ROOM, REPLAYED = Refusal("storage_full", ""), Replayed(1)
+UNKNOWN, NOT_APPLIED = (LATE, "unknown"), (LATE, "not_applied")
+LOST, FORGOTTEN = ("StateLost", "not_applied"), ("OutcomeUnknown", "unknown")
 
 
 @pytest.mark.parametrize(
-    ("steps", "operations", "outcome"),
+    ("steps", "calls", "told", "sequences", "clients"),
     [
-        ([NOT_SENT], [Increment("a")], "not_applied"),
-        ([SENT], [Increment("a")], "unknown"),
-        ([SENT], [Get("a"), Increment("a")], "unknown"),
-        ([NOT_SENT], [Get("a")], "not_applied"),
-        ([SENT], [Get("a"), Scan()], "not_applied"),
+        pytest.param([1, 2, 3], "abc", [1, 2, 3], "123", "000", id="numbered from 1"),
+        pytest.param([1, 1, 1, 2, 3], "arsbm", [1, 1, 1, 2, 3], "10023", "00000", id="reads have no number"),
+        pytest.param([SENT, NOT_SENT, SENT, 1, 2], "ab", [1, 2], "11112", "00000", id="sent again"),
+        pytest.param([NOT_SENT], "A", [NOT_APPLIED], "1", "0", id="late before it was sent"),
+        pytest.param([SENT], "A", [UNKNOWN], "1", "0", id="late after it was sent"),
+        pytest.param([SENT], "M", [UNKNOWN], "1", "0", id="late reads with a write"),
+        pytest.param([NOT_SENT], "R", [NOT_APPLIED], "0", "0", id="late reads, not sent"),
+        pytest.param([SENT], "R", [NOT_APPLIED], "0", "0", id="late reads, sent"),
+        pytest.param([1, NOT_SENT, 2], "aBc", [1, NOT_APPLIED, 2], "122", "000", id="a number not sent is used again"),
+        pytest.param([1, SENT, 2], "aBc", [1, UNKNOWN, 2], "121", "001", id="unknown, then another list"),
+        pytest.param([SENT, 1, 2], "Aab", [UNKNOWN, 1, 2], "112", "000", id="unknown, then the same list"),
+        pytest.param([STOPPED, 1, 2], "aab", [STOPPED, 1, 2], "112", "000", id="interrupted, then the same list"),
+        pytest.param([BROKEN, 1, 2], "aab", [BROKEN, 1, 2], "112", "000", id="broken, then the same list"),
+        pytest.param([STOPPED, 1], "ab", [STOPPED, 1], "11", "01", id="interrupted, then another list"),
+        pytest.param([1, 2], "aAb", [1, 1, 2], "12", "00", id="answered again without the store"),
+        pytest.param([1, REFUSED, 2, 3], "a.bc", [1, 2, 3], "1212", "0011", id="forgotten after a while"),
+        pytest.param([1, 2, REFUSED], "a,b,c", [1, 2, LOST], "123", "000", id="used, so remembered for longer"),
+        pytest.param([NO_ROOM, REFUSED, 2], "ab", [NO_ROOM, 2], "121", "001", id="not remembered on a full disk"),
+        pytest.param([REPLAYED, REFUSED, 2], "ab", [REPLAYED, 2], "121", "001", id="not remembered for a known key"),
+        pytest.param(
+            [1, 1, REFUSED], "a,sb", [1, 1, LOST], "102", "000", id="a read does not change what is remembered"
+        ),
+        pytest.param([REFUSED, NOT_SENT], "A", [NOT_APPLIED], "11", "01", id="refused is not sent"),
+        pytest.param([REFUSED, REFUSED, 1], "a", [1], "111", "012", id="refused twice"),
+        pytest.param([1, SENT, REFUSED, 2], "abc", [1, FORGOTTEN, 2], "1221", "0001", id="refused after it was sent"),
+        pytest.param([REFUSED, SENT, 2], "Ab", [UNKNOWN, 2], "111", "012", id="refused, sent, then another list"),
+        pytest.param([STOPPED, REFUSED], "aa", [STOPPED, FORGOTTEN], "11", "00", id="refused after an interrupt"),
+        pytest.param([REFUSED, SENT, REFUSED], "a", [FORGOTTEN], "111", "011", id="a new client that may have sent it"),
+        pytest.param([1, 2], "afb", [1, 2], "11", "01", id="a fork"),
     ],
-    ids=["never-sent", "sent", "sent-with-reads", "reads-never-sent", "reads-sent"],
 )
-def test_an_exceeded_deadline_says_what_happened(steps: list[Step], operations: list[Operation], outcome: str) -> None:
+def test_each_list_counts_once_or_is_known_not_to(
+    steps: list[Step], calls: str, told: list[object], sequences: str, clients: str, clock: Clock
+) -> None:
     store = FakeStore(*steps)
-    with pytest.raises(DeadlineExceeded) as caught:
-        Session(store, 1000).perform(operations, too_late())
-    assert caught.value.outcome == outcome
-    assert "fake://" in str(caught.value)
+    assert play(Session(store, 1000), calls, clock) == told
+    assert "".join(str(batch.sequence) for batch in store.batches) == sequences
+    assert "".join(map(str, store.clients)) == clients
+    assert store.steps == []
+    assert store.forks == calls.count("f")
+    assert {len(batch.client) for batch in store.batches} == {16}
+    for batch, following in zip(store.batches, store.batches[1:], strict=False):
+        if (batch.client, batch.sequence) == (following.client, following.sequence) and batch.sequence:
+            assert following == batch or NOT_SENT in steps
 
 
-def test_a_batch_sent_once_and_then_not_again_until_its_deadline_is_unknown(clock: Clock) -> None:
-    store = FakeStore(SENT, *[NOT_SENT] * 1000)
-    with pytest.raises(DeadlineExceeded) as caught:
-        Session(store, 1000).perform(write(), 0.05)
-    assert caught.value.outcome == "unknown"
-    assert len(store.batches) > 1
-
-
-def test_a_deadline_is_kept_while_the_batch_is_sent_again_and_again(clock: Clock) -> None:
-    store = FakeStore(*[NOT_SENT] * 1000)
-    with pytest.raises(DeadlineExceeded):
-        Session(store, 1000).perform(write(), 1.0)
-    assert clock.now == 1.0, "it should neither give up early nor pause beyond the deadline"
-    assert len(store.batches) == len(clock.pauses) + 1
-    growing = clock.pauses[:6]
-    assert 0 < growing[0] <= 0.005
-    assert growing == sorted(growing)
-    assert growing[-1] > 10 * growing[0]
-    assert max(clock.pauses) <= 0.2, "a server that is back should be found soon"
-
-
-def test_what_is_told_is_not_that_the_last_try_was_cut_short_by_the_deadline(clock: Clock) -> None:
-    deadline = 0.01
-    cut_short = lasts_until(deadline, Disconnected("the manager did not answer", sent=False), clock)
-    session = Session(FakeStore(fails(Disconnected("no room for another", sent=False)), cut_short), 1000)
-    with pytest.raises(DeadlineExceeded, match="no room for another"):
-        session.perform(write(), deadline)
-    clock.now = 0.0
-    session = Session(FakeStore(cut_short), 1000)
-    with pytest.raises(DeadlineExceeded, match="the manager did not answer"):
-        session.perform(write(), deadline)
-
-
-def test_what_is_told_is_how_the_last_try_ended_where_that_had_its_time(clock: Clock) -> None:
-    deadline = 1.0
-    waited = lasts_until(deadline, Disconnected("the manager did not answer", sent=True), clock)
-    session = Session(FakeStore(fails(Disconnected("the connection broke", sent=True)), waited), 1000)
-    with pytest.raises(DeadlineExceeded, match="the manager did not answer"):
-        session.perform(write(), deadline)
-
-
-def test_after_a_batch_that_was_never_sent_its_number_is_used_by_the_next() -> None:
-    store = FakeStore(answers(1), NOT_SENT, answers(2))
-    session = Session(store, 1000)
-    session.perform(write(), in_time())
-    with pytest.raises(DeadlineExceeded):
-        session.perform(write("never sent"), too_late())
-    assert session.perform(write(), in_time()) == [2]
-    assert store.numbers == [1, 2, 2]
-    assert store.clients == [0, 0, 0]
-
-
-def test_after_a_batch_of_unknown_outcome_another_list_is_sent_by_a_new_client() -> None:
-    """Under the old one's next number the abandoned batch might be applied, or answered in its place."""
-    store = FakeStore(answers(1), SENT, answers(2))
-    session = Session(store, 1000)
-    session.perform(write(), in_time())
-    with pytest.raises(DeadlineExceeded):
-        session.perform(write("unknown"), too_late())
-    assert session.perform(write(), in_time()) == [2]
-    assert store.numbers == [1, 2, 1]
-    assert store.clients == [0, 0, 1]
-
-
-def test_after_a_batch_of_unknown_outcome_the_same_list_is_sent_again_under_its_number() -> None:
-    store = FakeStore(SENT, answers(1), answers(2))
-    session = Session(store, 1000)
-    operations = write()
-    with pytest.raises(DeadlineExceeded):
-        session.perform(operations, too_late())
-    assert session.perform(operations, in_time()) == [1]
-    assert session.perform(write(), in_time()) == [2]
-    assert store.batches[0] == store.batches[1]
-    assert store.numbers == [1, 1, 2]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), RuntimeError("broken")], ids=repr)
-def test_an_interrupted_batch_is_sent_again_under_its_number_when_the_same_list_comes(error: BaseException) -> None:
-    store = FakeStore(fails(error), answers(1), answers(2))
-    session = Session(store, 1000)
-    operations = write()
-    with pytest.raises(type(error)):
-        session.perform(operations, in_time())
-    assert session.perform(operations, in_time()) == [1]
-    assert session.perform(write(), in_time()) == [2]
-    assert store.batches[0] == store.batches[1]
-    assert store.numbers == [1, 1, 2]
-    assert store.clients == [0, 0, 0]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), RuntimeError("broken")], ids=repr)
-def test_after_an_interrupted_batch_another_list_is_sent_by_a_new_client(error: BaseException) -> None:
-    store = FakeStore(fails(error), answers(1))
-    session = Session(store, 1000)
-    abandoned = write()
-    with pytest.raises(type(error)):
-        session.perform(abandoned, in_time())
-    same_words_in_another_list = list(abandoned)
-    assert session.perform(same_words_in_another_list, in_time()) == [1]
-    assert store.numbers == [1, 1]
-    assert store.clients == [0, 1]
-
-
-def test_a_list_that_is_finished_is_answered_again_without_the_store() -> None:
-    store = FakeStore(answers(1), answers(2))
-    session = Session(store, 1000)
-    operations = write()
-    assert session.perform(operations, in_time()) == [1]
-    assert session.perform(operations, too_late()) == [1]
-    assert store.numbers == [1]
-    assert session.perform(write(), in_time()) == [2]
-    assert store.numbers == [1, 2]
-
-
-@pytest.mark.parametrize("before", [[], [NOT_SENT]], ids=["at-once", "after-an-attempt-that-never-left"])
-def test_a_refusal_after_an_answer_is_proof_of_a_rollback(before: list[Step]) -> None:
-    store = FakeStore(answers(1), *before, REFUSED, answers(1))
-    session = Session(store, 1000)
-    session.perform(write(), in_time())
-    with pytest.raises(StateLost) as caught:
-        session.perform(write(), in_time())
-    assert caught.value.outcome == "not_applied"
-    assert session.perform(write(), in_time()) == [1]
+@pytest.mark.parametrize("before", [[], [NOT_SENT]], ids=["at once", "after an attempt that was not sent"])
+def test_a_refusal_after_an_answer_is_proof_of_a_rollback(before: list[Step], clock: Clock) -> None:
+    store = FakeStore(1, *before, REFUSED, 1)
+    assert play(Session(store, 1000), "a,bc", clock) == [1, LOST, 1]
     assert store.clients == [0] * (len(before) + 2) + [1]
 
 
-@pytest.mark.parametrize(
-    ("answer", "idle"),
-    [(answers(1), CLIENT_LIFETIME), (answers(Refusal("storage_full", "")), 0.0), (answers(Replayed(1)), 0.0)],
-    ids=["was-idle-for-long", "had-no-room", "was-given-a-known-number"],
-)
-def test_a_client_that_the_store_may_have_forgotten_becomes_a_new_one(answer: Step, idle: float, clock: Clock) -> None:
-    store = FakeStore(answer, REFUSED, answers(2), answers(3))
-    session = Session(store, 1000)
-    session.perform(write(), in_time())
-    clock.now += idle
-    assert session.perform(write("b"), inf) == [2]
-    assert session.perform(write(), inf) == [3]
-    assert store.numbers == [1, 2, 1, 2]
-    assert store.clients == [0, 0, 1, 1]
-    assert store.batches[2].operations == store.batches[1].operations
-
-
-def test_a_refused_batch_counts_as_never_sent_when_it_has_another_number() -> None:
-    store = FakeStore(REFUSED, NOT_SENT)
-    with pytest.raises(DeadlineExceeded) as caught:
-        Session(store, 1000).perform(write(), too_late())
-    assert caught.value.outcome == "not_applied"
-    store = FakeStore(REFUSED, REFUSED, answers(1))
-    assert Session(store, 1000).perform(write(), in_time()) == [1]
-    assert store.clients == [0, 1, 2]
-
-
-def test_a_refusal_of_what_was_sent_before_leaves_the_outcome_unknown_and_is_not_sent_again() -> None:
-    store = FakeStore(answers(1), SENT, REFUSED, answers(2))
-    session = Session(store, 1000)
-    session.perform(write(), in_time())
-    with pytest.raises(OutcomeUnknown) as caught:
-        session.perform(write(), in_time())
-    assert caught.value.outcome == "unknown"
-    assert store.numbers == [1, 2, 2]
-    assert session.perform(write(), in_time()) == [2]
-    assert store.numbers == [1, 2, 2, 1]
-    assert store.clients == [0, 0, 0, 1]
-
-
-def test_a_refusal_of_a_batch_that_was_interrupted_leaves_the_outcome_unknown() -> None:
-    store = FakeStore(fails(KeyboardInterrupt()), REFUSED)
-    session = Session(store, 1000)
-    operations = write()
-    with pytest.raises(KeyboardInterrupt):
-        session.perform(operations, in_time())
-    with pytest.raises(OutcomeUnknown):
-        session.perform(operations, in_time())
-
-
-def test_a_new_client_that_broke_after_sending_has_sent_its_batch() -> None:
-    store = FakeStore(REFUSED, SENT, REFUSED)
-    with pytest.raises(OutcomeUnknown):
-        Session(store, 1000).perform(write(), in_time())
-    assert store.clients == [0, 1, 1]
-
-
 @pytest.mark.parametrize("error", [StateLost, AccessDenied])
-@pytest.mark.parametrize(("steps", "outcome"), [([], "not_applied"), ([NOT_SENT], "not_applied"), ([SENT], "unknown")])
-def test_a_store_that_cannot_go_on_says_so_and_whether_it_may_have_counted(
-    steps: list[Step], outcome: str, error: type[CounterServerError]
+@pytest.mark.parametrize(
+    ("calls", "steps", "outcome"),
+    [
+        ("ab", [], "not_applied"),
+        ("ab", [NOT_SENT], "not_applied"),
+        ("ab", [SENT], "unknown"),
+        ("sb", [SENT], "not_applied"),
+        ("aa", [SENT], "unknown"),
+    ],
+)
+def test_a_definite_error_reports_whether_the_batch_may_have_counted(
+    calls: str, steps: list[Step], outcome: str, error: type[CounterServerError], clock: Clock
 ) -> None:
-    store = FakeStore(*steps, fails(error("begun anew")), answers(1))
-    session = Session(store, 1000)
-    with pytest.raises(error) as caught:
-        session.perform(write(), in_time())
-    assert caught.value.outcome == outcome
+    store = FakeStore(*steps, error("begun anew"), 1)
+    assert play(Session(store, 1000), calls, clock) == [(error.__name__, outcome), 1]
     assert error.outcome == "not_applied"
-    assert session.perform(write(), in_time()) == [1]
-    assert store.numbers[-1] == 1
-    assert store.clients[-1] == 1
+    assert (store.batches[-1].sequence, store.clients[-1]) == (1, 1)
 
 
-def test_reads_that_meet_a_store_without_its_memory_were_never_counted() -> None:
-    store = FakeStore(SENT, fails(StateLost("begun anew")))
-    with pytest.raises(StateLost) as caught:
-        Session(store, 1000).perform([Get("a")], in_time())
-    assert caught.value.outcome == "not_applied"
+@pytest.mark.parametrize("first", [SENT, NOT_SENT])
+def test_a_batch_is_resent_until_its_deadline(first: Disconnected, clock: Clock) -> None:
+    store = FakeStore(first, *[NOT_SENT] * 1000)
+    with pytest.raises(DeadlineExceeded, match=r"fake://.*nobody there") as caught:
+        Session(store, 1000).perform(write(), START + 1)
+    assert caught.value.outcome == ("unknown" if first is SENT else "not_applied")
+    assert clock.now == START + 1, "it should neither give up early nor pause beyond the deadline"
+    assert set(store.deadlines) == {START + 1}
+    assert len(store.batches) == len(clock.pauses) + 1
+    for number, pause in enumerate(clock.pauses[:-1]):
+        longest = min(0.005 * 2**number, 0.2)  # a server that is back should be found soon
+        assert longest / 2 <= pause <= longest
 
 
-def test_a_renewed_session_is_another_client_and_begins_with_1() -> None:
-    store = FakeStore(answers(1), answers(2))
-    session = Session(store, 1000)
-    session.perform(write(), in_time())
-    session.begin_again()
-    session.perform(write(), in_time())
-    assert store.numbers == [1, 1]
-    assert store.clients == [0, 1]
+@pytest.mark.parametrize(
+    ("first", "deadline", "reported"),
+    [
+        (["no room"], 0.01, "no room"),
+        ([], 0.01, "the manager did not answer"),
+        (["no room"], 1.0, "the manager did not answer"),
+    ],
+    ids=["cut short", "the only one", "not cut short"],
+)
+def test_an_attempt_cut_short_by_the_deadline_is_not_the_reason(
+    first: list[str], deadline: float, reported: str, clock: Clock
+) -> None:
+    def wait() -> Disconnected:
+        clock.now = START + deadline
+        return Disconnected("the manager did not answer", sent=False)
+
+    store = FakeStore(*[Disconnected(reason, sent=False) for reason in first], wait)
+    with pytest.raises(DeadlineExceeded, match=reported):
+        Session(store, 1000).perform(write(), START + deadline)
+
+
+def test_an_operation_is_shared_if_the_store_is_not_in_this_process() -> None:
+    for round_trip, is_shared, together in (("none", False, False), ("short", True, False), ("long", True, True)):
+        store = FakeStore(5, Refusal("limit", "no"), BROKEN, 6, round_trip=cast(RoundTrip, round_trip))
+        session = Session(store, 3)
+        assert (session._is_shared, session._combiner._together, session._combiner._limit) == (is_shared, together, 3)
+        assert session.request(Increment("a"), DEADLINE) == 5
+        with pytest.raises(CounterServerError, match="no"):
+            session.request(Increment("a"), DEADLINE)
+        with pytest.raises(RuntimeError):
+            session.request(Increment("a"), DEADLINE)
+        assert session.request(Increment("a"), DEADLINE) == 6
+        assert store.clients == [0, 0, 0, 1]
+        assert store.deadlines == [DEADLINE] * 4
+
+
+@pytest.mark.parametrize("round_trip", ["none", "short"])
+def test_threads_share_a_batch_or_make_calls_alone_in_turn(round_trip: RoundTrip) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait() -> Result:
+        inside.set()
+        assert go_on.wait(PATIENCE)
+        return 1
+
+    is_alone = round_trip == "none"
+    following: list[Step] = [2, 3] if is_alone else [[2, 3]]
+    store = FakeStore(wait, *following, round_trip=round_trip)
+    session = Session(store, 3)
+    ask = partial(session.request, Increment("a"), inf)
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+    threads[0].start()
+    assert inside.wait(PATIENCE)
+    for thread in threads[1:]:
+        thread.start()
+    if is_alone:
+        threads[1].join(0.2)
+    else:
+        eventually(lambda: len(session._combiner._waiting) == 2, "two waiting threads")
+    assert len(store.batches) == 1
+    go_on.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert [batch.sequence for batch in store.batches] == ([1, 2, 3] if is_alone else [1, 2])
+    assert len(set(store.clients)) == 1
 
 
 class RememberingStore(FakeStore):
-    """A store that keeps its promise, and loses some answers on the way."""
+    """Keeps its promise, and loses some messages: n is the nth batch, -n its answer."""
 
-    round_trip: RoundTrip = "short"
-
-    def findings(self, _deadline: float) -> list[Finding]:
-        return []
-
-    def __init__(self, lost: set[int]) -> None:
+    def __init__(self, *lost: int) -> None:
         super().__init__()
         self._ledger = Ledger()
         self._lost = lost
 
-    def apply(self, batch: Batch, deadline: float) -> list[Result]:
+    def apply(self, batch: Batch, deadline: float) -> list[Result]:  # noqa: ARG002 - it never waits
         self.batches.append(batch)
-        self.deadlines.append(deadline)
         if len(self.batches) in self._lost:
             raise Disconnected("lost on the way there", sent=True)
-        answer = self._ledger.apply(batch) if batch.sequence == 0 else self._ledger.perform([batch])[0]
-        if len(self.batches) + 100 in self._lost:
+        results = self._ledger.apply(batch)
+        if -len(self.batches) in self._lost:
             raise Disconnected("lost on the way back", sent=True)
-        if isinstance(answer, BatchRefused):
-            raise answer
-        return answer
+        return results
 
 
-def test_whatever_answers_are_lost_each_list_counts_once() -> None:
-    for lost in ({1}, {101}, {2}, {102}, {1, 102}, {101, 102}, {1, 2, 103}, {101, 2, 103, 104}):
-        session = Session(RememberingStore(lost), 1000)
-        assert [session.perform(write(), in_time()) for _ in range(4)] == [[1], [2], [3], [4]], lost
-
-
-@pytest.mark.traces_opcodes
-def test_an_interrupt_at_any_moment_counts_nothing_twice_and_gives_nobody_another_ones_answer() -> None:
-    """For each moment at which a signal's handler could run in the session, interrupt it there, and go on."""
-    for lost in (set[int](), {2}, {102}):
-        moment = 0
-        for moment in range(1, 1000):
-            session = Session(RememberingStore(lost), 1000)
-            assert session.perform(write(), in_time()) == [1]
-            operations = write()
-            interrupt = InterruptedAt(session_module, moment)
-            try:
-                with interrupt:
-                    session.perform(operations, in_time())
-            except KeyboardInterrupt:
-                pass
-            # As the combiner does: another thread of the call goes on with the same list.
-            assert session.perform(operations, in_time()) == [2], interrupt.place
-            assert session.perform(write(), in_time()) == [3], interrupt.place
-            if interrupt.place is None:
-                break
-        assert 5 < moment < 999
+@pytest.mark.parametrize("lost", [(1,), (-1,), (2,), (-2,), (1, -2), (-1, -2), (1, 2, -3), (-1, 2, -3, -4)], ids=repr)
+def test_whatever_answers_are_lost_each_list_counts_once(lost: tuple[int, ...]) -> None:
+    session = Session(RememberingStore(*lost), 1000)
+    assert [session.perform(write(), DEADLINE) for _ in range(4)] == [[1], [2], [3], [4]]
 
 
 @pytest.mark.traces_opcodes
-def test_an_interrupt_at_any_moment_and_then_another_list_counts_nothing_twice() -> None:
-    moment = 0
+@pytest.mark.parametrize("lost", [(), (2,), (-2,)], ids=repr)
+@pytest.mark.parametrize("same", [True, False], ids=["the same list", "another list"])
+def test_an_interrupt_at_any_moment_counts_nothing_twice(lost: tuple[int, ...], *, same: bool) -> None:
+    """At each moment at which a signal's handler could run, interrupt, and go on with the same list or another one.
+
+    The combiner goes on with the same list, in another thread of the call.
+    """
     for moment in range(1, 1000):
-        session = Session(RememberingStore(set()), 1000)
+        session = Session(RememberingStore(*lost), 1000)
+        assert session.perform(write(), DEADLINE) == [1]
+        operations: list[Operation] = [Increment("a" if same else "given up")]
         interrupt = InterruptedAt(session_module, moment)
         try:
             with interrupt:
-                session.perform(write("given up"), in_time())
+                session.perform(operations, DEADLINE)
         except KeyboardInterrupt:
             pass
-        assert session.perform(write(), in_time()) == [1], interrupt.place
-        assert session.perform([Increment("a"), Get("given up")], in_time()) in ([2, 1], [2, None]), interrupt.place
+        assert session.perform(operations if same else write(), DEADLINE) == [2], interrupt.place
+        assert session.perform([Increment("a"), Get("given up")], DEADLINE) in ([3, None], [3, 1]), interrupt.place
         if interrupt.place is None:
+            assert moment > 5
             break
-    assert 5 < moment < 999
+    else:
+        pytest.fail("there were more moments than any code should have")

@@ -5,8 +5,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from math import inf
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -15,9 +18,11 @@ from counter_server.errors import InvalidRequest, KeyReused, LimitReached
 from counter_server.manager.directory import DataDirectory
 from counter_server.operations import LARGEST, SMALLEST, Batch, Get, Page, Result
 from counter_server.state import Counter, State
+from counter_server.store import RoundTrip
 from counter_server.stores import open_store
 from counter_server.stores.memory import MemoryStore
-from tests.processes import PATIENCE
+from tests.load import at_once
+from tests.processes import PATIENCE, eventually
 
 
 @pytest.fixture
@@ -32,142 +37,72 @@ def counter(state: State) -> Counter:
     return state.counter("visits")
 
 
-def run_threads(count: int, work: Callable[[], None]) -> None:
-    """Run `work` in so many threads that begin at the same moment, and see all of them end."""
-    barrier = threading.Barrier(count)
-
-    def run() -> None:
-        barrier.wait(PATIENCE)
-        work()
-
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert not any(thread.is_alive() for thread in threads)
+def test_a_hundred_threads_at_once_get_different_growing_numbers(counter: Counter) -> None:
+    lists = at_once(100, lambda: [counter.increment() for _ in range(3)])
+    assert sorted(number for numbers in lists for number in numbers) == list(range(1, 301))
+    assert [sorted(numbers) for numbers in lists] == lists
+    assert counter.value == 300
 
 
-def test_a_hundred_threads_at_once_get_1_to_100(state: State) -> None:
-    numbers: list[int] = []
-    run_threads(100, lambda: numbers.append(state.counter("visits").increment()))
-    assert sorted(numbers) == list(range(1, 101))
-    assert state.counter("visits").value == 100
+def test_of_many_threads_only_as_many_as_the_limit_succeed(counter: Counter) -> None:
+    def buy() -> int:
+        try:
+            return counter.increment(maximum=10)
+        except LimitReached:
+            return 0
+
+    assert sorted(at_once(40, buy)) == [0] * 30 + list(range(1, 11))
+    assert at_once(32, lambda: counter.increment(key="order-1")) == [11] * 32
+    assert counter.value == 11
 
 
-def test_each_thread_sees_its_numbers_grow(counter: Counter) -> None:
-    ordered: list[bool] = []
-
-    def count() -> None:
-        numbers = [counter.increment() for _ in range(50)]
-        ordered.append(numbers == sorted(set(numbers)))
-
-    run_threads(16, count)
-    assert ordered == [True] * 16
-    assert counter.value == 800
-
-
-def test_a_counter_counts_up_and_down_is_set_and_removed(counter: Counter) -> None:
-    assert counter.value == 0
-    assert counter.increment() == 1
-    assert counter.increment(5) == 6
-    assert counter.decrement() == 5
-    assert counter.decrement(7) == -2
-    assert counter.value == -2
-    assert counter.set(40) == 40
-    assert counter.increment(-1) == 39
-    assert counter.delete() is True
-    assert counter.delete() is False
-    assert counter.value == 0
-    assert counter.increment() == 1
-
-
-def test_to_read_a_counter_does_not_make_it(state: State) -> None:
-    assert state.counter("visits").value == 0
-    assert state.counters() == Page([], more=False)
-    assert state.submit(Get("visits")) is None
-
-
-def test_counters_of_one_name_are_one_and_of_other_names_others(state: State) -> None:
-    state.counter("a").increment()
-    assert state.counter("a").increment() == 2
-    assert state.counter("b").increment() == 1
-    assert state.counter("A").value == 0
-
-
-def test_a_counter_says_its_name(counter: Counter) -> None:
+def test_a_counter_counts_up_and_down_is_set_and_deleted(state: State, counter: Counter) -> None:
     assert counter.name == "visits"
     assert "visits" in repr(counter)
+    assert counter.value == 0
+    assert state.submit(Get("visits")) is None, "to read a counter does not make it"
+    assert state.counters() == Page([], more=False)
+    assert [counter.increment(), counter.increment(5), counter.decrement(), counter.decrement(7)] == [1, 6, 5, -2]
+    assert counter.value == -2
+    assert [counter.set(40), counter.increment(-1), state.counter("visits").increment()] == [40, 39, 40]
+    assert (state.counter("other").increment(), state.counter("Visits").value) == (1, 0)
+    assert [counter.delete(), counter.delete()] == [True, False]
+    assert (counter.value, counter.increment()) == (0, 1)
+    state.close()
+    assert counter.increment() == 2, "a closed state can be used again"
+    assert open_state("memory://").counter("visits").value == 0, "two states in memory are independent"
 
 
-def test_a_limit_that_is_reached_is_an_error_and_changes_nothing(counter: Counter) -> None:
+def test_a_limit_or_a_reused_key_is_an_error_and_changes_nothing(counter: Counter) -> None:
     assert counter.increment(3, maximum=3) == 3
-    with pytest.raises(LimitReached, match="visits") as caught:
+    with pytest.raises(LimitReached, match="visits") as limit:
         counter.increment(maximum=3)
-    assert caught.value.outcome == "not_applied"
     with pytest.raises(LimitReached):
         counter.decrement(4, minimum=0)
     assert counter.decrement(3, minimum=0) == 0
-    counter.set(LARGEST)
-    with pytest.raises(LimitReached):
-        counter.increment()
-    assert counter.value == LARGEST
-
-
-def test_of_many_threads_only_as_many_as_the_limit_allows_succeed(counter: Counter) -> None:
-    sold: list[int] = []
-    refused: list[LimitReached] = []
-
-    def buy() -> None:
-        try:
-            sold.append(counter.increment(maximum=10))
-        except LimitReached as error:
-            refused.append(error)
-
-    run_threads(40, buy)
-    assert sorted(sold) == list(range(1, 11))
-    assert len(refused) == 30
-
-
-def test_a_key_is_answered_with_the_same_number_and_counted_once(counter: Counter) -> None:
     assert counter.increment(2, key="order-1") == 2
     counter.increment()
     assert counter.increment(2, key="order-1") == 2
-    with pytest.raises(KeyReused) as caught:
+    with pytest.raises(KeyReused) as reused:
         counter.increment(3, key="order-1")
-    assert caught.value.outcome == "not_applied"
+    assert limit.value.outcome == reused.value.outcome == "not_applied"
     assert counter.value == 3
 
 
-def test_of_many_threads_with_one_key_all_get_the_one_number(counter: Counter) -> None:
-    numbers: list[int] = []
-    run_threads(32, lambda: numbers.append(counter.increment(key="order-1")))
-    assert numbers == [1] * 32
-    assert counter.value == 1
-
-
 def test_pages_of_counters_follow_each_other_to_the_end(state: State) -> None:
-    for number in range(25):
-        state.counter(f"n{number:02}").set(number)
-    first = state.counters(limit=10)
-    second = state.counters(after=first.counters[-1][0], limit=10)
-    third = state.counters(after=second.counters[-1][0], limit=10)
-    assert [first.more, second.more, third.more] == [True, True, False]
-    assert first.counters + second.counters + third.counters == [(f"n{number:02}", number) for number in range(25)]
-    assert state.counters() == Page([(f"n{number:02}", number) for number in range(25)], more=False)
+    counters = [(f"n{number:02}", number) for number in range(25)]
+    for name, number in counters:
+        state.counter(name).set(number)
+    pages = [state.counters(limit=10), state.counters(after="n09", limit=10), state.counters(after="n19", limit=10)]
+    assert pages == [Page(counters[:10], more=True), Page(counters[10:20], more=True), Page(counters[20:], more=False)]
+    assert state.counters() == Page(counters, more=False)
 
 
-def test_what_cannot_be_asked_is_refused_before_it_is_sent(state: State) -> None:
-    for name in ("", "a\0", "\ud800", "x" * 256, "e\u0301"):
-        with pytest.raises(InvalidRequest):
-            state.counter(name)
-    counter = state.counter("visits")
+def test_invalid_arguments_are_refused_before_anything_is_sent(state: State, counter: Counter) -> None:
     bad: list[Callable[[], object]] = [
-        lambda: counter.increment(0),
-        lambda: counter.increment(True),  # noqa: FBT003 - that it is refused is the test
-        lambda: counter.increment(LARGEST + 1),
-        lambda: counter.decrement(SMALLEST),
-        lambda: counter.decrement(True),  # noqa: FBT003 - what is no number
+        *[partial(state.counter, name) for name in ("", "a\0", "\ud800", "x" * 256, "e\u0301")],
+        *[partial(counter.increment, by) for by in (0, True, LARGEST + 1)],
+        *[partial(counter.decrement, by) for by in (SMALLEST, True)],
         lambda: counter.decrement("1"),  # type: ignore[arg-type]
         lambda: counter.increment(minimum=1, maximum=0),
         lambda: counter.increment(key=""),
@@ -180,37 +115,14 @@ def test_what_cannot_be_asked_is_refused_before_it_is_sent(state: State) -> None
     for ask in bad:
         with pytest.raises(InvalidRequest):
             ask()
-    assert counter.value == 0
+    assert state.submit(Get("visits")) is None
 
 
-def test_a_closed_state_can_be_used_again(state: State) -> None:
-    state.counter("visits").increment()
-    state.close()
-    assert state.counter("visits").increment() == 2
+MEMORY = ["memory", "memory:", "memory://x", "memory:///", "memory://?a=b"]
+MANAGER = ["//host/directory", "//relative", "///directory?option=1", "///directory#fragment"]
 
 
-def test_two_states_in_memory_have_nothing_in_common(state: State) -> None:
-    state.counter("visits").increment()
-    assert open_state("memory://").counter("visits").value == 0
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "",
-        "memory",
-        "memory:",
-        "memory://x",
-        "memory:///",
-        "memory://?a=b",
-        "nothing://",
-        "http://localhost/",
-        "manager://host/directory",
-        "manager://relative",
-        "manager:///directory?option=1",
-        "manager:///directory#fragment",
-    ],
-)
+@pytest.mark.parametrize("url", ["", "nothing://", "http://localhost/", *MEMORY, *[f"manager:{it}" for it in MANAGER]])
 def test_a_url_that_names_no_store_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest):
         open_state(url)
@@ -225,32 +137,29 @@ def test_a_managers_url_names_its_directory_and_connects_to_nothing_yet(tmp_path
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("deadline", [0, -1, 60.1, float("inf"), float("nan"), -0.0])
-def test_a_deadline_that_is_not_more_than_0_and_at_most_60_seconds_is_refused(deadline: float) -> None:
-    with pytest.raises(InvalidRequest, match="deadline"):
-        open_state("memory://", deadline=deadline)
-
-
-@pytest.mark.parametrize("deadline", [0.001, 1, 60])
-def test_a_deadline_up_to_60_seconds_is_passed_on_to_the_store(deadline: float) -> None:
-    store = WatchedStore()
-    before = time.monotonic()
-    State(store, deadline=deadline).counter("visits").increment()
-    assert before + deadline <= store.deadlines[0] <= time.monotonic() + deadline
+def test_a_deadline_is_over_0_and_at_most_60_seconds() -> None:
+    for deadline in (0, -1, 60.1, inf, float("nan"), -0.0):
+        with pytest.raises(InvalidRequest, match="deadline"):
+            open_state("memory://", deadline=deadline)
+    for deadline in (0.001, 1, 60):
+        store = WatchedStore()
+        before = time.monotonic()
+        State(store, deadline=deadline).counter("visits").increment()
+        assert before + deadline <= store.deadlines[0] <= time.monotonic() + deadline
 
 
 # Forks
 
 
 class WatchedStore(MemoryStore):
-    """Memory that tells whose batches it was given, and that can keep the parent's threads inside a call."""
+    """Memory that notes whose batches it was given, and that can keep the parent's threads inside a call."""
 
-    def __init__(self) -> None:
+    def __init__(self, round_trip: RoundTrip = "none") -> None:
         super().__init__()
+        self.round_trip: RoundTrip = round_trip
         self.clients: list[bytes] = []
         self.deadlines: list[float] = []
-        self.inside = threading.Event()
-        self.go_on = threading.Event()
+        self.inside, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
         self._owner = os.getpid()
 
@@ -275,17 +184,13 @@ def in_child(work: Callable[[], bytes]) -> bytes:
         finally:
             os._exit(status)
     os.close(writing)
-    end = time.monotonic() + PATIENCE
-    ended, status = 0, 0
-    while not ended and time.monotonic() < end:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        time.sleep(0.005)
     with open(reading, "rb") as pipe:
-        if not ended:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            pytest.fail("the child hangs")
-        assert os.waitstatus_to_exitcode(status) == 0, "the child failed"
+        with ExitStack() as stack:
+            stack.callback(os.waitpid, pid, 0)
+            stack.callback(os.kill, pid, signal.SIGKILL)
+            eventually(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), "the end of the child")
+            stack.pop_all()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the child failed"
         return pipe.read()
 
 
@@ -305,22 +210,25 @@ def test_a_child_is_another_client_and_the_parent_stays_the_same() -> None:
     assert store.clients == [store.clients[0]] * 2
 
 
-def test_a_child_works_while_another_thread_of_the_parent_leads_a_call_and_others_wait() -> None:
-    store = WatchedStore()
-    state = State(store, deadline=PATIENCE)
-    state.counter("visits").increment()
+@pytest.mark.parametrize("round_trip", get_args(RoundTrip))
+def test_a_child_works_while_threads_of_the_parent_make_and_await_a_call(round_trip: RoundTrip) -> None:
+    store = WatchedStore(round_trip)
+    counter = State(store, deadline=PATIENCE).counter("visits")
+    counter.increment()
     store.inside.clear()
     store.go_on.clear()
     numbers: list[int] = []
-    threads = [
-        threading.Thread(target=lambda: numbers.append(state.counter("visits").increment()), daemon=True)
-        for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: numbers.append(counter.increment()), daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
+
+    def work() -> bytes:
+        """Share calls with threads of its own, as the parent does."""
+        return bytes(sorted(at_once(16, counter.increment)))
+
     try:
         assert store.inside.wait(PATIENCE)
-        assert in_child(lambda: b"%d" % state.counter("visits").increment()) == b"2"
+        assert in_child(work) == bytes(range(2, 18))
     finally:
         store.go_on.set()
     for thread in threads:
@@ -329,47 +237,15 @@ def test_a_child_works_while_another_thread_of_the_parent_leads_a_call_and_other
 
 
 @pytest.mark.parametrize("lock", ["session", "ledger's commit", "ledger's memory"])
-def test_a_child_works_though_a_thread_of_the_parent_held_a_lock_at_the_fork(state: State, lock: str) -> None:
-    """Nobody is left in the child to release it. The locks are held for moments only, so they are reached for here."""
-    assert isinstance(state.store, MemoryStore)
+def test_a_child_works_though_a_thread_of_the_parent_held_a_lock(state: State, counter: Counter, lock: str) -> None:
+    """No thread in the child could release it. The locks are held for moments only, so this looks inside."""
     ledger = state.store
+    assert isinstance(ledger, MemoryStore)
     locks = {
         "session": state._counters._alone,
         "ledger's commit": ledger._writing,
         "ledger's memory": ledger._memory,
     }
-    held, release = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with locks[lock]:
-            held.set()
-            release.wait(PATIENCE)
-
-    holder = threading.Thread(target=hold, daemon=True)
-    holder.start()
-    try:
-        assert held.wait(PATIENCE)
-
-        def work() -> bytes:
-            counter = state.counter("visits")
-            return b"%d %d %d" % (counter.increment(), counter.increment(), counter.value)
-
-        assert in_child(work) == b"1 2 2"
-    finally:
-        release.set()
-        holder.join(PATIENCE)
-    assert state.counter("visits").increment() == 1
-
-
-def test_threads_of_a_child_share_calls_as_they_did_in_the_parent(state: State) -> None:
-    numbers: list[int] = []
-    run_threads(8, lambda: numbers.append(state.counter("visits").increment()))
-
-    def work() -> bytes:
-        numbers.clear()
-        run_threads(32, lambda: numbers.append(state.counter("visits").increment()))
-        assert sorted(numbers) == list(range(9, 41))
-        return b"done"
-
-    assert in_child(work) == b"done"
-    assert state.counter("visits").value == 8
+    with locks[lock]:
+        assert in_child(lambda: b"%d %d %d" % (counter.increment(), counter.increment(), counter.value)) == b"1 2 2"
+    assert counter.increment() == 1
