@@ -27,9 +27,10 @@ from typing import Any
 
 import msgspec
 
-from counter_server.server.prove.history import Operation, judge, save
+from counter_server.history import Operation, save
 from counter_server.server.prove.load import Client, Load, path_of
 from counter_server.server.prove.proof import group_members
+from counter_server.server.prove.verdict import judge
 from tests.leaks import MEBIBYTE, Bounds, Growth, Watch
 from tests.processes import PATIENCE, Server, eventually
 from tests.soak_faults import MOST_HELD, WORKERS, Faults, Injury

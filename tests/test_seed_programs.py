@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from counter_server.server.prove.history import Operation
+from counter_server.history import Operation
 from tests.history import assert_exactly_once
 from tests.launchers import LAUNCHERS
 from tests.launchers import launch as launch_app
