@@ -24,6 +24,7 @@ from tests.processes import PATIENCE, eventually
 Answer = TypeVar("Answer")
 
 spawn = multiprocessing.get_context("spawn")
+_START = 4 * PATIENCE  # seconds in which several processes import everything on a busy machine
 
 
 def open_client(url: str, *, deadline: float = DEFAULT_DEADLINE) -> State:
@@ -96,7 +97,7 @@ def _count(url: str, counter: str, threads: int, each: float, keys: bool, start:
                 value = state.counter(counter).increment(key=key)
                 note(name, time.monotonic(), value)
 
-    start.wait(PATIENCE)
+    start.wait(_START)
     with ThreadPoolExecutor(threads) as workers:
         for done in [workers.submit(work, number) for number in range(threads)]:
             done.result()
@@ -130,6 +131,7 @@ class StoreLoad:
         ]
         for process in self._processes:
             process.start()
+        eventually(lambda: all(log.exists() for log in self._logs), "the start of the load", _START)
 
     def progress(self, increments: int) -> None:
         """Wait until about `increments` more were answered."""
