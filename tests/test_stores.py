@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,7 +12,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from counter_server.errors import InvalidRequest
+from counter_server import StoreOptions
+from counter_server.errors import Disconnected, InvalidRequest
+from counter_server.operations import Batch, Increment
 from counter_server.stores import Store, open_store
 from counter_server.testing import StoreContract
 from tests.processes import ROOT, Manager
@@ -48,6 +51,20 @@ class TestStores(StoreContract):
     def stores(self, url: str, store: Store, stack: ExitStack) -> list[Store]:
         others = [] if url == "memory://" else [stack.enter_context(closing(open_store(url))) for _ in range(3)]
         return [store, *others]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "manager://{}",
+        *(pytest.param(url, marks=pytest.mark.slow) for url in ("unix://{}", "postgresql:///db?host={}")),
+    ],
+)
+def test_a_store_that_is_not_there_was_sent_nothing(url: str, tmp_path: Path) -> None:
+    store = open_store(url.format(tmp_path / "nothing"), StoreOptions(start=False))
+    with pytest.raises(Disconnected) as error:
+        store.apply(Batch(b"c" * 16, 1, [Increment("x")]), time.monotonic() + 0.2)
+    assert not error.value.sent
 
 
 REFUSED = [
