@@ -1,5 +1,6 @@
-"""A proxy that cuts connections in the middle of a reply."""
+"""A proxy, from a port to a socket file, that cuts connections in the middle of a reply."""
 
+import itertools
 import os
 import socket
 import threading
@@ -8,10 +9,11 @@ from pathlib import Path
 
 
 class Cutter:
-    """A proxy on a free port that cuts each connection after some bytes of its answers, in the middle of one."""
+    """A proxy on a free port that cuts each connection after some bytes of its answers, unless it only passes them."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, cutting: bool = True) -> None:
         self._target = target
+        self._lengths = itertools.cycle([5000, 777, 8009, 90, 3001] if cutting else [None])
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.cuts = 0
@@ -20,7 +22,6 @@ class Cutter:
         self._thread.start()
 
     def _accept(self) -> None:
-        lengths = (n for _ in iter(int, 1) for n in (5000, 777, 8009, 90, 3001))
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
@@ -31,7 +32,7 @@ class Cutter:
                     client.close()
                     server.close()
                     continue
-                for work in ((self._pass, client, server, None), (self._pass, server, client, next(lengths))):
+                for work in ((self._pass, client, server, None), (self._pass, server, client, next(self._lengths))):
                     thread = threading.Thread(target=work[0], args=work[1:])
                     thread.start()
                     self._serving.append(thread)

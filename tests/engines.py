@@ -1,4 +1,4 @@
-"""Real database servers for tests, each in a directory of its own, on sockets that the system chose."""
+"""Real engines for tests: each in a directory of its own, on a socket file, and all of one shape."""
 
 import os
 import pwd
@@ -7,15 +7,18 @@ import signal
 import socket
 import subprocess
 import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, LiteralString, Self
+from typing import Any, Self
 
 import psycopg
 import pymysql
 import pytest
 
-from tests.processes import PATIENCE, Program, eventually
+from tests.processes import PATIENCE, Manager, Program, eventually
 
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")  # of Redis: on disk before it is answered
 
@@ -28,285 +31,315 @@ def find(program: str, package: str) -> str:
     return found
 
 
-class RedisServer:
-    """`redis-server` on a socket file. After a kill it can start again, and reads its own files."""
+class Engine(ABC):
+    """A server, which after a kill can start again. A place on it is a database, or a prefix of keys."""
 
-    def __init__(self, directory: Path, *options: str) -> None:
-        self._command = find("redis-server", "redis-server")
-        self._directory = directory
-        self._options = options
-        directory.mkdir(exist_ok=True)
-        self.socket = directory / "redis.sock"
-        self.url = f"unix://{self.socket}"
-        self.start()
+    url: str
+    socket: Path
+    arguments: list[str]  # the program and its arguments
+    _program: Program | None = None
+
+    def launch(self) -> Program:
+        program, *arguments = self.arguments
+        return Program(*arguments, program=program, cwd=Path("/"))
+
+    @abstractmethod
+    def answers(self) -> bool:
+        """Return whether it serves; an OSError also means that it does not."""
+
+    @abstractmethod
+    def url_of(self, place: str, through: int | None = None) -> str:
+        """Return the URL of a place, on the socket or through a proxy on a port."""
+
+    def make(self, place: str) -> str:
+        """Make an empty place, and return its URL."""
+        return self.url_of(place)
 
     def start(self) -> None:
-        where = ("--port", "0", "--unixsocket", str(self.socket), "--dir", str(self._directory), "--save", "")
-        self._program = Program(*where, *self._options, program=self._command)
+        self._program = self.launch()
         try:
-            eventually(self._answers, "an answer of redis-server")
+            eventually(self._is_ready, f"an answer of {type(self).__name__}")
         except BaseException:
             self.__exit__()
             raise
 
-    def _answers(self) -> bool:
-        assert self._program.running, self._program.output
+    def _is_ready(self) -> bool:
+        assert self.program.running, (self.program.output, self.program.errors)
         try:
-            return self.command("PING")[:5] in (b"+PONG", b"-NOAU")
+            return self.answers()
         except OSError:
             return False
 
+    @property
+    def program(self) -> Program:
+        assert self._program is not None
+        return self._program
+
+    @property
+    def pid(self) -> int:
+        return self.program.pid
+
+    def serving(self) -> list[int]:
+        """Return the processes that answer clients."""
+        return [self.pid]
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        self.program.__exit__(None, None, None)
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    @property
+    def harms(self) -> list[Callable[[], object]]:
+        """Return what may happen to it under load: it or one of its connections is killed."""
+        return [self.restart]
+
     def command(self, *words: str) -> bytes:
-        """Send a command and return the beginning of the answer."""
+        """Send a line over a connection of its own, and return the beginning of the answer."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(PATIENCE)
             connection.connect(os.fspath(self.socket))
             connection.sendall(" ".join(words).encode() + b"\r\n")
             return connection.recv(65536)
 
-    @property
-    def pid(self) -> int:
-        return self._program.pid
-
-    def kill(self) -> None:
-        """`kill -9`."""
-        self._program.__exit__(None, None, None)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._program.__exit__(None, None, None)
+        if self._program is not None:
+            self._program.__exit__(None, None, None)
 
 
-class MemcachedServer:
-    """`memcached` on a socket file, or on a port that the system chose. A restart empties it."""
-
-    def __init__(self, directory: Path, *options: str, tcp: bool = False) -> None:
-        self._command = find("memcached", "memcached")
-        self._options = options
-        self._tcp = tcp
+class RedisServer(Engine):
+    def __init__(self, directory: Path, *options: str) -> None:
         directory.mkdir(exist_ok=True)
-        self.socket = directory / "memcached.sock"
-        self._port_file = directory / "port"
+        self.socket = directory / "redis.sock"
+        self.url = f"unix://{self.socket}"
+        where = ("--port", "0", "--unixsocket", str(self.socket), "--dir", str(directory), "--save", "")
+        self.arguments = [find("redis-server", "redis-server"), *where, *options]
         self.start()
 
-    def start(self) -> None:
+    def answers(self) -> bool:
+        return self.command("PING")[:5] in (b"+PONG", b"-NOAU")
+
+    def url_of(self, place: str, through: int | None = None) -> str:
+        return f"{f'redis://127.0.0.1:{through}' if through else self.url}?prefix={place}"
+
+
+class MemcachedServer(Engine):
+    """A restart empties it."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        directory.mkdir(exist_ok=True)
+        self.socket = directory / "memcached.sock"
+        self.url = f"memcached://{self.socket}"
         user = pwd.getpwuid(os.geteuid()).pw_name  # root has to name itself
-        where = ("-p", "-1", "-l", "127.0.0.1") if self._tcp else ("-s", str(self.socket))
-        self._program = Program(
-            *("-u", user, *where, *self._options),
-            program=self._command,
-            environment={"MEMCACHED_PORT_FILENAME": str(self._port_file)},
-        )
+        self.arguments = [find("memcached", "memcached"), "-u", user, "-s", str(self.socket), *options]
+        self.start()
+
+    def answers(self) -> bool:
+        return self.command("mn")[:2] in (b"MN", b"CL")
+
+    def url_of(self, place: str, through: int | None = None) -> str:
+        return f"{f'memcached://127.0.0.1:{through}' if through else self.url}?prefix={place}"
+
+
+class _SqlServer(Engine):
+    """A place is a database. The directory is temporary, because its name has to be short for the socket."""
+
+    def __init__(self, *options: str) -> None:
+        self.options = options
+        self.directory = Path(tempfile.mkdtemp(prefix="counter-server-"))
         try:
-            eventually(self._answers, "an answer of memcached")
+            self.install()
+            self.start()
+            self.url = self.url_of(self.first)
         except BaseException:
             self.__exit__()
             raise
 
-    @property
-    def pid(self) -> int:
-        return self._program.pid
+    first: str  # the name of its first database
 
-    @property
-    def port(self) -> int:
-        return int(self._port_file.read_text().rpartition(": ")[2])
+    @abstractmethod
+    def install(self) -> None: ...
 
-    @property
-    def url(self) -> str:
-        return f"memcached://127.0.0.1:{self.port}" if self._tcp else f"memcached://{self.socket}"
+    @abstractmethod
+    def connect(self, database: str) -> Any:
+        """Return a connection that commits by itself."""
 
-    def _answers(self) -> bool:
-        assert self._program.running, self._program.errors
-        try:
-            return self.command("mn")[:2] in (b"MN", b"CL")
-        except (OSError, ValueError):
-            return False
+    def query(self, statement: str, database: str | None = None) -> list[tuple[Any, ...]]:
+        """Execute a statement over a connection of its own, and return its rows."""
+        with closing(self.connect(database or self.first)) as connection, closing(connection.cursor()) as cursor:
+            cursor.execute(statement)
+            return list(cursor.fetchall()) if cursor.description else []
 
-    def command(self, line: str) -> bytes:
-        """Send a command and return the beginning of the answer."""
-        address: tuple[str, int] | str = ("127.0.0.1", self.port) if self._tcp else os.fspath(self.socket)
-        with socket.socket(socket.AF_INET if self._tcp else socket.AF_UNIX) as connection:
-            connection.settimeout(PATIENCE)
-            connection.connect(address)
-            connection.sendall(line.encode() + b"\r\n")
-            return connection.recv(65536)
+    def make(self, place: str) -> str:
+        self.query(f"CREATE DATABASE {place}")
+        return self.url_of(place)
 
-    def kill(self) -> None:
-        """`kill -9`."""
-        self._program.__exit__(None, None, None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._program.__exit__(None, None, None)
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        shutil.rmtree(self.directory)
 
 
-class PostgresServer:
-    """`postgres` on a socket file, with one database. After a kill it can start again, and reads its own files.
+class PostgresServer(_SqlServer):
+    """It refuses to run as root, so root runs it as the user `postgres`."""
 
-    It refuses to run as root, so root runs it as the user `postgres`.
-    """
+    first = "postgres"
+    _clients = "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
 
-    def __init__(self, *options: str) -> None:
+    def install(self) -> None:
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
-        self._programs = str(programs[-1]) if programs else os.path.dirname(find("postgres", "postgresql"))
+        place = str(programs[-1]) if programs else os.path.dirname(find("postgres", "postgresql"))
         self.as_user: list[str] = []  # the beginning of a command that runs as that user
-        self._options = options
-        self.directory = Path(tempfile.mkdtemp(prefix="counter-server-"))  # a short name, for the socket
         if os.getuid() == 0:
             user = pwd.getpwnam("postgres")
             os.chown(self.directory, user.pw_uid, user.pw_gid)
             self.as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
-        self.url = self.url_of("postgres")
         self.socket = self.directory / ".s.PGSQL.5432"
-        self._program: Program | None = None
-        try:
-            how = ("-U", "counter", "-A", "trust", "-E", "UTF8", "--locale", "C.UTF-8", "--no-sync")
-            command = [*self.as_user, f"{self._programs}/initdb", "-D", f"{self.directory}/data", *how]
-            subprocess.run(command, check=True, capture_output=True, cwd="/")
-            access = self.directory / "data" / "pg_hba.conf"
-            access.write_text(f"local all stranger scram-sha-256\n{access.read_text()}")
-            self.start()
-        except BaseException:
-            self.__exit__()
-            raise
+        how = ("-U", "counter", "-A", "trust", "-E", "UTF8", "--locale", "C.UTF-8", "--no-sync")
+        command = [*self.as_user, f"{place}/initdb", "-D", f"{self.directory}/data", *how]
+        subprocess.run(command, check=True, capture_output=True, cwd="/")
+        where = ("-D", f"{self.directory}/data", "-k", str(self.directory), "-c", "listen_addresses=")
+        self.arguments = [*self.as_user, f"{place}/postgres", *where, *self.options]
+        access = self.directory / "data" / "pg_hba.conf"
+        access.write_text(f"local all stranger scram-sha-256\n{access.read_text()}")
 
-    def start(self) -> None:
-        where = ("-D", f"{self.directory}/data", "-k", str(self.directory), "-c", "listen_addresses=", *self._options)
-        command = [*self.as_user, f"{self._programs}/postgres", *where]
-        self._program = Program(*command[1:], program=command[0], cwd=Path("/"))
-        eventually(self._answers, "an answer of postgres")
-
-    def _answers(self) -> bool:
-        assert self._program is not None
-        assert self._program.running, self._program.errors
+    def answers(self) -> bool:
         try:
             return self.query("SELECT 1") == [(1,)]
         except psycopg.OperationalError:
             return False
 
-    def query(self, statement: LiteralString, database: str = "postgres") -> list[tuple[Any, ...]]:
-        """Execute a statement over a connection of its own, and return its rows."""
-        with psycopg.connect(self.url_of(database), autocommit=True) as connection:
-            cursor = connection.execute(statement)
-            return cursor.fetchall() if cursor.description else []
+    def connect(self, database: str) -> Any:
+        return psycopg.connect(self.url_of(database), autocommit=True)
 
-    @property
-    def pid(self) -> int:
-        assert self._program is not None
-        return self._program.pid
-
-    def url_of(self, database: str) -> str:
-        return f"postgresql://counter@/{database}?host={self.directory}"
+    def url_of(self, place: str, through: int | None = None) -> str:
+        if through:
+            return f"postgresql://counter@127.0.0.1:{through}/{place}?sslmode=disable&gssencmode=disable"
+        return f"postgresql://counter@/{place}?host={self.directory}"
 
     @property
     def children(self) -> list[int]:
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
-    def backends(self) -> list[int]:
-        """Return the pids of the processes that serve clients."""
-        return [pid for (pid,) in self.query("SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'")]
+    def serving(self) -> list[int]:
+        return [*(pid for (pid,) in self.query(f"SELECT pid {self._clients}")), self.pid]
+
+    def end_sessions(self) -> None:
+        self.query(f"SELECT pg_terminate_backend(pid) {self._clients}")
+
+    def kill_backend(self) -> None:
+        """Kill the process of one client; the server then ends all others."""
+        with suppress(ProcessLookupError):
+            os.kill(self.serving()[0], signal.SIGKILL)
+
+    @property
+    def harms(self) -> list[Callable[[], object]]:
+        return [self.end_sessions, self.kill_backend, self.restart]
 
     def kill(self) -> None:
         """`kill -9` all its processes, as each has a session of its own."""
-        assert self._program is not None
-        self._program.send_signal(signal.SIGSTOP)  # so that it starts no others
+        self.program.send_signal(signal.SIGSTOP)  # so that it starts no others
         eventually(lambda: "T (stopped)" in Path(f"/proc/{self.pid}/status").read_text(), "the stop of postgres")
         children = self.children
-        self._program.kill()
+        self.program.kill()
         for pid in children:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), "the end of postgres")
-        self._program.__exit__(None, None, None)
+        super().kill()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._program is not None:
-            if self._program.running:
-                self._program.send_signal(signal.SIGQUIT)  # at once, and nothing of it is left in shared memory
-                self._program.wait()
-            self._program.__exit__(None, None, None)
-        shutil.rmtree(self.directory)
+    def __exit__(self, *exception: object) -> None:
+        if self._program is not None and self._program.running:
+            self._program.send_signal(signal.SIGQUIT)  # at once, and nothing of it is left in shared memory
+            self._program.wait()
+        super().__exit__(*exception)
 
 
-class MariaDbServer:
-    """`mariadbd` on a socket file, with one database. After a kill it can start again, and reads its own files."""
+class MariaDbServer(_SqlServer):
+    first = "mysql"
 
-    def __init__(self, *options: str) -> None:
-        self._command = find("mariadbd", "mariadb-server")
-        self._options = options
-        self.directory = Path(tempfile.mkdtemp(prefix="counter-server-"))  # a short name, for the socket
+    def install(self) -> None:
         self.socket = self.directory / "mysqld.sock"
-        self.url = self.url_of("counters")
-        self._user = f"--user={pwd.getpwuid(os.geteuid()).pw_name}"  # root has to say so
-        self._program: Program | None = None
-        try:
-            install = [
-                find("mariadb-install-db", "mariadb-server"),
-                "--no-defaults",
-                f"--datadir={self.directory}/data",
-            ]
-            how = (self._user, "--auth-root-authentication-method=normal", "--skip-test-db")
-            subprocess.run([*install, *how], check=True, capture_output=True, cwd="/")
-            self.start()
-            self.query("CREATE DATABASE counters", "mysql")
-        except BaseException:
-            self.__exit__()
-            raise
+        where = ("--no-defaults", f"--datadir={self.directory}/data")
+        user = f"--user={pwd.getpwuid(os.geteuid()).pw_name}"  # root has to say so
+        how = (user, "--auth-root-authentication-method=normal", "--skip-test-db")
+        install = [find("mariadb-install-db", "mariadb-server"), *where, *how]
+        subprocess.run(install, check=True, capture_output=True, cwd="/")
+        options = (f"--socket={self.socket}", "--skip-networking", user, *self.options)
+        self.arguments = [find("mariadbd", "mariadb-server"), *where, *options]
 
     def start(self) -> None:
-        where = (f"--datadir={self.directory}/data", f"--socket={self.socket}", "--skip-networking", self._user)
-        self._program = Program("--no-defaults", *where, *self._options, program=self._command, cwd=Path("/"))
-        eventually(self._answers, "an answer of mariadbd")
+        super().start()
+        self.query("CREATE DATABASE IF NOT EXISTS counters", "mysql")
+        self.first = "counters"
 
-    def _answers(self) -> bool:
-        assert self._program is not None
-        assert self._program.running, self._program.errors
-        try:  # PyMySQL leaves the socket of a refused connection to the garbage collector
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(os.fspath(self.socket))
-        except OSError:
-            return False
+    def answers(self) -> bool:
+        # Not PyMySQL, which leaves the socket of a refused connection to the garbage collector.
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(os.fspath(self.socket))
         return True
 
-    def query(self, statement: str, database: str = "counters") -> list[tuple[Any, ...]]:
-        """Execute a statement over a connection of its own, with ANSI quotes, and return its rows."""
-        connection = self.connect(database)
-        with closing(connection), connection.cursor() as cursor:
-            cursor.execute(statement)
-            return list(cursor.fetchall())
-
-    def connect(self, database: str = "counters") -> "pymysql.Connection[Any]":
+    def connect(self, database: str) -> Any:
         ansi = "SET SESSION sql_mode = CONCAT(@@sql_mode, ',ANSI_QUOTES')"
         where = os.fspath(self.socket)
         return pymysql.connect(unix_socket=where, user="root", database=database, init_command=ansi, autocommit=True)
 
-    def url_of(self, database: str) -> str:
-        return f"mariadb://root@/{database}?unix_socket={self.socket}"
+    def url_of(self, place: str, through: int | None = None) -> str:
+        return (
+            f"mariadb://root@127.0.0.1:{through}/{place}"
+            if through
+            else f"mariadb://root@/{place}?unix_socket={self.socket}"
+        )
+
+    def end_sessions(self) -> None:
+        own = "SELECT id FROM information_schema.processlist WHERE command <> 'Daemon' AND id <> connection_id()"
+        for (connection,) in self.query(own):
+            with suppress(pymysql.Error):  # it is gone already
+                self.query(f"KILL {connection}")
 
     @property
-    def pid(self) -> int:
-        assert self._program is not None
-        return self._program.pid
+    def harms(self) -> list[Callable[[], object]]:
+        return [self.end_sessions, self.restart]
 
-    def kill(self) -> None:
-        """`kill -9`."""
-        assert self._program is not None
-        self._program.__exit__(None, None, None)
 
-    def __enter__(self) -> Self:
-        return self
+class ManagerServer(Engine):
+    """Our own manager. It has one place."""
 
-    def __exit__(self, *_exception: object) -> None:
-        if self._program is not None:
-            self._program.__exit__(None, None, None)
-        shutil.rmtree(self.directory)
+    def __init__(self, directory: Path, *options: str) -> None:
+        self._start = partial(Manager, directory, *options)
+        self.start()
+
+    def launch(self) -> Manager:
+        manager = self._start()
+        self.url = manager.url
+        return manager
+
+    def answers(self) -> bool:
+        return True
+
+    def url_of(self, place: str, through: int | None = None) -> str:  # noqa: ARG002
+        return self.url
+
+
+def start(kind: str, directory: Path) -> Engine:
+    """Start an engine that keeps each number on its disk, if it can."""
+    match kind:
+        case "manager" | "manager-commit":
+            return ManagerServer(directory / "data")
+        case "manager-process":
+            return ManagerServer(directory / "data", "--durability", "process")
+        case "redis":
+            return RedisServer(directory, *DURABLE)
+        case "memcached":
+            return MemcachedServer(directory)
+        case "postgresql":
+            return PostgresServer()
+        case _:
+            return MariaDbServer()
 
 
 class PgBouncer:

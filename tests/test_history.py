@@ -10,10 +10,10 @@ from typing import NoReturn
 import pytest
 
 from counter_server.errors import BatchRefused, CounterServerError, Disconnected
+from counter_server.history import Operation, violations
 from counter_server.journal import Journal
 from counter_server.ledger import Changes, Ledger
 from counter_server.operations import Batch, Get, Increment, Result
-from counter_server.server.prove.history import Operation, violations
 from counter_server.session import Session
 from counter_server.store import Finding, RoundTrip
 from tests.journals import Committing

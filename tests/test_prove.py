@@ -18,8 +18,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from counter_server.cli import main
-from counter_server.server.prove.history import Kill, Operation, judge, load, save, screen
+from counter_server.history import Operation, load, save
 from counter_server.server.prove.load import Client
+from counter_server.server.prove.verdict import Kill, judge, screen
 from tests.processes import PATIENCE, ROOT, Program, Server, children, eventually
 
 pytestmark = pytest.mark.slow

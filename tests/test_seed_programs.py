@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from counter_server.server.prove.history import Operation
+from counter_server.history import Operation
 from tests.history import assert_exactly_once
 from tests.launchers import LAUNCHERS, SYNC, Answer, Browser
 from tests.launchers import launch as launch_app

@@ -38,10 +38,11 @@ def prove(
     right, else 1, with the history of all increments saved. On the server at --url its counter is deleted in the end,
     with the token in COUNTER_SERVER_TOKEN if there is one.
     """
+    from ...history import load
+    from ...history import save as write
     from ..progress import progress
-    from .history import judge, load, screen
-    from .history import save as write
     from .proof import Proof, own_server
+    from .verdict import judge, screen
 
     kills = {"manager": kill_manager, "worker": kill_worker}
     place = save

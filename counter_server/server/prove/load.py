@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from ...errors import InvalidRequest, StartupError
-from .history import Operation
+from ...history import Operation
 
 PATIENCE = 30.0  # seconds that a client tries one increment, however often
 _FIRST_PAUSE = 0.02  # seconds before the second attempt; doubles

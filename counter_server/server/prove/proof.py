@@ -14,13 +14,14 @@ from pathlib import Path
 import msgspec
 
 from ...errors import StartupError
+from ...history import Operation
 from ...manager.directory import DataDirectory
 from ...manager.starter import python_command
 from ..guard import Guarded, guarded
 from ..progress import Progress
 from ..supervisor import STABLE_SECONDS
-from .history import Kill, Operation, Verdict, judge
 from .load import PATIENCE, Client, Load, described, path_of, value_in
+from .verdict import Kill, Verdict, judge
 
 _BOOT_SECONDS = 60.0
 _GRACE = 10.0  # seconds in which open increments may be answered when the load has ended

@@ -13,13 +13,11 @@ best choice, because it excludes the least.
 from collections.abc import Iterable
 from math import inf
 from pathlib import Path
-from statistics import median
 
 import msgspec
-from jinja2 import Environment
 from msgspec import Struct
 
-from ...errors import InvalidRequest
+from .errors import InvalidRequest
 
 
 class Operation(Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,72 +92,15 @@ def load(path: Path) -> tuple[list[Operation], int | None]:
     return history, final
 
 
-class Kill(Struct, frozen=True, kw_only=True):
-    """One `kill -9` and its effect."""
+def assert_exactly_once(history: Iterable[Operation], final: int, save_to: Path | None = None) -> None:
+    """Fail if the counter, which ended at `final`, miscounted.
 
-    victim: str  # "manager" or "worker"
-    pid: int
-    moment: float  # seconds after the load began
-    recovery: float | None  # seconds until service was back; None if it did not come back
-
-
-class Verdict(Struct, frozen=True, kw_only=True):
-    """The outcome of one proof. Times are in seconds."""
-
-    right: bool
-    violation: str | None  # the first, in words
-    violations: int
-    answered: int  # increments
-    unknown: int  # increments without an answer: they may have been counted, or not
-    asked_again: int  # increments sent once more under their keys, in the end
-    final: int | None  # the value of the counter; None if it could not be read
-    slowest: float | None  # answer, from the first sending
-    median: float | None
-    kills: list[Kill]
-    url: str | None = None  # of the server; None for a saved history
-    counter: str | None = None
-    clients: int | None = None
-    seconds: float | None = None  # of load
-    per_second: float | None = None  # increments answered
-    stopped_early: bool = False
-    stays: str | None = None  # why the counter was not deleted
-    history: str | None = None  # the file of the saved history
-
-
-def judge(history: list[Operation], final: int | None, kills: Iterable[Kill] = (), seen: Iterable[str] = ()) -> Verdict:
-    """Judge a history, together with other faults that were `seen`."""
-    kills = list(kills)
-    found = list(seen)
-    found += [f"service was not back after the kill of the {kill.victim}" for kill in kills if kill.recovery is None]
-    answered = [operation for operation in history if operation.answers]
-    if final is not None:
-        found += violations(history, final)
-    elif not found:
-        found.append("the counter could not be read in the end")
-    if not answered:
-        found.append("no increment was answered, so nothing was shown")
-    times = [operation.returned - operation.invoked for operation in answered if operation.returned is not None]
-    return Verdict(
-        right=not found,
-        violation=found[0] if found else None,
-        violations=len(found),
-        answered=len(answered),
-        unknown=len(history) - len(answered),
-        asked_again=sum(len(operation.answers) > 1 for operation in answered),
-        final=final,
-        slowest=max(times, default=None),
-        median=median(times) if times else None,
-        kills=kills,
-    )
-
-
-def screen(verdict: Verdict) -> str:
-    """Format the verdict for people."""
-    environment = Environment(trim_blocks=True, lstrip_blocks=True)  # noqa: S701 - plain text
-    environment.filters |= {"n": "{:,}".format, "time": _time, "median": median}
-    template = environment.from_string(Path(__file__).with_name("verdict.txt").read_text(encoding="utf-8"))
-    return template.render(verdict=verdict).rstrip()
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+    :param save_to: a file for the history of a failure; `counter-server prove --check` reads it.
+    :raises AssertionError: with the first violations.
+    """
+    history = list(history)
+    found = violations(history, final)
+    if found and save_to:
+        save(save_to, history, final)
+    place = f"; the history is in {save_to}" if save_to else ""
+    assert not found, f"{len(found)} violations, the first: {found[:5]}{place}"
