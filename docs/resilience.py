@@ -29,7 +29,7 @@ BAD_INPUTS = {
         "tests/test_bad_requests.py::test_a_bad_request_is_refused_by_the_whole_server_and_changes_nothing"
     ],
     "HTTP requests, to a whole server: wrong as HTTP": [
-        "tests/test_bad_requests.py::test_what_is_wrong_as_http_is_refused_with_a_problem_document_and_changes_nothing"
+        "tests/test_bad_requests.py::test_invalid_http_is_refused_with_a_problem_document_and_changes_nothing"
     ],
     "words to the manager's socket, without the key and with it": [
         "tests/test_manager.py::test_a_peer_that_does_not_know_the_key_is_closed_and_told_nothing",

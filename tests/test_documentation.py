@@ -117,8 +117,8 @@ def curl(arguments: list[str]) -> str:
 
 def test_every_test_named_in_a_document_exists() -> None:
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    for document in DOCUMENTS:
-        for name in re.findall(r"`(test_\w+)`", document.read_text()):
+    for document in [*DOCUMENTS, *(ROOT / "docs").glob("*.py")]:
+        for name in re.findall(r"(?:`|::)(test_\w+)", document.read_text()):
             assert f"def {name}(" in tests, f"{document.name} names {name}"
 
 

@@ -20,6 +20,7 @@ from select import poll
 import pytest
 from limits import RateLimitItemPerSecond, RateLimitItemPerYear
 from limits.strategies import STRATEGIES
+from werkzeug.datastructures import Headers
 
 from counter_server import State
 from counter_server.errors import DeadlineExceeded, StartupError, StateLost
@@ -576,7 +577,7 @@ def test_a_clock_that_is_set_back_locks_no_address_out(
 ) -> None:
     server = stack.enter_context(Server("--workers", "2", "--data-dir", data_dir, "--rate-limit", "1/second"))
 
-    def answer() -> tuple[int, dict[str, str]]:
+    def answer() -> tuple[int, Headers]:
         status, headers, _ = ask(server.url, "GET", "/api/v1/counters")
         return status, headers
 

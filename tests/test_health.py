@@ -96,7 +96,7 @@ def status_of(state: State) -> Status:
 
 def answer_of(client: FlaskClient, path: str) -> Answer:
     response = client.get(path)
-    return response.status_code, dict(response.headers), response.text
+    return response.status_code, response.headers, response.text
 
 
 def assert_not_ready(answer: Answer, words: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from itsdangerous.timed import TimestampSigner
+from werkzeug.datastructures import Headers
 from werkzeug.exceptions import ServiceUnavailable
 
 from counter_server.server.strategies import YIELD_SECONDS, SomeObj
@@ -34,7 +35,7 @@ class Answer:
     ended: float
 
 
-def post(url: str, path: str, form: str = "", cookie: str = "") -> tuple[dict[str, str], Any]:
+def post(url: str, path: str, form: str = "", cookie: str = "") -> tuple[Headers, Any]:
     status, got, text = ask(url, "POST", path, form.encode(), {**FORM, "Cookie": cookie})
     assert status in (200, 201), text
     return got, json.loads(text)

@@ -16,7 +16,7 @@ from werkzeug.datastructures import Headers
 from counter_server.errors import InvalidRequest
 from counter_server.server.web import create_app
 from tests.processes import PATIENCE, Program, Server, eventually, frozen, holder
-from tests.test_server import ask, assert_not_started
+from tests.test_server import Answer, ask, assert_not_started
 
 COUNTERS = "/api/v1/counters"
 INCREMENT = f"{COUNTERS}/x/increment"
@@ -142,7 +142,7 @@ def test_if_the_budget_does_not_answer_in_time_nothing_was_counted(on_demand: st
 def test_all_workers_share_one_budget(start_server: Callable[..., Server]) -> None:
     server = start_server("--workers", "2", "--rate-limit", "50/hour")
 
-    def post(_: int) -> tuple[int, dict[str, str], str]:
+    def post(_: int) -> Answer:
         return ask(server.url, "POST", INCREMENT)
 
     with ThreadPoolExecutor(10) as pool:

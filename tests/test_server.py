@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import pytest
+from werkzeug.datastructures import Headers
 
 from counter_server.manager.directory import DataDirectory
 from counter_server.server.prove.proof import group_members
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 COUNTERS = "/api/v1/counters"
 INCREMENT = f"{COUNTERS}/x/increment"
 
-Answer = tuple[int, dict[str, str], str]
+Answer = tuple[int, Headers, str]
 StartServer = Callable[..., Server]
 
 
@@ -32,7 +33,7 @@ def ask(url: str, method: str, path: str, body: bytes | None = None, headers: di
     with closing(HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)) as connection:
         connection.request(method, path, body, {"Connection": "close", **(headers or {})})
         response = connection.getresponse()
-        return response.status, dict(response.getheaders()), response.read().decode()
+        return response.status, Headers(response.getheaders()), response.read().decode()
 
 
 def increment(url: str, name: str = "x") -> int:

@@ -113,9 +113,10 @@ class StoreContract:
         for _ in range(rounds):
             number, step = draw.chance.randrange(3), draw.chance.choice([1] * 8 + [0, 0, 0, -2, -1, 2, 1000])
             batch = sent.get(number)
-            if step or batch is None:
-                client, last = (batch.client, batch.sequence) if batch else (os.urandom(16), 0)
-                batch = Batch(client, max(last + step, 1), [draw.write() for _ in range(draw.chance.randint(1, 8))])
+            client, last = (batch.client, batch.sequence) if batch else (os.urandom(16), 0)
+            sequence = max(last + step, 1)
+            if batch is None or sequence != last:  # else it is sent again as it was
+                batch = Batch(client, sequence, [draw.write() for _ in range(draw.chance.randint(1, 8))])
             found, expected = _answer(store, batch), _answer(reference, batch)
             assert found == expected, (seed, batch)
             if expected is not None:
