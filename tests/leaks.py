@@ -44,12 +44,12 @@ class Growth:
 
     def over(self, bounds: Bounds) -> list[str]:
         """Describe each resource that grew by more than `bounds`."""
-        allowed = bounds.memory + bounds.per_work * (self.last.work - self.first.work)
-        most = {"memory": allowed, "descriptors": bounds.descriptors, "threads": bounds.threads}
+        kept = {"memory": bounds.per_work * (self.last.work - self.first.work)}
         return [
             f"{what} of {self.kind} {self.pid} went from {early:,} to {late:,}"
-            for what in most
-            if (late := getattr(self.last, what)) - (early := getattr(self.first, what)) > most[what]
+            for what in ("memory", "descriptors", "threads")
+            if (late := getattr(self.last, what)) - (early := getattr(self.first, what))
+            > getattr(bounds, what) + kept.get(what, 0)
         ]
 
 

@@ -4,7 +4,6 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,7 +15,7 @@ from counter_server.errors import DeadlineExceeded, InvalidRequest, LimitReached
 from counter_server.operations import Invoke, Operation, Result
 from counter_server.stores.memory import MemoryStore
 from tests.hosted_classes import SomeObj
-from tests.processes import PATIENCE, eventually, frozen, holder
+from tests.processes import PATIENCE, frozen, holder
 
 LEASE = "_counter_server"  # in `g`
 SETTING = "COUNTER_SERVER_REQUEST_DEADLINE"
@@ -80,12 +79,13 @@ def test_it_is_given_back_after_an_error_and_missed_by_nobody(returned: Callable
 
     with app.app_context():
         pass
+    assert "Server-Timing" in app.test_client().get("/error").headers
     for path, status in (("error", 500), ("refused", 500), ("no/ne", 404), ("unused", 200), ("gone", 200)):
         assert app.test_client().get(path).status_code == status
-    assert returned() == [1, 1]
+    assert returned() == [1, 1, 1]
     with pytest.raises(LimitReached), app.test_request_context():
         shared.counter("c").increment(maximum=0)
-    assert returned() == [1, 1, 1]
+    assert returned() == [1, 1, 1, 1]
 
 
 def test_it_is_given_back_after_the_last_of_a_streamed_answer(returned: Callable[[], list[int]]) -> None:
@@ -124,35 +124,6 @@ def test_nested_contexts_have_a_lease_each(returned: Callable[[], list[int]]) ->
     assert returned() == [2, 2, 2]
 
 
-# The deadline of a request
-
-
-AppOf = Callable[..., tuple[Flask, SharedState]]
-Freeze = Callable[[], AbstractContextManager[None]]
-
-
-@pytest.fixture
-def app_of(on_demand: str, stack: ExitStack) -> AppOf:
-    """Return what makes an app that is connected to a manager."""
-
-    def make(**config: object) -> tuple[Flask, SharedState]:
-        shared = SharedState()
-        shared.object("obj", SomeObj, 0)
-        app = make_app(shared, **{"COUNTER_SERVER_STORE": on_demand, "COUNTER_SERVER_DEADLINE": PATIENCE, **config})
-        stack.callback(app.extensions["counter_server"].close)
-        with app.app_context():
-            eventually(lambda: outcomes(lambda: shared.counter("c").value) == ["done"], "a connection")
-        return app, shared
-
-    return make
-
-
-@pytest.fixture
-def freeze(data_dir: Path) -> Freeze:
-    """Return what stops the manager while a block runs."""
-    return lambda: frozen(holder(data_dir) or 0)
-
-
 def outcomes(*calls: Callable[[], object]) -> list[str]:
     """Return what became of each call."""
     found = []
@@ -166,10 +137,11 @@ def outcomes(*calls: Callable[[], object]) -> list[str]:
     return found
 
 
-def test_all_calls_of_a_request_have_one_deadline_together(app_of: AppOf, freeze: Freeze) -> None:
+def test_all_calls_of_a_request_have_one_deadline_together(on_demand: str, data_dir: Path) -> None:
     """Each call alone could wait for half a minute; the first has all that the request may, the others nothing."""
-    app, shared = app_of()
+    shared = SharedState()
     counter, obj = shared.counter("c"), shared.object("obj", SomeObj, 0)
+    app = make_app(shared, COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=PATIENCE, COUNTER_SERVER_TIMING=True)
 
     @app.post("/<first>")
     def view(first: str) -> list[str]:
@@ -179,15 +151,22 @@ def test_all_calls_of_a_request_have_one_deadline_together(app_of: AppOf, freeze
         return found
 
     client = app.test_client()
-    assert client.post("/object").get_json() == ["done"] * 4
-    with freeze(), patch.dict(app.config, {SETTING: 0.5}):
+    with app.app_context():
+        assert (counter.increment(), obj.query()) == (1, 1)
+    with frozen(holder(data_dir) or 0), patch.dict(app.config, {SETTING: 0.5}):
         for first in ("object", "counter"):
-            assert client.post(f"/{first}").get_json() == ["unknown", REFUSED, REFUSED, REFUSED]
+            response = client.post(f"/{first}")
+            assert response.get_json() == ["unknown", REFUSED, REFUSED, REFUSED]
+            timing = TIMING.fullmatch(response.headers["Server-Timing"])
+            assert timing
+            assert timing[2] == "1"  # without the calls that were refused
+            assert float(timing[1]) >= 500  # milliseconds
     assert client.post("/object").get_json() == ["done"] * 4  # the last one's waiting takes nothing from it
     with app.app_context():
         # Those left open are counted now, or later, or never; those refused are not.
         assert counter.value in (2, 3)
-        assert obj.query() in (5, 6)
+        assert obj.query() in (4, 5)
+        app.extensions["counter_server"].close()
 
 
 class Watched(State):
@@ -229,34 +208,6 @@ def test_what_a_call_has_waited_the_next_ones_have_less() -> None:
     with app.app_context():
         use()
     assert state.within == [math.inf] * 3
-
-
-def test_the_deadline_of_one_app_leaves_another_alone_and_times_are_told(app_of: AppOf, freeze: Freeze) -> None:
-    """The answer to an error tells the time too, without the calls that were refused."""
-    one, shared = app_of(COUNTER_SERVER_TIMING=True, COUNTER_SERVER_DEADLINE=0.5, TESTING=False, **{SETTING: 0.5})
-    two = make_app(shared)  # in memory
-    counter = shared.counter("c")
-    found: list[str] = []
-
-    @one.get("/")
-    def view() -> str:
-        for app in (one, two, one):
-            with nullcontext() if app is one else app.app_context():
-                found.extend(outcomes(counter.increment))
-        return str(counter.increment())
-
-    with freeze():
-        response = one.test_client().get("/")
-        with one.app_context():  # as in a command: each call waits
-            assert {*outcomes(*[counter.increment] * 2)} <= {"unknown", "not_applied"}
-    assert (response.status_code, found) == (500, ["unknown", "done", REFUSED])
-    match = TIMING.fullmatch(response.headers["Server-Timing"])
-    assert match
-    assert match[2] == "1"
-    assert float(match[1]) >= 500  # milliseconds: the deadline has passed
-
-
-# Telling the time
 
 
 @pytest.mark.parametrize("config", [{"COUNTER_SERVER_TIMING": True}, {"COUNTER_SERVER_TIMING": False}, {}], ids=str)

@@ -165,15 +165,6 @@ def test_an_entry_that_expires_while_it_is_set_is_not_an_error() -> None:
         assert [bounded.setdefault("k", "v", ttl) for _ in range(5)] == ["v"] * 5
 
 
-def test_many_rewrites_do_not_grow_the_heap() -> None:
-    """The heap holds an item for each write until it is cleaned up."""
-    bounded = BoundedDict(3, Clock())
-    for number in range(1000):
-        bounded.incr(number % 3, 1, 10, renew=True)
-    (heap,) = [kept for kept in vars(bounded._entries).values() if isinstance(kept, list)]
-    assert len(heap) < 20
-
-
 @pytest.mark.slow
 def test_keys_with_equal_hashes_are_listed_in_parts() -> None:
     """Python's hash of an int is its remainder by 2**61 - 1: 1 for all of these, which are too large for one answer."""

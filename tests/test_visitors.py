@@ -13,12 +13,11 @@ from flask.testing import FlaskClient
 
 from counter_server import SharedState
 from counter_server.dicts import BoundedDict
-from counter_server.errors import InvalidRequest, LimitReached, StateLost
+from counter_server.errors import InvalidRequest, LimitReached
 from counter_server.extension import VisitorCounter
 from counter_server.operations import LARGEST, SMALLEST
 from tests.launchers import SYNC, Browser, launch
 from tests.load import at_once
-from tests.processes import PATIENCE, end_manager
 from tests.test_dicts import Clock
 
 BASKET = "_counter_server_visitor"  # the session's key
@@ -129,31 +128,11 @@ def test_visitors_of_an_app_of_4_workers(on_demand: str, tmp_path: Path, stack: 
     assert strangers == [[1, 2, 3]] * 20, program.errors
 
 
-@pytest.mark.slow
-def test_after_a_kill_visitors_begin_again_and_one_is_told(on_demand: str, data_dir: Path) -> None:
-    app, shared = make_app(COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=PATIENCE)
-    with_routes(app, shared.visitor_counter("basket"))
-    one, two = app.test_client(), app.test_client()
-    assert [increment(one), increment(one), increment(two)] == [1, 2, 1]
-    end_manager(data_dir / "manager.lock")
-    with pytest.raises(StateLost, match="begins again"):
-        increment(one)
-    assert [increment(one), increment(two), value(one)] == [1, 1, 1]
-    with app.app_context():
-        shared.state.close()
-
-
-def timed(*, ttl: float = 10, max_visitors: int = 100) -> tuple[FlaskClient, Clock, BoundedDict]:
-    """Return a client of an app whose visitor counter keeps its numbers here, by a clock."""
-    clock = Clock()
-    numbers = BoundedDict(max_visitors, clock)
-    app, _ = make_app()
-    return with_routes(app, VisitorCounter("basket", numbers, ttl)).test_client(), clock, numbers
-
-
 def test_a_number_expires_after_a_time_without_use_and_reading_is_use() -> None:
     for reading in (True, False):
-        client, clock, numbers = timed()
+        clock = Clock()
+        numbers = BoundedDict(3, clock)
+        client = with_routes(make_app()[0], VisitorCounter("basket", numbers, ttl=10)).test_client()
         assert increment(client, by=5) == 5
         for number in (6, 7, 8):
             clock.now += 9.5
@@ -164,17 +143,6 @@ def test_a_number_expires_after_a_time_without_use_and_reading_is_use() -> None:
         clock.now += 1
         assert (value(client), numbers.size()) == (0, 0)  # reading makes no number
         assert increment(client) == 1
-
-
-def test_a_new_visitor_replaces_the_longest_idle_one() -> None:
-    regular, _, numbers = timed(max_visitors=3)
-    increment(regular, by=7)
-    others = [regular.application.test_client() for _ in range(6)]
-    for other in others:
-        increment(other)
-        assert value(regular) == 7
-        assert numbers.size() <= 3
-    assert [value(other) for other in others] == [0, 0, 0, 0, 1, 1]
 
 
 # The cookie
