@@ -4,7 +4,6 @@ That ours does not have it is shown beside it, or by the test that is named. Sho
 version of Python, that is good news: a reason of ours has gone.
 """
 
-import os
 import signal
 import socket
 import sqlite3
@@ -47,21 +46,6 @@ def standard(ready: Ready, address: str) -> Program:
     return ready("-m", "tests.standard_server", address)[0]
 
 
-def test_a_managers_child_outlives_its_killed_parent(ready: Ready) -> None:
-    """Ours does not: test_no_process_outlives_a_killed_supervisor."""
-    parent, said = ready("-m", "tests.standard_server", "--child")
-    child = int(said)
-
-    def status() -> list[str]:
-        return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-
-    assert status()[1] == str(parent.pid)
-    parent.kill()
-    eventually(lambda: status()[1] != str(parent.pid), "another parent")
-    assert status()[0] != "Z"
-    os.kill(child, signal.SIGKILL)
-
-
 def test_a_peer_that_says_nothing_holds_a_thread_for_ever(standard: Program, address: str, stack: ExitStack) -> None:
     """Ours ends it: test_half_open_peers_are_gone_after_the_handshakes_time."""
 
@@ -72,16 +56,6 @@ def test_a_peer_that_says_nothing_holds_a_thread_for_ever(standard: Program, add
     for _ in range(5):
         stack.enter_context(socket.socket(socket.AF_UNIX)).connect(address)
     eventually(lambda: threads() >= before + 5, "their threads")
-
-
-def test_an_unauthenticated_peer_is_sent_a_traceback_with_paths(standard: Program, address: str) -> None:
-    """Ours sends nothing: test_a_peer_that_does_not_know_the_key_is_closed_and_told_nothing."""
-    with socket.socket(socket.AF_UNIX) as peer:
-        peer.settimeout(PATIENCE)
-        peer.connect(address)
-        peer.sendall(2 * (b"\0\0\0\x10" + b"x" * 16))  # no answer to its challenge, and no challenge
-        peer.shutdown(socket.SHUT_WR)
-        assert b"managers.py" in received_until_closed(peer)
 
 
 def test_a_stale_identity_reaches_another_object(standard: Program, address: str) -> None:
