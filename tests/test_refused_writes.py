@@ -14,16 +14,17 @@ from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from counter_server import Counter, State, open_state
 from counter_server.errors import StartupError, StorageFull
+from counter_server.history import assert_exactly_once
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.manager.directory import DataDirectory
-from counter_server.settings import StoreOptions, check_durability
-from tests.history import assert_exactly_once
+from counter_server.settings import StoreOptions
 from tests.hosted_classes import SomeObj
 from tests.load import HttpLoad, open_client
 from tests.processes import PATIENCE, Manager, Program, Server, end_manager, eventually, fill, holder
@@ -39,12 +40,11 @@ def refused(call: Callable[[], object], reason: str) -> None:
     assert error.value.outcome == "not_applied"
 
 
-@pytest.mark.parametrize(("error", "durability"), [("EROFS", "commit"), ("EDQUOT", "commit"), ("ENOSPC", "process")])
+@pytest.mark.parametrize(("error", "options"), [("EROFS", {}), ("EDQUOT", {}), ("ENOSPC", {"durability": "process"})])
 def test_writes_that_the_file_system_refuses_for_a_while_are_refused_and_reads_go_on(
-    on_demand: str, data_dir: Path, error: str, durability: str
+    on_demand: str, data_dir: Path, error: str, options: dict[str, Any]
 ) -> None:
-    options = StoreOptions(durability=check_durability(durability))
-    with open_state(on_demand, deadline=PATIENCE, options=options) as state:
+    with open_state(on_demand, deadline=PATIENCE, options=StoreOptions(**options)) as state:
         counter, obj = state.counter("c"), state.object("obj", SomeObj, 0, durable=True)
         reason = "its disk is full" if error == "ENOSPC" else os.strerror(getattr(errno, error))
         for expected in (1, 2):
@@ -63,6 +63,7 @@ def test_writes_that_the_file_system_refuses_for_a_while_are_refused_and_reads_g
 _REFUSED_WRITERS = """
 import os, pathlib, signal, sys
 from counter_server.errors import StartupError
+from counter_server.history import assert_exactly_once
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.operations import Batch, Increment
