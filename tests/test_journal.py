@@ -193,16 +193,6 @@ def test_clients_and_keys_are_loaded_in_the_order_of_their_last_use(journal: Jou
     assert (list(found.clients), list(found.keys)) == ([CYD, ANN, BOB], ["bob", "cyd", "ann"])
 
 
-@pytest.mark.slow
-def test_under_load_the_log_is_folded_in_again_and_again(open_journal: Open, path: Path) -> None:
-    journal = open_journal(path, "process")
-    sizes = set()
-    for number in range(1500):
-        journal.commit(Changes(now=1.0, counters={f"{number % 50:0200}": number}))
-        sizes.add(journal.size)
-    assert 3 * 2**20 < max(sizes) < 6 * 2**20  # a thousand pages, not everything that was ever written
-
-
 def test_starts_are_counted_while_the_file_exists(open_journal: Open, path: Path) -> None:
     for expected in (1, 2, 3):
         journal = open_journal()

@@ -9,14 +9,11 @@ import socket
 import sqlite3
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from multiprocessing.connection import Client
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
 from tests.processes import PATIENCE, Manager, Program, eventually, frozen
-from tests.standard_server import KEY, StandardManager
 from tests.strace import faulty
 from tests.test_manager import received_until_closed
 
@@ -56,29 +53,6 @@ def test_a_peer_that_says_nothing_holds_a_thread_for_ever(standard: Program, add
     for _ in range(5):
         stack.enter_context(socket.socket(socket.AF_UNIX)).connect(address)
     eventually(lambda: threads() >= before + 5, "their threads")
-
-
-def test_a_stale_identity_reaches_another_object(standard: Program, address: str) -> None:
-    """Objects go by `id()`, which is given to the next one when one is gone. Ours go by name and epoch."""
-    manager = StandardManager(address, KEY)
-    manager.connect()
-    make = cast(Any, manager).Counter
-    stale = set()
-    for _ in range(1000):
-        proxy = make()
-        stale.add(proxy._token.id)
-        del proxy  # the last reference: the object is gone
-        reached = make()
-        if reached._token.id in stale:
-            break
-    else:
-        raise AssertionError("none of 1000 has the address of one that is gone")
-    with Client(address, authkey=KEY) as connection:
-        connection.send((None, "accept_connection", ("stale",), {}))
-        assert connection.recv() == ("#RETURN", None)
-        connection.send((reached._token.id, "increment", (), {}))
-        assert connection.recv() == ("#RETURN", 1)
-    assert reached.increment() == 2  # somebody else has counted on it
 
 
 def test_a_crowd_of_fresh_clients_finds_no_place_in_the_queue(

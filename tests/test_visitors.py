@@ -3,8 +3,6 @@
 import base64
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ from counter_server.dicts import BoundedDict
 from counter_server.errors import InvalidRequest, LimitReached
 from counter_server.extension import VisitorCounter
 from counter_server.operations import LARGEST, SMALLEST
-from tests.launchers import SYNC, Browser, launch
 from tests.load import at_once
 from tests.test_dicts import Clock
 
@@ -96,36 +93,6 @@ def test_simultaneous_tabs_of_one_browser_lose_no_update(app: Flask) -> None:
     numbers = [number for tens in at_once(8, tab) for number in tens]
     assert sorted(numbers) == list(range(2, 82))
     assert (value(browser), value(other), value(app.test_client())) == (81, 1, 0)
-
-
-APP = """
-from flask import Flask, request
-from counter_server import SharedState
-
-app = Flask(__name__)
-app.config.update(SECRET_KEY="of this test", COUNTER_SERVER_STORE={url!r}, COUNTER_SERVER_DEADLINE=30)
-shared = SharedState(app)
-basket = shared.visitor_counter("basket")
-app.post("/")(lambda: dict(value=basket.increment(int(request.args.get("by", 1)))))
-"""
-
-
-@pytest.mark.slow
-def test_visitors_of_an_app_of_4_workers(on_demand: str, tmp_path: Path, stack: ExitStack) -> None:
-    """Each has a number of their own, whichever worker answers, and no tab's click is lost."""
-    (tmp_path / "app.py").write_text(APP.format(url=on_demand))
-    program, url = launch(stack, SYNC, tmp_path)
-
-    def ask(browser: Browser, path: str = "/") -> int:
-        return int(browser.visit(path, "POST").content["value"])
-
-    one, two = Browser(url), Browser(url)
-    assert [ask(one), ask(two, "/?by=100")] == [1, 100]
-    tabs = iter([browser.tab() for browser in (one, two) for _ in range(8)])
-    mine = at_once(16, lambda: [ask(tab) for tab in [next(tabs)] * 5])
-    assert sorted(number for five in mine for number in five) == [*range(2, 42), *range(101, 141)], program.errors
-    strangers = at_once(20, lambda: [ask(browser) for browser in [Browser(url)] * 3])
-    assert strangers == [[1, 2, 3]] * 20, program.errors
 
 
 def test_a_number_expires_after_a_time_without_use_and_reading_is_use() -> None:
