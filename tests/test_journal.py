@@ -126,8 +126,8 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             return super().execute(statement, *values)
 
     class Connection(sqlite3.Connection):
-        def cursor(self, *_: Any) -> Any:
-            return super().cursor(Cursor)
+        def cursor(self, factory: Any = None) -> Any:
+            return super().cursor(factory or Cursor)
 
         def execute(self, statement: str, *values: Any) -> Any:
             return self.cursor().execute(statement, *values)
