@@ -44,20 +44,13 @@ class Growth:
 
     def over(self, bounds: Bounds) -> list[str]:
         """Describe each resource that grew by more than `bounds`."""
-        allowed = bounds.memory + bounds.per_work * (self.last.work - self.first.work)
+        kept = {"memory": bounds.per_work * (self.last.work - self.first.work)}
         return [
-            f"{what} of {self.kind} {self.pid} went from {self._told(early)} to {self._told(late)}"
-            for what, early, late, most in (
-                ("memory", self.first.memory, self.last.memory, allowed),
-                ("descriptors", self.first.descriptors, self.last.descriptors, bounds.descriptors),
-                ("threads", self.first.threads, self.last.threads, bounds.threads),
-            )
-            if late - early > most
+            f"{what} of {self.kind} {self.pid} went from {early:,} to {late:,}"
+            for what in ("memory", "descriptors", "threads")
+            if (late := getattr(self.last, what)) - (early := getattr(self.first, what))
+            > getattr(bounds, what) + kept.get(what, 0)
         ]
-
-    @staticmethod
-    def _told(figure: int) -> str:
-        return f"{figure / MEBIBYTE:.1f} MiB" if figure >= MEBIBYTE else str(figure)
 
 
 @dataclass(kw_only=True)
@@ -93,9 +86,7 @@ class Watch:
     def __init__(
         self, processes: Callable[[], Mapping[int, str]], work: Callable[[], int] = lambda: 0, interval: float = 1.0
     ) -> None:
-        self._processes = processes
-        self._work = work
-        self._interval = interval
+        self._processes, self._work, self._interval = processes, work, interval
         self._lives: dict[tuple[int, str], Life] = {}  # by pid and start time, because pids are reused
         self._enough = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)

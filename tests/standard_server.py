@@ -1,13 +1,11 @@
 """Run a manager as the standard library's documentation shows it, to compare ours with.
 
-python -m tests.standard_server ADDRESS | --child
+python -m tests.standard_server ADDRESS
 """
 
-import signal
 import sys
 import threading
 from collections.abc import Callable
-from multiprocessing import get_context
 from multiprocessing.managers import BaseManager
 from typing import Any
 
@@ -35,12 +33,8 @@ class StandardManager(BaseManager):
 _counter = Counter()
 
 
-def _shared() -> Counter:
-    return _counter
-
-
 StandardManager.register("Counter", Counter)  # a new one for each caller
-StandardManager.register("shared", _shared)
+StandardManager.register("shared", lambda: _counter)
 
 
 def serve(address: Any, ready: Callable[[], None]) -> None:
@@ -49,15 +43,5 @@ def serve(address: Any, ready: Callable[[], None]) -> None:
     server.serve_forever()
 
 
-def main() -> None:
-    (argument,) = sys.argv[1:]
-    if argument == "--child":
-        manager = StandardManager(authkey=KEY, ctx=get_context("spawn"))
-        manager.start()
-        print("ready", vars(manager)["_process"].pid, flush=True)
-        signal.pause()
-    serve(argument, lambda: print("ready", flush=True))
-
-
 if __name__ == "__main__":
-    main()
+    serve(sys.argv[1], lambda: print("ready", flush=True))

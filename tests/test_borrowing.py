@@ -4,9 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -17,9 +15,10 @@ from counter_server.errors import DeadlineExceeded, InvalidRequest, LimitReached
 from counter_server.operations import Invoke, Operation, Result
 from counter_server.stores.memory import MemoryStore
 from tests.hosted_classes import SomeObj
-from tests.processes import PATIENCE, eventually, frozen, holder
+from tests.processes import PATIENCE, frozen, holder
 
 LEASE = "_counter_server"  # in `g`
+SETTING = "COUNTER_SERVER_REQUEST_DEADLINE"
 TIMING = re.compile(r'counter-server;dur=(\d+\.\d+);desc="(\d+) calls"')
 REFUSED = "refused, not_applied"
 
@@ -35,12 +34,8 @@ def make_app(shared: SharedState, **config: object) -> Flask:
 def returned(caplog: pytest.LogCaptureFixture) -> Callable[[], list[int]]:
     """The number of calls of each lease that was given back, in order."""
     caplog.set_level(logging.DEBUG, logger="counter_server.extension")
-
-    def calls() -> list[int]:
-        found = [re.fullmatch(r"(\d+) calls in \d+\.\d+ s", message) for message in caplog.messages]
-        return [int(match[1]) for match in found if match]
-
-    return calls
+    pattern = re.compile(r"(\d+) calls in \d+\.\d+ s")
+    return lambda: [int(match[1]) for message in caplog.messages if (match := pattern.fullmatch(message))]
 
 
 def test_a_request_borrows_once_at_its_first_use(returned: Callable[[], list[int]]) -> None:
@@ -61,9 +56,8 @@ def test_a_request_borrows_once_at_its_first_use(returned: Callable[[], list[int
         assert (LEASE in g) is (times > 0)
         return "done"
 
-    client = app.test_client()
     for times in (3, 0, 1):
-        assert client.get(f"/{times}").text == "done"
+        assert app.test_client().get(f"/{times}").text == "done"
     assert returned() == [6, 2]
     assert len({id(lease) for lease in leases[:6]}) == 1
     assert leases[6] is leases[7] is not leases[0]
@@ -83,16 +77,15 @@ def test_it_is_given_back_after_an_error_and_missed_by_nobody(returned: Callable
             raise OSError("of the view")
         return what
 
-    client = app.test_client()
     with app.app_context():
         pass
-    assert [client.get(f"/{path}").status_code for path in ("error", "refused", "no/ne", "unused", "gone")] == [
-        *(500, 500, 404, 200, 200)
-    ]
-    assert returned() == [1, 1]
+    assert "Server-Timing" in app.test_client().get("/error").headers
+    for path, status in (("error", 500), ("refused", 500), ("no/ne", 404), ("unused", 200), ("gone", 200)):
+        assert app.test_client().get(path).status_code == status
+    assert returned() == [1, 1, 1]
     with pytest.raises(LimitReached), app.test_request_context():
         shared.counter("c").increment(maximum=0)
-    assert returned() == [1, 1, 1]
+    assert returned() == [1, 1, 1, 1]
 
 
 def test_it_is_given_back_after_the_last_of_a_streamed_answer(returned: Callable[[], list[int]]) -> None:
@@ -108,7 +101,6 @@ def test_it_is_given_back_after_the_last_of_a_streamed_answer(returned: Callable
         assert next(response.iter_encoded()) == b"1\n"
         assert returned() == []
     assert returned() == [1]
-    assert app.test_client().get("/").text == "2\n3\n4\n"
 
 
 def test_nested_contexts_have_a_lease_each(returned: Callable[[], list[int]]) -> None:
@@ -124,7 +116,6 @@ def test_nested_contexts_have_a_lease_each(returned: Callable[[], list[int]]) ->
             with app.app_context():
                 assert LEASE not in g
                 numbers += [counter.increment(10), counter.increment(10)]
-                assert g.get(LEASE) is not outer
                 assert g.get(LEASE).state is current_app.extensions["counter_server"]
         assert g.get(LEASE) is outer
         return [*numbers, counter.increment()]
@@ -133,96 +124,49 @@ def test_nested_contexts_have_a_lease_each(returned: Callable[[], list[int]]) ->
     assert returned() == [2, 2, 2]
 
 
-# The deadline of a request
-
-
-@pytest.fixture
-def app_of(on_demand: str, stack: ExitStack) -> Callable[..., tuple[Flask, SharedState]]:
-    """Return what makes an app that is connected to a manager; the counter `c` is 1 at first."""
-
-    def make(**config: object) -> tuple[Flask, SharedState]:
-        shared = SharedState()
-        shared.object("obj", SomeObj, 0)
-        app = make_app(shared, **{"COUNTER_SERVER_STORE": on_demand, "COUNTER_SERVER_DEADLINE": PATIENCE, **config})
-        stack.callback(app.extensions["counter_server"].close)
-        with app.app_context():
-            eventually(lambda: outcomes([lambda: shared.counter("c").value]) == ["done"], "a connection")
-        return app, shared
-
-    starter, shared = make()
-    with starter.app_context():
-        assert shared.counter("c").increment() == 1
-    return make
-
-
-@pytest.fixture
-def freeze(data_dir: Path) -> Callable[[], AbstractContextManager[None]]:
-    """Return what stops the manager while a block runs."""
-
-    @contextmanager
-    def stop() -> Any:
-        manager = holder(data_dir)
-        assert manager is not None
-        with frozen(manager):
-            yield
-
-    return stop
-
-
-def outcomes(calls: list[Callable[[], object]]) -> list[str]:
+def outcomes(*calls: Callable[[], object]) -> list[str]:
     """Return what became of each call."""
     found = []
     for call in calls:
         try:
             call()
         except DeadlineExceeded as error:
-            refused = "this request has already waited" in str(error)
-            found.append(f"refused, {error.outcome}" if refused else error.outcome)
+            found.append("refused, " * ("this request has already waited" in str(error)) + str(error.outcome))
         else:
             found.append("done")
     return found
 
 
-def test_all_calls_of_a_request_have_one_deadline_together(
-    app_of: Callable[..., tuple[Flask, SharedState]], freeze: Callable[[], AbstractContextManager[None]]
-) -> None:
+def test_all_calls_of_a_request_have_one_deadline_together(on_demand: str, data_dir: Path) -> None:
     """Each call alone could wait for half a minute; the first has all that the request may, the others nothing."""
-    app, shared = app_of()
+    shared = SharedState()
     counter, obj = shared.counter("c"), shared.object("obj", SomeObj, 0)
+    app = make_app(shared, COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=PATIENCE, COUNTER_SERVER_TIMING=True)
 
     @app.post("/<first>")
     def view(first: str) -> list[str]:
-        found = outcomes([obj.query if first == "object" else counter.increment, counter.increment, obj.query])
-        found += outcomes([lambda: counter.value])
+        found = outcomes(obj.query if first == "object" else counter.increment, counter.increment, obj.query)
+        found += outcomes(lambda: counter.value)
         assert g.get(LEASE).waited < PATIENCE  # which one call could have waited alone
         return found
 
     client = app.test_client()
-    assert client.post("/object").get_json() == ["done"] * 4
-    with freeze(), patch.dict(app.config, COUNTER_SERVER_REQUEST_DEADLINE=0.5):
+    with app.app_context():
+        assert (counter.increment(), obj.query()) == (1, 1)
+    with frozen(holder(data_dir) or 0), patch.dict(app.config, {SETTING: 0.5}):
         for first in ("object", "counter"):
-            assert client.post(f"/{first}").get_json() == ["unknown", REFUSED, REFUSED, REFUSED]
+            response = client.post(f"/{first}")
+            assert response.get_json() == ["unknown", REFUSED, REFUSED, REFUSED]
+            timing = TIMING.fullmatch(response.headers["Server-Timing"])
+            assert timing
+            assert timing[2] == "1"  # without the calls that were refused
+            assert float(timing[1]) >= 500  # milliseconds
     assert client.post("/object").get_json() == ["done"] * 4  # the last one's waiting takes nothing from it
     with app.app_context():
         # Those left open are counted now, or later, or never; those refused are not.
-        assert counter.value in (3, 4)
-        assert obj.query() in (5, 6)
-
-
-def test_a_request_may_wait_for_several_calls_but_not_for_all(
-    app_of: Callable[..., tuple[Flask, SharedState]], freeze: Callable[[], AbstractContextManager[None]]
-) -> None:
-    app, shared = app_of(COUNTER_SERVER_DEADLINE=0.2, COUNTER_SERVER_REQUEST_DEADLINE=0.5)
-    counter = shared.counter("c")
-    with freeze(), app.test_request_context():
-        found = outcomes([counter.increment] * 6)
-    waited = [outcome for outcome in found if not outcome.startswith("refused")]
-    assert 1 <= len(waited) <= 3  # 0.2, 0.2 and 0.1 s; fewer where the machine made one wait longer
-    assert found == waited + [REFUSED] * (6 - len(waited))
-    assert found[0] == "unknown"
-    patient, _ = app_of()
-    with patient.app_context():
-        assert 1 <= counter.value <= 1 + len(waited)
+        assert counter.value in (2, 3)
+        assert obj.query() in (4, 5)
+        app.extensions["counter_server"].close()
 
 
 class Watched(State):
@@ -244,7 +188,7 @@ class Watched(State):
 def test_what_a_call_has_waited_the_next_ones_have_less() -> None:
     shared = SharedState()
     counter, obj = shared.counter("c"), shared.object("obj", SomeObj, 0)
-    app = make_app(shared, COUNTER_SERVER_REQUEST_DEADLINE=7)
+    app = make_app(shared, **{SETTING: 7})
     state = app.extensions["counter_server"] = Watched()
     state.object("obj", SomeObj, 0)
 
@@ -266,60 +210,10 @@ def test_what_a_call_has_waited_the_next_ones_have_less() -> None:
     assert state.within == [math.inf] * 3
 
 
-def test_outside_of_a_request_each_call_has_its_own_deadline_only(
-    app_of: Callable[..., tuple[Flask, SharedState]], freeze: Callable[[], AbstractContextManager[None]]
-) -> None:
-    app, shared = app_of(COUNTER_SERVER_DEADLINE=0.05, COUNTER_SERVER_REQUEST_DEADLINE=0.05)
-    counter = shared.counter("c")
-
-    @app.cli.command("count")
-    def count() -> None:
-        print(*outcomes([counter.increment] * 4), sep="\n")
-
-    with freeze():
-        command = app.test_cli_runner().invoke(args=["count"], catch_exceptions=False)
-        with app.app_context():
-            plain = outcomes([counter.increment] * 4)
-        with app.test_request_context():
-            request = outcomes([counter.increment] * 4)
-    for found in (command.output.split("\n")[:-1], plain):
-        assert len(found) == 4
-        assert {*found} <= {"unknown", "not_applied"}
-    assert request[1:] == [REFUSED] * 3
-
-
-def test_the_deadline_of_one_app_leaves_another_alone_and_times_are_told(
-    app_of: Callable[..., tuple[Flask, SharedState]], freeze: Callable[[], AbstractContextManager[None]]
-) -> None:
-    """The answer to an error tells the time too, without the calls that were refused."""
-    one, shared = app_of(COUNTER_SERVER_TIMING=True, COUNTER_SERVER_REQUEST_DEADLINE=0.5, TESTING=False)
-    two = make_app(shared)  # in memory
-    counter = shared.counter("c")
-    found: list[str] = []
-
-    @one.get("/")
-    def view() -> str:
-        for app in (one, two, one):
-            with nullcontext() if app is one else app.app_context():
-                found.extend(outcomes([counter.increment]))
-        return str(counter.increment())
-
-    with freeze():
-        response = one.test_client().get("/")
-    assert (response.status_code, found) == (500, ["unknown", "done", REFUSED])
-    match = TIMING.fullmatch(response.headers["Server-Timing"])
-    assert match
-    assert match[2] == "1"
-    assert float(match[1]) >= 500  # milliseconds: the deadline has passed
-
-
-# Telling the time
-
-
-@pytest.mark.parametrize("config", [{"COUNTER_SERVER_TIMING": True}, {"COUNTER_SERVER_TIMING": False}, {}], ids=str)
-def test_responses_tell_the_time_if_asked_to_and_the_state_was_used(config: dict[str, object]) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_responses_tell_the_time_if_asked_to_and_the_state_was_used(*, told: bool) -> None:
     shared = SharedState()
-    app = make_app(shared, **config)
+    app = make_app(shared, **{"COUNTER_SERVER_TIMING": True} if told else {})
 
     @app.get("/<int:times>")
     def use(times: int) -> Response:
@@ -327,21 +221,15 @@ def test_responses_tell_the_time_if_asked_to_and_the_state_was_used(config: dict
             shared.counter("c").increment()
         return Response("done", headers={"Server-Timing": 'db;dur=53, app;desc="ours"'})
 
-    client = app.test_client()
     for times in (0, 1, 12, 0):
-        own, *ours = client.get(f"/{times}").headers.getlist("Server-Timing")
+        own, *ours = app.test_client().get(f"/{times}").headers.getlist("Server-Timing")
         assert own == 'db;dur=53, app;desc="ours"'
-        if not (config.get("COUNTER_SERVER_TIMING") and times):
-            assert ours == []
-            continue
-        (header,) = ours
-        match = TIMING.fullmatch(header)
-        assert match, header
-        assert int(match[2]) == times
-        assert math.isfinite(float(match[1]))
+        calls = [match[2] for header in ours if (match := TIMING.fullmatch(header))]
+        assert calls == [str(times)] * (told and times > 0)
+        assert len(calls) == len(ours)
 
 
-def test_a_request_within_a_context_that_was_there_borrows_anew() -> None:
+def test_a_request_within_a_context_that_was_there_borrows_again() -> None:
     """As in tests of an app: Flask makes no context of its own for a request then."""
     shared = SharedState()
     app = make_app(shared, COUNTER_SERVER_TIMING=True)
@@ -355,26 +243,13 @@ def test_a_request_within_a_context_that_was_there_borrows_anew() -> None:
             assert (response.text, timing[2]) == (str(number), "1")
 
 
-# Configuration
-
-
-@pytest.mark.parametrize("seconds", [0, -1, 0.0, math.nan, -math.inf, "x", "5", None, [1]], ids=repr)
-def test_a_requests_deadline_that_cannot_be_is_refused_by_init_app(seconds: object) -> None:
-    shared, app = SharedState(), Flask(__name__)
-    app.config.update(COUNTER_SERVER_STORE="memory://", COUNTER_SERVER_REQUEST_DEADLINE=seconds)
-    with pytest.raises(InvalidRequest, match="request's deadline"):
-        shared.init_app(app)
-    app.config["COUNTER_SERVER_REQUEST_DEADLINE"] = 1  # a better one
-    shared.init_app(app)
-    with app.test_request_context():
-        assert shared.counter("c").increment() == 1
-
-
 def test_a_requests_deadline_is_twice_that_of_a_call_unless_it_is_set() -> None:
-    setting = "COUNTER_SERVER_REQUEST_DEADLINE"
-    assert make_app(SharedState()).config[setting] == 10
-    assert make_app(SharedState(), COUNTER_SERVER_DEADLINE=0.5).config[setting] == 1
-    assert make_app(SharedState(), COUNTER_SERVER_DEADLINE=5, **{setting: 0.1}).config[setting] == 0.1
-    forever = make_app(SharedState(), **{setting: math.inf})
-    with forever.test_request_context():
+    wrong: list[object] = [0, -1, 0.0, math.nan, -math.inf, "5", None, [1]]
+    for seconds in wrong:
+        with pytest.raises(InvalidRequest, match="request's deadline"):
+            make_app(SharedState(), **{SETTING: seconds})
+    assert make_app(SharedState()).config[SETTING] == 10
+    assert make_app(SharedState(), COUNTER_SERVER_DEADLINE=0.5).config[SETTING] == 1
+    assert make_app(SharedState(), COUNTER_SERVER_DEADLINE=5, **{SETTING: 0.1}).config[SETTING] == 0.1
+    with make_app(SharedState(), **{SETTING: math.inf}).test_request_context():
         assert SharedState().counter("c").increment() == 1

@@ -2,23 +2,19 @@
 
 import base64
 import json
-import zlib
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from flask import Flask, request, session
+from flask import Flask, request
 from flask.testing import FlaskClient
 
 from counter_server import SharedState
 from counter_server.dicts import BoundedDict
-from counter_server.errors import InvalidRequest, LimitReached, StateLost
+from counter_server.errors import InvalidRequest, LimitReached
 from counter_server.extension import VisitorCounter
 from counter_server.operations import LARGEST, SMALLEST
-from tests.launchers import SYNC, Browser, launch
 from tests.load import at_once
-from tests.processes import PATIENCE, end_manager
 from tests.test_dicts import Clock
 
 BASKET = "_counter_server_visitor"  # the session's key
@@ -26,24 +22,14 @@ BASKET = "_counter_server_visitor"  # the session's key
 
 def make_app(**config: object) -> tuple[Flask, SharedState]:
     app = Flask(__name__)
-    app.config.update(TESTING=True, SECRET_KEY="of this test", COUNTER_SERVER_STORE="memory://")
-    app.config.update(config)
+    app.config.update({"TESTING": True, "SECRET_KEY": "of this test", "COUNTER_SERVER_STORE": "memory://", **config})
     return app, SharedState(app)
 
 
 def with_routes(app: Flask, basket: VisitorCounter) -> Flask:
-    """Make each use of `basket` a page; arguments are JSON."""
-
-    @app.post("/<method>")
-    def call(method: str) -> dict[str, int]:
-        return {"value": getattr(basket, method)(**request.get_json(silent=True) or {}) or 0}
-
-    @app.get("/logout")
-    def log_out() -> dict[str, int]:
-        session.clear()
-        return {}
-
-    app.add_url_rule("/", view_func=lambda: {"value": basket.value})
+    """Make `value` and `increment` of `basket` pages; arguments are JSON."""
+    app.add_url_rule("/", "value", lambda: {"value": basket.value})
+    app.add_url_rule("/", "more", lambda: {"value": basket.increment(**request.get_json())}, methods=["POST"])
     return app
 
 
@@ -58,159 +44,62 @@ def value(client: FlaskClient) -> Any:
 
 
 def increment(client: FlaskClient, **arguments: Any) -> Any:
-    return client.post("/increment", json=arguments).get_json()["value"]
+    return client.post("/", json=arguments).get_json()["value"]
 
 
-def test_two_browsers_never_share_a_number(app: Flask) -> None:
-    one, two = app.test_client(), app.test_client()
-    assert [increment(one), increment(one), increment(two), increment(one)] == [1, 2, 1, 3]
-    assert (value(one), value(two), value(app.test_client())) == (3, 1, 0)
-
-
-def test_it_counts_up_and_down_within_bounds_and_begins_again(app: Flask) -> None:
-    client = app.test_client()
-    assert [increment(client, by=5), increment(client, by=-2), increment(client, by=2, maximum=5)] == [5, 3, 5]
-    for method, arguments in (
-        ("increment", {"maximum": 5}),
-        ("increment", {"by": -1, "minimum": 5}),
-        ("decrement", {"minimum": 5}),
-        ("decrement", {"by": -1, "maximum": 5}),
-    ):
-        with pytest.raises(LimitReached, match="'basket' would lie outside the bounds"):
-            client.post(f"/{method}", json=arguments)
-    assert value(client) == 5
-    assert client.post("/decrement", json={"by": 7, "minimum": -2}).get_json() == {"value": -2}
-    client.post("/reset")
-    assert (value(client), increment(client)) == (0, 1)
-    client.post("/reset")
-    client.post("/reset")  # of what is not there
-    assert value(client) == 0
-
-
-def test_an_invalid_step_or_bound_is_refused_and_changes_nothing() -> None:
-    app, shared = make_app()
-    basket = shared.visitor_counter("basket")
-    steps: list[Any] = [0, True, False, 1.5, float("nan"), LARGEST + 1, SMALLEST - 1, "1", b"1", None, [1]]
-    wrong: list[dict[str, Any]] = [{"by": step} for step in steps]
-    for bound in ("1", True, 1.5, LARGEST + 1):
-        wrong += [{"minimum": bound}, {"maximum": bound}]
-    wrong.append({"minimum": 2, "maximum": 1})
-    with app.test_request_context():
-        assert basket.increment(3) == 3
-        for method in (basket.increment, basket.decrement):
-            for arguments in wrong:
-                with pytest.raises(InvalidRequest, match="by must" if "by" in arguments else r"minimum|maximum"):
-                    method(**arguments)
-        assert basket.value == 3
-
-
-def test_a_number_may_be_larger_than_64_bits() -> None:
-    app, shared = make_app()
-    basket = shared.visitor_counter("basket")
-    with app.test_request_context():
-        assert [basket.increment(LARGEST) for _ in range(3)][-1] == 3 * LARGEST
-        assert [basket.increment(SMALLEST), basket.value] == [2 * LARGEST - 1, 2 * LARGEST - 1]
-
-
-def test_each_name_has_its_own_counter() -> None:
+def test_it_counts_up_and_down_within_bounds_and_begins_again() -> None:
     app, shared = make_app()
     basket, again, wishes = (shared.visitor_counter(name) for name in ("basket", "basket", "wishes, ключ"))
     with app.test_request_context():
-        assert [basket.increment(), wishes.increment(), again.increment()] == [1, 1, 2]
-        assert shared.counter("basket").value == 0
+        assert [basket.increment(5), basket.increment(-2), again.increment(2, maximum=5)] == [5, 3, 5]
+        refused: list[Callable[[], object]] = [
+            *(lambda: basket.increment(maximum=5), lambda: basket.increment(-1, minimum=5)),
+            *(lambda: basket.decrement(minimum=5), lambda: basket.decrement(-1, maximum=5)),
+        ]
+        for call in refused:
+            with pytest.raises(LimitReached, match="'basket' would lie outside the bounds"):
+                call()
+        steps: list[Any] = [0, True, 1.5, float("nan"), LARGEST + 1, SMALLEST - 1, "1", None, [1]]
+        wrong: list[dict[str, Any]] = [{"by": step} for step in steps]
+        wrong += [{bound: number} for bound in ("minimum", "maximum") for number in ("1", True, 1.5, LARGEST + 1)]
+        for arguments in [*wrong, {"minimum": 2, "maximum": 1}]:
+            for method in (basket.increment, basket.decrement):
+                with pytest.raises(InvalidRequest, match="by must" if "by" in arguments else r"minimum|maximum"):
+                    method(**arguments)
+        assert basket.value == 5
+        assert basket.decrement(7, minimum=-2) == -2
+        for _ in range(2):
+            basket.reset()
+            assert basket.value == 0
+        assert [basket.increment(LARGEST) for _ in range(3)][-1] == 3 * LARGEST  # more than 64 bits
+        assert (wishes.increment(), shared.counter("basket").value) == (1, 0)
     with pytest.raises(InvalidRequest, match="already has that name"):
         shared.visitor_counter("basket", max_visitors=7)
-    wrong: list[dict[str, Any]] = [{"ttl": ttl} for ttl in (0, True, -1.0)]
-    for options in [*wrong, {"max_visitors": 0}, {"max_visitors": True}]:
+    options: list[dict[str, Any]] = [{"ttl": 0}, {"ttl": True}, {"ttl": -1.0}, {"max_visitors": 0}]
+    for option in options:
         with pytest.raises(InvalidRequest):
-            SharedState().visitor_counter("other", **options)
-
-
-# Simultaneous tabs
+            SharedState().visitor_counter("other", **option)
 
 
 def test_simultaneous_tabs_of_one_browser_lose_no_update(app: Flask) -> None:
-    browser = app.test_client()
-    assert increment(browser) == 1
-    cookie = browser.get_cookie("session")
-    assert cookie is not None
+    browser, other = app.test_client(), app.test_client()
+    assert [increment(browser), increment(other)] == [1, 1]
 
     def tab() -> list[int]:
         client = app.test_client()
-        client.set_cookie("session", cookie.value)
+        client.set_cookie("session", session_cookie(browser))
         return [increment(client) for _ in range(10)]
 
     numbers = [number for tens in at_once(8, tab) for number in tens]
     assert sorted(numbers) == list(range(2, 82))
-    assert value(browser) == 81
-
-
-APP = """
-from flask import Flask, request
-from counter_server import SharedState
-
-app = Flask(__name__)
-app.config.update(SECRET_KEY="of this test", COUNTER_SERVER_STORE={url!r}, COUNTER_SERVER_DEADLINE=30)
-shared = SharedState(app)
-basket = shared.visitor_counter("basket")
-
-@app.post("/")
-def add():
-    return dict(value=basket.increment(int(request.args.get("by", 1))))
-
-@app.get("/")
-def show():
-    return dict(value=basket.value)
-"""
-
-
-def ask(browser: Browser, method: str = "POST", path: str = "/") -> int:
-    return int(browser.visit(path, method).content["value"])
-
-
-@pytest.mark.slow
-def test_visitors_of_an_app_of_4_workers(on_demand: str, tmp_path: Path, stack: ExitStack) -> None:
-    """Each has a number of their own, whichever worker answers, and no tab's click is lost."""
-    (tmp_path / "app.py").write_text(APP.format(url=on_demand))
-    program, url = launch(stack, SYNC, tmp_path)
-    one, two = Browser(url), Browser(url)
-    assert [ask(one), ask(two, path="/?by=100"), ask(one, "GET"), ask(two, "GET")] == [1, 100, 1, 100]
-    tabs = iter([browser.tab() for browser in (one, two) for _ in range(8)])
-    mine = at_once(16, lambda: [ask(tab) for tab in [next(tabs)] * 5])
-    assert sorted(number for five in mine for number in five) == [*range(2, 42), *range(101, 141)], program.errors
-    assert [ask(one, "GET"), ask(two, "GET"), ask(Browser(url), "GET")] == [41, 140, 0]
-    strangers = at_once(20, lambda: [ask(browser) for browser in [Browser(url)] * 3])
-    assert strangers == [[1, 2, 3]] * 20, program.errors
-
-
-@pytest.mark.slow
-def test_after_a_kill_visitors_begin_again_and_one_is_told(on_demand: str, data_dir: Path) -> None:
-    app, shared = make_app(COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=PATIENCE)
-    with_routes(app, shared.visitor_counter("basket"))
-    one, two = app.test_client(), app.test_client()
-    assert [increment(one), increment(one), increment(two)] == [1, 2, 1]
-    end_manager(data_dir / "manager.lock")
-    with pytest.raises(StateLost, match="begins again"):
-        increment(one)
-    assert [increment(one), increment(two), value(one)] == [1, 1, 1]
-    with app.app_context():
-        shared.state.close()
-
-
-# Time, and room
-
-
-def timed(*, ttl: float = 10, max_visitors: int = 100) -> tuple[FlaskClient, Clock, BoundedDict]:
-    """Return a client of an app whose visitor counter keeps its numbers here, by a clock."""
-    clock = Clock()
-    numbers = BoundedDict(max_visitors, clock)
-    app, _ = make_app()
-    return with_routes(app, VisitorCounter("basket", numbers, ttl)).test_client(), clock, numbers
+    assert (value(browser), value(other), value(app.test_client())) == (81, 1, 0)
 
 
 def test_a_number_expires_after_a_time_without_use_and_reading_is_use() -> None:
     for reading in (True, False):
-        client, clock, numbers = timed()
+        clock = Clock()
+        numbers = BoundedDict(3, clock)
+        client = with_routes(make_app()[0], VisitorCounter("basket", numbers, ttl=10)).test_client()
         assert increment(client, by=5) == 5
         for number in (6, 7, 8):
             clock.now += 9.5
@@ -219,32 +108,8 @@ def test_a_number_expires_after_a_time_without_use_and_reading_is_use() -> None:
         with pytest.raises(LimitReached):
             increment(client, maximum=1)  # which is no use
         clock.now += 1
-        assert numbers.size() == 0
-        assert value(client) == 0
-        assert numbers.size() == 0  # reading makes no number
+        assert (value(client), numbers.size()) == (0, 0)  # reading makes no number
         assert increment(client) == 1
-
-
-def test_a_new_visitor_replaces_the_longest_idle_one() -> None:
-    regular, _, numbers = timed(max_visitors=3)
-    increment(regular, by=7)
-    others = [regular.application.test_client() for _ in range(6)]
-    for other in others:
-        increment(other)
-        assert value(regular) == 7
-        assert numbers.size() <= 3
-    assert [value(other) for other in others] == [0, 0, 0, 0, 1, 1]
-
-
-# The cookie
-
-
-def payload_of(cookie: str) -> Any:
-    """What Flask's signed session holds, as anybody may read it."""
-    compressed, cookie = cookie.startswith("."), cookie.lstrip(".")
-    packed = cookie.split(".")[0]
-    data = base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4))
-    return json.loads(zlib.decompress(data) if compressed else data)
 
 
 def session_cookie(client: FlaskClient) -> str:
@@ -253,55 +118,52 @@ def session_cookie(client: FlaskClient) -> str:
     return cookie.value
 
 
-def test_the_cookie_holds_an_opaque_id_and_not_the_number(app: Flask) -> None:
-    ids = set()
-    for _ in range(20):
-        client = app.test_client()
-        assert value(client) == 0  # reading is enough to be known
-        cookie = session_cookie(client)
-        assert increment(client, by=123456789) == 123456789
-        assert session_cookie(client) == cookie
-        content = payload_of(cookie)
-        assert [*content] == [BASKET]
-        assert "1234567" not in content[BASKET]
-        assert len(base64.urlsafe_b64decode(content[BASKET] + "==")) == 16  # bytes, of the system's randomness
-        ids.add(content[BASKET])
-    assert len(ids) == 20
+def visitor_of(client: FlaskClient) -> str:
+    """Return the id in Flask's signed session, as anybody may read it; check that nothing else is there."""
+    packed = session_cookie(client).split(".")[0]
+    content = json.loads(base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4)))
+    assert [*content] == [BASKET]
+    return str(content[BASKET])
 
 
-def test_a_forged_cookie_is_a_new_visitors(app: Flask) -> None:
+def test_the_cookie_holds_an_opaque_id_and_a_forged_one_is_a_new_visitors(app: Flask) -> None:
     victim = app.test_client()
-    increment(victim, by=5)
-    genuine = session_cookie(victim)
-    packed, time, signature = genuine.split(".")
-    forged_content = base64.urlsafe_b64encode(json.dumps({BASKET: "chosen"}).encode()).decode().rstrip("=")
-    wrong_signature = ("A" if signature[0] != "A" else "B") + signature[1:]
+    assert value(victim) == 0  # reading is enough to be known
+    cookie, own = session_cookie(victim), visitor_of(victim)
+    assert increment(victim, by=123456789) == 123456789
+    assert session_cookie(victim) == cookie
+    assert len(base64.urlsafe_b64decode(own + "==")) == 16  # bytes, of the system's randomness
+    packed, time, signature = cookie.split(".")
+    forged = base64.urlsafe_b64encode(json.dumps({BASKET: "chosen"}).encode()).decode().rstrip("=")
+    wrong = ("A" if signature[0] != "A" else "B") + signature[1:]
+    ids = {own, "chosen"}
     for cookie in (
-        f"{packed}.{time}.{wrong_signature}",
-        f"{forged_content}.{time}.{signature}",
+        f"{packed}.{time}.{wrong}",
+        f"{forged}.{time}.{signature}",
         f"{packed}.{time}",
         packed,
-        payload_of(genuine)[BASKET],
+        own,
         "",
         "é",
     ):
         client = app.test_client()
         client.set_cookie("session", cookie)
         assert (value(client), increment(client)) == (0, 1), cookie
-        assert payload_of(session_cookie(client))[BASKET] not in ("chosen", payload_of(genuine)[BASKET])
-    assert value(victim) == 5
+        ids.add(visitor_of(client))
+    assert len(ids) == 9
+    assert value(victim) == 123456789
 
 
 def test_an_invalid_entry_of_the_session_is_replaced_and_a_cleared_one_is_new(app: Flask) -> None:
     client = app.test_client()
-    for entry in (None, 7, True, 1.5, ["x"], {"a": 1}, b"bytes"):
+    for entry in (None, 7, True, ["x"], {"a": 1}, b"bytes"):
         with client.session_transaction() as content:
             content.update({BASKET: entry, "own": "kept"})
         assert [increment(client), increment(client)] == [1, 2]
         with client.session_transaction() as content:
-            assert isinstance(content[BASKET], str)
-            assert content["own"] == "kept"
-    client.get("/logout")
+            assert (type(content[BASKET]), content["own"]) == (str, "kept")
+    with client.session_transaction() as content:
+        content.clear()
     assert value(client) == 0
 
 
