@@ -204,28 +204,22 @@ def in_a_child(fork: Callable[[], int], work: Callable[[], Any]) -> Callable[[],
     return answer
 
 
-def test_a_fork_after_use_gives_the_child_its_own_client_and_connection(state: State, counter: Counter) -> None:
-    def connection() -> str:
-        return os.readlink(f"/proc/self/fd/{cast(Any, state.store)._connection.fileno()}")
+@pytest.mark.parametrize("fork", [os.fork, ctypes.PyDLL(None).fork], ids=["noticed", "as uWSGI forks, unnoticed"])
+def test_a_fork_after_use_gives_the_child_its_own_client_and_connection(
+    state: State, counter: Counter, fork: Callable[[], int]
+) -> None:
+    def work() -> list[Any]:
+        values = [counter.increment() for _ in range(50)]
+        return [values, os.readlink(f"/proc/self/fd/{cast(Any, state.store)._connection.fileno()}")]
 
-    values = [counter.increment()]
-    answer = in_a_child(os.fork, lambda: ([counter.increment() for _ in range(100)], connection()))
-    values += [counter.increment() for _ in range(100)]
-    child_values, childs_connection = answer()
-    assert sorted(values + child_values) == list(range(1, 202))
-    assert childs_connection != connection()
-
-
-def test_a_fork_that_the_interpreter_is_not_told_of_is_noticed(counter: Counter) -> None:
-    """As uWSGI forks: the state is made, and here even used, before; no hook is called."""
-    values = [counter.increment()]
+    assert counter.increment() == 1
     before = sys.getswitchinterval()
     sys.setswitchinterval(PATIENCE)  # a child with a request for the interpreter's lock waits for a thread it has not
-    fork = ctypes.PyDLL(None).fork
-    answers = [in_a_child(fork, lambda: [counter.increment() for _ in range(50)]) for _ in range(3)]
+    answers = [in_a_child(fork, work) for _ in range(3)]
     sys.setswitchinterval(before)
-    values += [counter.increment() for _ in range(50)]
-    assert sorted([*values, *(value for answer in answers for value in answer())]) == list(range(1, 202))
+    done = [work(), *(answer() for answer in answers)]
+    assert sorted(value for values, _ in done for value in values) == list(range(2, 202))
+    assert len({connection for _, connection in done}) == 4
 
 
 def test_100_fresh_clients_connect_at_once(manager: Manager, name: str) -> None:
@@ -283,38 +277,30 @@ def within_the_handshake(make: Callable[[], _Made]) -> _Made:
                 raise
 
 
-def authenticated(data_dir: Path, first: object) -> Connection:
-    """A connection that has shown the key and said `first`, with a test's time for all that follows."""
+def begun(data_dir: Path, first: object, answers: int = 0) -> tuple[Connection, list[Any]]:
+    """A connection that has shown the key and said `first`, and its answers. It has a test's time for what follows."""
     directory = DataDirectory(data_dir)
 
-    def begun() -> Connection:
+    def begin() -> tuple[Connection, list[Any]]:
         with ExitStack() as after_an_error:
             connection = connect(str(directory.socket), directory.existing_key("manager"))
             after_an_error.callback(connection.close)
             connection.set_deadline(time.monotonic() + PATIENCE)
             connection.send(first)
+            answered = [connection.recv() for _ in range(answers)]
             after_an_error.pop_all()
-        return connection
+        return connection, answered
 
-    return within_the_handshake(begun)
+    return within_the_handshake(begin)
 
 
 def greeted(data_dir: Path) -> tuple[Connection, str, str]:
     """A connection to the counters, and the kind and the words of the manager's greeting."""
-
-    def begun() -> tuple[Connection, str, str]:
-        connection = authenticated(data_dir, (None, "accept_connection", ("ledger", None), {}))
-        with ExitStack() as after_an_error:
-            after_an_error.callback(connection.close)
-            kind, words = connection.recv()
-            after_an_error.pop_all()
-        return connection, kind, words
-
-    return within_the_handshake(begun)
+    connection, [(kind, words)] = begun(data_dir, (None, "accept_connection", ("ledger", None), {}), 1)
+    return connection, kind, words
 
 
-def frame(message: bytes) -> bytes:
-    return len(message).to_bytes(4, "big") + message
+PICKLE = pickle.dumps(os.getcwd)
 
 
 @pytest.mark.parametrize(
@@ -323,8 +309,8 @@ def frame(message: bytes) -> bytes:
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"\x80\x00\x00\x00",  # a frame of 2 GiB
         b"\xff\xff\xff\xff",  # negative, for a peer that reads it so
-        frame(b"#WELCOME#"),
-        frame(pickle.dumps(os.getcwd)),
+        b"\x00\x00\x00\x09#WELCOME#",
+        len(PICKLE).to_bytes(4, "big") + PICKLE,
     ],
 )
 def test_a_peer_that_does_not_know_the_key_is_closed_and_told_nothing(
@@ -372,7 +358,7 @@ def test_none_of_the_standard_servers_functions_can_be_called(tmp_path: Path, fl
     with Program(*flags, "manager_process.py", "--data-dir", tmp_path / "own") as manager:
         manager.expect("Manager ready:")
         for function in (*Server.public, "__init__", ""):
-            assert_closes(authenticated(tmp_path / "own", (None, function, (), {})))
+            assert_closes(begun(tmp_path / "own", (None, function, (), {}))[0])
         assert manager.running
 
 
