@@ -81,7 +81,7 @@ def test_descriptors_beyond_1024_work(stack: ExitStack, data_dir: Path) -> None:
     assert (server.stop(), server.errors) == (0, [])
 
 
-def test_new_workers_and_the_next_manager_have_new_code_and_leave_nothing_open(start_server: StartServer) -> None:
+def test_new_workers_and_the_next_manager_have_new_code(start_server: StartServer) -> None:
     server = start_server("--workers", "1")
     (manager,), opened = server.children("manager"), 0
 

@@ -11,19 +11,8 @@ import pytest
 from flask import Flask
 from msgspec import msgpack
 
-from counter_server import CounterServerError, SharedState, State, StoreOptions, objects, open_state
+from counter_server import CounterServerError, SharedState, State, StoreOptions, errors, objects, open_state
 from counter_server.cli import examine
-from counter_server.errors import (
-    BatchRefused,
-    InvalidRequest,
-    NotHosted,
-    RemoteError,
-    StartupError,
-    StateLost,
-    Stopped,
-    StorageFull,
-    Unsupported,
-)
 from counter_server.ledger import CLIENT_LIFETIME, Changes, ClientRecord
 from counter_server.manager.server import SLOW_SECONDS
 from counter_server.manager.wire import LARGEST_FRAME
@@ -73,12 +62,12 @@ def test_plain_data_is_returned_unchanged_and_other_data_refused(toolbox: Any) -
     for value in (*plain, {1: 2, None: 3, (1, 2): [4], b"x": 5.0}):
         assert repr(toolbox.echo(value, word=value)) == repr(((value,), {"word": value}))
     for value in ({1}, object(), Toolbox, 1j, [{1}], {"a": {1}}, "\ud800"):
-        with pytest.raises(InvalidRequest, match=r"the arguments of toolbox\.add"):
+        with pytest.raises(errors.InvalidRequest, match=r"the arguments of toolbox\.add"):
             toolbox.add(value)
-    with pytest.raises(InvalidRequest, match="at most"):
+    with pytest.raises(errors.InvalidRequest, match="at most"):
         toolbox.add("x" * (LARGEST_VALUE + 1))
     assert toolbox.count() == 0
-    with pytest.raises(RemoteError, match=r"set is not plain data.*; the call was made, and its result is lost"):
+    with pytest.raises(errors.RemoteError, match=r"set is not plain data.*; the call was made, and its result is lost"):
         toolbox.give()
 
 
@@ -95,7 +84,7 @@ def test_errors_of_a_method_reach_its_caller(toolbox: Any) -> None:
     assert error.value.args == ("no such tool", 7)
     assert "hosted_classes.py" in error.value.__notes__[0]
     assert toolbox.count() == 1  # it was called once
-    with pytest.raises(RemoteError) as other:
+    with pytest.raises(errors.RemoteError) as other:
         toolbox.fail_in_its_own_way()
     assert (other.value.name, other.value.text) == (f"{OwnError.__module__}.OwnError", "with a message")
     assert not isinstance(other.value, CounterServerError)  # it has no outcome
@@ -107,9 +96,9 @@ def test_a_method_whose_error_is_hard_to_tell_was_called_once(state: State) -> N
     kinds: dict[str, Any] = dict.fromkeys(
         ["a message that cannot be encoded", "arguments longer than a frame"], ValueError
     )
-    kinds |= {"a number too long for str()": KeyError, "a place that is none": (SyntaxError, RemoteError)}
+    kinds |= {"a number too long for str()": KeyError, "a place that is none": (SyntaxError, errors.RemoteError)}
     for number, how in enumerate(hosted_classes.awkward_errors(), 1):
-        with pytest.raises(kinds.get(how, RemoteError)):
+        with pytest.raises(kinds.get(how, errors.RemoteError)):
             awkward.fail(how)
         assert awkward.count() == number, how
 
@@ -119,12 +108,12 @@ def test_only_public_methods_can_be_called(state: State, toolbox: Any) -> None:
     for name in ("_private", "__init__", "__class__", "__reduce__"):
         with pytest.raises(AttributeError, match="only public methods of Toolbox are shared"):
             handle.__getattr__(name)
-        with pytest.raises(InvalidRequest, match="public method"):
+        with pytest.raises(errors.InvalidRequest, match="public method"):
             Invoke(name, b"")
     for name in ("items", "kind", "nothing"):
         with pytest.raises(AttributeError, match=f"only public methods of Toolbox are shared, not '{name}'"):
             getattr(toolbox, name)
-        with pytest.raises(Unsupported, match=f"no public method '{name}'"):  # not even directly in the manager
+        with pytest.raises(errors.Unsupported, match=f"no public method '{name}'"):  # not even directly in the manager
             state.invoke("toolbox", Invoke(name, b""))
     with pytest.raises(AttributeError, match="setting 'kind' would change this handle only"):
         toolbox.kind = 5
@@ -138,12 +127,12 @@ def test_a_name_declares_one_importable_class(state: State) -> None:
         pass
 
     for wrong in (Local, lambda: None, hosted_classes.not_a_class, SomeObj(0)):
-        with pytest.raises(InvalidRequest):
+        with pytest.raises(errors.InvalidRequest):
             state.object("wrong", wrong)  # type: ignore[arg-type]
     one = state.object("obj", SomeObj, 0)
     assert [one.query(), state.object("obj", SomeObj, 0).query()] == [1, 2]
     for declare_again in (lambda: state.object("obj", SomeObj, 1), lambda: state.object("obj", Toolbox)):
-        with pytest.raises(InvalidRequest, match="already has that name"):
+        with pytest.raises(errors.InvalidRequest, match="already has that name"):
             declare_again()
     assert state.counter("obj").increment() == 1  # counters have names of their own
 
@@ -166,7 +155,7 @@ def test_a_declaration_shows_its_class_and_arguments(monkeypatch: pytest.MonkeyP
     assert not str(declare("obj", SomeObj, (), {}, durable=False)).endswith("durable")
     assert not Declaration("obj", "module", "Class", b"").durable
     for name, cls, reason in (("", SomeObj, "name"), ("x", hosted_classes.not_a_class, "declared with its class")):
-        with pytest.raises(InvalidRequest, match=reason):
+        with pytest.raises(errors.InvalidRequest, match=reason):
             declare(name, cls, (), {}, durable=False)  # type: ignore[arg-type]
 
 
@@ -175,7 +164,7 @@ def test_a_handle_without_init_app_names_the_missing_call() -> None:
     app.config["COUNTER_SERVER_STORE"] = "memory://"
     SharedState(app)
     stray = SharedState().object("obj", SomeObj, 0)
-    with app.app_context(), pytest.raises(NotHosted, match="init_app"):
+    with app.app_context(), pytest.raises(errors.NotHosted, match="init_app"):
         stray.query()
 
 
@@ -224,7 +213,7 @@ def test_a_batch_is_answered_once_and_committed_with_its_state() -> None:
     (changes,) = scene.made
     assert (changes.now, pickle.loads(changes.objects["obj"]).items) == (5.0, ["one", "two"])  # noqa: S301
     assert changes.clients == {b"c" * 16: ClientRecord(1, results, 5.0, "obj")}
-    with pytest.raises(BatchRefused, match="batch 3 does not follow batch 1"):
+    with pytest.raises(errors.BatchRefused, match="batch 3 does not follow batch 1"):
         scene.apply(("count",), sequence=3)
     assert not scene.hosted._lock.locked()
     refused = scene.apply(("count",), ("count",), client=b"d" * 16, sequence=1)
@@ -249,14 +238,16 @@ def test_an_object_is_restored_from_its_state_and_clients() -> None:
     assert scene.apply(("count",), sequence=7) == known.results
     assert scene.call("count") == 1
     for cls, state in ((OneWay, None), (Toolbox, b"no pickle")):
-        with pytest.raises(StartupError, match=r"obj = tests.*cannot be made: .*cannot be restored from its state: "):
+        with pytest.raises(
+            errors.StartupError, match=r"obj = tests.*cannot be made: .*cannot be restored from its state: "
+        ):
             Scene(cls, state=state)
 
 
-def test_a_refused_commit_undoes_the_call_and_another_failure_ends_the_process() -> None:
+def test_a_refused_commit_undoes_the_call_other_failures_end_it() -> None:
     scene = Scene(SomeObj, 0)
     assert [scene.call("query"), scene.call("query")] == [1, 2]
-    scene.error = StorageFull("no room")
+    scene.error = errors.StorageFull("no room")
     refused = scene.call("query")
     assert refused == Refusal("storage_full", "no room")
     scene.error = None
@@ -313,10 +304,10 @@ def test_a_busy_object_makes_no_call_and_an_end_is_no_error(monkeypatch: pytest.
         assert waiting.result(PATIENCE) == "done"
 
     def stop(_: Refusing) -> NoReturn:
-        raise Stopped(0)
+        raise errors.Stopped(0)
 
     monkeypatch.setattr(Refusing, "__init__", stop)
-    with pytest.raises(Stopped):
+    with pytest.raises(errors.Stopped):
         Scene(Refusing)
 
 
@@ -378,7 +369,7 @@ def test_an_object_in_memory_is_lost_with_its_manager_and_says_so_once(on_demand
         obj, durable = state.object("obj", SomeObj, 0), state.object("durable", SomeObj, 0, durable=True)
         assert [obj.query(), obj.query(), durable.query(), state.counter("c").increment()] == [1, 2, 1, 1]
         end_manager(data_dir / "manager.lock")
-        with pytest.raises(StateLost, match="object:obj begins again") as lost:
+        with pytest.raises(errors.StateLost, match="object:obj begins again") as lost:
             obj.query()
         assert lost.value.outcome == "not_applied"
         assert [obj.query(), durable.query(), state.counter("c").increment()] == [1, 2, 2]
@@ -412,12 +403,12 @@ def test_an_object_that_cannot_be_made_holds_up_no_counter(on_demand: str, tmp_p
         good = state.object("good", SomeObj, 0, durable=True)
         wrong = [(refusing.anything, "ValueError: not today"), (one_way.query, "cannot be restored from its state")]
         for number, (call, reason) in enumerate(wrong * 2, 1):
-            with pytest.raises(StartupError, match=reason) as told:
+            with pytest.raises(errors.StartupError, match=reason) as told:
                 call()
             assert told.value.outcome == "not_applied"
             assert (state.counter("c").increment(), good.query()) == (number, number)
     volatile = patient(f"manager://{tmp_path}/volatile", durability="none")
-    with volatile as state, pytest.raises(StartupError, match="cannot be durable with durability 'none'"):
+    with volatile as state, pytest.raises(errors.StartupError, match="cannot be durable with durability 'none'"):
         state.object("obj", SomeObj, 0, durable=True).query()
 
 
@@ -436,7 +427,7 @@ def test_an_unused_manager_is_replaced_by_one_with_other_objects(on_demand: str,
             assert counting.counter("c").increment() == 2
             for wrong in (other.object("other", SomeObj, 0), patient(on_demand).object("one", SomeObj, 5)):
                 hosts = r"hosts one = tests\.hosted_classes\.SomeObj\(0\), and not .*counter-server stop"
-                with pytest.raises(NotHosted, match=hosts) as error:  # the manager is in use
+                with pytest.raises(errors.NotHosted, match=hosts) as error:  # the manager is in use
                     wrong.query()
                 assert error.value.outcome == "not_applied"
             assert other.counter("c").increment() == 3
