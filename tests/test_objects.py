@@ -239,7 +239,7 @@ def test_an_object_is_restored_from_its_state_and_clients() -> None:
     assert scene.call("count") == 1
     for cls, state in ((OneWay, None), (Toolbox, b"no pickle")):
         with pytest.raises(
-            errors.StartupError, match=r"obj = tests.*cannot be made: .*cannot be restored from its state: "
+            errors.StartupError, match=r"obj = tests.*cannot be made: .*cannot be restored from its state"
         ):
             Scene(cls, state=state)
 

@@ -20,7 +20,7 @@ from counter_server.extension import SharedState
 from counter_server.manager.directory import DataDirectory
 from tests.hosted_classes import Slow, SomeObj
 from tests.launchers import LAUNCHERS, launch
-from tests.load import at_once, visit
+from tests.load import at_once, impatient, visit
 from tests.processes import PATIENCE, ROOT, Manager, Program, Server, end_manager, eventually, frozen, holder
 from tests.test_server import increment
 
@@ -143,18 +143,19 @@ def test_a_method_that_never_returns_holds_up_nothing_else(
     """Neither the counters, nor another program, nor the end of the manager, which is idle without its clients."""
 
     def call_it() -> None:
-        with open_state(on_demand, deadline=0.5) as hasty, pytest.raises(DeadlineExceeded) as error:
-            getattr(hasty.object("slow", Slow), method)(*([] if method == "compute" else [str(tmp_path / "never")]))
+        with patient(on_demand) as hasty:
+            handle: Any = hasty.object("slow", Slow)
+            # One that computes has the interpreter for 0.1 ms at a time. Python's default delays a counter by 5 ms.
+            assert handle.switch_interval() == pytest.approx(0.0001)
+            with impatient(hasty, 1), pytest.raises(DeadlineExceeded) as error:
+                getattr(handle, method)(*([] if method == "compute" else [str(tmp_path / "never")]))
         assert error.value.outcome == "unknown"
 
     with patient(on_demand, idle_timeout=1) as state:
-        # A method that computes has the interpreter for 0.1 ms at a time. Python's default delays a counter by 5 ms.
-        assert state.object("slow", Slow).switch_interval() == pytest.approx(0.0001)
+        state.object("slow", Slow).switch_interval()
         call_it()
         assert [state.counter("c").increment() for _ in range(30)] == list(range(1, 31))
     eventually(lambda: not managers_of(data_dir), "the end of the idle manager")
-    with patient(on_demand) as state:
-        state.object("slow", Slow).wait_for(str(tmp_path))  # returns
     call_it()
     with patient(on_demand) as other:
         assert (other.object("obj", SomeObj, 0).query(), other.counter("c").increment()) == (1, 31)
