@@ -61,14 +61,9 @@ class Toolbox:
 
 class UntellableError(Exception):
     def __str__(self) -> str:
-        raise self.args[0]("never")
-
-
-class Untellable:
-    def __iter__(self) -> Any:
         raise SystemExit(4)
 
-    __repr__ = __iter__
+    __iter__ = __repr__ = __str__
 
 
 class StrangeText(str):
@@ -101,33 +96,35 @@ class HostileError(Exception, metaclass=Hostile):
     pass
 
 
+def awkward_errors() -> dict[str, BaseException]:
+    """Return errors that are hard to describe."""
+    misplaced, noted = SyntaxError("misplaced"), OwnError("noted")
+    misplaced.lineno, misplaced.text = cast(Any, ("not", "a", "line")), cast(Any, 5)
+    vars(noted)["__notes__"] = UntellableError()
+    return {
+        "a place that is none": misplaced,
+        "notes that end the program": noted,
+        "a message that ends the program": UntellableError(),
+        "a strange message": StrangeError(),
+        "a class that raises": HostileError(),
+        "a number too long for str()": KeyError(10**5000),
+        "a message that cannot be encoded": ValueError("\ud800"),
+        "a message longer than a frame": OwnError("x" * 2**25),
+        "arguments longer than a frame": ValueError("y" * 2**25),
+        "arguments that do not make it again": UnicodeDecodeError("utf-8", b"\xff", 0, 1, "object " * 300_000),
+        "the end of the program": SystemExit(3),
+    }
+
+
 class Awkward:
-    """Counts its calls, and raises errors that are hard to describe."""
+    """Counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
 
     def fail(self, how: str) -> None:
         self.calls += 1
-        misplaced, noted = SyntaxError("misplaced"), OwnError("noted")
-        misplaced.lineno, misplaced.text = cast(Any, ("not", "a", "line")), cast(Any, 5)
-        vars(noted)["__notes__"] = Untellable()
-        raise {
-            "a place that is none": misplaced,
-            "notes that end the program": noted,
-            "a message that ends the program": UntellableError(SystemExit),
-            "a strange message": StrangeError(),
-            "a class that raises": HostileError(),
-            "a number too long for str()": KeyError(10**5000),
-            "a message that cannot be made": UntellableError(RuntimeError),
-            "a message that cannot be encoded": ValueError("\ud800"),
-            "a message longer than a frame": OwnError("x" * 2**25),
-            "arguments longer than a frame": ValueError("y" * 2**25),
-            "arguments that do not make it again": UnicodeDecodeError("utf-8", b"\xff", 0, 1, "object " * 300_000),
-            "a group": ExceptionGroup("several", [ValueError("one")]),
-            "the end of the program": SystemExit(3),
-            "Ctrl-C": KeyboardInterrupt(),
-        }[how]
+        raise awkward_errors()[how]
 
     def count(self) -> int:
         return self.calls
@@ -144,7 +141,7 @@ class TwoArgumentsError(Exception):
 
 
 class Spoiled:
-    """A durable object whose state a call can spoil, so that it cannot be stored; each call adds a line to a file."""
+    """A call can spoil its state, so that it cannot be stored. It adds a line to a file."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -171,15 +168,11 @@ class OneWay:
     def __init__(self) -> None:
         self.error = TwoArgumentsError(1, 2)
 
-    def query(self) -> None:
-        """Never called."""
+    def query(self) -> None: ...
 
 
 class Slow:
-    """An object whose method waits until a file exists.
-
-    :param reported_after: seconds after which its manager reports a call; by default the manager's own time.
-    """
+    """An object whose method waits until a file exists. Its manager may report calls after other than 10 seconds."""
 
     def __init__(self, reported_after: float | None = None) -> None:
         if reported_after is not None:
@@ -193,7 +186,6 @@ class Slow:
         return "done"
 
     def compute(self) -> None:
-        """Compute for ever."""
         while True:
             pass
 
@@ -207,9 +199,7 @@ class Refusing:
     def __init__(self) -> None:
         raise ValueError("not today")
 
-    def anything(self) -> None:
-        """Never called."""
+    def anything(self) -> None: ...
 
 
-def not_a_class() -> None:
-    """Importable, but not a class."""
+def not_a_class() -> None: ...
