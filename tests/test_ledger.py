@@ -421,8 +421,9 @@ def test_a_batch_of_reads_changes_nothing_and_commits_nothing(ledger: Ledger, di
 class Model:
     """What the ledger should be, in plain dicts and no hurry."""
 
-    def __init__(self, most: float) -> None:
-        self.most = most
+    def __init__(self, caps: Caps | None) -> None:
+        self.most: float = caps.counters if caps else inf
+        self.most_keys: float = caps.keys if caps else inf
         self.counters: dict[str, int] = {}
         self.keys: dict[str, tuple[Increment, int]] = {}
         self.last: dict[bytes, tuple[int, list[Result]]] = {}
@@ -454,7 +455,11 @@ class Model:
             case Increment(name, by, minimum, maximum, key):
                 value = self.counters.get(name, 0) + by
                 low, high = (SMALLEST if minimum is None else minimum), (LARGEST if maximum is None else maximum)
-                result = self.put(name, value) if low <= value <= high else LIMIT
+                if not low <= value <= high:
+                    return LIMIT
+                if key is not None and len(self.keys) >= self.most_keys:
+                    return FULL
+                result = self.put(name, value)
                 if key is not None and result == value:
                     self.keys[key] = (Increment(name, by, minimum, maximum), value)
                 return result
@@ -467,14 +472,14 @@ class Model:
         return value
 
 
-@pytest.mark.parametrize("caps", [Caps(counters=3), None], ids=["a cap", "no cap"])
+@pytest.mark.parametrize("caps", [Caps(counters=3, keys=2), None], ids=["caps", "no caps"])
 def test_random_batches_do_what_a_model_does(caps: Caps | None, disk: Disk) -> None:
     """Three clients number their batches well and badly, on a disk that is full or breaks at times."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = RandomBatches(seed, "")
     chance = draw.chance
-    ledger, model = Ledger(journal=disk, caps=caps), Model(caps.counters if caps else inf)
+    ledger, model = Ledger(journal=disk, caps=caps), Model(caps)
     past: list[Operation] = [Increment("a")]
     for _ in range(300):
         disk.error = chance.choice([None] * 6 + [StorageFull(""), RuntimeError("broken")])

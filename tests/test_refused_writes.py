@@ -20,11 +20,11 @@ import pytest
 
 from counter_server import Counter, State, open_state
 from counter_server.errors import StartupError, StorageFull
+from counter_server.history import assert_exactly_once
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.manager.directory import DataDirectory
 from counter_server.settings import StoreOptions
-from tests.history import assert_exactly_once
 from tests.hosted_classes import SomeObj
 from tests.load import HttpLoad, open_client
 from tests.processes import PATIENCE, Manager, Program, Server, end_manager, eventually, fill, holder
