@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 # The tests that most likely notice a change of a module. Running them first saves time.
 FIRST = {
-    "combiner": ["combiner"],
+    "combiner": ["combiner", "state"],
     "session": ["session", "state"],
     "ledger": ["ledger", "caps"],
     "journal": ["journal", "ledger", "refused_writes"],
