@@ -18,7 +18,7 @@ from counter_server.ledger import CLIENT_LIFETIME, CLIENT_MINIMUM, KEY_LIFETIME,
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.wire import connect
 from counter_server.objects import HostedObject, declare
-from counter_server.operations import Batch, Delete, Get, Increment, Invoke, Operation, Refusal, Replayed, Result, Set
+from counter_server.operations import Batch, Get, Increment, Invoke, Operation, Refusal, Replayed, Result, Set
 from counter_server.settings import Caps
 from counter_server.stores import open_store
 from tests.hosted_classes import Toolbox
@@ -48,23 +48,8 @@ def apply(ledger: Ledger, *operations: Operation, client: bytes | None = None, s
     return answer
 
 
-COUNTER = no_room("counter", 1, "counters")
 KEY = no_room("idempotency key", 2, "keys")
 CLIENT = no_room("client", 2, "clients")
-
-
-def test_one_counter_too_many_is_refused_and_the_others_count_on() -> None:
-    ledger = capped(counters=1)
-    a, b = Increment("a"), Increment("b")
-    results = [1, COUNTER, True, False, 1, COUNTER, COUNTER]
-    assert apply(ledger, a, b, Delete("a"), Delete("a"), b, a, Set("a", 5)) == results
-    assert apply(ledger, a, Set("a", 5), Set("b", 7), b) == [COUNTER, COUNTER, 7, 8]
-    assert apply(ledger, Delete("b"), Set("c", 3), Set("c", 4)) == [True, 3, 4]
-    limit, no_key = apply(ledger, Increment("b", maximum=0), Increment("b", key="k"))
-    assert isinstance(limit, Refusal)
-    assert (limit.code, no_key) == ("limit", COUNTER)
-    assert ledger.sizes[0] == 1
-    assert apply(ledger, Increment("c", key="k")) == [5], "the key of a refused counter is unused"
 
 
 def test_one_key_too_many_is_refused_until_others_are_a_day_old(clock: SimpleNamespace) -> None:

@@ -274,14 +274,6 @@ def test_a_call_whose_leaders_all_give_up_is_abandoned() -> None:
     assert scene.still_works()
 
 
-@pytest.mark.parametrize("error", [UNKNOWN, NOT_APPLIED, KeyboardInterrupt(), ValueError()], ids=repr)
-def test_a_lone_leader_that_gives_up_leaves_the_combiner_free(error: BaseException) -> None:
-    scene = Scene()
-    scene.visit.ending.put(error)
-    assert scene.first.outcome() is error
-    assert scene.still_works()
-
-
 def test_an_item_whose_deadline_passes_in_the_queue_is_never_sent(clock: SimpleNamespace) -> None:
     scene = Scene()
     one, two = *scene.come(1), *scene.come(2, deadline=10.0)

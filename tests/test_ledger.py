@@ -108,48 +108,7 @@ def call(ledger: Ledger) -> Caller:
     return Caller(ledger)
 
 
-add, keyed = Increment, partial(Increment, key="k")
 LIMIT, REUSED, FULL = (Refusal(code, "") for code in ("limit", "key_reused", "storage_full"))
-
-
-@pytest.mark.parametrize("together", [False, True], ids=["a batch each", "one batch"])
-@pytest.mark.parametrize(
-    "steps",
-    [
-        [(add("a"), 1), (add("a", 5), 6), (add("a", -10), -4), (add("b"), 1)],
-        [(add("a", 3, None, 3), 3), (add("a", 1, None, 3), LIMIT), (add("a", -4, 0), LIMIT), (add("a", -3, 0), 0)],
-        [(add("a", 2, maximum=1), LIMIT), (Get("a"), None)],
-        [(Set("a", 9), 9), (add("a", -1, maximum=5), LIMIT), (add("a", -5, maximum=5), 4)],
-        [(add("a", LARGEST), LARGEST), (add("a"), LIMIT), (add("a", LARGEST), LIMIT), (add("a", -1), LARGEST - 1)],
-        [(add("a", SMALLEST), SMALLEST), (add("a", -1), LIMIT), (add("a", SMALLEST), LIMIT), (Get("a"), SMALLEST)],
-        [(Get("a"), None), (Set("a", 0), 0), (Get("a"), 0), (Set("a", -7), -7), (add("a"), -6)],
-        [(Delete("a"), False), (Set("a", 5), 5), (Delete("a"), True), (Delete("a"), False), (add("a"), 1)],
-        [(keyed("a", 2), 2), (add("a"), 3), (keyed("a", 2), Replayed(2)), (add("a", key="l"), 4)],
-        [(keyed("a"), 1), (keyed("b"), REUSED), (keyed("a", 1, 0), REUSED), (keyed("a"), Replayed(1))],
-        [(keyed("a", maximum=1), 1), (keyed("a", maximum=1), Replayed(1))],  # the key precedes the bounds
-        [(Set("a", 5), 5), (keyed("a", maximum=5), LIMIT), (keyed("b"), 1)],  # a refusal leaves its key unused
-        [(keyed("a"), 1), (Delete("a"), True), (keyed("a"), Replayed(1)), (Get("a"), None)],
-    ],
-)
-def test_operations_have_their_results(steps: list[tuple[Operation, Result]], call: Caller, *, together: bool) -> None:
-    operations = [operation for operation, _ in steps]
-    found = call(*operations) if together else [call(operation)[0] for operation in operations]
-    assert list(map(repr, found)) == [repr(result) for _, result in steps]  # True is not 1
-
-
-def test_a_page_begins_after_a_name_and_says_whether_there_is_more(call: Caller) -> None:
-    call(Set("c", 3), Set("a", 1), Set("b", 1))
-    call(Delete("b"), Set("never", 1), Delete("never"))
-    a, c = ("a", 1), ("c", 3)
-    scans = [Scan("", 1), Scan("", 2), Scan("a", 1), Scan("b"), Scan("c"), Scan("A", 3)]
-    assert read(call.ledger, *scans) == [
-        Page([a], more=True),
-        Page([a, c], more=False),
-        Page([c], more=False),
-        Page([c], more=False),
-        Page([], more=False),
-        Page([a, c], more=False),
-    ]
 
 
 def test_the_record_of_a_batch_is_in_the_same_commit_as_its_effect(
