@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from math import inf
 from queue import SimpleQueue
@@ -39,22 +39,6 @@ class Visit:
 
     def answer(self) -> None:
         self.ending.put(answers_to(self.items))
-
-
-class Callee:
-    """Makes calls by a function, or as a test that sees them begin says."""
-
-    def __init__(self, perform: Callable[[list[int], float], Sequence[str]] | None = None) -> None:
-        self.begun: SimpleQueue[Visit] = SimpleQueue()
-        self.perform = perform or self._visit
-
-    def _visit(self, items: list[int], deadline: float) -> Sequence[str]:
-        visit = Visit(items, deadline)
-        self.begun.put(visit)
-        ending = visit.ending.get(timeout=PATIENCE)
-        if isinstance(ending, BaseException):
-            raise ending
-        return ending
 
 
 class Submitter(threading.Thread):
@@ -111,14 +95,22 @@ class Scene:
     """A combiner whose first call is under way, by a thread with item 0, and threads that come one after the other."""
 
     def __init__(self, *, limit: int = 100, together: bool = False) -> None:
-        self.callee = Callee()
-        self.combiner = CheckedCombiner(self.callee, limit=limit, together=together)
+        self.begins: SimpleQueue[Visit] = SimpleQueue()
+        self.combiner = CheckedCombiner(self, limit=limit, together=together)
         self.first = Submitter(self.combiner, 0)
         self.visit = self.begun()
 
+    def perform(self, items: list[int], deadline: float, /) -> list[str]:
+        visit = Visit(items, deadline)
+        self.begins.put(visit)
+        ending = visit.ending.get(timeout=PATIENCE)
+        if isinstance(ending, BaseException):
+            raise ending
+        return ending
+
     def begun(self) -> Visit:
         """Wait for the next call."""
-        return self.callee.begun.get(timeout=PATIENCE)
+        return self.begins.get(timeout=PATIENCE)
 
     def come(self, *items: int, deadline: float = inf) -> list[Submitter]:
         """Start threads that wait, in this order. Nothing outside shows that they wait, so this looks inside."""
@@ -188,7 +180,7 @@ def test_threads_that_come_straight_back_share_a_call_if_together(*, together: b
         visit = scene.begun()
         assert visit.items == [4]
     scene.come(5)
-    assert scene.callee.begun.empty()
+    assert scene.begins.empty()
     woken.set()
     assert [two.outcome(), three.outcome()] == answers_to([2, 3])
     if not together:
@@ -213,9 +205,7 @@ def test_an_error_reaches_all_threads_of_its_call_and_no_other(ending: Exception
         assert repr(outcomes[0]) == f"RuntimeError('{len(ending)} answers to 3 items')"
     else:
         assert outcomes[0] is ending
-    following = scene.begun()
-    assert following.items == [4, 5]
-    following.answer()
+    scene.begun().answer()
     assert [other.outcome() for other in (scene.first, *others)] == answers_to([0, 4, 5])
     assert scene.still_works()
 
@@ -408,7 +398,7 @@ class Script:
     """
 
     def __init__(self, *, place: int, gives_up: str, together: bool) -> None:
-        self.combiner: Combiner[int, str] = Combiner(Callee(self._call), limit=100, together=together)
+        self.combiner: Combiner[int, str] = Combiner(self, limit=100, together=together)
         self.others: list[Submitter] = []
         self.ended = threading.Event()  # the interrupted thread has come back
         self.executed: Counter[int] = Counter()
@@ -432,7 +422,7 @@ class Script:
         while len(self.combiner._waiting) < waiting and not self.ended.is_set():
             time.sleep(0)
 
-    def _call(self, items: list[int], _deadline: float) -> list[str]:
+    def perform(self, items: list[int], _deadline: float, /) -> list[str]:
         if items is self._finished:
             return answers_to(items)
         self.made_again |= items is self._refused
@@ -497,7 +487,7 @@ class Unreliable:
         self._sent: list[int] = []
         self._done: list[int] = []
 
-    def __call__(self, items: list[int], _deadline: float) -> list[str]:
+    def perform(self, items: list[int], _deadline: float, /) -> list[str]:
         assert self._busy.acquire(blocking=False), "two calls at once"
         try:
             if items is not self._sent:
@@ -523,7 +513,7 @@ def test_whatever_fails_every_thread_returns_and_nothing_runs_twice(*, together:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     unreliable = Unreliable(seed)
-    combiner = CheckedCombiner(Callee(unreliable), limit=5, together=together)
+    combiner = CheckedCombiner(unreliable, limit=5, together=together)
     outcomes: dict[int, str | BaseException] = {}
 
     def run(number: int) -> None:

@@ -127,26 +127,21 @@ def test_the_record_of_a_batch_is_in_the_same_commit_as_its_effect(
 # Time
 
 
-def test_a_key_is_kept_for_24_hours_from_its_use_and_then_free(clock: SimpleNamespace, ledger: Ledger) -> None:
+def test_a_key_is_kept_for_24_hours_from_its_use_and_then_free(
+    clock: SimpleNamespace, ledger: Ledger, disk: Disk
+) -> None:
     assert KEY_LIFETIME == 24 * 3600
     first, other = Increment("a", key="k"), Increment("b", 7, key="k")
-    assert Caller(ledger, b"1" * 16)(first) == [1]
+    assert Caller(ledger, b"1" * 16)(first, Increment("a", key="old")) == [1, 2]
     clock.now += KEY_LIFETIME - 1
     assert Caller(ledger, b"2" * 16)(first) == [Replayed(1)]
     clock.now += 1  # to have asked for it again has not lengthened its life
     assert Caller(ledger, b"3" * 16)(other, other) == [7, Replayed(7)]
+    keys = disk.committed[-1].keys
+    assert [keys["old"] is None, keys["k"] is None] == [True, False]
+    assert ledger.sizes == (2, 2, 1)
     clock.now += KEY_LIFETIME - 1
     assert Caller(ledger, b"4" * 16)(other) == [Replayed(7)]
-
-
-def test_expired_keys_are_removed_unless_they_were_used_again(clock: SimpleNamespace, call: Caller, disk: Disk) -> None:
-    call(Increment("a", key="old"), Increment("a", key="again"))
-    clock.now += 2 * KEY_LIFETIME
-    assert Caller(call.ledger, BOB)(Increment("a", key="again")) == [3]
-    keys = disk.committed[-1].keys
-    assert [keys["old"] is None, keys["again"] is None] == [True, False]
-    assert call.ledger.sizes == (1, 1, 1)
-    assert Caller(call.ledger, CYD)(Increment("a", key="again")) == [Replayed(3)]
 
 
 def test_a_client_is_forgotten_an_hour_after_its_last_use(clock: SimpleNamespace, call: Caller, disk: Disk) -> None:
