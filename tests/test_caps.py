@@ -37,8 +37,8 @@ def clock() -> SimpleNamespace:
     return SimpleNamespace(now=0.0)
 
 
-def capped(clock: SimpleNamespace | None = None, **caps: int) -> Ledger:
-    return Ledger(clock=(lambda: clock.now) if clock else None, caps=Caps(**caps))
+def capped(clock: SimpleNamespace, **caps: int) -> Ledger:
+    return Ledger(clock=lambda: clock.now, caps=Caps(**caps))
 
 
 def apply(ledger: Ledger, *operations: Operation, client: bytes | None = None, sequence: int = 1) -> list[Result]:

@@ -397,7 +397,7 @@ class Script:
     :param place: of this thread, in the call that it shares with three others.
     """
 
-    def __init__(self, *, place: int, gives_up: str, together: bool) -> None:
+    def __init__(self, *, place: int, gives_up: Exception | None, together: bool) -> None:
         self.combiner: Combiner[int, str] = Combiner(self, limit=100, together=together)
         self.others: list[Submitter] = []
         self.ended = threading.Event()  # the interrupted thread has come back
@@ -433,23 +433,21 @@ class Script:
                 self._come(item, waiting=item + 1)
         if self._calls == 2:
             self._come(4, waiting=1)
-            if self._gives_up == "refused":
-                self._refused = items
-                raise ValueError("refused")
-            if self._gives_up:
-                raise UNKNOWN if self._gives_up == "unknown" else NOT_APPLIED
+            if self._gives_up is not None:
+                self._refused = items if isinstance(self._gives_up, ValueError) else None
+                raise self._gives_up
         self._finished = items
         self.executed.update(items)
         return answers_to(items)
 
 
 @pytest.mark.traces_opcodes
-@pytest.mark.parametrize("gives_up", ["", "refused", "unknown", "not_applied"])
+@pytest.mark.parametrize("gives_up", [None, ValueError("refused"), UNKNOWN, NOT_APPLIED], ids=repr)
 @pytest.mark.parametrize("place", [0, 1, 3], ids=["leader", "follower", "last"])
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("more", [0, 3], ids=["once", "four times"])
 def test_interrupts_leave_nobody_waiting_and_execute_nothing_twice(
-    gives_up: str, place: int, more: int, *, together: bool, monkeypatch: pytest.MonkeyPatch
+    gives_up: Exception | None, place: int, more: int, *, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each moment at which a signal's handler could run, interrupt; and `more` times while the thread leaves."""
     monkeypatch.setattr(combiner_module, "_LOOK_SECONDS", 0.01)

@@ -58,7 +58,7 @@ class FakeStore(MemoryStore):
 
     def __init__(self, *steps: Step, round_trip: RoundTrip = "short") -> None:
         super().__init__()
-        self.round_trip = round_trip
+        self.round_trip: RoundTrip = round_trip
         self.steps = list(steps)
         self.sent: list[Batch] = []
         self.deadlines: list[float] = []
