@@ -264,26 +264,10 @@ def test_a_call_whose_leaders_all_give_up_is_abandoned() -> None:
     assert scene.still_works()
 
 
-def test_an_item_whose_deadline_passes_in_the_queue_is_never_sent(clock: SimpleNamespace) -> None:
-    scene = Scene()
-    one, two = *scene.come(1), *scene.come(2, deadline=10.0)
-    gone_at_once = Submitter(scene.combiner, 3, deadline=0.0)
-    assert gone_at_once.late() == "not_applied"
-    clock.now = 9.9
-    two.join(0.1)
-    assert two.is_alive()
-    clock.now = 10.0
-    assert two.late() == "not_applied"
-    assert scene.next_call().items == [1]
-    scene.visit.answer()
-    assert one.outcome() == "answer to 1"
-    assert scene.still_works()
-
-
-def test_an_item_that_is_withdrawn_is_not_sent_while_its_thread_leaves(
+def test_an_item_whose_deadline_passes_in_the_queue_is_never_sent(
     clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between that decision and its leaving another thread may begin a call. To hold it there this looks inside."""
+    """Another thread may begin a call while the thread of the item leaves. To hold it there this looks inside."""
     scene = Scene()
     leave = scene.combiner._leave
     leaving, go_on = threading.Event(), threading.Event()
@@ -293,14 +277,20 @@ def test_an_item_that_is_withdrawn_is_not_sent_while_its_thread_leaves(
         assert go_on.wait(PATIENCE)
         leave(ticket)
 
-    monkeypatch.setattr(scene.combiner, "_leave", leave_slowly)
+    gone_at_once = Submitter(scene.combiner, 3, deadline=0.0)
+    assert gone_at_once.late() == "not_applied"
     one, two = *scene.come(1), *scene.come(2, deadline=10.0)
+    monkeypatch.setattr(scene.combiner, "_leave", leave_slowly)
+    clock.now = 9.9
+    two.join(0.1)
+    assert not leaving.is_set()
     clock.now = 10.0
     assert leaving.wait(PATIENCE)
     items = list(scene.next_call().items)
     go_on.set()
     scene.visit.answer()
     assert (two.late(), one.outcome(), items) == ("not_applied", "answer to 1", [1])
+    assert scene.still_works()
 
 
 def test_the_item_of_an_interrupted_thread_in_the_queue_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:

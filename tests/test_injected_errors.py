@@ -39,8 +39,6 @@ FILES = {module.__file__ for module in (combiner, journal, ledger, objects, serv
 LOCKING = {"try:", "finally:", "self._lock.release()"}
 CLIENT = b"c" * 16
 
-Apply = Callable[..., list[Result]]
-
 
 class Ended(BaseException):
     """Stands for the end of the manager process."""
@@ -83,12 +81,11 @@ def error_at(line: int, error: type[BaseException]) -> Iterator[list[str]]:
         sys.settrace(before)
 
 
-def counters(kept: Journal) -> Apply:
-    return Ledger(kept.load(), kept, caps=Caps(), fail=end).apply
-
-
-def hosted_object(kept: Journal) -> Apply:
+def serve(kind: str, kept: Journal) -> Callable[..., list[Result]]:
+    """Return the `apply` of what has this journal."""
     contents = kept.load()
+    if kind == "counters":
+        return Ledger(contents, kept, caps=Caps(), fail=end).apply
     declaration = declare("obj", SomeObj, (0,), {}, durable=True)
     return server._host(declaration, Ledger(contents), kept, contents, Caps()).applies.apply
 
@@ -99,9 +96,9 @@ def numbers(results: list[Result]) -> list[int]:
     return [decode_plain(result.value) if isinstance(result, Returned) else cast(int, result) for result in found]
 
 
-SERVED: dict[str, tuple[Callable[[Journal], Apply], Operation]] = {
-    "counters": (counters, Increment("c")),
-    "object": (hosted_object, Invoke("query", encode_plain(((), {}), "nothing"))),
+OPERATIONS: dict[str, Operation] = {
+    "counters": Increment("c"),
+    "object": Invoke("query", encode_plain(((), {}), "nothing")),
 }
 
 
@@ -116,20 +113,20 @@ SERVED: dict[str, tuple[Callable[[Journal], Apply], Operation]] = {
 def test_an_error_at_any_line_counts_nothing_twice(
     kind: str, error: type[BaseException], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve, operation = SERVED[kind]
+    operation = OPERATIONS[kind]
     monkeypatch.setattr(server, "fail", end)
     monkeypatch.setattr(journal, "_SYNCHRONOUS", {"process": "OFF"})  # nothing is killed here
     with closing(Journal(tmp_path / "first.sqlite3", "process")) as first:
-        assert numbers(serve(first)(Batch(CLIENT, 1, [operation]))) == [1]
+        assert numbers(serve(kind, first)(Batch(CLIENT, 1, [operation]))) == [1]
     path = tmp_path / "journal.sqlite3"
     ended = 0
     for line in range(1, 2000, step):
         shutil.copyfile(tmp_path / "first.sqlite3", path)
         with ExitStack() as stack:
 
-            def start(stack: ExitStack = stack) -> Apply:
+            def start(stack: ExitStack = stack) -> Callable[..., list[Result]]:
                 stack.close()  # the process before has ended, and its locks with it
-                return serve(stack.enter_context(closing(Journal(path, "process"))))
+                return serve(kind, stack.enter_context(closing(Journal(path, "process"))))
 
             apply = start()
             batch = Batch(CLIENT, 2, [operation, operation])

@@ -299,23 +299,6 @@ def test_a_stopped_ledger_ends_its_commit_and_begins_no_other(
     assert (len(shown), read(ledger, Get("a"))) == (1, [2])
 
 
-def test_a_full_disk_refuses_writes_and_answers_reads(clock: SimpleNamespace, call: Caller, disk: Disk) -> None:
-    """A batch that was refused stays refused when it is sent again; an applied one is answered as before."""
-    first: list[Operation] = [Increment("a"), Set("b", 5)]
-    call(*first)
-    clock.now += CLIENT_LIFETIME
-    disk.error = StorageFull("no room")
-    assert call.resend(*first) == [1, 5]
-    second: list[Operation] = [Increment("a"), Get("a"), Set("b", 6), Delete("b"), Get("b"), Increment("c", key="k")]
-    refused = call(*second)
-    assert refused == [FULL, 1, FULL, FULL, 5, FULL]
-    Caller(call.ledger, BOB)(Increment("a"))  # it forgets nothing, either
-    disk.error = None
-    assert call.resend(*second) == refused
-    assert everything(call.ledger) == {"a": 1, "b": 5}
-    assert call(Increment("a"), Increment("c", key="k")) == [2, 1]
-
-
 def test_a_full_disk_answers_a_known_key_with_its_number(call: Caller, disk: Disk) -> None:
     assert call(Increment("a", key="k")) == [1]
     disk.error = StorageFull("no room")

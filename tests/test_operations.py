@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from msgspec import msgpack
 
-from counter_server.errors import InvalidRequest, KeyReused, LimitReached, StorageFull
+from counter_server.errors import InvalidRequest
 from counter_server.operations import (
     LARGEST,
     LARGEST_BATCH,
@@ -18,10 +18,6 @@ from counter_server.operations import (
     Get,
     Increment,
     Operation,
-    Page,
-    Refusal,
-    Replayed,
-    Result,
     Scan,
     Set,
     Step,
@@ -103,13 +99,13 @@ def test_a_key_has_1_to_255_visible_ascii_characters() -> None:
         refuse(Increment, "visits", 1, None, None, bad)
 
 
-@pytest.mark.parametrize("number", [1, -1, 0, 5, LARGEST, SMALLEST])
-def test_a_number_is_any_integer_of_64_bits(number: int) -> None:
-    accept(Set("visits", number))
-    accept(Increment("visits", 1, number, number))
-    if number:
-        accept(Increment("visits", number))
+def test_a_number_is_any_integer_of_64_bits() -> None:
+    for number in (1, -1, LARGEST, SMALLEST):
+        accept(Set("visits", number))
+        accept(Increment("visits", number, number, number))
         assert Step(number).by == number
+    accept(Set("visits", 0))
+    accept(Increment("visits", 1, 0, 0))
 
 
 @pytest.mark.parametrize("number", NOT_INTEGERS, ids=shown)
@@ -170,16 +166,6 @@ def test_a_fingerprint_is_of_all_of_a_request_but_its_key() -> None:
     assert Increment("visits", -3, 0, 10).fingerprint().hex() == "d722cd2f2b0964d5ec40e80de876cfa3"
 
 
-def test_a_batch_is_encoded_unchanged() -> None:
-    for batch in (
-        Batch(CLIENT, 7, [Increment("a", 2, 0, 9, "key"), Set("b", 3), Delete("c"), Get("d")]),
-        Batch(CLIENT, 1, [Increment("a")] * LARGEST_BATCH),
-        Batch(CLIENT, 0, [Get("a"), Scan("a", 3)]),
-        Batch(CLIENT, 1, [Scan(), Get("a")]),
-    ):
-        assert decode_batch(msgpack.encode(batch)) == batch
-
-
 WRITES = (Increment("a"), Set("a", 1), Delete("a"))
 
 
@@ -198,19 +184,6 @@ WRITES = (Increment("a"), Set("a", 1), Delete("a"))
 def test_an_invalid_batch_is_refused(client: object, sequence: object, operations: list[object]) -> None:
     with pytest.raises(msgspec.ValidationError):
         decode_batch(msgpack.encode([client, sequence, operations]))
-
-
-def test_every_kind_of_result_is_encoded_unchanged() -> None:
-    numbers: list[Result] = [5, 0, SMALLEST, LARGEST, True, False, None]
-    for result in (*numbers, Replayed(7), Page([("a", 1)], more=True), Refusal("limit", "full")):
-        decoded = msgpack.decode(msgpack.encode(result), type=Result)
-        assert (decoded, type(decoded)) == (result, type(result))
-
-
-def test_a_refusal_becomes_its_own_error_with_the_outcome_not_applied() -> None:
-    for code, kind in (("limit", LimitReached), ("key_reused", KeyReused), ("storage_full", StorageFull)):
-        error = Refusal(code, "because").error()
-        assert (type(error), str(error), error.outcome) == (kind, "because", "not_applied")
 
 
 def test_an_invalid_request_is_also_a_value_error() -> None:
