@@ -398,6 +398,9 @@ def test_random_batches_do_what_a_model_does(caps: Caps | None, disk: Disk) -> N
             answers = ledger.perform(batches)
             found = [None if isinstance(answer, BatchRefused) else plain(answer) for answer in answers]
             assert repr(found) == repr(expected)  # True is not 1
+        after = draw.name()
+        rest = sorted(item for item in model.counters.items() if item[0] > after)
+        assert read(ledger, Scan(after, 2)) == [Page(rest[:2], more=len(rest) > 2)]
         assert everything(ledger) == model.counters
         assert ledger.sizes == (len(model.counters), len(model.last), len(model.keys))
     kept: dict[str, int | None] = {}
