@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 # The tests that most likely notice a change of a module. Running them first saves time.
 FIRST = {
-    "combiner": ["combiner"],
+    "combiner": ["combiner", "state"],
     "session": ["session", "state"],
     "ledger": ["ledger", "caps"],
     "journal": ["journal", "ledger", "refused_writes"],
@@ -36,24 +37,10 @@ FIRST = {
 
 SECONDS = 120  # A change that makes a test wait for so long is noticed too.
 
-FLIPPED: dict[type[ast.AST], type[ast.AST]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Add,
-    ast.Div: ast.Mult,
-}
+_PAIRS: list[tuple[type[ast.AST], type[ast.AST]]] = [(ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq)]
+_PAIRS += [(ast.Is, ast.IsNot), (ast.In, ast.NotIn), (ast.And, ast.Or), (ast.Add, ast.Sub)]
+FLIPPED: dict[type[ast.AST], type[ast.AST]] = {ast.Mult: ast.Add, ast.Div: ast.Mult}
+FLIPPED |= {one: other for pair in _PAIRS for one, other in (pair, pair[::-1])}
 
 Edit = tuple[str, Callable[[ast.AST], None]]
 
@@ -103,23 +90,16 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
     tree = ast.parse(source)
     ignored = set()
     for node in ast.walk(tree):
-        annotations = [getattr(node, "annotation", None), getattr(node, "returns", None)]
-        keywords = (
-            [keyword.value for keyword in getattr(node, "keywords", [])] if isinstance(node, ast.ClassDef) else []
-        )
-        for part in (*annotations, *keywords):
+        keywords = [each.value for each in node.keywords] if isinstance(node, ast.ClassDef) else []
+        for part in (getattr(node, "annotation", None), getattr(node, "returns", None), *keywords):
             ignored |= {id(inner) for inner in ast.walk(part)} if part is not None else set()
     for index, node in enumerate(ast.walk(tree)):
         for variant, (word, _) in enumerate([] if id(node) in ignored else list(_edits(node))):
             changed = copy.deepcopy(tree)
-            copied = next(each for number, each in enumerate(ast.walk(changed)) if number == index)
-            line = getattr(node, "lineno", 0)
+            copied = next(islice(ast.walk(changed), index, None))
             list(_edits(copied))[variant][1](copied)
-            yield f"{line} {word} | {_shown(node)}", ast.unparse(ast.fix_missing_locations(changed))
-
-
-def _shown(node: ast.AST) -> str:
-    return ast.unparse(node).splitlines()[0][:100]
+            place = f"{getattr(node, 'lineno', 0)} {word} | {ast.unparse(node).splitlines()[0][:100]}"
+            yield place, ast.unparse(ast.fix_missing_locations(changed))
 
 
 class Copy:
@@ -127,8 +107,7 @@ class Copy:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        ignored = shutil.ignore_patterns(".*", "build", "__pycache__")
-        shutil.copytree(ROOT, directory, ignore=ignored)
+        shutil.copytree(ROOT, directory, ignore=shutil.ignore_patterns(".*", "build", "__pycache__"))
         processes = directory / "tests" / "processes.py"
         processes.write_text(processes.read_text().replace("PATIENCE = 30.0", "PATIENCE = 10.0"))
         self._environment = {**os.environ, "PYTHONPATH": str(directory)}
@@ -167,28 +146,24 @@ def main(modules: tuple[str, ...], sample: int | None, seed: int, *, own: bool, 
         for number in range(2):
             copies.put(Copy(Path(directory) / str(number)))
 
-        def stage(module: str, what: str, source: str) -> str:
+        stages = {"own": True, "fast": not own, "all": everything}
+
+        def noticed_by(module: str, what: str, source: str) -> str:
+            files = [f"tests/test_{name}.py" for name in FIRST[module]]
+            arguments = {"own": ["-n", "0", *files], "fast": [], "all": ["--all"]}
             place = copies.get()
-            try:
-                outcome = noticed_by(place, module, source)
-            finally:
-                copies.put(place)
+            noticed = (stage for stage in stages if stages[stage] and place.notices(module, source, *arguments[stage]))
+            outcome = next(noticed, "survived")
+            copies.put(place)
             if outcome != "own":
                 click.echo(f"  {outcome}: {module}:{what}")
             return outcome
 
-        def noticed_by(place: Copy, module: str, source: str) -> str:
-            if place.notices(module, source, "-n", "0", *(f"tests/test_{name}.py" for name in FIRST[module])):
-                return "own"
-            if not own and place.notices(module, source):
-                return "fast"
-            return "all" if everything and place.notices(module, source, "--all") else "survived"
-
         for module in modules or tuple(FIRST):
             found = list(mutants((ROOT / "counter_server" / f"{module}.py").read_text()))
             chosen = random.Random(seed).sample(found, min(sample or len(found), len(found)))
-            outcomes = list(pool.map(lambda each: stage(module, *each), chosen))
-            counts = {word: outcomes.count(word) for word in ("own", "fast", "all", "survived")}
+            outcomes = list(pool.map(lambda each: noticed_by(module, *each), chosen))
+            counts = {word: outcomes.count(word) for word in (*stages, "survived")}
             click.echo(f"{module}: {len(chosen)} of {len(found)} changes; noticed by: {counts}")
 
 

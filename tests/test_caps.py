@@ -3,28 +3,25 @@
 import os
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from counter_server import StoreOptions, open_state
 from counter_server.errors import BatchRefused, DeadlineExceeded, StorageFull
 from counter_server.ledger import CLIENT_LIFETIME, CLIENT_MINIMUM, KEY_LIFETIME, Changes, Clients, Ledger, no_room
-from counter_server.manager.client import StateProxy
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.wire import connect
 from counter_server.objects import HostedObject, declare
-from counter_server.operations import Batch, Delete, Get, Increment, Invoke, Operation, Refusal, Replayed, Result, Set
+from counter_server.operations import Batch, Get, Increment, Invoke, Operation, Refusal, Replayed, Result, Set
 from counter_server.settings import Caps
+from counter_server.stores import open_store
 from tests.hosted_classes import Toolbox
-from tests.journals import Committing
 from tests.load import open_client
 from tests.processes import PATIENCE, Manager, Program, Server, eventually
 from tests.test_manager import greeted
@@ -40,8 +37,8 @@ def clock() -> SimpleNamespace:
     return SimpleNamespace(now=0.0)
 
 
-def capped(clock: SimpleNamespace | None = None, **caps: int) -> Ledger:
-    return Ledger(clock=(lambda: clock.now) if clock else None, caps=Caps(**caps))
+def capped(clock: SimpleNamespace, **caps: int) -> Ledger:
+    return Ledger(clock=lambda: clock.now, caps=Caps(**caps))
 
 
 def apply(ledger: Ledger, *operations: Operation, client: bytes | None = None, sequence: int = 1) -> list[Result]:
@@ -51,79 +48,8 @@ def apply(ledger: Ledger, *operations: Operation, client: bytes | None = None, s
     return answer
 
 
-COUNTER = no_room("counter", 1, "counters")
 KEY = no_room("idempotency key", 2, "keys")
 CLIENT = no_room("client", 2, "clients")
-
-
-def test_a_refusal_names_the_maximum_and_the_option() -> None:
-    assert COUNTER.code == KEY.code == CLIENT.code == "storage_full"
-    assert "1, the maximum of --max-counters" in COUNTER.message
-    assert "2, the maximum of --max-keys" in KEY.message
-    assert "2, the maximum of --max-clients" in CLIENT.message
-
-
-def test_one_counter_too_many_is_refused_and_the_others_count_on() -> None:
-    ledger = capped(counters=1)
-    operations: list[Operation] = [
-        Increment("a"),
-        Increment("b"),
-        Delete("a"),
-        Delete("a"),
-        Increment("b"),
-        Increment("a"),
-        Set("a", 5),
-    ]
-    assert apply(ledger, *operations) == [1, COUNTER, True, False, 1, COUNTER, COUNTER]
-    assert apply(ledger, Increment("a"), Set("a", 5), Set("b", 7), Increment("b")) == [COUNTER, COUNTER, 7, 8]
-    assert apply(ledger, Delete("b"), Set("c", 3), Set("c", 4)) == [True, 3, 4]
-    limit, no_key = apply(ledger, Increment("b", maximum=0), Increment("b", key="k"))
-    assert isinstance(limit, Refusal)
-    assert (limit.code, no_key) == ("limit", COUNTER)
-    assert ledger.sizes[0] == 1
-    assert apply(ledger, Increment("c", key="k")) == [5], "the key of a refused counter is unused"
-
-
-CHANGES = st.tuples(st.sampled_from([Increment, Delete, lambda name: Set(name, 5)]), st.sampled_from("abcd"))
-
-
-@settings(max_examples=25)
-@given(
-    batches=st.lists(st.lists(CHANGES, min_size=1, max_size=8), max_size=8),
-    most=st.integers(1, 3),
-    together=st.booleans(),
-)
-def test_a_counter_is_refused_exactly_if_there_is_no_room(
-    batches: list[list[tuple[Callable[[str], Operation], str]]], most: int, *, together: bool
-) -> None:
-    """Against the plain rule, also with several batches in one commit."""
-    ledger = capped(counters=most)
-    all_batches = [Batch(os.urandom(16), 1, [make(name) for make, name in batch]) for batch in batches]
-    there: set[str] = set()
-    for group in [all_batches] if together else [[batch] for batch in all_batches]:
-        for batch, answer in zip(group, ledger.perform(group), strict=True):
-            assert not isinstance(answer, BatchRefused)
-            for operation, result in zip(batch.operations, answer, strict=True):
-                name = getattr(operation, "name", "")
-                if isinstance(operation, Delete):
-                    there.discard(name)
-                else:
-                    assert isinstance(result, Refusal) == (name not in there and len(there) == most)
-                    there |= {name} if not isinstance(result, Refusal) else set()
-    assert ledger.sizes[0] == len(there)
-
-
-def test_a_commit_that_found_no_room_on_the_disk_has_made_nothing() -> None:
-    disk = SimpleNamespace(full=True)
-
-    def commit(_changes: Changes) -> None:
-        if disk.full:
-            raise StorageFull("no room")
-
-    ledger = Ledger(journal=Committing(commit), caps=Caps(counters=1, keys=1))
-    assert apply(ledger, Increment("a", key="k")) == [Refusal("storage_full", "no room")]
-    disk.full = False
-    assert apply(ledger, Increment("b", key="l")) == [1]
 
 
 def test_one_key_too_many_is_refused_until_others_are_a_day_old(clock: SimpleNamespace) -> None:
@@ -181,8 +107,8 @@ def test_the_client_that_is_idle_longest_makes_room_for_another(clock: SimpleNam
     assert apply(ledger, Increment("a")) == [CLIENT]
     clock.now = CLIENT_MINIMUM
     # In one commit: there is room for the first of the two only, and the forgotten client is unknown at once.
-    batches = [Batch(new, 1, [Increment("a")]), Batch(newer, 1, [Increment("a")]), Batch(early, 2, [Increment("a")])]
-    first, second, third = ledger.perform(batches)
+    asked = [(new, 1), (newer, 1), (early, 2)]
+    first, second, third = ledger.perform([Batch(client, sequence, [Increment("a")]) for client, sequence in asked])
     assert (first, second) == ([3], [CLIENT])
     assert isinstance(third, BatchRefused)
     assert ledger.sizes[1] == 2
@@ -204,23 +130,22 @@ def test_a_shared_object_has_the_cap_of_clients_too() -> None:
 
 def test_a_manager_holds_to_its_caps_and_counts_on(start_manager: StartManager, stack: ExitStack) -> None:
     manager = start_manager("--max-counters", "3", "--max-keys", "2", "--max-clients", "2")
-    state = stack.enter_context(open_client(manager.url))
-    for name in "abc":
-        assert state.counter(name).increment() == 1
-    with pytest.raises(StorageFull, match="--max-counters"):
+    state, second, third = (stack.enter_context(open_client(manager.url)) for _ in range(3))
+    a = state.counter("a")
+    assert [state.counter(name).increment() for name in "abc"] == [1] * 3
+    with pytest.raises(StorageFull, match=r"there are 3, the maximum of --max-counters"):
         state.counter("d").increment()
-    assert [state.counter("a").increment(key=key) for key in "kl"] == [2, 3]
-    with pytest.raises(StorageFull, match="--max-keys"):
-        state.counter("a").increment(key="m")
-    assert state.counter("a").increment(key="k") == 2
-    with open_client(manager.url) as second, open_client(manager.url) as third:
-        assert second.counter("a").increment() == 4
-        for _ in range(3):
-            with pytest.raises(StorageFull, match="--max-clients") as refused:
-                third.counter("a").increment()
-            assert refused.value.outcome == "not_applied"
-        assert third.counter("a").value == 4
-    assert state.counter("a").increment() == 5
+    assert [a.increment(key=key) for key in "kl"] == [2, 3]
+    with pytest.raises(StorageFull, match=r"there are 2, the maximum of --max-keys"):
+        a.increment(key="m")
+    assert a.increment(key="k") == 2
+    assert second.counter("a").increment() == 4
+    for _ in range(3):
+        with pytest.raises(StorageFull, match=r"there are 2, the maximum of --max-clients") as refused:
+            third.counter("a").increment()
+        assert refused.value.outcome == "not_applied"
+    assert third.counter("a").value == 4
+    assert a.increment() == 5
     status = state.status()
     assert status is not None
     assert (status.counters, status.keys, status.clients) == (3, 2, 2)
@@ -231,17 +156,16 @@ def test_a_journal_of_the_largest_size_refuses_writes_until_a_deletion(
     start_manager: StartManager, stack: ExitStack, data_dir: Path
 ) -> None:
     manager = start_manager("--durability", "process", "--max-journal-bytes", str(2**20))
-    proxy = StateProxy(DataDirectory(data_dir))
-    stack.callback(proxy.close)
+    state = stack.enter_context(open_client(manager.url))
+    store = stack.enter_context(closing(open_store(manager.url)))
     results: list[Result] = [1]
     made = 0
     while results[0] == 1:
         operations: list[Operation] = [Increment(f"{number:0250}") for number in range(made, made + 50)]
-        results = proxy.apply(Batch(os.urandom(16), 1, operations), time.monotonic() + PATIENCE)
+        results = store.apply(Batch(os.urandom(16), 1, operations), time.monotonic() + PATIENCE)
         made += 50 if results[0] == 1 else 0
     assert all(isinstance(result, Refusal) and "--max-journal-bytes" in result.message for result in results)
     assert 3000 < made < 5000
-    state = stack.enter_context(open_client(manager.url))
     assert state.counter(f"{0:0250}").increment() == 2  # takes no more room
     assert len(state.counters(limit=10).counters) == 10
     for number in range(200):
@@ -254,34 +178,26 @@ def test_a_journal_of_the_largest_size_refuses_writes_until_a_deletion(
 def test_a_connection_over_the_cap_gets_in_when_another_leaves(
     start_manager: StartManager, stack: ExitStack, data_dir: Path
 ) -> None:
-    manager = start_manager("--max-connections", "3")
-    others = [stack.enter_context(open_client(manager.url)) for _ in range(2)]
-    for state in others:
-        state.counter("c").increment()
+    manager = start_manager("--max-connections", "2")
+    counter = stack.enter_context(open_client(manager.url)).counter("c")
+    assert counter.increment() == 1
     last, kind, _ = greeted(data_dir)
     assert kind == "#RETURN"
-    full = "it has 3 connections, the maximum of --max-connections"
-    over, kind, words = greeted(data_dir)
-    over.close()
-    assert (kind, words) == ("#FULL", full)
-    with open_client(manager.url, deadline=2) as late:
+    late, patient = (stack.enter_context(open_client(manager.url, deadline=seconds)) for seconds in (2, PATIENCE))
 
-        def is_told() -> bool:
-            """Try again if the manager was held up at the deadline: then the error says that."""
-            with pytest.raises(DeadlineExceeded) as told:
-                late.counter("c").increment()
-            assert told.value.outcome == "not_applied"
-            return full in str(told.value)
+    def is_told() -> bool:
+        """Try again if the manager was held up at the deadline: then the error says that."""
+        with pytest.raises(DeadlineExceeded) as told:
+            late.counter("c").increment()
+        assert told.value.outcome == "not_applied"
+        return "it has 2 connections, the maximum of --max-connections" in str(told.value)
 
-        eventually(is_told, "the cap in the error")
-    values: list[int] = []
-    with open_client(manager.url, deadline=PATIENCE) as patient:
-        waiting = threading.Thread(target=lambda: values.append(patient.counter("c").increment()))
-        waiting.start()
-        assert others[0].counter("c").increment() == 3  # those that are in are not disturbed
+    eventually(is_told, "the cap in the error")
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(patient.counter("c").increment)
+        assert counter.increment() == 2  # those that are in are not disturbed
         last.close()
-        waiting.join(PATIENCE)
-    assert values == [4]
+        assert waiting.result(PATIENCE) == 3
 
 
 @pytest.mark.slow
@@ -289,12 +205,10 @@ def test_connections_far_over_the_cap_are_closed_without_a_thread(
     start_manager: StartManager, stack: ExitStack, data_dir: Path
 ) -> None:
     manager = start_manager("--max-connections", "1")
-    state = stack.enter_context(open_client(manager.url, deadline=PATIENCE))
-    assert state.counter("c").increment() == 1
-    crowd = []
-    for _ in range(300):  # they say nothing
-        crowd.append(connect(str(DataDirectory(data_dir).socket)))
-        stack.callback(crowd[-1].close)
+    counter = stack.enter_context(open_client(manager.url, deadline=PATIENCE)).counter("c")
+    assert counter.increment() == 1
+    socket = str(DataDirectory(data_dir).socket)
+    crowd = [stack.enter_context(closing(connect(socket))) for _ in range(300)]  # they say nothing
 
     def threads() -> int:
         return len(list(Path(f"/proc/{manager.pid}/task").iterdir()))
@@ -305,27 +219,18 @@ def test_connections_far_over_the_cap_are_closed_without_a_thread(
         with suppress(OSError, EOFError):  # the others were merely closed
             challenged += bool(connection.recv_bytes())
     assert challenged <= 100
-    assert state.counter("c").increment() == 2
+    assert counter.increment() == 2
     eventually(lambda: threads() < 10, "the end of the silent ones")
-    assert state.counter("c").increment() == 3
+    assert counter.increment() == 3
 
 
 @pytest.mark.slow
 def test_a_manager_takes_no_more_connections_than_it_has_descriptors(stack: ExitStack, data_dir: Path) -> None:
-    command = (
-        "--nofile=64:264",
-        sys.executable,
-        "manager_process.py",
-        "--data-dir",
-        data_dir,
-        "--max-connections",
-        "500",
-    )
-    program = stack.enter_context(Program(*command, program="prlimit"))
-    url = program.expect("Manager ready:")
+    command = (sys.executable, "manager_process.py", "--data-dir", data_dir, "--max-connections", "500")
+    program = stack.enter_context(Program("--nofile=64:264", *command, program="prlimit"))
+    counter = stack.enter_context(open_client(program.expect("Manager ready:"))).counter("c")
     assert resource.prlimit(program.pid, resource.RLIMIT_NOFILE) == (264, 264)
-    state = stack.enter_context(open_client(url))
-    assert state.counter("c").increment() == 1
+    assert counter.increment() == 1
     kinds = []
     for _ in range(101):
         connection, kind, _ = greeted(data_dir)

@@ -24,13 +24,13 @@ from werkzeug.datastructures import Headers
 
 from counter_server import State
 from counter_server.errors import DeadlineExceeded, StartupError, StateLost
+from counter_server.history import assert_exactly_once
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.limiting import ManagerStorage
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.wire import Connection
 from counter_server.operations import Batch, Increment
-from tests.history import assert_exactly_once
 from tests.journals import written
 from tests.load import HttpLoad, impatient, open_client
 from tests.processes import PATIENCE, Manager, Program, Server, eventually

@@ -5,11 +5,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from msgspec import msgpack
 
-from counter_server.errors import InvalidRequest, KeyReused, LimitReached, StorageFull
+from counter_server.errors import InvalidRequest
 from counter_server.operations import (
     LARGEST,
     LARGEST_BATCH,
@@ -20,14 +18,9 @@ from counter_server.operations import (
     Get,
     Increment,
     Operation,
-    Page,
-    Refusal,
-    Replayed,
-    Result,
     Scan,
     Set,
     Step,
-    check_name,
 )
 
 CLIENT = bytes(range(16))
@@ -35,40 +28,41 @@ CLIENT = bytes(range(16))
 decode_operation = msgpack.Decoder(Operation).decode
 decode_batch = msgpack.Decoder(Batch).decode
 
-NAMED: dict[str, Any] = {"increment": Increment, "set": lambda name: Set(name, 1), "delete": Delete, "get": Get}
-VALUES = {"set": [1]}  # the fields after the name that an operation needs
-
 GOOD_NAMES = [
-    "a",
-    " ",
-    "two words",
-    "/a/path?with=query#and-more",
-    "x" * 255,
-    "\u00e9" * 127 + "x",  # 2 bytes each: 255
-    "\u4e2d" * 85,  # 3 bytes each: 255
-    "\U0001f600" * 63 + "abc",  # 4 bytes each: 255
+    *("a", " ", "two words", "/a/path?with=query#and-more", "x" * 255),
+    *("\u00e9" * 127 + "x", "\u4e2d" * 85, "\U0001f600" * 63 + "abc"),  # 255 bytes, of 2, 3 and 4 a character
     "\u05d0\u05d1\u05d2",  # right to left
     "\u0915\u094d\u0937",  # with a combining mark that is part of NFC
     unicodedata.normalize("NFC", "A\u030angstro\u0308m"),
 ]
-CONTROLS = ["\0", "a\0b", "a\nb", "a\tb", "\x1b[31m", "a\x7f", "a\x85b", "a\u2028b", "a\u2029b"]
-TOO_LONG = ["x" * 256, "\u00e9" * 128, "\u4e2d" * 85 + "x", "\U0001f600" * 64]
-NOT_NFC = ["e\u0301", "\u212b", "\u1100\u1161"]  # decomposed, an Angstrom sign, Jamo
-SURROGATES = ["\ud800", "a\udfffb", "\ud83d\ude00"]
-NOT_STRINGS = [None, 1, b"bytes", ["a"], True]
+BAD_NAMES = [
+    *("\0", "a\0b", "a\nb", "a\tb", "\x1b[31m", "a\x7f", "a\x85b", "a\u2028b", "a\u2029b"),  # control characters
+    *("x" * 256, "\u00e9" * 128, "\u4e2d" * 85 + "x", "\U0001f600" * 64, "\u00e9" * 127 + "xy"),  # too long
+    *("e\u0301", "\u212b", "\u1100\u1161"),  # not NFC: decomposed, an Angstrom sign, Jamo
+    *("\ud800", "a\udfffb", "\ud83d\ude00"),  # surrogates
+    *(None, 1, b"bytes", ["a"], True),
+]
+BAD_KEYS = [
+    *("", "x" * 256, "two words", "tab\t", "new\nline", "NUL\0", "\x7f", "\u00e9", "\u4e2d", "\ud800"),
+    *(1, b"key", True, ["key"]),
+]
 NOT_INTEGERS: list[object] = [None, True, False, "1", 1.5, 1.0, b"1", [1], 2**63, -(2**63) - 1, 2**64, 10**4000]
 
 
-def refuse(kind: Any, tag: str, *fields: object) -> None:
+def refuse(kind: Any, *fields: object) -> None:
     """Check that an operation with these fields is refused in Python, and from a peer without our checks."""
     with pytest.raises(InvalidRequest):
         kind(*fields)
     try:
-        message = msgpack.encode([tag, *fields])
+        message = msgpack.encode([kind.__struct_config__.tag, *fields])
     except (UnicodeEncodeError, OverflowError):  # no peer can send it
         return
     with pytest.raises(msgspec.ValidationError):
         decode_operation(message)
+
+
+def accept(operation: Operation) -> None:
+    assert decode_operation(msgpack.encode(operation)) == operation
 
 
 def shown(value: object) -> str:
@@ -77,18 +71,18 @@ def shown(value: object) -> str:
 
 @pytest.mark.parametrize("name", GOOD_NAMES, ids=shown)
 def test_a_valid_name_is_encoded_unchanged(name: str) -> None:
-    operations = [make(name) for make in NAMED.values()]
-    for operation in [*operations, Scan(name)]:
-        assert decode_operation(msgpack.encode(operation)) == operation
-    assert {operation.name for operation in operations} == {Scan(name).after} == {name}
+    for operation in (Increment(name), Set(name, 1), Delete(name), Get(name), Scan(name)):
+        accept(operation)
+        assert (operation.after if isinstance(operation, Scan) else operation.name) == name
 
 
-@pytest.mark.parametrize("name", ["", *CONTROLS, *TOO_LONG, *NOT_NFC, *SURROGATES, *NOT_STRINGS], ids=shown)
+@pytest.mark.parametrize("name", ["", *BAD_NAMES], ids=shown)
 def test_an_invalid_name_is_refused(name: object) -> None:
-    for tag, kind in (("increment", Increment), ("set", Set), ("delete", Delete), ("get", Get)):
-        refuse(kind, tag, name, *VALUES.get(tag, []))
+    for kind in (Increment, Delete, Get):
+        refuse(kind, name)
+    refuse(Set, name, 1)
     if name != "":
-        refuse(Scan, "scan", name)
+        refuse(Scan, name)
 
 
 @pytest.mark.parametrize("raw", [b"\xff", b"\xed\xa0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80", b"a\xe2\x82"])
@@ -98,94 +92,64 @@ def test_a_name_in_bytes_that_are_not_utf_8_is_refused(raw: bytes) -> None:
         decode_operation(message)
 
 
-@settings(max_examples=50)
-@example("\u00e9" * 127 + "xy")
-@given(st.text(max_size=300))
-def test_a_name_is_valid_exactly_if_it_follows_the_rules(name: str) -> None:
-    size = len(name.encode(errors="surrogatepass"))
-    categories = {unicodedata.category(character) for character in name}
-    is_valid = (
-        1 <= size <= 255 and not categories & {"Cc", "Cs", "Zl", "Zp"} and unicodedata.normalize("NFC", name) == name
-    )
-    try:
-        check_name(name)
-    except InvalidRequest:
-        assert not is_valid
-    else:
-        assert is_valid
+def test_a_key_has_1_to_255_visible_ascii_characters() -> None:
+    for key in ("k", "!", "~", "x" * 255, "8e03978e-40d5-43e8-bc93-6894a57f9324"):
+        accept(Increment("visits", key=key))
+    for bad in BAD_KEYS:
+        refuse(Increment, "visits", 1, None, None, bad)
 
 
-@pytest.mark.parametrize("key", ["k", "!", "~", "x" * 255, "8e03978e-40d5-43e8-bc93-6894a57f9324"], ids=shown)
-def test_a_valid_key_is_encoded_unchanged(key: str) -> None:
-    operation = Increment("visits", key=key)
-    assert decode_operation(msgpack.encode(operation)) == operation
-    assert operation.key == key
-
-
-KEYS = ["", "x" * 256, "two words", "tab\t", "new\nline", "NUL\0", "\x7f", "\u00e9", "\u4e2d", "\ud800"]
-
-
-@pytest.mark.parametrize("key", [*KEYS, 1, b"key", True, ["key"]], ids=shown)
-def test_an_invalid_key_is_refused(key: object) -> None:
-    refuse(Increment, "increment", "visits", 1, None, None, key)
-
-
-@pytest.mark.parametrize("number", [1, -1, 0, 5, LARGEST, SMALLEST])
-def test_a_number_is_any_integer_of_64_bits(number: int) -> None:
-    operations: list[Operation] = [Set("visits", number), Increment("visits", 1, number, number)]
-    if number:  # an increment by 0 is refused
-        operations.append(Increment("visits", number))
+def test_a_number_is_any_integer_of_64_bits() -> None:
+    for number in (1, -1, LARGEST, SMALLEST):
+        accept(Set("visits", number))
+        accept(Increment("visits", number, number, number))
         assert Step(number).by == number
-    for operation in operations:
-        assert decode_operation(msgpack.encode(operation)) == operation
+    accept(Set("visits", 0))
+    accept(Increment("visits", 1, 0, 0))
 
 
 @pytest.mark.parametrize("number", NOT_INTEGERS, ids=shown)
 def test_a_number_that_is_no_integer_of_64_bits_is_refused(number: Any) -> None:
-    refuse(Increment, "increment", "visits", number)
-    refuse(Set, "set", "visits", number)
-    refuse(Scan, "scan", "", number)
+    refuse(Increment, "visits", number)
+    refuse(Set, "visits", number)
+    refuse(Scan, "", number)
     with pytest.raises(InvalidRequest):
         Step(number)
     if number is not None:
-        refuse(Increment, "increment", "visits", 1, number, None)
-        refuse(Increment, "increment", "visits", 1, None, number)
+        refuse(Increment, "visits", 1, number, None)
+        refuse(Increment, "visits", 1, None, number)
 
 
 def test_an_increment_by_0_and_reversed_bounds_are_refused() -> None:
-    refuse(Increment, "increment", "visits", 0)
+    refuse(Increment, "visits", 0)
     with pytest.raises(InvalidRequest):
         Step(0)
     for minimum, maximum in ((1, 0), (LARGEST, SMALLEST), (0, -1)):
-        refuse(Increment, "increment", "visits", 1, minimum, maximum)
+        refuse(Increment, "visits", 1, minimum, maximum)
         with pytest.raises(InvalidRequest, match="minimum"):
             Step(1, minimum, maximum)
     assert Increment("visits", 1, SMALLEST, LARGEST).minimum == SMALLEST
 
 
-@pytest.mark.parametrize("body", ["0", "true", '"1"', "1.5", str(2**63), "1" * 4000, "null", "[1]", "NaN"], ids=shown)
-def test_an_invalid_by_is_refused_in_a_json_body(body: str) -> None:
-    with pytest.raises(msgspec.DecodeError):
-        msgspec.json.decode(f'{{"by": {body}}}'.encode(), type=Step)
-
-
-def test_a_json_body_with_an_unknown_field_is_refused() -> None:
+def test_an_invalid_json_body_is_refused() -> None:
     assert msgspec.json.decode(b'{"by": 2}', type=Step) == Step(2)
-    with pytest.raises(msgspec.ValidationError, match="often"):
-        msgspec.json.decode(b'{"by": 2, "often": 3}', type=Step)
+    for value in ("0", "true", '"1"', "1.5", str(2**63), "1" * 4000, "null", "[1]", "NaN", '2, "often": 3'):
+        with pytest.raises(msgspec.DecodeError):
+            msgspec.json.decode(f'{{"by": {value}}}'.encode(), type=Step)
 
 
 def test_a_page_has_1_to_1000_counters() -> None:
     for limit in (0, -1, LARGEST_PAGE + 1):
-        refuse(Scan, "scan", "", limit)
+        refuse(Scan, "", limit)
     for limit in (1, LARGEST_PAGE):
-        assert decode_operation(msgpack.encode(["scan", "", limit])) == Scan("", limit)
+        accept(Scan("", limit))
 
 
-@pytest.mark.parametrize("message", [[], ["increment"], ["exec", "x"], ["Increment", "x"], [1, "x"], {}, "get", None])
-def test_bytes_that_are_not_an_operation_are_refused(message: object) -> None:
-    with pytest.raises(msgspec.ValidationError):
-        decode_operation(msgpack.encode(message))
+def test_bytes_that_are_not_an_operation_are_refused() -> None:
+    messages: list[object] = [[], ["increment"], ["exec", "x"], ["Increment", "x"], [1, "x"], {}, "get", None]
+    for message in messages:
+        with pytest.raises(msgspec.ValidationError):
+            decode_operation(msgpack.encode(message))
 
 
 def test_a_fingerprint_is_of_all_of_a_request_but_its_key() -> None:
@@ -197,25 +161,12 @@ def test_a_fingerprint_is_of_all_of_a_request_but_its_key() -> None:
     keyed = decode_operation(msgpack.encode(Increment("a", 2, -5, 5, "key")))
     assert isinstance(keyed, Increment)
     assert keyed.fingerprint() == Increment("a", 2, -5, 5).fingerprint()
-
-
-def test_a_fingerprint_never_changes_because_it_is_stored_on_disk() -> None:
+    # They are stored on disks, so they never change.
     assert Increment("visits").fingerprint().hex() == "f10405e4d611917eb8756b6a7555d9af"
     assert Increment("visits", -3, 0, 10).fingerprint().hex() == "d722cd2f2b0964d5ec40e80de876cfa3"
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        Batch(CLIENT, 7, [Increment("a", 2, 0, 9, "key"), Set("b", 3), Delete("c"), Get("d")]),
-        Batch(CLIENT, 1, [Increment("a")] * LARGEST_BATCH),
-        Batch(CLIENT, 0, [Get("a"), Scan("a", 3)]),
-        Batch(CLIENT, 1, [Scan(), Get("a")]),
-    ],
-    ids=["writes", "the largest", "reads", "reads with a sequence"],
-)
-def test_a_batch_is_encoded_unchanged(batch: Batch) -> None:
-    assert decode_batch(msgpack.encode(batch)) == batch
+WRITES = (Increment("a"), Set("a", 1), Delete("a"))
 
 
 @pytest.mark.parametrize(
@@ -224,8 +175,7 @@ def test_a_batch_is_encoded_unchanged(batch: Batch) -> None:
         *[(client, 1, [Get("a")]) for client in (b"", b"x" * 15, b"x" * 17, "x" * 16, 5, None)],
         *[(CLIENT, sequence, [Get("a")]) for sequence in (-1, 2**63, True, "1", 1.5, None)],
         *[(CLIENT, 1, [Get("a")] * count) for count in (0, LARGEST_BATCH + 1)],
-        *[(CLIENT, 0, [write]) for write in (Increment("a"), Set("a", 1), Delete("a"))],
-        *[(CLIENT, 0, [Get("a"), write]) for write in (Increment("a"), Set("a", 1), Delete("a"))],
+        *[(CLIENT, 0, [*reads, write]) for write in WRITES for reads in ([], [Get("a")])],
         *[(CLIENT, sequence, [Scan(), Get("a"), Increment("a")]) for sequence in (0, 1)],
         (CLIENT, 1, [Increment("a"), ["increment", "b", 0]]),
     ],
@@ -236,33 +186,8 @@ def test_an_invalid_batch_is_refused(client: object, sequence: object, operation
         decode_batch(msgpack.encode([client, sequence, operations]))
 
 
-def test_a_batch_with_a_write_needs_a_sequence_and_no_scan() -> None:
-    with pytest.raises(InvalidRequest, match="sequence"):
-        Batch(CLIENT, 0, [Get("a"), Increment("a")])
-    with pytest.raises(InvalidRequest, match="scan"):
-        Batch(CLIENT, 1, [Scan(), Increment("a")])
-
-
-@pytest.mark.parametrize(
-    "result",
-    [5, 0, SMALLEST, LARGEST, True, False, None, Replayed(7), Page([("a", 1)], more=True), Refusal("limit", "full")],
-    ids=repr,
-)
-def test_every_kind_of_result_is_encoded_unchanged(result: Result) -> None:
-    decoded = msgpack.decode(msgpack.encode(result), type=Result)
-    assert decoded == result
-    assert type(decoded) is type(result)
-
-
-@pytest.mark.parametrize(
-    ("code", "kind"), [("limit", LimitReached), ("key_reused", KeyReused), ("storage_full", StorageFull)]
-)
-def test_a_refusal_becomes_its_own_error_with_the_outcome_not_applied(code: str, kind: type[Exception]) -> None:
-    error = Refusal(code, "because").error()
-    assert type(error) is kind
-    assert (str(error), error.outcome) == ("because", "not_applied")
-
-
 def test_an_invalid_request_is_also_a_value_error() -> None:
     with pytest.raises(ValueError, match="empty"):
         Get("")
+    with pytest.raises(ValueError, match="needs a sequence"):
+        Batch(CLIENT, 0, [Increment("a")])

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from counter_server.history import Operation
-from tests.history import assert_exactly_once
+from counter_server.history import Operation, assert_exactly_once
 from tests.launchers import LAUNCHERS, SYNC, Answer, Browser
 from tests.launchers import launch as launch_app
 from tests.load import at_once

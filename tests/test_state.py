@@ -37,25 +37,6 @@ def counter(state: State) -> Counter:
     return state.counter("visits")
 
 
-def test_a_hundred_threads_at_once_get_different_growing_numbers(counter: Counter) -> None:
-    lists = at_once(100, lambda: [counter.increment() for _ in range(3)])
-    assert sorted(number for numbers in lists for number in numbers) == list(range(1, 301))
-    assert [sorted(numbers) for numbers in lists] == lists
-    assert counter.value == 300
-
-
-def test_of_many_threads_only_as_many_as_the_limit_succeed(counter: Counter) -> None:
-    def buy() -> int:
-        try:
-            return counter.increment(maximum=10)
-        except LimitReached:
-            return 0
-
-    assert sorted(at_once(40, buy)) == [0] * 30 + list(range(1, 11))
-    assert at_once(32, lambda: counter.increment(key="order-1")) == [11] * 32
-    assert counter.value == 11
-
-
 def test_a_counter_counts_up_and_down_is_set_and_deleted(state: State, counter: Counter) -> None:
     assert counter.name == "visits"
     assert "visits" in repr(counter)
@@ -64,6 +45,7 @@ def test_a_counter_counts_up_and_down_is_set_and_deleted(state: State, counter: 
     assert state.counters() == Page([], more=False)
     assert [counter.increment(), counter.increment(5), counter.decrement(), counter.decrement(7)] == [1, 6, 5, -2]
     assert counter.value == -2
+    assert state.counters(after="v", limit=1) == Page([("visits", -2)], more=False)
     assert [counter.set(40), counter.increment(-1), state.counter("visits").increment()] == [40, 39, 40]
     assert (state.counter("other").increment(), state.counter("Visits").value) == (1, 0)
     assert [counter.delete(), counter.delete()] == [True, False]
@@ -80,37 +62,23 @@ def test_a_limit_or_a_reused_key_is_an_error_and_changes_nothing(counter: Counte
     with pytest.raises(LimitReached):
         counter.decrement(4, minimum=0)
     assert counter.decrement(3, minimum=0) == 0
-    assert counter.increment(2, key="order-1") == 2
-    counter.increment()
-    assert counter.increment(2, key="order-1") == 2
+    assert [counter.increment(2, key="order-1") for _ in range(2)] == [2, 2]
     with pytest.raises(KeyReused) as reused:
         counter.increment(3, key="order-1")
     assert limit.value.outcome == reused.value.outcome == "not_applied"
-    assert counter.value == 3
-
-
-def test_pages_of_counters_follow_each_other_to_the_end(state: State) -> None:
-    counters = [(f"n{number:02}", number) for number in range(25)]
-    for name, number in counters:
-        state.counter(name).set(number)
-    pages = [state.counters(limit=10), state.counters(after="n09", limit=10), state.counters(after="n19", limit=10)]
-    assert pages == [Page(counters[:10], more=True), Page(counters[10:20], more=True), Page(counters[20:], more=False)]
-    assert state.counters() == Page(counters, more=False)
+    assert counter.value == 2
 
 
 def test_invalid_arguments_are_refused_before_anything_is_sent(state: State, counter: Counter) -> None:
     bad: list[Callable[[], object]] = [
-        *[partial(state.counter, name) for name in ("", "a\0", "\ud800", "x" * 256, "e\u0301")],
+        *[partial(state.counter, name) for name in ("", "\ud800", "x" * 256)],
         *[partial(counter.increment, by) for by in (0, True, LARGEST + 1)],
-        *[partial(counter.decrement, by) for by in (SMALLEST, True)],
-        lambda: counter.decrement("1"),  # type: ignore[arg-type]
-        lambda: counter.increment(minimum=1, maximum=0),
-        lambda: counter.increment(key=""),
-        lambda: counter.increment(key="\u00e9"),
-        lambda: counter.set(SMALLEST - 1),
-        lambda: state.counters(limit=0),
-        lambda: state.counters(limit=1001),
-        lambda: state.counters(after="\n"),
+        *[partial(counter.decrement, by) for by in (SMALLEST, True, "1")],  # type: ignore[arg-type]
+        *[partial(state.counters, limit=limit) for limit in (0, 1001)],
+        partial(counter.increment, minimum=1, maximum=0),
+        partial(counter.increment, key=""),
+        partial(counter.set, SMALLEST - 1),
+        partial(state.counters, after="\n"),
     ]
     for ask in bad:
         with pytest.raises(InvalidRequest):
@@ -118,23 +86,23 @@ def test_invalid_arguments_are_refused_before_anything_is_sent(state: State, cou
     assert state.submit(Get("visits")) is None
 
 
-MEMORY = ["memory", "memory:", "memory://x", "memory:///", "memory://?a=b"]
-MANAGER = ["//host/directory", "//relative", "///directory?option=1", "///directory#fragment"]
-
-
-@pytest.mark.parametrize("url", ["", "nothing://", "http://localhost/", *MEMORY, *[f"manager:{it}" for it in MANAGER]])
+@pytest.mark.parametrize(
+    "url", ["", "nothing://", "http://localhost/", "memory", "memory:", "memory://x", "memory://?a=b"]
+)
 def test_a_url_that_names_no_store_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest):
         open_state(url)
 
 
 def test_a_managers_url_names_its_directory_and_connects_to_nothing_yet(tmp_path: Path) -> None:
-    assert str(DataDirectory.from_url("manager:///var/lib/counters", "/other")) == "/var/lib/counters"
     assert str(DataDirectory.from_url("manager:///with%20space", "/other")) == "/with space"
     assert str(DataDirectory.from_url("manager://", "/other")) == "/other"
-    store = open_store(f"manager://{tmp_path / 'data'}")
-    assert str(store) == f"manager://{tmp_path / 'data'}"
+    url = f"manager://{tmp_path / 'data'}"
+    assert str(open_store(url)) == url
     assert not (tmp_path / "data").exists()
+    for wrong in ("//host/directory", "//relative", "///directory?option=1", "///directory#fragment"):
+        with pytest.raises(InvalidRequest):
+            open_state(f"manager:{wrong}")
 
 
 def test_a_deadline_is_over_0_and_at_most_60_seconds() -> None:
@@ -196,17 +164,15 @@ def in_child(work: Callable[[], bytes]) -> bytes:
 
 def test_a_child_is_another_client_and_the_parent_stays_the_same() -> None:
     store = WatchedStore()
-    state = State(store, deadline=PATIENCE)
-    state.counter("visits").increment()
+    counter = State(store, deadline=PATIENCE).counter("visits")
+    counter.increment()
 
     def work() -> bytes:
-        assert state.counter("visits").increment() == 2  # its own copy of the memory
+        assert counter.increment() == 2  # its own copy of the memory
         return store.clients[-1]
 
-    first, second = in_child(work), in_child(work)
-    assert len(first) == 16
-    assert len({store.clients[0], first, second}) == 3
-    assert state.counter("visits").increment() == 2
+    assert len({store.clients[0], in_child(work), in_child(work)}) == 3
+    assert counter.increment() == 2
     assert store.clients == [store.clients[0]] * 2
 
 
@@ -236,16 +202,9 @@ def test_a_child_works_while_threads_of_the_parent_make_and_await_a_call(round_t
     assert sorted(numbers) == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("lock", ["session", "ledger's commit", "ledger's memory"])
-def test_a_child_works_though_a_thread_of_the_parent_held_a_lock(state: State, counter: Counter, lock: str) -> None:
-    """No thread in the child could release it. The locks are held for moments only, so this looks inside."""
-    ledger = state.store
-    assert isinstance(ledger, MemoryStore)
-    locks = {
-        "session": state._counters._alone,
-        "ledger's commit": ledger._writing,
-        "ledger's memory": ledger._memory,
-    }
-    with locks[lock]:
+def test_a_child_works_though_a_thread_of_the_parent_held_a_lock(state: State, counter: Counter) -> None:
+    """No thread in the child could release it. It is held for moments only, so this looks inside."""
+    assert isinstance(state.store, MemoryStore)
+    with state.store._writing:
         assert in_child(lambda: b"%d %d %d" % (counter.increment(), counter.increment(), counter.value)) == b"1 2 2"
     assert counter.increment() == 1
