@@ -22,7 +22,6 @@ from tests.processes import PATIENCE, ROOT, Manager, Program
 
 Result = tuple[int, str, str]  # exit status, standard output, standard error
 Cli = Callable[..., Result]
-
 BEFORE = {"visits": 7, "full": 3}
 
 
@@ -128,7 +127,7 @@ def test_counters_are_incremented_read_set_listed_and_deleted(cli: Cli, manager:
     assert all_counters(state) == {"visits": 7, "full": -1, "key": 2}
 
 
-@pytest.mark.parametrize("name", ["счётчик 🐦", " ", "a/b//c", "50%", "--", "--by"])
+@pytest.mark.parametrize("name", ["счётчик 🐦", " ", "a/b//c", "--"])
 def test_any_name_can_follow_two_hyphens(cli: Cli, manager: Manager, state: State, name: str) -> None:
     assert cli("increment", "--store", manager.url, "--", name) == (0, "1\n", "")
     listed = "".join(f"{n}\t{v}\n" for n, v in sorted({**BEFORE, name: 1}.items()))
@@ -170,49 +169,34 @@ def test_the_command_and_the_module_are_the_same_program(manager: Manager, state
 
 
 def test_help_and_version_need_no_manager(cli: Cli) -> None:
-    for command in ("run", "manager", "increment"):
-        status, output, _ = cli(command, "--help")
-        assert status == 0
-        assert f"main {command} [OPTIONS]" in output
+    assert "main increment [OPTIONS]" in cli("increment", "--help")[1]
     assert "version " in cli("--version")[1]
 
 
 # Mistakes
 
-NAMES = ["", "a\nb", "\x1b[2J", "x" * 256, "e\u0301", os.fsdecode(b"gr\xf6\xdfe"), os.fsdecode(b"\xe2\x82")]
-
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        *[(("increment", name), "name") for name in NAMES],
-        *[
-            ((*command, name, *rest), "name")
-            for *command, rest in [("get", ()), ("delete", ()), ("set", ("1",))]
-            for name in NAMES[:2] + NAMES[-2:-1]
-        ],
+        (("get", "a\nb"), "name"),
+        (("delete", "a\nb"), "name"),
+        (("set", "a\nb", "1"), "name"),
+        *((("increment", name), "name") for name in ("", "\x1b[2J", "x" * 256, os.fsdecode(b"gr\xf6\xdfe"))),
         (("increment", "visits", "--by", "0"), "by must not be 0"),
         (("increment", "visits", "--by", "1.5"), "--by"),
-        (("increment", "visits", "--by", ""), "--by"),
         (("increment", "visits", "--by"), "--by"),
         (("increment", "visits", "--by", str(2**63)), "64 bits"),
         (("increment", "visits", "--by", "9" * 5000), "--by"),
         (("increment", "visits", "--minimum", "2", "--maximum", "1"), "minimum"),
-        (("increment", "visits", "--maximum", str(2**64)), "64 bits"),
-        (("increment", "visits", "--maximum", "x"), "--maximum"),
         (("increment", "full", "--maximum", "3"), "above 3"),
         (("increment", "visits", "--key", ""), "key"),
-        (("increment", "visits", "--key", "k" * 256), "key"),
-        (("increment", "visits", "--key", "two words"), "key"),
-        (("increment", "visits", "--key", "clé"), "key"),
         (("increment", "visits", "--key", os.fsdecode(b"cl\xe9")), "key"),
         (("set", "visits", str(2**63)), "64 bits"),
         (("set", "visits", "x"), "VALUE"),
-        (("set", "visits"), "VALUE"),
         (("increment",), "NAME"),
         (("increment", "visits", "full"), "full"),
         (("get", "nobody"), "nobody"),
-        (("get", "visits", "--bogus"), "--bogus"),
         (("list", "--bogus"), "--bogus"),
         (("increment", "visits", "--maximun=5"), "--maximun"),
         (("increment", "--maximun=5"), "--maximun"),
@@ -230,9 +214,7 @@ def test_a_mistake_is_reported_in_one_line_and_changes_nothing(
     assert all_counters(state) == BEFORE
 
 
-@pytest.mark.parametrize(
-    "url", ["nonsense://x", "memory://x", "manager://relative", "manager:///x?y", "http://[", "/directory", "\udcff://"]
-)
+@pytest.mark.parametrize("url", ["nonsense://x", "memory://x", "manager://relative", "\udcff://"])
 def test_an_unknown_store_is_refused(cli: Cli, url: str) -> None:
     assert "manager:///absolute/data/directory" in refused(cli("increment", "visits", "--store", url))
 
@@ -241,20 +223,15 @@ def test_an_unknown_store_is_refused(cli: Cli, url: str) -> None:
     ("arguments", "says"),
     [
         ("run --workers 0", "--workers"),
-        ("run --workers -1", "--workers"),
         ("run --workers 513", "--workers"),
-        ("run --workers two", "--workers"),
         ("run --threads 0", "--threads"),
         ("run --port 65536", "--port"),
-        ("run --port -1", "--port"),
         ("run --durability maybe", "--durability"),
-        ("run --bogus", "--bogus"),
         ("run 8000", "8000"),
         ("run --store memory:// --data-dir data", "give one of them"),
         ("run --data-dir=", "--data-dir"),
         ("manager --durability maybe", "--durability"),
         ("manager --port 8000", "--port"),
-        ("increment visits --data-dir=", "--data-dir"),
         ("serve", "serve"),
     ],
 )
@@ -268,7 +245,7 @@ def test_an_invalid_option_is_refused(
 
 
 @pytest.mark.slow
-def test_an_address_that_cannot_be_listened_on_is_named(cwd: Path) -> None:
+def test_an_unusable_address_or_directory_is_named(cwd: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         line = refused(launch("run", "--port", port))
@@ -277,7 +254,10 @@ def test_an_address_that_cannot_be_listened_on_is_named(cwd: Path) -> None:
     for host in ("192.0.2.1", "a..b"):
         assert host in refused(launch("run", "--port", "0", "--host", host))
     assert "host" in refused(launch("run", "--port", "0", "--host", b"\xff"))
-    assert "--data-dir" in refused(launch("manager", "--data-dir", ""))
+    for command in (["run", "--port", "0"], ["manager"]):
+        line = refused(launch(*command, "--data-dir", "/sys/counter-server"))
+        assert "/sys/counter-server" in line
+        assert "cannot be made" in line
     assert list(cwd.iterdir()) == []
 
 
@@ -309,45 +289,31 @@ def make_unusable(path: Path, how: str) -> str:
     elsewhere = path.parent / "elsewhere"
     if how == "a file":
         path.write_text("mine")
-    elif how == "below a file":
-        path.parent.rmdir()
-        path.parent.write_text("mine")
-    elif how == "a link to nothing":
+        return "cannot be made"
+    if how == "a link to nothing":
         path.symlink_to(elsewhere)
-    else:
-        path.mkdir(0o700)
-        if how in ("0o777", "0o770"):
-            path.chmod(int(how, 8))
-            return "can be written by others"
-        if how == "a second name":
-            elsewhere.touch()
-            os.link(elsewhere, path / "manager.lock")
-            return "manager.lock has another name elsewhere"
-        if os.geteuid() != 0:
-            pytest.skip("only root can give a file away")
-        given = path / how
-        if how == "manager.lock":
-            given.symlink_to(elsewhere)
-        elif how:
-            given.touch()
-        os.chown(given, 12345, -1, follow_symlinks=False)
-        return f"{how} belongs to another user (uid 12345)" if how else "belongs to another user (uid 12345)"
-    return "cannot be made"
+        return "cannot be made"
+    path.mkdir(0o700)
+    if how == "for a group":
+        path.chmod(0o770)
+        return "can be written by others"
+    if how == "a second name":
+        elsewhere.touch()
+        os.link(elsewhere, path / "manager.lock")
+        return "manager.lock has another name elsewhere"
+    file = path / how
+    if how == "manager.lock":
+        file.symlink_to(elsewhere)
+    elif how:
+        file.touch()
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    os.chown(file, 12345, -1, follow_symlinks=False)
+    return f"{how} belongs to another user (uid 12345)".lstrip()
 
 
 @pytest.mark.parametrize(
-    "how",
-    [
-        "a file",
-        "below a file",
-        "a link to nothing",
-        "0o777",
-        "0o770",
-        "a second name",
-        "",
-        "manager.lock",
-        "journal.sqlite3",
-    ],
+    "how", ["a file", "a link to nothing", "for a group", "a second name", "", "manager.lock", "journal.sqlite3"]
 )
 def test_an_unusable_data_directory_is_named_and_left_unchanged(tmp_path: Path, how: str) -> None:
     (tmp_path / "parent").mkdir()
@@ -362,34 +328,21 @@ def test_an_unusable_data_directory_is_named_and_left_unchanged(tmp_path: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [("run", "--port", "0"), ("manager",)])
-def test_every_command_checks_its_data_directory(tmp_path: Path, command: tuple[str, ...]) -> None:
-    (tmp_path / "file").touch()
-    for directory in ("/sys/counter-server", "/proc/counter-server/data", "x" * 300, str(tmp_path / "file")):
-        line = refused(launch(*command, "--data-dir", directory))
-        assert directory in line
-        assert "cannot be made" in line
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("umask", "number"), [(0o000, signal.SIGTERM), (0o077, signal.SIGINT)])
-def test_a_data_directory_is_private_and_a_signal_ends_its_manager(
-    stack: ExitStack, data_dir: Path, start_manager: Callable[[], Manager], umask: int, number: signal.Signals
+def test_a_data_directory_is_private_and_ctrl_c_ends_its_manager(
+    stack: ExitStack, data_dir: Path, start_manager: Callable[[], Manager]
 ) -> None:
-    stack.callback(os.umask, os.umask(umask))
+    stack.callback(os.umask, os.umask(0))
     manager = start_manager()
     assert data_dir.stat().st_mode & 0o777 == 0o700
     for path in data_dir.iterdir():
         assert path.stat().st_mode & 0o077 == 0, path
-    manager.send_signal(number)
+    manager.send_signal(signal.SIGINT)
     assert (manager.wait(), manager.errors) == (0, [])
     assert not (data_dir / "manager.sock").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["100%25", "a?b#c", "a[b", "a;b=c&d", "tab\t\n", " ", os.fsdecode(b"gr\xf6\xdfe"), "x/" * 100]
-)
+@pytest.mark.parametrize("name", [os.fsdecode(b"gr\xf6\xdfe"), "x/" * 100])
 def test_a_data_directory_may_have_any_name(stack: ExitStack, tmp_path: Path, cli: Cli, name: str) -> None:
     manager = stack.enter_context(Manager(tmp_path / name))
     assert (tmp_path / name).is_dir()
@@ -417,7 +370,7 @@ def test_a_second_manager_names_the_first(
     assert cli("increment", "x", "--data-dir", tmp_path / "link") == (0, "1\n", "")
 
 
-@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere"), os.mkfifo])
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
 def test_a_foreign_file_in_place_of_the_socket_is_left_unchanged(cwd: Path, make: Callable[[Path], None]) -> None:
     directory = DataDirectory(cwd)
     make(directory.socket)
@@ -462,13 +415,3 @@ def test_durability_none_keeps_nothing_and_refuses_counters_on_disk(
     assert "durab" in line
     start_manager("--durability", "process")
     assert cli("increment", *where) == (0, "2\n", "")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["manager.key", "journal.sqlite3", "manager.sock"])
-def test_a_manager_names_a_damaged_file_and_leaves_it_unchanged(data_dir: Path, name: str) -> None:
-    data_dir.mkdir(0o700)
-    (data_dir / name).write_bytes(b"damaged" * 1000)
-    assert str(data_dir / name) in refused(launch("manager", "--data-dir", data_dir))
-    assert (data_dir / name).read_bytes() == b"damaged" * 1000
-    assert (data_dir / "manager.sock").exists() == (name == "manager.sock")

@@ -21,14 +21,10 @@ from tests.load import open_client
 from tests.processes import PATIENCE, Program, Server, eventually, holder
 
 INCREMENT = "/api/v1/counters/x/increment"
-ENOUGH = 600  # lines of the request log fill a pipe twice
-
 SMALL = "import fcntl, time; fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, 4096); time.sleep(1000)"
 DEAF = {  # by redirection: how many requests are logged before nothing more can be written
-    "> >(exec sleep 1000 > /dev/null 2>&1) 2>&1": ENOUGH,
     f"> >(exec {sys.executable} -c '{SMALL}' > /dev/null 2>&1) 2>&1": 100,
     "> >(:) 2>&1": 2,
-    ">&- 2>&-": 2,
     "<&- >&- 2>&-": 2,
     "> /dev/full 2> /dev/full": 2,
     ">&$TERMINAL 2>&$TERMINAL": 100,
@@ -74,7 +70,7 @@ def test_a_server_whose_output_nobody_takes_serves(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streams", DEAF)
+@pytest.mark.parametrize("streams", list(DEAF)[1:])
 def test_a_manager_whose_output_nobody_takes_serves(
     stack: ExitStack, data_dir: Path, terminal: int, streams: str
 ) -> None:
