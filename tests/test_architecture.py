@@ -31,8 +31,3 @@ def test_imports_that_break_the_contracts_are_found(tmp_path: Path) -> None:
     result = lint_imports(tmp_path)
     assert result.returncode == 1, result.stdout
     assert "Contracts: 0 kept, 4 broken." in result.stdout
-
-
-def test_every_module_has_a_name_that_says_something() -> None:
-    names = {path.stem for path in (ROOT / "counter_server").rglob("*.py")}
-    assert not {"utils", "helpers", "constants", "types", "common", "misc"} & names

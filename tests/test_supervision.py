@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from counter_server.server.prove.proof import group_members
-from tests.processes import PATIENCE, Program, Server, children, eventually, frozen
+from tests.processes import PATIENCE, Program, children, eventually, frozen
 from tests.test_server import INCREMENT, StartServer, address, read_all
 from tests.test_server import increment as increment
 
