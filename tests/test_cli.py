@@ -1,6 +1,7 @@
 """The command line counts, and reports each mistake in one line."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -86,12 +87,9 @@ def all_counters(state: State) -> dict[str, int]:
 def refused(result: Result) -> str:
     """Check that the command failed with one line, and return it. A usage error may print the usage too."""
     status, output, errors = result
-    assert (status in (1, 2, 75), output) == (True, ""), result
-    lines = errors.splitlines()
-    if status == 2:
-        lines = [line for line in lines if line and not line.startswith(("Usage: ", "Try "))]
-    (line,) = lines
-    assert line.startswith("Error: ")
+    assert status in (1, 2, 75), result
+    (line,) = (line for line in errors.splitlines() if line and not line.startswith(("Usage: ", "Try ")))
+    assert (output, line[:7]) == ("", "Error: ")
     assert len(line) > len("Error: ") + 10
     return line
 
@@ -272,11 +270,11 @@ def test_without_a_manager_and_with_no_start_nothing_is_created(
     file.write_text("mine")
     before = sorted(cwd.rglob("*"))
     for command in (("increment", "x"), ("get", "x"), ("set", "x", "1"), ("delete", "x"), ("list",)):
-        for where in (cwd / "nowhere", killed, file):
-            line = refused(cli(*command, "--no-start", "--data-dir", where))
-            assert "nothing was counted" in line
-            assert (f"no manager is running in {where}" in line) == (where != file)
-            assert (f"counter-server manager --data-dir {where}" in line) == (where != file)
+        line = refused(cli(*command, "--no-start", "--data-dir", killed))
+        assert f"no manager is running in {killed}" in line
+        assert f"counter-server manager --data-dir {killed}" in line
+    for where in (cwd / "nowhere", file):
+        assert "nothing was counted" in refused(cli("increment", "x", "--no-start", "--data-dir", where))
     assert sorted(cwd.rglob("*")) == before
     assert file.read_text() == "mine"
 
@@ -284,46 +282,48 @@ def test_without_a_manager_and_with_no_start_nothing_is_created(
 # Data directories and managers
 
 
-def make_unusable(path: Path, how: str) -> str:
-    """Make a data directory that must be refused, and return the reason."""
-    elsewhere = path.parent / "elsewhere"
-    if how == "a file":
-        path.write_text("mine")
-        return "cannot be made"
-    if how == "a link to nothing":
-        path.symlink_to(elsewhere)
-        return "cannot be made"
+def for_a_group(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0o770)
+
+
+def with_a_second_name(path: Path) -> None:
     path.mkdir(0o700)
-    if how == "for a group":
-        path.chmod(0o770)
-        return "can be written by others"
-    if how == "a second name":
-        elsewhere.touch()
-        os.link(elsewhere, path / "manager.lock")
-        return "manager.lock has another name elsewhere"
-    file = path / how
-    if how == "manager.lock":
-        file.symlink_to(elsewhere)
-    elif how:
-        file.touch()
+    (path.parent / "elsewhere").touch()
+    os.link(path.parent / "elsewhere", path / "manager.lock")
+
+
+def given_away(name: str, path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a file away")
-    os.chown(file, 12345, -1, follow_symlinks=False)
-    return f"{how} belongs to another user (uid 12345)".lstrip()
+    path.mkdir(0o700)
+    if name == "manager.lock":
+        (path / name).symlink_to("elsewhere")
+    elif name:
+        (path / name).touch()
+    os.chown(path / name, 12345, -1, follow_symlinks=False)
 
 
 @pytest.mark.parametrize(
-    "how", ["a file", "a link to nothing", "for a group", "a second name", "", "manager.lock", "journal.sqlite3"]
+    ("make", "reason"),
+    [
+        (Path.touch, "cannot be made"),
+        (lambda path: path.symlink_to("nowhere"), "cannot be made"),
+        (for_a_group, "can be written by others"),
+        (with_a_second_name, "manager.lock has another name elsewhere"),
+        (partial(given_away, ""), "belongs to another user (uid 12345)"),
+        (partial(given_away, "manager.lock"), "manager.lock belongs to another user"),
+        (partial(given_away, "journal.sqlite3"), "journal.sqlite3 belongs to another user"),
+    ],
 )
-def test_an_unusable_data_directory_is_named_and_left_unchanged(tmp_path: Path, how: str) -> None:
-    (tmp_path / "parent").mkdir()
-    directory = tmp_path / "parent" / "data"
-    reason = make_unusable(directory, how)
+def test_an_unusable_data_directory_is_named_and_left_unchanged(
+    tmp_path: Path, make: Callable[[Path], None], reason: str
+) -> None:
+    directory = tmp_path / "data"
+    make(directory)
     before = sorted((path, path.lstat().st_mode) for path in tmp_path.rglob("*"))
-    with pytest.raises(StartupError) as caught:
+    with pytest.raises(StartupError, match=rf"{directory}.*{re.escape(reason)}"):
         DataDirectory(directory).make()
-    assert reason in str(caught.value)
-    assert str(directory) in str(caught.value)
     assert sorted((path, path.lstat().st_mode) for path in tmp_path.rglob("*")) == before
 
 
@@ -353,21 +353,14 @@ def test_a_data_directory_may_have_any_name(stack: ExitStack, tmp_path: Path, cl
 @pytest.mark.slow
 def test_by_default_the_data_directory_is_in_the_instance_folder(stack: ExitStack, cwd: Path, cli: Cli) -> None:
     manager = stack.enter_context(Program(ROOT / "manager_process.py", cwd=cwd))
-    assert manager.expect("Manager ready:") == f"manager://{cwd}/instance/counter-server"
+    directory = cwd / "instance" / "counter-server"
+    assert manager.expect("Manager ready:") == f"manager://{directory}"
     assert cli("increment", "x") == (0, "1\n", "")
-
-
-@pytest.mark.slow
-def test_a_second_manager_names_the_first(
-    tmp_path: Path, cli: Cli, data_dir: Path, start_manager: Callable[[], Manager]
-) -> None:
-    manager = start_manager()
-    (tmp_path / "link").symlink_to(data_dir)
-    for directory in (data_dir, tmp_path / "link"):
-        line = refused(launch("manager", "--data-dir", directory))
-        assert f"pid {manager.pid}" in line
-        assert str(directory) in line
-    assert cli("increment", "x", "--data-dir", tmp_path / "link") == (0, "1\n", "")
+    (cwd / "link").symlink_to(directory)
+    line = refused(launch("manager", "--data-dir", cwd / "link"))
+    assert f"pid {manager.pid}" in line
+    assert str(cwd / "link") in line
+    assert cli("increment", "x", "--data-dir", cwd / "link") == (0, "2\n", "")
 
 
 @pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
@@ -377,11 +370,10 @@ def test_a_foreign_file_in_place_of_the_socket_is_left_unchanged(cwd: Path, make
     before = directory.socket.lstat()
     with pytest.raises(StartupError, match=str(directory.socket)):
         directory.remove_stale_socket()
-    after = directory.socket.lstat()
-    assert (after.st_ino, after.st_mode, after.st_size) == (before.st_ino, before.st_mode, before.st_size)
+    assert directory.socket.lstat().st_ino == before.st_ino
 
 
-@pytest.mark.parametrize("content", [b"", b"0123", b"g" * 64, b"\xff" * 64, b"00" * 33, None])
+@pytest.mark.parametrize("content", [b"", b"g" * 64, b"\xff" * 64, b"00" * 33, None])
 def test_a_damaged_key_is_named_and_left_unchanged(cwd: Path, content: bytes | None) -> None:
     directory = DataDirectory(cwd)
     assert directory.key("manager") == directory.key("manager")
@@ -401,15 +393,11 @@ def test_durability_none_keeps_nothing_and_refuses_counters_on_disk(
     cli: Cli, data_dir: Path, start_manager: Callable[..., Manager]
 ) -> None:
     where = ("x", "--data-dir", data_dir)
-    for expected in ("1\n", "1\n"):
-        volatile = start_manager("--durability", "none")
-        assert cli("increment", *where) == (0, expected, "")
-        assert volatile.stop() == 0
-        assert not (data_dir / "journal.sqlite3").exists()
-    durable = start_manager()
-    assert cli("increment", *where) == (0, "1\n", "")
-    durable.kill()
-    assert (data_dir / "manager.sock").is_socket()  # the next one replaces it
+    for durability in ("none", "none", "commit"):
+        manager = start_manager("--durability", durability)
+        assert cli("increment", *where) == (0, "1\n", "")
+        assert manager.stop() == 0
+        assert (data_dir / "journal.sqlite3").exists() == (durability == "commit")
     line = refused(launch("manager", "--data-dir", data_dir, "--durability", "none"))
     assert str(data_dir) in line
     assert "durab" in line
