@@ -49,8 +49,6 @@ def doctor(url: str) -> tuple[int, list[str]]:
     return told.returncode, (told.stdout + told.stderr).splitlines()
 
 
-# The command
-
 ENGINES = [
     pytest.param(prefix, marks=pytest.mark.slow)
     for prefix in ("unix://", "memcached://", "postgresql:///db?host=", "mysql:///db?unix_socket=")
@@ -83,9 +81,6 @@ def test_a_sqlite_file_is_ok(tmp_path: Path) -> None:
     assert any("synchronous FULL: a number is on its disk before it is answered" in line for line in lines)
 
 
-# The manager
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("durability", "expected"), [("commit", []), ("none", ["durability none"])])
 def test_a_manager_reports_its_durability(
@@ -102,9 +97,6 @@ def test_a_manager_reports_its_durability(
 
 def test_memory_is_for_tests_only() -> None:
     assert len(worries("memory://")) == 1
-
-
-# Redis and Valkey: the settings of one server are changed while it runs
 
 
 @pytest.mark.slow
@@ -185,9 +177,6 @@ def test_asynchronous_replication_and_the_address_of_a_replica_are_reported(star
     assert any("name the master" in sentence for sentence in worries(replica.url))
 
 
-# memcached
-
-
 @pytest.fixture
 def start_memcached(stack: ExitStack, tmp_path: Path) -> Callable[..., "MemcachedServer"]:
     from tests.engines import MemcachedServer
@@ -220,9 +209,6 @@ def test_a_silent_server_is_reported_within_the_time_limit(start_redis: StartRed
     with frozen((server := start_redis()).pid):
         (finding,) = examine(server.url, 0.2)[1]
     assert finding.level == "problem"
-
-
-# SQL
 
 
 @pytest.mark.slow

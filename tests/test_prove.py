@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,12 +18,14 @@ import pytest
 from click.testing import CliRunner
 
 from counter_server.cli import main
-from counter_server.history import Operation, load, save
+from counter_server.history import Operation, load
 from counter_server.server.prove.load import Client
 from counter_server.server.prove.verdict import Kill, judge, screen
 from tests.processes import PATIENCE, ROOT, Program, Server, children, eventually
 
 pytestmark = pytest.mark.slow
+Start = Callable[..., Program]
+StartWrong = Callable[..., tuple[Program, str]]
 
 
 def processes_of(directory: Path) -> dict[int, str]:
@@ -81,7 +83,7 @@ def assert_nothing_left(place: Path) -> None:
 
 
 @pytest.fixture
-def prove(stack: ExitStack, place: Path) -> Callable[..., Program]:
+def prove(stack: ExitStack, place: Path) -> Start:
     """Start a proof, with options, in `place`."""
     return lambda *options: stack.enter_context(Program("-m", "counter_server", "prove", *map(str, options), cwd=place))
 
@@ -99,7 +101,7 @@ def supervisor_of(place: Path) -> int:
 
 
 @pytest.fixture
-def wrong(stack: ExitStack, tmp_path: Path) -> Callable[..., tuple[Program, str]]:
+def wrong(stack: ExitStack, tmp_path: Path) -> StartWrong:
     """Start a server that counts wrongly; return the program and its URL."""
 
     def start(fault: str, port: int = 0) -> tuple[Program, str]:
@@ -110,10 +112,7 @@ def wrong(stack: ExitStack, tmp_path: Path) -> Callable[..., tuple[Program, str]
     return start
 
 
-# Right
-
-
-def test_a_server_of_its_own_is_right_through_kills(prove: Callable[..., Program], place: Path) -> None:
+def test_a_server_of_its_own_is_right_through_kills(prove: Start, place: Path) -> None:
     program = prove("--clients", 4, "--seconds", 1, "--kill-manager", 1, "--kill-worker", 1, "--json")
     assert program.wait() == 0, (program.output, program.errors)
     verdict = json.loads("\n".join(program.output))
@@ -129,7 +128,7 @@ def test_a_server_of_its_own_is_right_through_kills(prove: Callable[..., Program
 
 
 def test_a_running_server_is_right_and_its_other_counters_are_left_alone(
-    prove: Callable[..., Program], place: Path, start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+    prove: Start, place: Path, start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start_server("--workers", "2")
     with closing(Client(server.url)) as client:
@@ -154,14 +153,11 @@ def test_a_running_server_is_right_and_its_other_counters_are_left_alone(
     assert "\x1b[" not in shown
 
 
-# Wrong
-
-
 @pytest.mark.parametrize(
     ("fault", "complaint"), [("duplicates", "were both answered"), ("keyless", "was answered with [")]
 )
 def test_a_server_that_counts_wrongly_is_reported_with_its_history(
-    prove: Callable[..., Program], wrong: Callable[..., tuple[Program, str]], place: Path, fault: str, complaint: str
+    prove: Start, wrong: StartWrong, place: Path, fault: str, complaint: str
 ) -> None:
     _, url = wrong(fault)
     program = prove("--url", url, "--clients", 8, "--seconds", 0.5)
@@ -176,8 +172,8 @@ def test_a_server_that_counts_wrongly_is_reported_with_its_history(
 
 
 def test_a_server_that_answers_before_it_saves_is_found_by_a_restart(
-    prove: Callable[..., Program],
-    wrong: Callable[..., tuple[Program, str]],
+    prove: Start,
+    wrong: StartWrong,
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -203,7 +199,7 @@ def test_a_server_that_answers_before_it_saves_is_found_by_a_restart(
     assert (place / verdict["history"]).exists()
 
 
-def test_a_server_of_its_own_that_ends_is_wrong(prove: Callable[..., Program], place: Path) -> None:
+def test_a_server_of_its_own_that_ends_is_wrong(prove: Start, place: Path) -> None:
     program = prove("--clients", 2, "--seconds", 60)
     started(program)
     os.kill(supervisor_of(place), signal.SIGKILL)
@@ -213,27 +209,17 @@ def test_a_server_of_its_own_that_ends_is_wrong(prove: Callable[..., Program], p
     assert_nothing_left(place)
 
 
-ANSWERED = [Operation("a", 0, 1, (1,))]
-
-
-@pytest.mark.parametrize(
-    ("history", "final", "kills", "complaint"),
-    [
-        ([], 0, [], "no increment was answered"),
-        ([Operation("a", 0)], 1, [], "no increment was answered"),
-        (ANSWERED, None, [], "could not be read"),
-        (ANSWERED, 1, [Kill(victim="worker", pid=1, moment=0, recovery=None)], "not back after the kill of the worker"),
-    ],
-)
-def test_a_proof_without_evidence_is_not_right(
-    history: list[Operation], final: int | None, kills: list[Kill], complaint: str
-) -> None:
-    verdict = judge(history, final, kills)
-    assert not verdict.right
-    assert complaint in screen(verdict).splitlines()[0]
-
-
-# Errors
+def test_a_proof_without_evidence_is_not_right() -> None:
+    answered = [Operation("a", 0, 1, (1,))]
+    lost = [Kill(victim="worker", pid=1, moment=0, recovery=None)]
+    for verdict, complaint in [
+        (judge([], 0), "no increment was answered"),
+        (judge([Operation("a", 0)], 1), "no increment was answered"),
+        (judge(answered, None), "could not be read"),
+        (judge(answered, 1, lost), "not back after the kill of the worker"),
+    ]:
+        assert not verdict.right
+        assert complaint in screen(verdict).splitlines()[0]
 
 
 def told(*arguments: str) -> str:
@@ -274,35 +260,28 @@ def test_an_unreachable_server_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "reason"),
+    ("answer", "reason"),
     [
-        ("404 Not Found", "no", "is not a counter-server: an increment was answered 404 Not Found: no"),
-        ("200 OK", '{"value": true}', "an increment was answered 200 OK"),
-        ("501 Not Implemented", '{"detail": "no keys"}', "501 Not Implemented: no keys"),
-        (None, "SSH-2.0-OpenSSH_9.2\r\n", "is not a web server"),
+        ("HTTP/1.1 404 No\r\n\r\nhere", "is not a counter-server: an increment was answered 404 Not Found: here"),
+        ('HTTP/1.1 200 OK\r\n\r\n{"value": true}', "an increment was answered 200 OK"),
+        ('HTTP/1.1 501 No\r\n\r\n{"detail": "no keys"}', "501 Not Implemented: no keys"),
+        ("SSH-2.0-OpenSSH_9.2\r\n", "is not a web server"),
     ],
 )
-def test_a_server_of_another_kind_is_reported_with_its_answer(status: str | None, body: str, reason: str) -> None:
-    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n" if status else ""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+def test_a_server_of_another_kind_is_reported_with_its_answer(answer: str, reason: str) -> None:
+    def serve() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(answer.encode())
 
-        def serve() -> None:
-            connection, _ = listening.accept()
-            with connection:
-                connection.recv(65536)
-                connection.sendall(f"{head}{body}".encode())
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        line = told("--url", f"http://127.0.0.1:{listening.getsockname()[1]}")
-        thread.join()
-    assert reason in line
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor() as threads:
+        serving = threads.submit(serve)
+        assert reason in told("--url", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        serving.result()
 
 
-# Leftovers
-
-
-def test_ctrl_c_ends_it_early_with_a_verdict(prove: Callable[..., Program], place: Path) -> None:
+def test_ctrl_c_ends_it_early_with_a_verdict(prove: Start, place: Path) -> None:
     program = prove("--clients", 4, "--seconds", 60, "--kill-manager", 1)
     started(program)
     os.killpg(program.pid, signal.SIGINT)  # to all of a terminal's foreground
@@ -313,7 +292,7 @@ def test_ctrl_c_ends_it_early_with_a_verdict(prove: Callable[..., Program], plac
     assert os.listdir(place) == ["tmp"]
 
 
-def test_the_second_ctrl_c_waits_for_no_answer(prove: Callable[..., Program], place: Path) -> None:
+def test_the_second_ctrl_c_waits_for_no_answer(prove: Start, place: Path) -> None:
     program = prove("--clients", 4, "--seconds", 60)
     started(program)
     (manager,) = children(supervisor_of(place), "manager")
@@ -324,17 +303,3 @@ def test_the_second_ctrl_c_waits_for_no_answer(prove: Callable[..., Program], pl
     assert program.wait() == 1
     assert program.output == []
     assert_nothing_left(place)
-
-
-def test_kill_9_in_the_middle_leaves_nothing(prove: Callable[..., Program], place: Path) -> None:
-    program = prove("--clients", 4, "--seconds", 60)
-    started(program)
-    assert len(processes_of(place)) > 4
-    program.kill()
-    assert_nothing_left(place)
-
-
-def test_an_unanswered_increment_comes_back_from_a_saved_history(tmp_path: Path) -> None:
-    history = [Operation("a", 0.1, 0.25, (1, 1)), Operation("b", 1 / 3)]
-    save(tmp_path / "file", history, None)
-    assert load(tmp_path / "file") == (history, None)

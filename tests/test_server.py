@@ -26,6 +26,7 @@ INCREMENT = f"{COUNTERS}/x/increment"
 
 Answer = tuple[int, Headers, str]
 StartServer = Callable[..., Server]
+Start = Callable[..., Program]
 
 
 def ask(url: str, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
@@ -98,7 +99,7 @@ def assert_not_started(program: Program, *reasons: str) -> None:
 
 
 @pytest.fixture
-def starting(stack: ExitStack, data_dir: Path) -> Callable[..., Program]:
+def starting(stack: ExitStack, data_dir: Path) -> Start:
     """Start a server that need not become ready."""
     return lambda *options, **more: stack.enter_context(
         Program("run.py", "--port", "0", "--data-dir", data_dir, *options, **more)
@@ -110,9 +111,6 @@ def any_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Return one server for all tests that do not end it; its children are replaced when a test kills them."""
     with Server("--workers", "2", "--threads", "4", "--data-dir", tmp_path_factory.mktemp("server") / "a") as server:
         yield server
-
-
-# Starting
 
 
 def until_both_answer(server: Server, *cookies: str, method: str = "GET", path: str = "/") -> list[list[int]]:
@@ -184,9 +182,6 @@ def test_a_store_without_a_manager_starts_none(stack: ExitStack) -> None:
     assert server.children("manager") == []
 
 
-# Stopping
-
-
 def test_a_signal_ends_it_with_status_0_and_the_count_goes_on(start_server: StartServer) -> None:
     """A terminal's Ctrl-C reaches all processes."""
     for expected, (send, number) in enumerate([(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)], start=1):
@@ -237,7 +232,7 @@ def test_a_second_signal_ends_it_at_once(stack: ExitStack, start_server: StartSe
 
 @pytest.mark.parametrize(("processes", "send", "number"), [(2, os.killpg, signal.SIGINT), (4, os.kill, signal.SIGTERM)])
 def test_a_signal_while_it_starts_ends_it_with_status_0(
-    starting: Callable[..., Program], processes: int, send: Callable[[int, int], None], number: signal.Signals
+    starting: Start, processes: int, send: Callable[[int, int], None], number: signal.Signals
 ) -> None:
     server = starting("--workers", "2")
     eventually(lambda: len(group_members(server.pid)) >= processes, f"{processes} processes")
@@ -261,9 +256,6 @@ def test_ctrl_c_while_a_child_imports_shows_no_traceback(tmp_path: Path, start_s
     assert_ended_well(server)
 
 
-# Killing
-
-
 def test_no_process_outlives_a_killed_supervisor(stack: ExitStack, start_server: StartServer) -> None:
     server = start_server("--workers", "2")
     assert increment(server.url) == 1
@@ -276,9 +268,7 @@ def test_no_process_outlives_a_killed_supervisor(stack: ExitStack, start_server:
 
 
 @pytest.mark.parametrize("processes", [2, 5])
-def test_no_process_outlives_a_supervisor_killed_while_it_starts(
-    starting: Callable[..., Program], processes: int
-) -> None:
+def test_no_process_outlives_a_supervisor_killed_while_it_starts(starting: Start, processes: int) -> None:
     server = starting("--workers", "3")
     eventually(lambda: len(group_members(server.pid)) >= processes, f"{processes} processes")
     server.kill()
@@ -310,16 +300,13 @@ def test_killed_processes_are_replaced_and_the_numbers_go_on(any_server: Server)
         assert (any_server.children("worker") == workers) == (kinds == ["manager"])
 
 
-# Starts that fail
-
-
 def test_an_invalid_store_is_reported_at_the_start(stack: ExitStack) -> None:
     assert_not_started(stack.enter_context(Program("run.py", "--port", "0", "--store", "nonsense://x")), "nonsense://x")
 
 
 @pytest.mark.parametrize("name", ["session.key", "journal.sqlite3"])
 def test_a_damaged_file_is_reported_at_the_start_and_left_alone(
-    tmp_path: Path, starting: Callable[..., Program], data_dir: Path, name: str
+    tmp_path: Path, starting: Start, data_dir: Path, name: str
 ) -> None:
     # A child closes its files first and exits a moment later; this makes the moment long.
     (tmp_path / "sitecustomize.py").write_text(
@@ -342,7 +329,7 @@ def test_a_damaged_file_is_reported_at_the_start_and_left_alone(
 
 
 def test_a_directory_with_a_manager_stops_the_start_naming_that_one(
-    start_manager: Callable[[], Manager], starting: Callable[..., Program]
+    start_manager: Callable[[], Manager], starting: Start
 ) -> None:
     manager = start_manager()
     assert_not_started(starting(), f"(pid {manager.pid}) continues: it was started by hand")
@@ -350,7 +337,7 @@ def test_a_directory_with_a_manager_stops_the_start_naming_that_one(
 
 
 def test_a_second_server_on_a_directory_or_port_exits_and_the_first_goes_on(
-    starting: Callable[..., Program], start_server: StartServer, tmp_path: Path
+    starting: Start, start_server: StartServer, tmp_path: Path
 ) -> None:
     first = start_server()
     (manager,) = first.children("manager")

@@ -45,9 +45,6 @@ def left_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-# With a running manager
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return the data directory of a running manager, with a counter at 3 and a key."""
@@ -129,9 +126,6 @@ def test_a_backup_beside_the_log_of_another_journal_is_refused(data_dir: Path, t
         assert restored.load().counters == {"c": 3}
 
 
-# Without one
-
-
 def test_both_work_without_a_manager_and_check_changes_nothing(data_dir: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     killed.mkdir(mode=0o700)
@@ -149,9 +143,6 @@ def test_without_a_journal_nothing_is_created(tmp_path: Path) -> None:
     for command in (["backup", tmp_path / "b"], ["check"], ["check", tmp_path / "b"]):
         refused(*command, "--data-dir", tmp_path / "nowhere")
     assert left_in(tmp_path) == []
-
-
-# The journal itself
 
 
 @pytest.fixture
