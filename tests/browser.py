@@ -71,7 +71,7 @@ def assert_looks(page: Page, name: str) -> None:
         broken = [(violation["id"], [node["html"] for node in violation["nodes"]]) for violation in found["violations"]]
         assert broken == [], (name, width, colours)
         assert overflow(page) <= 0, (name, width, colours)
-        page.screenshot(path=SCREENSHOTS / f"{name}-{colours}-{width}.png", full_page=True)
+        page.screenshot(path=SCREENSHOTS / f"{name}-{colours}-{width}.png")
 
 
 def overflow(page: Page) -> int:

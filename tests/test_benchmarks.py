@@ -55,19 +55,6 @@ def test_one_shape_is_measured_from_end_to_end(tmp_path: Path) -> None:
             assert len(picture.convert("RGB").getcolors(2**24) or []) > 10
 
 
-def test_a_missing_peer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    outcome = run("--only", "store", "--shapes", "1x1", "--rounds", "1", "--seconds", "0.1", "--output", tmp_path,
-                  "--peers", "pymemcache", "INCR, volatile", "multiprocessing.Value")  # fmt: skip
-    assert outcome.returncode == 0, outcome.stderr
-    assert "missing  pymemcache incr: memcached is not installed (Debian: memcached)" in outcome.stdout
-    assert "missing  redis-py INCR, volatile: redis-server is not installed (Debian: redis-server)" in outcome.stdout
-    told = json.loads((tmp_path / "results.json").read_bytes())
-    assert {one["who"] for one in told["figures"]} == {"multiprocessing.Value"}
-    assert {one["is"] for one in told["bars"]} == {"not measured"}
-
-
 def test_bars_are_ratios_of_medians() -> None:
     results = Results()
     for ours, plain in zip((10, 600, 700, 800, 99_999), (100, 100, 100, 100, 1), strict=True):

@@ -64,6 +64,11 @@ def opened(browser: Browser, server: Server, query: str = "") -> Page:
     return page
 
 
+@pytest.fixture
+def page(browser: Browser, server: Server, elsewhere: State) -> Page:
+    return opened(browser, server)
+
+
 def test_a_change_made_elsewhere_is_seen_within_two_seconds(browser: Browser, server: Server, elsewhere: State) -> None:
     """The page's own clock measures the time, as it stands still on a slow machine."""
     page = opened(browser, server)
@@ -95,8 +100,7 @@ def test_a_change_made_elsewhere_is_seen_within_two_seconds(browser: Browser, se
     expect(value(page, "tickets")).to_have_text(str(LARGEST))
 
 
-def test_rates_the_manager_and_the_processes_are_live(browser: Browser, server: Server, elsewhere: State) -> None:
-    page = opened(browser, server)
+def test_rates_the_manager_and_the_processes_are_live(page: Page, server: Server, elsewhere: State) -> None:
     expect(page.locator("[data-figure=Process]")).to_have_text(str(server.children("manager")[0]))
     expect(page.locator("[data-mean=batches]")).to_have_text("0.0/s")
     elsewhere.counter("another").increment()
@@ -117,8 +121,7 @@ def test_rates_the_manager_and_the_processes_are_live(browser: Browser, server: 
     expect(row(page, "a/b").locator("[data-rate]")).to_have_text("0/s")
 
 
-def test_everything_works_by_keyboard_alone(browser: Browser, server: Server, elsewhere: State) -> None:
-    page = opened(browser, server)
+def test_everything_works_by_keyboard_alone(page: Page, elsewhere: State) -> None:
     press_until(page, "Tab", "#q")
     page.keyboard.type("ti")
     page.keyboard.press("Enter")
@@ -162,8 +165,7 @@ def test_everything_works_by_keyboard_alone(browser: Browser, server: Server, el
     expect(value(page, "ti me")).to_have_text("1")
 
 
-def test_a_row_that_appears_later_works_like_the_others(browser: Browser, server: Server, elsewhere: State) -> None:
-    page = opened(browser, server)
+def test_a_row_that_appears_later_works_like_the_others(page: Page, elsewhere: State) -> None:
     odd = "\"later\" & <i>'odd'</i> 50% #1"
     elsewhere.counter(odd).increment()
     row(page, odd).get_by_role("button", name="Take one").click()
@@ -176,8 +178,7 @@ def test_a_row_that_appears_later_works_like_the_others(browser: Browser, server
     assert dict(elsewhere.counters().counters) == NAMES
 
 
-def test_changes_do_not_disturb_typing(browser: Browser, server: Server, elsewhere: State) -> None:
-    page = opened(browser, server)
+def test_changes_do_not_disturb_typing(page: Page, elsewhere: State) -> None:
     row(page, "tickets").locator("summary").click()
     field = row(page, "tickets").get_by_label("New value")
     field.press_sequentially("12")
@@ -204,8 +205,7 @@ def test_a_refusal_is_shown_in_words(browser: Browser, server: Server, elsewhere
     browser.complaints.clear()
 
 
-def test_it_does_not_change_while_it_is_paused(browser: Browser, server: Server, elsewhere: State) -> None:
-    page = opened(browser, server)
+def test_it_does_not_change_while_it_is_paused(page: Page, elsewhere: State) -> None:
     page.clock.install()
     page.reload()
     expect(page.locator("#updates")).to_have_text("Up to date.")

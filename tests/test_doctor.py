@@ -20,7 +20,7 @@ from tests.load import open_client
 from tests.processes import PATIENCE, ROOT, Manager, eventually, frozen
 
 if TYPE_CHECKING:  # the fast tier does without their packages
-    from tests.engines import MemcachedServer, PostgresServer, RedisServer
+    from tests.engines import PostgresServer, RedisServer
 
 StartRedis = Callable[..., "RedisServer"]
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
@@ -49,13 +49,10 @@ def doctor(url: str) -> tuple[int, list[str]]:
     return told.returncode, (told.stdout + told.stderr).splitlines()
 
 
-ENGINES = [
-    pytest.param(prefix, marks=pytest.mark.slow)
-    for prefix in ("unix://", "memcached://", "postgresql:///db?host=", "mysql:///db?unix_socket=")
-]
+ENGINES = ("unix://", "memcached://", "postgresql:///db?host=", "mysql:///db?unix_socket=")
 
 
-@pytest.mark.parametrize("prefix", ["manager://", *ENGINES])
+@pytest.mark.parametrize("prefix", ["manager://", *(pytest.param(url, marks=pytest.mark.slow) for url in ENGINES)])
 def test_an_unreachable_server_is_reported_in_one_line(tmp_path: Path, prefix: str) -> None:
     url = f"{prefix}{tmp_path}/nothing"
     status, lines = doctor(url)
@@ -106,14 +103,8 @@ def test_redis_reports_its_durability(start_redis: StartRedis) -> None:
     assert (status, lines[0]) == (0, server.url)
     assert all(line.startswith("ok  ") for line in lines[1:])
     assert any("a number is on its disk before it is answered" in line for line in lines)
-    durable = {
-        "appendonly": "yes",
-        "appendfsync": "always",
-        "no-appendfsync-on-rewrite": "no",
-        "save": '""',
-        "maxmemory": "0",
-        "maxmemory-policy": "noeviction",
-    }
+    durable = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no", "save": '""'}
+    durable |= {"maxmemory": "0", "maxmemory-policy": "noeviction"}
     for changed, expected in [
         ({"appendfsync": "everysec"}, "appendfsync everysec"),
         ({"appendfsync": "no"}, "appendfsync no"),
@@ -177,28 +168,23 @@ def test_asynchronous_replication_and_the_address_of_a_replica_are_reported(star
     assert any("name the master" in sentence for sentence in worries(replica.url))
 
 
-@pytest.fixture
-def start_memcached(stack: ExitStack, tmp_path: Path) -> Callable[..., "MemcachedServer"]:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "size", "told"),
+    [(("-M",), 64, "ok        evictions are off"), (("-m", "2"), 2, "may lose  evictions are on")],
+)
+def test_memcached_always_has_a_risk(
+    stack: ExitStack, tmp_path: Path, options: tuple[str, ...], size: int, told: str
+) -> None:
     from tests.engines import MemcachedServer
 
-    return lambda *options: stack.enter_context(MemcachedServer(tmp_path / "memcached", *options))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("options", "evicts"), [(("-M",), False), (("-m", "2"), True)])
-def test_memcached_always_has_a_risk(
-    start_memcached: Callable[..., "MemcachedServer"], options: tuple[str, ...], *, evicts: bool
-) -> None:
-    server = start_memcached(*options)
+    server = stack.enter_context(MemcachedServer(tmp_path / "memcached", *options))
     status, lines = doctor(server.url)
     assert status == 1
-    for told in (f"{(2 if evicts else 64) * 2**20} bytes", "in memory", "at most once"):
-        assert any(told in line for line in lines)
-    assert any(
-        line.startswith("may lose  evictions are on" if evicts else "ok        evictions are off") for line in lines
-    )
+    for words in (f"{size * 2**20} bytes", "in memory", "at most once", told):
+        assert any(words in line for line in lines)
     assert not any("were evicted" in line for line in lines)
-    if evicts:
+    if size == 2:
         for n in range(80):
             server.command(f"set filler{n} 0 0 100000\r\n{'x' * 100_000}")
         assert any("items were evicted" in sentence for sentence in worries(server.url))

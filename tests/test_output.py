@@ -79,7 +79,7 @@ def test_a_manager_whose_output_nobody_takes_serves(
     stack: ExitStack, data_dir: Path, terminal: int, streams: str
 ) -> None:
     script = f'TERMINAL=$1; shift; exec "$@" {streams}'
-    arguments = ["-c", script, "bash", str(terminal), sys.executable, "manager_process.py", "--data-dir", data_dir]
+    arguments = ["-c", script, "bash", str(terminal), sys.executable, "manager_process.py", "--data-dir", str(data_dir)]
     manager = stack.enter_context(Program(*arguments, program="bash", descriptors=(terminal,)))
     eventually(lambda: (data_dir / "manager.sock").exists(), "its socket")
     with open_client(DataDirectory(data_dir).url) as state:
@@ -199,7 +199,7 @@ subprocess.Popen(["sh", "-c", f"for n in 1 2 3 4 5; do {orphan} done", sys.argv[
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
     go = data_dir.parent / "go"
-    command = ["run.py", "--port", "0", "--workers", "1", "--data-dir", data_dir]
+    command = ("run.py", "--port", "0", "--workers", "1", "--data-dir", data_dir)
     server = stack.enter_context(Program("-c", script, go, *command))
     port = urlsplit(server.expect("Serving on ")).port or 0
     assert increments(port, 1) == [1]

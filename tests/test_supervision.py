@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from http.client import HTTPConnection
 from itertools import pairwise
@@ -27,64 +27,55 @@ from tests.test_server import increment as increment
 pytestmark = pytest.mark.slow
 
 
-class KeepAliveLoad:
-    """Clients that keep their connections, send request after request, and accept no failure but an announced close."""
+@contextmanager
+def keep_alive_load(url: str, clients: int) -> Iterator[list[int]]:
+    """Yield the values that clients get which keep their connections, and accept no failure but an announced close."""
+    values: list[int] = []
+    enough = threading.Event()
 
-    def __init__(self, url: str, clients: int) -> None:
-        self._netloc = urlsplit(url).netloc
-        self._enough = threading.Event()
-        self.values: list[int] = []
-        self.failures: list[str] = []
-        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
-
-    def _ask(self) -> None:
-        connection = HTTPConnection(self._netloc, timeout=PATIENCE)  # it reconnects after "Connection: close"
+    def ask_and_ask() -> None:
         answered = time.monotonic()
-        try:
-            while not self._enough.is_set():
+        with closing(HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)) as connection:
+            while not enough.is_set():
                 if time.monotonic() - answered > 1:  # the server may have closed it meanwhile
                     connection.close()
-                connection.request("POST", INCREMENT)
+                connection.request("POST", INCREMENT)  # connects again after "Connection: close"
                 response = connection.getresponse()
                 body = response.read()
-                if response.status != 200:
-                    raise AssertionError(f"{response.status}: {body!r}")
-                self.values.append(json.loads(body)["value"])
+                assert response.status == 200, body
+                values.append(json.loads(body)["value"])
                 answered = time.monotonic()
-        except Exception as error:  # noqa: BLE001 - any error is a failed request
-            self.failures.append(f"{type(error).__name__}: {error}")
+
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(ask_and_ask) for _ in range(clients)]
+        try:
+            yield values
         finally:
-            connection.close()
-
-    def __enter__(self) -> "KeepAliveLoad":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._enough.set()
-        for thread in self._threads:
-            thread.join(PATIENCE)
+            enough.set()
+        for each in asking:
+            each.result()
 
 
 def test_sighup_replaces_every_worker_under_load_and_no_request_fails(start_server: StartServer) -> None:
     server = start_server("--workers", "2")
     manager = server.children("manager")
-    with KeepAliveLoad(server.url, 8) as load:
+    before = set[int]()
+
+    def replaced() -> bool:
+        now = set(server.children("worker"))
+        return len(now) == 2 and not now & before
+
+    with keep_alive_load(server.url, 8) as values:
         for _ in range(2):
             before = set(server.children("worker"))
             assert len(before) == 2
-            eventually(lambda: len(load.values) > 100, "some load")
+            answered = len(values)
+            eventually(lambda: len(values) > answered + 100, "some load")
             server.send_signal(signal.SIGHUP)
-            eventually(
-                lambda before=before: len(now := set(server.children("worker"))) == 2 and not now & before,  # type: ignore[misc]
-                "two other workers",
-                seconds=60,
-            )
-            answered = len(load.values)
-            eventually(lambda answered=answered: len(load.values) > answered + 50, "answers of them")  # type: ignore[misc]
-    assert load.failures == []
-    assert sorted(load.values) == list(range(1, len(load.values) + 1))
+            eventually(replaced, "two other workers", seconds=60)
+            answered = len(values)
+            eventually(lambda: len(values) > answered + 50, "answers of them")
+    assert sorted(values) == list(range(1, len(values) + 1))
     assert server.children("manager") == manager
     assert server.stop() == 0
 
@@ -138,8 +129,8 @@ def test_a_frozen_worker_is_replaced_and_the_others_serve_meanwhile(start_server
     victim, other = server.children("worker")
     with frozen(victim), frozen(other), frozen(server.pid):
         threading.Event().wait(5)  # longer than a worker may be silent
-    with KeepAliveLoad(server.url, 1) as load:
-        eventually(lambda: len(load.values) > 200, "answers")
+    with keep_alive_load(server.url, 1) as values:
+        eventually(lambda: len(values) > 200, "answers")
     assert server.children("worker") == [victim, other]
     assert not any("sign of life" in line for line in server.errors)
     with frozen(victim):

@@ -108,24 +108,6 @@ def test_counters_with_durability_none_are_not_copied_or_checked(tmp_path: Path,
         assert "in memory only" in refused(*command, "--data-dir", tmp_path / "volatile")
 
 
-def test_a_backup_beside_the_log_of_another_journal_is_refused(data_dir: Path, tmp_path: Path) -> None:
-    """SQLite would read the log's pages as the backup's."""
-    cli("backup", tmp_path / "b", "--data-dir", data_dir)
-    place = tmp_path / "restored"
-    place.mkdir(mode=0o700)
-    journal, log = place / "journal.sqlite3", place / "journal.sqlite3-wal"
-    shutil.copy(data_dir / "journal.sqlite3-wal", log)
-    for _ in ("without a journal", "with another one"):
-        files = {path.name: path.read_bytes() for path in place.glob("journal*")}
-        with pytest.raises(StartupError, match=f"{log} does not belong"):
-            Journal(journal)
-        assert {path.name: path.read_bytes() for path in place.glob("journal*")} == files
-        shutil.copy(tmp_path / "b", journal)
-    log.unlink()
-    with closing(Journal(journal)) as restored:
-        assert restored.load().counters == {"c": 3}
-
-
 def test_both_work_without_a_manager_and_check_changes_nothing(data_dir: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     killed.mkdir(mode=0o700)
@@ -182,13 +164,13 @@ def test_a_difference_between_memory_and_disk_is_found(kept: Journal) -> None:
     client = os.urandom(16)
     ledger.perform([Batch(client, 1, [Increment("a"), Increment("b", key="k")])])
     ledger.show(kept.check)
-    wrong: dict[str, Any]
-    for wrong, words in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"counters": {"a": 2, "b": 1}}, r"its counters have \[1\] for 'a', and the memory 2"),
         ({"counters": {"a": 1, "b": 1, "c": 1}}, "it has 2 counters, and the memory 3"),
         ({"clients": {}}, "it knows a client at batch 1 that the memory does not"),
         ({"clients": {client: ClientRecord(1, [1, 2], 0.0)}}, "other results of a client's batch 1"),
         ({"keys": {}}, "its keys have .* for 'k'"),
-    ]:
+    ]
+    for wrong, words in cases:
         with pytest.raises(StartupError, match=words):
             kept.check(replace(ledger.show(lambda _: None), **wrong))
