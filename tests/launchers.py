@@ -78,12 +78,11 @@ def listening_port(group: int) -> int | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """A response to a browser; if its app says so, with the worker that sent it."""
+    """A response to a browser."""
 
     status: int
     content: Any
-    worker: str  # its pid
-    number: int  # of this response among the worker's
+    worker: str  # the pid of its process, if the app sends it
 
 
 class Browser:
@@ -112,4 +111,4 @@ class Browser:
         with response:
             status, headers, body = response.status or 0, response.headers, response.read()
         content = json.loads(body) if body[:1] in b"{0123456789" else body
-        return Answer(status, content, headers.get("X-Worker", ""), int(headers.get("X-Number", -1)))
+        return Answer(status, content, headers.get("X-Worker", ""))

@@ -35,25 +35,15 @@ def number(page: Page) -> int:
 def test_each_visit_shows_its_number_the_last_visits_and_its_worker(browser: Browser, server: Server) -> None:
     page = browser.open(server.url)
     first = number(page)
-    for expected in range(first + 1, first + 8):
+    for expected in range(first + 1, first + 7):
         page.reload()
         assert number(page) == expected
-        expect(page.get_by_role("status")).to_have_text(f"You are visitor number {expected}.")
+    expect(page.get_by_role("status")).to_have_text(f"You are visitor number {first + 6}.")
     rows = [row.split("\t") for row in page.locator("#visits tbody").inner_text().split("\n")]
-    assert [int(row[0]) for row in rows] == list(range(first + 7, first + 2, -1))
-    workers = server.children("worker")
-    assert {int(row[1]) for row in rows} <= set(workers)
+    assert [int(row[0]) for row in rows] == list(range(first + 6, first + 1, -1))
+    assert {int(row[1]) for row in rows} <= set(server.children("worker"))
     assert all(re.fullmatch(r"\d\d:\d\d:\d\d", row[2]) for row in rows)
-    footer = re.fullmatch(r"Answered by worker process (\d+)\.", page.locator("footer").inner_text().strip())
-    assert footer
-    assert int(footer[1]) == int(rows[0][1])
-
-
-def test_it_works_without_javascript(browser: Browser, server: Server) -> None:
-    page = browser.open(server.url, javascript=False)
-    before = number(page)
-    page.reload()
-    assert number(page) == before + 1
+    assert page.locator("footer").inner_text().strip() == f"Answered by worker process {rows[0][1]}."
 
 
 def test_every_page_is_one_link_away_and_links_back_by_keyboard_alone(browser: Browser, server: Server) -> None:
@@ -83,41 +73,12 @@ def test_the_visitors_own_counter_counts_by_keyboard(browser: Browser, server: S
         expect(page.locator("#sentence")).to_have_text(f"counter is {expected}")
 
 
-def test_each_operation_has_its_parameters_answers_and_an_example(browser: Browser, server: Server) -> None:
-    page = browser.open(f"{server.url}/docs", javascript=False)
-    assert page.locator("h1").inner_text() == "API"
-    increment = page.locator("section", has=page.locator("#api_increment"))
-    expect(increment).to_contain_text("Idempotency-Key")
-    expect(increment).to_contain_text("429")
-    expect(increment).to_contain_text("Retry-After")
-    expect(increment.locator("pre")).to_contain_text(f"{server.url}/api/v1/counters/visits/increment")
-    expect(page.locator("section", has=page.locator("#api_put"))).to_contain_text("operators")
-    headings = page.locator("section h2").all_inner_texts()
-    assert headings == page.locator("nav[aria-label=Operations] a").all_inner_texts()
-    assert {"List counters", "Increment a counter", "Set a counter", "Show a counter as a picture"} <= set(headings)
-
-
 def test_every_part_is_reached_by_keyboard_alone(browser: Browser, server: Server) -> None:
     page = browser.open(f"{server.url}/docs")
     press_until(page, "Tab", "nav[aria-label=Operations] a[href='#api_delete']")
     page.keyboard.press("Enter")
     expect(page.locator("#api_delete")).to_be_in_viewport()
     press_until(page, "Tab", "section:has(#api_delete) pre")
-
-
-def test_a_badge_is_shown_as_a_picture(browser: Browser, server: Server) -> None:
-    page = browser.open(server.url)
-    width = page.evaluate(
-        """async url => {
-            const picture = new Image();
-            picture.src = url;
-            document.body.append(picture);
-            await picture.decode();
-            return picture.naturalWidth;
-        }""",
-        "/badge/visits.svg?label=visitors&color=green",
-    )
-    assert 60 < width < 90
 
 
 def test_an_operator_signs_in_and_out_by_keyboard_alone(browser: Browser, server: Server) -> None:

@@ -1,6 +1,7 @@
 """The command line counts, and reports each mistake in one line."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from tests.processes import PATIENCE, ROOT, Manager, Program
 
 Result = tuple[int, str, str]  # exit status, standard output, standard error
 Cli = Callable[..., Result]
-
+StartManager = Callable[..., Manager]
 BEFORE = {"visits": 7, "full": 3}
 
 
@@ -87,17 +88,11 @@ def all_counters(state: State) -> dict[str, int]:
 def refused(result: Result) -> str:
     """Check that the command failed with one line, and return it. A usage error may print the usage too."""
     status, output, errors = result
-    assert (status in (1, 2, 75), output) == (True, ""), result
-    lines = errors.splitlines()
-    if status == 2:
-        lines = [line for line in lines if line and not line.startswith(("Usage: ", "Try "))]
-    (line,) = lines
-    assert line.startswith("Error: ")
+    assert status in (1, 2, 75), result
+    (line,) = (line for line in errors.splitlines() if line and not line.startswith(("Usage: ", "Try ")))
+    assert (output, line[:7]) == ("", "Error: ")
     assert len(line) > len("Error: ") + 10
     return line
-
-
-# Correct use
 
 
 def test_counters_are_incremented_read_set_listed_and_deleted(cli: Cli, manager: Manager, state: State) -> None:
@@ -128,7 +123,7 @@ def test_counters_are_incremented_read_set_listed_and_deleted(cli: Cli, manager:
     assert all_counters(state) == {"visits": 7, "full": -1, "key": 2}
 
 
-@pytest.mark.parametrize("name", ["счётчик 🐦", " ", "a/b//c", "50%", "--", "--by"])
+@pytest.mark.parametrize("name", ["счётчик 🐦", " ", "a/b//c", "--"])
 def test_any_name_can_follow_two_hyphens(cli: Cli, manager: Manager, state: State, name: str) -> None:
     assert cli("increment", "--store", manager.url, "--", name) == (0, "1\n", "")
     listed = "".join(f"{n}\t{v}\n" for n, v in sorted({**BEFORE, name: 1}.items()))
@@ -170,49 +165,31 @@ def test_the_command_and_the_module_are_the_same_program(manager: Manager, state
 
 
 def test_help_and_version_need_no_manager(cli: Cli) -> None:
-    for command in ("run", "manager", "increment"):
-        status, output, _ = cli(command, "--help")
-        assert status == 0
-        assert f"main {command} [OPTIONS]" in output
+    assert "main increment [OPTIONS]" in cli("increment", "--help")[1]
     assert "version " in cli("--version")[1]
-
-
-# Mistakes
-
-NAMES = ["", "a\nb", "\x1b[2J", "x" * 256, "e\u0301", os.fsdecode(b"gr\xf6\xdfe"), os.fsdecode(b"\xe2\x82")]
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        *[(("increment", name), "name") for name in NAMES],
-        *[
-            ((*command, name, *rest), "name")
-            for *command, rest in [("get", ()), ("delete", ()), ("set", ("1",))]
-            for name in NAMES[:2] + NAMES[-2:-1]
-        ],
+        (("get", "a\nb"), "name"),
+        (("delete", "a\nb"), "name"),
+        (("set", "a\nb", "1"), "name"),
+        *((("increment", name), "name") for name in ("", "\x1b[2J", "x" * 256, os.fsdecode(b"gr\xf6\xdfe"))),
         (("increment", "visits", "--by", "0"), "by must not be 0"),
         (("increment", "visits", "--by", "1.5"), "--by"),
-        (("increment", "visits", "--by", ""), "--by"),
         (("increment", "visits", "--by"), "--by"),
         (("increment", "visits", "--by", str(2**63)), "64 bits"),
         (("increment", "visits", "--by", "9" * 5000), "--by"),
         (("increment", "visits", "--minimum", "2", "--maximum", "1"), "minimum"),
-        (("increment", "visits", "--maximum", str(2**64)), "64 bits"),
-        (("increment", "visits", "--maximum", "x"), "--maximum"),
         (("increment", "full", "--maximum", "3"), "above 3"),
         (("increment", "visits", "--key", ""), "key"),
-        (("increment", "visits", "--key", "k" * 256), "key"),
-        (("increment", "visits", "--key", "two words"), "key"),
-        (("increment", "visits", "--key", "clé"), "key"),
         (("increment", "visits", "--key", os.fsdecode(b"cl\xe9")), "key"),
         (("set", "visits", str(2**63)), "64 bits"),
         (("set", "visits", "x"), "VALUE"),
-        (("set", "visits"), "VALUE"),
         (("increment",), "NAME"),
         (("increment", "visits", "full"), "full"),
         (("get", "nobody"), "nobody"),
-        (("get", "visits", "--bogus"), "--bogus"),
         (("list", "--bogus"), "--bogus"),
         (("increment", "visits", "--maximun=5"), "--maximun"),
         (("increment", "--maximun=5"), "--maximun"),
@@ -230,9 +207,7 @@ def test_a_mistake_is_reported_in_one_line_and_changes_nothing(
     assert all_counters(state) == BEFORE
 
 
-@pytest.mark.parametrize(
-    "url", ["nonsense://x", "memory://x", "manager://relative", "manager:///x?y", "http://[", "/directory", "\udcff://"]
-)
+@pytest.mark.parametrize("url", ["nonsense://x", "memory://x", "manager://relative", "\udcff://"])
 def test_an_unknown_store_is_refused(cli: Cli, url: str) -> None:
     assert "manager:///absolute/data/directory" in refused(cli("increment", "visits", "--store", url))
 
@@ -241,20 +216,15 @@ def test_an_unknown_store_is_refused(cli: Cli, url: str) -> None:
     ("arguments", "says"),
     [
         ("run --workers 0", "--workers"),
-        ("run --workers -1", "--workers"),
         ("run --workers 513", "--workers"),
-        ("run --workers two", "--workers"),
         ("run --threads 0", "--threads"),
         ("run --port 65536", "--port"),
-        ("run --port -1", "--port"),
         ("run --durability maybe", "--durability"),
-        ("run --bogus", "--bogus"),
         ("run 8000", "8000"),
         ("run --store memory:// --data-dir data", "give one of them"),
         ("run --data-dir=", "--data-dir"),
         ("manager --durability maybe", "--durability"),
         ("manager --port 8000", "--port"),
-        ("increment visits --data-dir=", "--data-dir"),
         ("serve", "serve"),
     ],
 )
@@ -268,7 +238,7 @@ def test_an_invalid_option_is_refused(
 
 
 @pytest.mark.slow
-def test_an_address_that_cannot_be_listened_on_is_named(cwd: Path) -> None:
+def test_an_unusable_address_or_directory_is_named(cwd: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         line = refused(launch("run", "--port", port))
@@ -277,13 +247,14 @@ def test_an_address_that_cannot_be_listened_on_is_named(cwd: Path) -> None:
     for host in ("192.0.2.1", "a..b"):
         assert host in refused(launch("run", "--port", "0", "--host", host))
     assert "host" in refused(launch("run", "--port", "0", "--host", b"\xff"))
-    assert "--data-dir" in refused(launch("manager", "--data-dir", ""))
+    for command in (["run", "--port", "0"], ["manager"]):
+        line = refused(launch(*command, "--data-dir", "/sys/counter-server"))
+        assert "/sys/counter-server" in line
+        assert "cannot be made" in line
     assert list(cwd.iterdir()) == []
 
 
-def test_without_a_manager_and_with_no_start_nothing_is_created(
-    cli: Cli, cwd: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_no_start_nothing_is_created(cli: Cli, cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("counter_server.cli.open_state", partial(open_state, deadline=0.1))
     killed, file = cwd / "killed", cwd / "file"
     killed.mkdir()
@@ -292,104 +263,76 @@ def test_without_a_manager_and_with_no_start_nothing_is_created(
     file.write_text("mine")
     before = sorted(cwd.rglob("*"))
     for command in (("increment", "x"), ("get", "x"), ("set", "x", "1"), ("delete", "x"), ("list",)):
-        for where in (cwd / "nowhere", killed, file):
-            line = refused(cli(*command, "--no-start", "--data-dir", where))
-            assert "nothing was counted" in line
-            assert (f"no manager is running in {where}" in line) == (where != file)
-            assert (f"counter-server manager --data-dir {where}" in line) == (where != file)
+        line = refused(cli(*command, "--no-start", "--data-dir", killed))
+        assert f"no manager is running in {killed}" in line
+        assert f"counter-server manager --data-dir {killed}" in line
+    for where in (cwd / "nowhere", file):
+        assert "nothing was counted" in refused(cli("increment", "x", "--no-start", "--data-dir", where))
     assert sorted(cwd.rglob("*")) == before
     assert file.read_text() == "mine"
 
 
-# Data directories and managers
+def for_a_group(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0o770)
 
 
-def make_unusable(path: Path, how: str) -> str:
-    """Make a data directory that must be refused, and return the reason."""
-    elsewhere = path.parent / "elsewhere"
-    if how == "a file":
-        path.write_text("mine")
-    elif how == "below a file":
-        path.parent.rmdir()
-        path.parent.write_text("mine")
-    elif how == "a link to nothing":
-        path.symlink_to(elsewhere)
-    else:
-        path.mkdir(0o700)
-        if how in ("0o777", "0o770"):
-            path.chmod(int(how, 8))
-            return "can be written by others"
-        if how == "a second name":
-            elsewhere.touch()
-            os.link(elsewhere, path / "manager.lock")
-            return "manager.lock has another name elsewhere"
-        if os.geteuid() != 0:
-            pytest.skip("only root can give a file away")
-        given = path / how
-        if how == "manager.lock":
-            given.symlink_to(elsewhere)
-        elif how:
-            given.touch()
-        os.chown(given, 12345, -1, follow_symlinks=False)
-        return f"{how} belongs to another user (uid 12345)" if how else "belongs to another user (uid 12345)"
-    return "cannot be made"
+def with_a_second_name(path: Path) -> None:
+    path.mkdir(0o700)
+    (path.parent / "elsewhere").touch()
+    os.link(path.parent / "elsewhere", path / "manager.lock")
+
+
+def given_away(name: str, path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    path.mkdir(0o700)
+    if name == "manager.lock":
+        (path / name).symlink_to("elsewhere")
+    elif name:
+        (path / name).touch()
+    os.chown(path / name, 12345, -1, follow_symlinks=False)
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("make", "reason"),
     [
-        "a file",
-        "below a file",
-        "a link to nothing",
-        "0o777",
-        "0o770",
-        "a second name",
-        "",
-        "manager.lock",
-        "journal.sqlite3",
+        (Path.touch, "cannot be made"),
+        (lambda path: path.symlink_to("nowhere"), "cannot be made"),
+        (for_a_group, "can be written by others"),
+        (with_a_second_name, "manager.lock has another name elsewhere"),
+        (partial(given_away, ""), "belongs to another user (uid 12345)"),
+        (partial(given_away, "manager.lock"), "manager.lock belongs to another user"),
+        (partial(given_away, "journal.sqlite3"), "journal.sqlite3 belongs to another user"),
     ],
 )
-def test_an_unusable_data_directory_is_named_and_left_unchanged(tmp_path: Path, how: str) -> None:
-    (tmp_path / "parent").mkdir()
-    directory = tmp_path / "parent" / "data"
-    reason = make_unusable(directory, how)
+def test_an_unusable_data_directory_is_named_and_left_unchanged(
+    tmp_path: Path, make: Callable[[Path], None], reason: str
+) -> None:
+    directory = tmp_path / "data"
+    make(directory)
     before = sorted((path, path.lstat().st_mode) for path in tmp_path.rglob("*"))
-    with pytest.raises(StartupError) as caught:
+    with pytest.raises(StartupError, match=rf"{directory}.*{re.escape(reason)}"):
         DataDirectory(directory).make()
-    assert reason in str(caught.value)
-    assert str(directory) in str(caught.value)
     assert sorted((path, path.lstat().st_mode) for path in tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [("run", "--port", "0"), ("manager",)])
-def test_every_command_checks_its_data_directory(tmp_path: Path, command: tuple[str, ...]) -> None:
-    (tmp_path / "file").touch()
-    for directory in ("/sys/counter-server", "/proc/counter-server/data", "x" * 300, str(tmp_path / "file")):
-        line = refused(launch(*command, "--data-dir", directory))
-        assert directory in line
-        assert "cannot be made" in line
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("umask", "number"), [(0o000, signal.SIGTERM), (0o077, signal.SIGINT)])
-def test_a_data_directory_is_private_and_a_signal_ends_its_manager(
-    stack: ExitStack, data_dir: Path, start_manager: Callable[[], Manager], umask: int, number: signal.Signals
+def test_a_data_directory_is_private_and_ctrl_c_ends_its_manager(
+    stack: ExitStack, data_dir: Path, start_manager: StartManager
 ) -> None:
-    stack.callback(os.umask, os.umask(umask))
+    stack.callback(os.umask, os.umask(0))
     manager = start_manager()
     assert data_dir.stat().st_mode & 0o777 == 0o700
     for path in data_dir.iterdir():
         assert path.stat().st_mode & 0o077 == 0, path
-    manager.send_signal(number)
+    manager.send_signal(signal.SIGINT)
     assert (manager.wait(), manager.errors) == (0, [])
     assert not (data_dir / "manager.sock").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["100%25", "a?b#c", "a[b", "a;b=c&d", "tab\t\n", " ", os.fsdecode(b"gr\xf6\xdfe"), "x/" * 100]
-)
+@pytest.mark.parametrize("name", [os.fsdecode(b"gr\xf6\xdfe"), "x/" * 100])
 def test_a_data_directory_may_have_any_name(stack: ExitStack, tmp_path: Path, cli: Cli, name: str) -> None:
     manager = stack.enter_context(Manager(tmp_path / name))
     assert (tmp_path / name).is_dir()
@@ -400,35 +343,27 @@ def test_a_data_directory_may_have_any_name(stack: ExitStack, tmp_path: Path, cl
 @pytest.mark.slow
 def test_by_default_the_data_directory_is_in_the_instance_folder(stack: ExitStack, cwd: Path, cli: Cli) -> None:
     manager = stack.enter_context(Program(ROOT / "manager_process.py", cwd=cwd))
-    assert manager.expect("Manager ready:") == f"manager://{cwd}/instance/counter-server"
+    directory = cwd / "instance" / "counter-server"
+    assert manager.expect("Manager ready:") == f"manager://{directory}"
     assert cli("increment", "x") == (0, "1\n", "")
+    (cwd / "link").symlink_to(directory)
+    line = refused(launch("manager", "--data-dir", cwd / "link"))
+    assert f"pid {manager.pid}" in line
+    assert str(cwd / "link") in line
+    assert cli("increment", "x", "--data-dir", cwd / "link") == (0, "2\n", "")
 
 
-@pytest.mark.slow
-def test_a_second_manager_names_the_first(
-    tmp_path: Path, cli: Cli, data_dir: Path, start_manager: Callable[[], Manager]
-) -> None:
-    manager = start_manager()
-    (tmp_path / "link").symlink_to(data_dir)
-    for directory in (data_dir, tmp_path / "link"):
-        line = refused(launch("manager", "--data-dir", directory))
-        assert f"pid {manager.pid}" in line
-        assert str(directory) in line
-    assert cli("increment", "x", "--data-dir", tmp_path / "link") == (0, "1\n", "")
-
-
-@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere"), os.mkfifo])
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
 def test_a_foreign_file_in_place_of_the_socket_is_left_unchanged(cwd: Path, make: Callable[[Path], None]) -> None:
     directory = DataDirectory(cwd)
     make(directory.socket)
     before = directory.socket.lstat()
     with pytest.raises(StartupError, match=str(directory.socket)):
         directory.remove_stale_socket()
-    after = directory.socket.lstat()
-    assert (after.st_ino, after.st_mode, after.st_size) == (before.st_ino, before.st_mode, before.st_size)
+    assert directory.socket.lstat().st_ino == before.st_ino
 
 
-@pytest.mark.parametrize("content", [b"", b"0123", b"g" * 64, b"\xff" * 64, b"00" * 33, None])
+@pytest.mark.parametrize("content", [b"", b"g" * 64, b"\xff" * 64, b"00" * 33, None])
 def test_a_damaged_key_is_named_and_left_unchanged(cwd: Path, content: bytes | None) -> None:
     directory = DataDirectory(cwd)
     assert directory.key("manager") == directory.key("manager")
@@ -444,31 +379,8 @@ def test_a_damaged_key_is_named_and_left_unchanged(cwd: Path, content: bytes | N
 
 
 @pytest.mark.slow
-def test_durability_none_keeps_nothing_and_refuses_counters_on_disk(
-    cli: Cli, data_dir: Path, start_manager: Callable[..., Manager]
-) -> None:
-    where = ("x", "--data-dir", data_dir)
-    for expected in ("1\n", "1\n"):
-        volatile = start_manager("--durability", "none")
-        assert cli("increment", *where) == (0, expected, "")
-        assert volatile.stop() == 0
-        assert not (data_dir / "journal.sqlite3").exists()
-    durable = start_manager()
-    assert cli("increment", *where) == (0, "1\n", "")
-    durable.kill()
-    assert (data_dir / "manager.sock").is_socket()  # the next one replaces it
+def test_durability_none_is_refused_where_counters_are_on_disk(data_dir: Path, start_manager: StartManager) -> None:
+    assert start_manager().stop() == 0
     line = refused(launch("manager", "--data-dir", data_dir, "--durability", "none"))
     assert str(data_dir) in line
     assert "durab" in line
-    start_manager("--durability", "process")
-    assert cli("increment", *where) == (0, "2\n", "")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["manager.key", "journal.sqlite3", "manager.sock"])
-def test_a_manager_names_a_damaged_file_and_leaves_it_unchanged(data_dir: Path, name: str) -> None:
-    data_dir.mkdir(0o700)
-    (data_dir / name).write_bytes(b"damaged" * 1000)
-    assert str(data_dir / name) in refused(launch("manager", "--data-dir", data_dir))
-    assert (data_dir / name).read_bytes() == b"damaged" * 1000
-    assert (data_dir / "manager.sock").exists() == (name == "manager.sock")

@@ -1,18 +1,15 @@
 """The documents are true: their examples run, and the tests and files that they name exist."""
 
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from flask import Flask
 
 from counter_server import SharedState
-from tests.processes import ROOT, Server
-from tests.soak_faults import Faults
+from tests.processes import ROOT
 
 BESIDE = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 DOCUMENTS = [*(ROOT / name for name in BESIDE), *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,42 +76,6 @@ def run_example_line(line: str, names: dict[str, object]) -> bool:
     return False
 
 
-def test_the_readmes_commands_for_counters_work(start_server: Callable[..., Server], data_dir: Path) -> None:
-    server = start_server("--workers", "1")
-    commands = example("README.md", ".venv/bin/counter-server increment").strip().split("\n")
-    answers = []
-    for command in commands:
-        command = command.replace("http://127.0.0.1:8000", server.url).replace("instance/counter-server", str(data_dir))
-        program, *arguments = shlex.split(command)
-        if program == "curl":
-            answers.append(curl(arguments))
-        else:
-            line = [sys.executable, "-m", "counter_server", *arguments]
-            answers.append(subprocess.run(line, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip())
-    assert answers == ["1", '{"counter":"visits","value":2}', '{"counter":"stock","value":-1}']
-
-
-def curl(arguments: list[str]) -> str:
-    """Send a request like curl, which may not be installed, with the options that our documents use."""
-    from urllib.request import Request, urlopen
-
-    method, data, headers, url = "GET", None, {}, ""
-    remaining = iter(arguments)
-    for argument in remaining:
-        match argument:
-            case "-X":
-                method = next(remaining)
-            case "-d":
-                data = next(remaining).encode()
-            case "-H":
-                name, _, value = next(remaining).partition(": ")
-                headers[name] = value
-            case _:
-                url = argument
-    with urlopen(Request(url, data=data, headers=headers, method=method)) as response:  # noqa: S310 - of our server
-        return str(response.read().decode())
-
-
 def test_every_test_named_in_a_document_exists() -> None:
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for document in [*DOCUMENTS, *(ROOT / "docs").glob("*.py")]:
@@ -129,19 +90,6 @@ def test_every_file_named_in_a_document_exists() -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
         for path in re.findall(r"`(tests/[\w/]+\.py|docs/[\w-]+\.md)`", text):
             assert (ROOT / path).exists(), f"{document.name} names {path}"
-
-
-def test_the_measured_faults_include_every_kind() -> None:
-    page = (ROOT / "docs" / "guarantees.md").read_text()
-    told = re.findall(r"^\| ([^|]+) \| \d+ \| [\d.]+ s \|", page, re.MULTILINE)
-    assert set(told) >= {*Faults.replacing, *Faults.passing}
-
-
-def test_no_line_of_a_document_needs_a_scroll_bar() -> None:
-    """Allow at most 140 columns, except for tables and commands."""
-    for document in DOCUMENTS:
-        for line in document.read_text().splitlines():
-            assert len(line) <= 140 or line.startswith(("|", "    ")), f"{document.name}: {line[:60]}…"
 
 
 def test_the_figures_of_the_scale_page_come_from_the_model() -> None:
