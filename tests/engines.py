@@ -143,7 +143,7 @@ class MemcachedServer(Engine):
         return self.command("mn")[:2] in (b"MN", b"CL")
 
     def url_of(self, place: str, through: int | None = None) -> str:
-        return f"{f'memcached://127.0.0.1:{through}' if through else self.url}?prefix={place}"
+        return f"{f'memcached://localhost:{through}' if through else self.url}?prefix={place}"
 
 
 class _SqlServer(Engine):
