@@ -1,7 +1,6 @@
 """The manager under faults that are really injected: of the disk, of its files, of descriptors and of the clock."""
 
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -12,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from select import poll
@@ -28,7 +27,6 @@ from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.limiting import ManagerStorage
 from counter_server.manager.directory import DataDirectory
-from counter_server.manager.wire import Connection
 from counter_server.operations import Batch, Increment
 from tests.history import assert_exactly_once
 from tests.journals import written
@@ -66,7 +64,7 @@ from counter_server.operations import Batch, Increment
 
 journal = Journal(pathlib.Path(sys.argv[1]))
 ledger = Ledger(journal.load(), journal)
-for sequence in range(1, 5):
+for sequence in range(1, 3):
     ((value,),) = ledger.perform([Batch(b"w" * 16, sequence, [Increment("a", key=f"k{sequence}")])])
     print(f"answered {value}", flush=True)
 journal.close()
@@ -95,57 +93,56 @@ def survives_a_kill(path: Path, call: str, when: int, backup: Path | None) -> bo
     return status != 0
 
 
-def moments(check: Callable[[int], bool], step: int = 1) -> list[bool]:
-    """Return what a check returns for the first moment, the next, and so on, until it returns False."""
+def moments(check: Callable[[int], bool], step: int = 1) -> int:
+    """Return for how many moments, every `step`th from the first, a check returns True; False ends them."""
     found: list[bool] = []
     with ThreadPoolExecutor(4) as several:
         while all(found):
             first = 1 + len(found) * step
-            found += several.map(check, range(first, first + 8 * step, step))
+            found += several.map(check, range(first, first + 4 * step, step))
     assert found == sorted(found, reverse=True)
-    return found
+    return sum(found)
 
 
 @pytest.mark.parametrize(
     ("call", "step", "fewest", "put_back"),
-    [("fdatasync", 1, 8, False), ("fdatasync", 1, 8, True), ("pwrite64", 2, 20, False), ("ftruncate", 1, 2, False)],
+    [("fdatasync", 1, 6, False), ("fdatasync", 1, 6, True), ("pwrite64", 3, 10, False), ("ftruncate", 1, 2, False)],
 )
 def test_a_writer_killed_at_any_step_of_a_commit_loses_nothing(
     tmp_path: Path, call: str, step: int, fewest: int, *, put_back: bool
 ) -> None:
-    """From creating the file, or opening a backup, to closing it: at every sync, and at every other write."""
+    """From creating the file, or opening a backup, to closing it: at every sync, and at every third write."""
     backup = tmp_path / "backup" if put_back else None
     if backup is not None:
         with closing(Journal(tmp_path / "original")) as journal:
             journal.back_up(backup)
-    assert sum(moments(lambda when: survives_a_kill(tmp_path / f"{when}", call, when, backup), step)) >= fewest
-
-
-_MAKER = "import pathlib, sys; from counter_server.journal import Journal; Journal(pathlib.Path(sys.argv[1])).close()"
+    assert moments(lambda when: survives_a_kill(tmp_path / f"{when}", call, when, backup), step) >= fewest
 
 
 def test_a_journal_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    maker = (
+        "import pathlib, sys; from counter_server.journal import Journal; Journal(pathlib.Path(sys.argv[1])).close()"
+    )
+
     def is_refused(when: int) -> bool:
         path = tmp_path / f"{when}"
         path.mkdir()
-        with faulty("pwrite64", f"error=ENOSPC:when={when}+", "-c", _MAKER, path / "journal") as maker:
-            if maker.wait() == 0:
+        with faulty("pwrite64", f"error=ENOSPC:when={when}+", "-c", maker, path / "journal") as made:
+            if made.wait() == 0:
                 return False
-        assert str(path) in maker.errors[-1]
+        assert str(path) in made.errors[-1]
         assert list(path.iterdir()) == []
         return True
 
-    assert sum(moments(is_refused)) >= 20
+    assert moments(is_refused, 4) >= 5
 
 
 # A disk that fails
 
 
-# With openat, the journal cannot find out the reason. After a failed sync the reason does not matter. With write, the
-# manager's log fails too.
+# With openat, the journal cannot find out the reason, which does not matter. With write, the log fails too.
 @pytest.mark.parametrize(
-    ("call", "error"),
-    [("fdatasync", "EIO"), ("fdatasync,openat", "EROFS"), ("pwrite64", "EIO"), ("fdatasync,write", "EIO")],
+    ("call", "error"), [("fdatasync,openat", "EROFS"), ("pwrite64", "EIO"), ("fdatasync,write", "EIO")]
 )
 def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
     manager: Manager, state: State, start_manager: StartManager, call: str, error: str
@@ -154,12 +151,9 @@ def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
         with failing(manager.pid, call, error):
             answer = caller.submit(state.counter("c").increment)
             assert manager.wait() == 74
-        if call == "fdatasync,write":
-            assert manager.errors == []
-        else:
+        if call != "fdatasync,write":
             (line,) = manager.errors
-            assert "journal.sqlite3 failed" in line
-            assert "unknown" in line
+            assert re.search("journal.sqlite3 failed.*unknown", line)
         assert not answer.done()
         start_manager()
         assert answer.result() == 2  # whether it had been written or not
@@ -195,7 +189,7 @@ def test_a_damaged_journal_is_refused_or_is_as_it_was_at_one_commit(tmp_path: Pa
     size = len(copies[name])
     assert size > 20_000
     refused = 0
-    for turn, offset in enumerate(range(0, size, size // 300)):
+    for turn, offset in enumerate(range(0, size, size // 120)):
         damaged = bytearray(copies[name])
         if turn % 3 == 0:
             damaged[offset] ^= 1 << offset % 8
@@ -215,7 +209,7 @@ def test_a_damaged_journal_is_refused_or_is_as_it_was_at_one_commit(tmp_path: Pa
                 raise
             refused += 1
     if name == "journal":
-        assert refused > 100
+        assert refused > 40
 
 
 # Removed files
@@ -242,9 +236,7 @@ def test_a_socket_that_was_removed_is_bound_again(manager: Manager, state: State
     assert not path.exists()
 
 
-def test_a_manager_that_ends_does_not_take_its_own_socket_for_one_that_was_removed(
-    manager: Manager, state: State, data_dir: Path
-) -> None:
+def test_a_manager_that_ends_does_not_miss_its_own_socket(manager: Manager, state: State, data_dir: Path) -> None:
     with late(manager.pid, "?unlink,unlinkat", 0.8):  # longer than the interval of its checks
         assert manager.stop() == 0
     assert manager.errors == []
@@ -268,7 +260,7 @@ def test_what_takes_the_place_of_the_socket_is_left_alone_and_named(
     assert path.read_text() == "notes"
 
 
-def test_a_manager_whose_directory_was_removed_ends_and_says_so(
+def test_a_manager_whose_directory_or_journal_was_moved_ends_and_says_so(
     manager: Manager, state: State, data_dir: Path, start_manager: StartManager
 ) -> None:
     data_dir.rename(data_dir.with_name("moved"))
@@ -276,12 +268,26 @@ def test_a_manager_whose_directory_was_removed_ends_and_says_so(
     (line,) = manager.errors
     assert f"{data_dir} was removed, or replaced" in line
     data_dir.with_name("moved").rename(data_dir)
-    start_manager()
+    manager = start_manager()
     assert state.counter("c").increment() == 2
+    journal = DataDirectory(data_dir).journal
+    journal.rename(data_dir / "moved")
+    assert manager.wait() == 74
+    with pytest.raises(AssertionError, match="put back the journal that it was written for"):  # its log is there
+        start_manager()
+    (data_dir / "moved").rename(journal)
+    start_manager()
+    assert state.counter("c").increment() == 3
 
 
-@pytest.mark.parametrize("damage", ["both removed", "log removed", "log emptied", "log cut"])
-@pytest.mark.parametrize("notices", ["at a commit", "by itself", "never"])
+@pytest.mark.parametrize(
+    ("damage", "notices"),
+    [
+        *(("both removed", "at a commit"), ("log removed", "at a commit"), ("log cut", "at a commit")),
+        *(("log removed", "by itself"), ("log emptied", "by itself")),
+        *(("both removed", "never"), ("log removed", "never"), ("log cut", "never")),
+    ],
+)
 def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
     manager: Manager, state: State, start_manager: StartManager, data_dir: Path, damage: str, notices: str
 ) -> None:
@@ -319,24 +325,10 @@ def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
     assert f"{journal} or its log was removed, replaced or cut" in line
 
 
-def test_a_journal_that_was_removed_from_beside_its_log_is_missed(
-    manager: Manager, state: State, start_manager: StartManager, data_dir: Path
-) -> None:
-    journal = DataDirectory(data_dir).journal
-    journal.rename(data_dir / "moved")
-    assert manager.wait() == 74
-    with pytest.raises(AssertionError, match="put back the journal that it was written for"):
-        start_manager()
-    (data_dir / "moved").rename(journal)
-    start_manager()
-    assert state.counter("c").increment() == 2
-
-
 # Descriptors and peers
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -365,101 +357,41 @@ def test_a_manager_without_descriptors_does_not_spin_and_serves_again_when_there
         assert fresh.counter("d").increment() == 1
 
 
-def threads_of(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/task").iterdir()))
-
-
-@contextmanager
-def crowd(pid: int, peers: int, come: Callable[[], socket.socket | Connection], threads: int) -> Iterator[None]:
-    """Keep peers connected while the block runs, which begins when the process has `threads` threads.
-
-    A peer that a busy machine cut off before that is replaced.
-    """
-    there: dict[int, socket.socket | Connection] = {}
-    ended = poll()  # without an event it reports only closed connections
-
-    def are_seen() -> bool:
-        for descriptor, _ in ended.poll(0):
-            ended.unregister(descriptor)
-            there.pop(descriptor).close()
-        while len(there) < peers:
-            peer = come()
-            there[peer.fileno()] = peer
-            ended.register(peer, 0)
-        return threads_of(pid) >= threads
-
-    try:
-        eventually(are_seen, "the threads of peers")
-        yield
-    finally:
-        for peer in there.values():
-            peer.close()
-
-
-def test_half_open_peers_are_gone_after_the_handshakes_time(manager: Manager, state: State, data_dir: Path) -> None:
-    before = threads_of(manager.pid)
-    with crowd(manager.pid, 200, lambda: raw(data_dir), threads=before + 100):
-        assert state.counter("c").increment() == 2
-        eventually(lambda: threads_of(manager.pid) == before, "the end of their threads")
-
-
-def test_peers_that_never_read_are_cut_off_and_hold_up_nobody(manager: Manager, state: State, data_dir: Path) -> None:
+def test_peers_that_never_read_are_cut_off_and_hold_up_nobody(
+    manager: Manager, state: State, data_dir: Path, stack: ExitStack
+) -> None:
     names = [f"{number:04}" + "x" * 240 for number in range(1000)]
-    for name in names:
-        state.counter(name)
     state.store.apply(Batch(os.urandom(16), 1, [Increment(name) for name in names]), time.monotonic() + PATIENCE)
-    before = threads_of(manager.pid)
-
-    def deaf() -> Connection:
+    ends = poll()  # without an event it reports only closed connections
+    for _ in range(20):
         peer, kind, _ = greeted(data_dir)
+        stack.callback(peer.close)
         assert kind == "#RETURN"
+        ends.register(peer, 0)
         with suppress(BrokenPipeError, ConnectionResetError):  # it was cut off between two messages
             for _ in range(5):  # each answer is as large as a socket's buffer
                 peer.send(("ledger", "apply", ((os.urandom(16), 0, [("scan", "", 1000)]),), {}))
-        return peer
-
-    with crowd(manager.pid, 20, deaf, threads=before + 20):
-        assert state.counter("c").increment() == 2
-        eventually(lambda: threads_of(manager.pid) == before, "the end of their threads")
+    assert state.counter("c").increment() == 2
+    eventually(lambda: len(ends.poll(0)) == 20, "the end of all peers")
     assert state.counter("c").increment() == 3
 
 
-class _Bomb:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, proof: str) -> None:
-        self._proof = proof
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
-        return open, (self._proof, "w")
-
-
-@pytest.mark.parametrize("flags", [(), ("-O",)], ids=["plain", "python -O"])
-def test_a_peer_with_the_key_gets_no_further_with_malformed_messages(
-    stack: ExitStack, data_dir: Path, flags: tuple[str, ...]
-) -> None:
-    manager = stack.enter_context(Program(*flags, "manager_process.py", "--data-dir", data_dir))
+def test_a_peer_with_the_key_gets_no_further_with_malformed_messages(stack: ExitStack, data_dir: Path) -> None:
+    manager = stack.enter_context(Program("-O", "manager_process.py", "--data-dir", data_dir))
     state = stack.enter_context(open_client(manager.expect("Manager ready:")))
     assert state.counter("c").increment() == 1
     proof = data_dir / "proof"
-    payload = pickle.dumps(_Bomb(str(proof)))
-    messages: list[bytes | tuple[str | None, ...]] = [
+    payload = f"cbuiltins\nopen\n(V{proof}\nVw\ntR.".encode()  # a pickle that makes it
+    for message in (
         *(b"\x7f\xff\xff\xff", b"\x80\x00\x00\x00", b"\xff\xff\xff\xff", b"\x00\x00\x00\x00"),
         *(len(payload).to_bytes(4, "big") + payload, b"\x00\x00\x00\x03\xc1\xc1\xc1"),
         *(b"\x00\x00\x10\x00" + b"\x91" * 4096, b"\x00\x00\x00\x05\xdd\xff\xff\xff\xff"),  # deep, and long, arrays
-        *((ident, method) for ident in ("ledger", None) for method in ("shutdown", "create", "#GETVALUE")),
-        *(("ledger", method) for method in ("incref", "decref", "_durable", "journal")),
-        *(("ledger", method, "x") for method in ("check", "status", "back_up")),
-    ]
-    for message in messages:
+    ):
         peer, kind, _ = greeted(data_dir)
         with closing(peer), socket.socket(fileno=os.dup(peer.fileno())) as sock:
             assert kind == "#RETURN"
             sock.settimeout(PATIENCE)  # its timer is still the handshake's
-            if isinstance(message, bytes):
-                sock.sendall(message)
-            else:
-                peer.send((*message[:2], message[2:], {}))
+            sock.sendall(message)
             with suppress(ConnectionResetError):
                 assert sock.recv(1) == b""
     assert not proof.exists()
@@ -470,9 +402,7 @@ def test_a_peer_with_the_key_gets_no_further_with_malformed_messages(
 # A kill of everything
 
 
-def test_a_whole_server_killed_under_load_and_started_again_miscounts_nothing(
-    stack: ExitStack, data_dir: Path, tmp_path: Path
-) -> None:
+def test_a_whole_server_killed_under_load_miscounts_nothing(stack: ExitStack, data_dir: Path, tmp_path: Path) -> None:
     with Server("--workers", "2", "--data-dir", data_dir) as server:
         port = server.url.rpartition(":")[2]
         load = HttpLoad(server.url, "hot", 4)
@@ -496,7 +426,6 @@ def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     if library is None:
         pytest.skip("libfaketime is not installed (Debian package faketime)")
-    memory = Path("/dev/shm")
     clock = tmp_path / "clock"
     clock.write_text("+0")
     for name, value in {
@@ -512,12 +441,12 @@ def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         draft = clock.with_name("draft")
         draft.write_text(seconds)
         draft.rename(clock)
-        told = subprocess.run(
-            [sys.executable, "-c", "import time; print(time.time(), time.monotonic())"], capture_output=True, check=True
-        ).stdout.split()
+        program = "import time; print(time.time(), time.monotonic())"
+        told = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, check=True).stdout.split()
         assert abs(float(told[0]) - time.time() - float(seconds)) < 60
         assert abs(float(told[1]) - time.monotonic()) < 60
 
+    memory = Path("/dev/shm")
     before = set(memory.glob("*faketime*"))
     yield jump
     for left in set(memory.glob("*faketime*")) - before:  # by killed programs
@@ -537,7 +466,7 @@ def test_clocks_that_jump_an_hour_either_way_revive_and_repeat_nothing(
 
     first = increment("first")
     texts = [first]
-    for seconds in ("+3600", "-3600", "+7200", "-90000", "+90000", "+0"):
+    for seconds in ("+3600", "-3600", "-90000", "+90000"):
         jump(seconds)
         texts.append(increment(seconds))
         assert increment(seconds) == texts[-1]  # the same number again
@@ -557,7 +486,7 @@ def test_a_clock_that_jumps_ends_no_limit_and_prolongs_none(jump: Callable[[str]
     second, year = RateLimitItemPerSecond(1), RateLimitItemPerYear(1)
     for name, limiter in limiters.items():
         assert limiter.hit(year, name)
-    for before, after in pairwise((0, -3600, 3600, 10**8, -(10**8), 0)):
+    for before, after in pairwise((0, -3600, 10**8, 0)):
         resets = {}
         for name, limiter in limiters.items():
             eventually(lambda: limiter.hit(second, name), "the end of a second")
@@ -581,7 +510,7 @@ def test_a_clock_that_is_set_back_locks_no_address_out(
         status, headers, _ = ask(server.url, "GET", "/api/v1/counters")
         return status, headers
 
-    for seconds in ("-3600", "+3600", "-3600"):
+    for seconds in ("-3600", "+3600"):
         eventually(lambda: answer()[0] == 429, "the limit")
         jump(seconds)
         assert all(headers["Retry-After"] == "1" for status, headers in (answer(), answer()) if status == 429)
