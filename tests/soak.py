@@ -23,7 +23,6 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import msgspec
 
@@ -96,18 +95,13 @@ def small_disk(directory: Path, megabytes: int) -> Iterator[Path | None]:
 
 
 class Soak:
-    """One run.
+    """One run."""
 
-    :param told: receives each line of the log.
-    """
-
-    def __init__(self, minutes: float, seed: int, clients: int, told: Any = print) -> None:
-        self._seconds = minutes * 60
+    def __init__(self, minutes: float, seed: int, clients: int) -> None:
         self._minutes = minutes
         self._seed = seed
         self._chance = random.Random(seed)
         self._clients = clients
-        self._told = told
         self._probes: list[Operation] = []
         self._injuries: list[Injury] = []
         self._port = "0"
@@ -122,11 +116,10 @@ class Soak:
             data_dir = (disk or directory) / "data"
 
             def start() -> Server:
+                where = ("--data-dir", data_dir, "--port", self._port)
+                limits = ("--request-timeout", "5", "--frozen-after", "3")
                 server = stack.enter_context(
-                    Server(
-                        *("--workers", str(WORKERS), "--durability", "commit", "--data-dir", data_dir),
-                        *("--port", self._port, "--request-timeout", "5", "--frozen-after", "3"),
-                    )
+                    Server("--workers", str(WORKERS), "--durability", "commit", *where, *limits)
                 )
                 self._url, self._port = server.url, server.url.rpartition(":")[2]
                 return server
@@ -166,13 +159,15 @@ class Soak:
     def _strike(self, faults: Faults, load: Load) -> None:
         """Inject one fault after the other, in random order; each kind occurs once before any repeats."""
         to_come: list[str] = []
-        while (elapsed := time.monotonic() - load.began) < self._seconds and not load.failures:
-            kinds = faults.passing_here + (list(faults.replacing) if elapsed < PASSING_ONLY * self._seconds else [])
+        while (elapsed := time.monotonic() - load.began) < self._minutes * 60 and not load.failures:
+            kinds = faults.passing_here + (
+                list(faults.replacing) if elapsed < PASSING_ONLY * self._minutes * 60 else []
+            )
             to_come = [kind for kind in to_come if kind in kinds] or self._chance.sample(kinds, len(kinds))
             injury = faults.strike(to_come.pop(), elapsed)
             self._injuries.append(injury)
             back = f"NOT BACK: {injury.why}" if injury.recovery is None else f"back after {injury.recovery:.2f} s"
-            self._told(f"{elapsed:6.1f} s  {injury.kind}: {back}; {len(load.history):,} increments")
+            print(f"{elapsed:6.1f} s  {injury.kind}: {back}; {len(load.history):,} increments", flush=True)
             if injury.recovery is None:
                 return
             time.sleep(self._chance.uniform(0.2, 1.5))  # the pace of the faults
@@ -265,7 +260,7 @@ def main() -> int:
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that cleanup runs
-    report, history = Soak(options.minutes, seed, options.clients, lambda line: print(line, flush=True)).run()
+    report, history = Soak(options.minutes, seed, options.clients).run()
     print(screen(report))
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
