@@ -34,16 +34,12 @@ def killed_at(call: str, when: int, *arguments: str | Path) -> Program:
 
 def failing(pid: int, call: str, error: str) -> AbstractContextManager[None]:
     """Make system calls, one or several, fail with `error` in all threads of a process while the block runs."""
-    return _injected(pid, call, f"error={error}")
-
-
-def late(pid: int, call: str, seconds: float) -> AbstractContextManager[None]:
-    """Delay the return of system calls of a process while the block runs."""
-    return _injected(pid, call, f"delay_exit={round(seconds * 1e6)}")
+    return injected(pid, call, f"error={error}")
 
 
 @contextmanager
-def _injected(pid: int, call: str, fault: str) -> Iterator[None]:
+def injected(pid: int, call: str, fault: str) -> Iterator[None]:
+    """Put a fault into system calls of a process while the block runs."""
     options = ["-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{fault}"]
     tracer = subprocess.Popen([needed(), *options, "-p", str(pid)], stderr=subprocess.DEVNULL)
 

@@ -8,7 +8,7 @@ import pytest
 from redis._parsers.base import BaseParser
 
 from counter_server import State
-from counter_server.errors import AccessDenied, Disconnected, OutcomeUnknown, StateLost, StorageFull
+from counter_server.errors import AccessDenied, Disconnected, OutcomeUnknown, StorageFull
 from counter_server.operations import Page
 from counter_server.stores.redis import RedisStore
 from tests.engines import RedisServer
@@ -30,15 +30,6 @@ def state(server: RedisServer, stack: ExitStack) -> State:
 
 def with_options(*options: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("server", [options], indirect=True, ids=[options[0]])
-
-
-def test_a_restart_without_its_memory_is_reported(server: RedisServer, state: State) -> None:
-    assert [state.counter("c").increment() for _ in range(3)] == [1, 2, 3]
-    server.restart()
-    with pytest.raises(StateLost) as lost:
-        state.counter("c").increment()
-    assert lost.value.outcome == "not_applied"
-    assert state.counter("c").increment() == 1
 
 
 @pytest.mark.parametrize("key", ["names", "epoch"])
