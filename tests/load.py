@@ -43,12 +43,12 @@ def at_once(count: int, work: Callable[[], Answer]) -> list[Answer]:
     """Run `work` in `count` threads that start on a barrier, and return the results, or raise the first failure."""
     barrier = threading.Barrier(count)
 
-    def begin() -> Answer:
+    def begin(_number: int) -> Answer:
         barrier.wait(PATIENCE)
         return work()
 
     with ThreadPoolExecutor(count) as threads:
-        return [future.result() for future in [threads.submit(begin) for _ in range(count)]]
+        return list(threads.map(begin, range(count)))
 
 
 def visit(url: str, path: str = "/") -> Any:
@@ -96,14 +96,12 @@ def _count(url: str, counter: str, threads: int, each: float, keys: bool, start:
 
     start.wait(_START)
     with open_client(url, deadline=PATIENCE) as state, ThreadPoolExecutor(threads) as workers:
-        for done in [workers.submit(work, number) for number in range(threads)]:
-            done.result()
+        list(workers.map(work, range(threads)))
 
 
 class StoreLoad:
-    """Processes that call a store directly, in threads that share a state, until they are told to finish.
+    """Processes that call a store directly, in threads that share a state, `each` times or until they are stopped.
 
-    :param each: the most increments of a thread.
     :param keys: give every other increment an idempotency key.
     """
 

@@ -219,7 +219,7 @@ def test_a_store_that_lost_one_part_says_so_once_to_each_process(place: Place, s
     """A new process reports it too, if it comes first, unless everything is gone. A deleted counter is not a loss."""
     if place.kind == "redis":
         parts = [f"{{{place.name}}}:{part}" for part in ("counters", "epoch")]
-        losses = [[f"DEL {parts[0]}"]]
+        losses = [[f"DEL {parts[0]}"], [f"DEL {part}" for part in parts]]
         forget = [f"DEL {' '.join(parts)}"]
     else:
         drop, forget = ([f"{how} counter_server_{part}" for part in PARTS] for how in ("DROP TABLE", "DELETE FROM"))

@@ -184,28 +184,21 @@ def test_a_damaged_journal_is_refused_or_is_as_it_was_at_one_commit(tmp_path: Pa
     if name == "journal":
         copies = {name: (tmp_path / "original" / name).read_bytes()}  # alone: closed, the log is folded in
         states = states[-1:]
-    place = tmp_path / "copy"
-    place.mkdir()
-    size = len(copies[name])
-    assert size > 20_000
+    good = copies[name]
+    assert len(good) > 20_000
     refused = 0
-    for turn, offset in enumerate(range(0, size, size // 120)):
-        damaged = bytearray(copies[name])
-        if turn % 3 == 0:
-            damaged[offset] ^= 1 << offset % 8
-        elif turn % 3 == 1:
-            damaged[offset : offset + 16] = os.urandom(16)[: size - offset]
-        else:
-            del damaged[offset:]
-        for path in place.iterdir():
-            path.unlink()
-        for file, content in {**copies, name: bytes(damaged)}.items():
-            (place / file).write_bytes(content)
+    for turn, offset in enumerate(range(0, len(good), len(good) // 120)):
+        flipped = bytes([good[offset] ^ 1 << offset % 8])
+        end = [flipped + good[offset + 1 :], os.urandom(16) + good[offset + 16 :], b""][turn % 3]
+        path = tmp_path / f"{turn}" / "journal"
+        path.parent.mkdir()
+        for file, content in {**copies, name: good[:offset] + end}.items():
+            path.with_name(file).write_bytes(content)
         try:
-            with closing(Journal(place / "journal")) as journal:
+            with closing(Journal(path)) as journal:
                 assert journal.load() in states, (turn % 3, offset)
         except StartupError as error:
-            if str(place / "journal") not in str(error):
+            if str(path) not in str(error):
                 raise
             refused += 1
     if name == "journal":
