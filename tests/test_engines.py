@@ -218,7 +218,7 @@ CALLS: list[Callable[[State], object]] = [
 def test_a_store_that_lost_one_part_says_so_once_to_each_process(place: Place, stack: ExitStack) -> None:
     """A new process reports it too, if it comes first, unless everything is gone. A deleted counter is not a loss."""
     if place.kind == "redis":
-        parts = [f"{{{place.name}}}:{part}" for part in ("counters", "epoch")]
+        parts = [f"{{{place.name}}}:{part}" for part in ("counters", "names", "epoch")]
         losses = [[f"DEL {parts[0]}"], [f"DEL {part}" for part in parts]]
         forget = [f"DEL {' '.join(parts)}"]
     else:
