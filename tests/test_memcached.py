@@ -188,7 +188,8 @@ def test_a_flush_under_load_or_a_restart_is_reported_to_each_client(
     states, flusher = list(everyone), everyone[0]
 
     def until_lost(state: State, before: list[int]) -> None:
-        while True:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
             before.append(state.counter("hot").increment())
             if state is flusher and len(before) == 200:
                 assert server.command("flush_all") == b"OK\r\n"
