@@ -3,17 +3,18 @@
 import itertools
 import os
 import socket
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 
 
 class Cutter:
-    """A proxy on a free port that cuts each connection after some bytes of its answers, unless it only passes them."""
+    """A proxy on a free port that cuts each connection after some bytes of its answers."""
 
-    def __init__(self, target: Path, *, cutting: bool = True) -> None:
+    def __init__(self, target: Path) -> None:
         self._target = target
-        self._lengths = itertools.cycle([5000, 777, 8009, 90, 3001] if cutting else [None])
+        self._lengths = itertools.cycle([5000, 777, 8009, 90, 3001])
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.cuts = 0
@@ -32,22 +33,18 @@ class Cutter:
                     client.close()
                     server.close()
                     continue
-                for work in ((self._pass, client, server, None), (self._pass, server, client, next(self._lengths))):
-                    thread = threading.Thread(target=work[0], args=work[1:])
+                for way in ((client, server, sys.maxsize), (server, client, next(self._lengths))):
+                    thread = threading.Thread(target=self._pass, args=way)
                     thread.start()
                     self._serving.append(thread)
 
-    def _pass(self, source: socket.socket, target: socket.socket, most: int | None) -> None:
-        """Pass on all bytes, or at most `most`, and then close the connection."""
-        passed = 0
+    def _pass(self, source: socket.socket, target: socket.socket, most: int) -> None:
+        """Pass on at most `most` bytes, and then close the connection."""
         with suppress(OSError):
-            while data := source.recv(65536):
-                if most is not None and passed + len(data) > most:
-                    target.sendall(data[: most - passed])
-                    self.cuts += 1
-                    break
-                target.sendall(data)
-                passed += len(data)
+            while most > 0 and (data := source.recv(65536)):
+                target.sendall(data[:most])
+                most -= len(data)
+        self.cuts += most <= 0
         for end in (source, target):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -7,10 +7,8 @@ import signal
 import socket
 import subprocess
 import tempfile
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import closing, suppress
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,49 +29,50 @@ def find(program: str, package: str) -> str:
     return found
 
 
-class Engine(ABC):
+def _user() -> str:
+    """Return the name of this process's user, which root has to tell some engines."""
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+class Engine:
     """A server, which after a kill can start again. A place on it is a database, or a prefix of keys."""
 
-    url: str
-    socket: Path
     arguments: list[str]  # the program and its arguments
-    _program: Program | None = None
+    program: Program
+    socket: Path
+    url: str
+    urls: tuple[str, str]  # of a place, on the socket file, and on a port
 
     def launch(self) -> Program:
         program, *arguments = self.arguments
         return Program(*arguments, program=program, cwd=Path("/"))
 
-    @abstractmethod
     def answers(self) -> bool:
         """Return whether it serves; an OSError also means that it does not."""
+        return True
 
-    @abstractmethod
     def url_of(self, place: str, through: int | None = None) -> str:
         """Return the URL of a place, on the socket or through a proxy on a port."""
+        return self.urls[bool(through)].format(place=place, socket=self.socket, port=through)
 
     def make(self, place: str) -> str:
         """Make an empty place, and return its URL."""
         return self.url_of(place)
 
     def start(self) -> None:
-        self._program = self.launch()
+        self.program = self.launch()
+
+        def is_ready() -> bool:
+            assert self.program.running, (self.program.output, self.program.errors)
+            with suppress(OSError):
+                return self.answers()
+            return False
+
         try:
-            eventually(self._is_ready, f"an answer of {type(self).__name__}")
+            eventually(is_ready, f"an answer of {type(self).__name__}")
         except BaseException:
             self.__exit__()
             raise
-
-    def _is_ready(self) -> bool:
-        assert self.program.running, (self.program.output, self.program.errors)
-        try:
-            return self.answers()
-        except OSError:
-            return False
-
-    @property
-    def program(self) -> Program:
-        assert self._program is not None
-        return self._program
 
     @property
     def pid(self) -> int:
@@ -84,7 +83,6 @@ class Engine(ABC):
         return [self.pid]
 
     def kill(self) -> None:
-        """`kill -9`."""
         self.program.__exit__(None, None, None)
 
     def restart(self) -> None:
@@ -108,11 +106,12 @@ class Engine(ABC):
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        if self._program is not None:
-            self._program.__exit__(None, None, None)
+        self.program.__exit__(None, None, None)
 
 
 class RedisServer(Engine):
+    urls = ("unix://{socket}?prefix={place}", "redis://localhost:{port}?prefix={place}")
+
     def __init__(self, directory: Path, *options: str) -> None:
         directory.mkdir(exist_ok=True)
         self.socket = directory / "redis.sock"
@@ -124,30 +123,27 @@ class RedisServer(Engine):
     def answers(self) -> bool:
         return self.command("PING")[:5] in (b"+PONG", b"-NOAU")
 
-    def url_of(self, place: str, through: int | None = None) -> str:
-        return f"{f'redis://127.0.0.1:{through}' if through else self.url}?prefix={place}"
-
 
 class MemcachedServer(Engine):
     """A restart empties it."""
+
+    urls = ("memcached://{socket}?prefix={place}", "memcached://localhost:{port}?prefix={place}")
 
     def __init__(self, directory: Path, *options: str) -> None:
         directory.mkdir(exist_ok=True)
         self.socket = directory / "memcached.sock"
         self.url = f"memcached://{self.socket}"
-        user = pwd.getpwuid(os.geteuid()).pw_name  # root has to name itself
-        self.arguments = [find("memcached", "memcached"), "-u", user, "-s", str(self.socket), *options]
+        self.arguments = [find("memcached", "memcached"), "-u", _user(), "-s", str(self.socket), *options]
         self.start()
 
     def answers(self) -> bool:
         return self.command("mn")[:2] in (b"MN", b"CL")
 
-    def url_of(self, place: str, through: int | None = None) -> str:
-        return f"{f'memcached://127.0.0.1:{through}' if through else self.url}?prefix={place}"
-
 
 class _SqlServer(Engine):
     """A place is a database. The directory is temporary, because its name has to be short for the socket."""
+
+    first: str  # the name of its first database
 
     def __init__(self, *options: str) -> None:
         self.options = options
@@ -155,19 +151,17 @@ class _SqlServer(Engine):
         try:
             self.install()
             self.start()
-            self.url = self.url_of(self.first)
         except BaseException:
-            self.__exit__()
+            shutil.rmtree(self.directory, ignore_errors=True)
             raise
+        self.url = self.url_of(self.first)
 
-    first: str  # the name of its first database
+    def install(self) -> None:
+        raise NotImplementedError
 
-    @abstractmethod
-    def install(self) -> None: ...
-
-    @abstractmethod
     def connect(self, database: str) -> Any:
         """Return a connection that commits by itself."""
+        raise NotImplementedError
 
     def query(self, statement: str, database: str | None = None) -> list[tuple[Any, ...]]:
         """Execute a statement over a connection of its own, and return its rows."""
@@ -188,6 +182,10 @@ class PostgresServer(_SqlServer):
     """It refuses to run as root, so root runs it as the user `postgres`."""
 
     first = "postgres"
+    urls = (
+        "postgresql://counter@/{place}?host={socket.parent}",
+        "postgresql://counter@127.0.0.1:{port}/{place}?sslmode=disable&gssencmode=disable",
+    )
     _clients = "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
 
     def install(self) -> None:
@@ -216,15 +214,6 @@ class PostgresServer(_SqlServer):
     def connect(self, database: str) -> Any:
         return psycopg.connect(self.url_of(database), autocommit=True)
 
-    def url_of(self, place: str, through: int | None = None) -> str:
-        if through:
-            return f"postgresql://counter@127.0.0.1:{through}/{place}?sslmode=disable&gssencmode=disable"
-        return f"postgresql://counter@/{place}?host={self.directory}"
-
-    @property
-    def children(self) -> list[int]:
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
-
     def serving(self) -> list[int]:
         return [*(pid for (pid,) in self.query(f"SELECT pid {self._clients}")), self.pid]
 
@@ -234,7 +223,7 @@ class PostgresServer(_SqlServer):
     def kill_backend(self) -> None:
         """Kill the process of one client; the server then ends all others."""
         with suppress(ProcessLookupError):
-            os.kill(self.serving()[0], signal.SIGKILL)
+            os.kill(eventually(lambda: self.serving()[:-1], "a session")[0], signal.SIGKILL)
 
     @property
     def harms(self) -> list[Callable[[], object]]:
@@ -244,7 +233,7 @@ class PostgresServer(_SqlServer):
         """`kill -9` all its processes, as each has a session of its own."""
         self.program.send_signal(signal.SIGSTOP)  # so that it starts no others
         eventually(lambda: "T (stopped)" in Path(f"/proc/{self.pid}/status").read_text(), "the stop of postgres")
-        children = self.children
+        children = [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
         self.program.kill()
         for pid in children:
             with suppress(ProcessLookupError):
@@ -253,19 +242,20 @@ class PostgresServer(_SqlServer):
         super().kill()
 
     def __exit__(self, *exception: object) -> None:
-        if self._program is not None and self._program.running:
-            self._program.send_signal(signal.SIGQUIT)  # at once, and nothing of it is left in shared memory
-            self._program.wait()
+        if self.program.running:
+            self.program.send_signal(signal.SIGQUIT)  # at once, and nothing of it is left in shared memory
+            self.program.wait()
         super().__exit__(*exception)
 
 
 class MariaDbServer(_SqlServer):
     first = "mysql"
+    urls = ("mariadb://root@/{place}?unix_socket={socket}", "mariadb://root@127.0.0.1:{port}/{place}")
 
     def install(self) -> None:
         self.socket = self.directory / "mysqld.sock"
         where = ("--no-defaults", f"--datadir={self.directory}/data")
-        user = f"--user={pwd.getpwuid(os.geteuid()).pw_name}"  # root has to say so
+        user = f"--user={_user()}"
         how = (user, "--auth-root-authentication-method=normal", "--skip-test-db")
         install = [find("mariadb-install-db", "mariadb-server"), *where, *how]
         subprocess.run(install, check=True, capture_output=True, cwd="/")
@@ -288,13 +278,6 @@ class MariaDbServer(_SqlServer):
         where = os.fspath(self.socket)
         return pymysql.connect(unix_socket=where, user="root", database=database, init_command=ansi, autocommit=True)
 
-    def url_of(self, place: str, through: int | None = None) -> str:
-        return (
-            f"mariadb://root@127.0.0.1:{through}/{place}"
-            if through
-            else f"mariadb://root@/{place}?unix_socket={self.socket}"
-        )
-
     def end_sessions(self) -> None:
         own = "SELECT id FROM information_schema.processlist WHERE command <> 'Daemon' AND id <> connection_id()"
         for (connection,) in self.query(own):
@@ -309,29 +292,24 @@ class MariaDbServer(_SqlServer):
 class ManagerServer(Engine):
     """Our own manager. It has one place."""
 
-    def __init__(self, directory: Path, *options: str) -> None:
-        self._start = partial(Manager, directory, *options)
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.start()
 
     def launch(self) -> Manager:
-        manager = self._start()
+        manager = Manager(self.directory)
         self.url = manager.url
         return manager
 
-    def answers(self) -> bool:
-        return True
-
-    def url_of(self, place: str, through: int | None = None) -> str:  # noqa: ARG002
+    def make(self, place: str) -> str:  # noqa: ARG002
         return self.url
 
 
 def start(kind: str, directory: Path) -> Engine:
     """Start an engine that keeps each number on its disk, if it can."""
     match kind:
-        case "manager" | "manager-commit":
+        case "manager":
             return ManagerServer(directory / "data")
-        case "manager-process":
-            return ManagerServer(directory / "data", "--durability", "process")
         case "redis":
             return RedisServer(directory, *DURABLE)
         case "memcached":
@@ -342,25 +320,17 @@ def start(kind: str, directory: Path) -> Engine:
             return MariaDbServer()
 
 
-class PgBouncer:
-    """`pgbouncer` in transaction mode on a socket file, with two sessions of a server for all clients."""
-
-    def __init__(self, server: PostgresServer) -> None:
-        self.server = server
-        directory = server.directory  # which is the user's that both run as
-        settings = directory / "pgbouncer.ini"
-        settings.write_text(
-            f"[databases]\n* = host={directory} user=counter\n[pgbouncer]\npool_mode = transaction\n"
-            f"default_pool_size = 2\nauth_type = any\nlisten_port = 6432\nunix_socket_dir = {directory}\n"
-        )
-        settings.chmod(0o644)
-        command = [*server.as_user, find("pgbouncer", "pgbouncer"), str(settings)]
-        self._program = Program(*command[1:], program=command[0], cwd=Path("/"))
-        self.url = f"{server.url}&port=6432"
+@contextmanager
+def pgbouncer(server: PostgresServer) -> Iterator[str]:
+    """Run `pgbouncer` in transaction mode on a socket file, with two sessions for all clients, and return its URL."""
+    directory = server.directory  # which is the user's that both run as
+    settings = directory / "pgbouncer.ini"
+    settings.write_text(
+        f"[databases]\n* = host={directory} user=counter\n[pgbouncer]\npool_mode = transaction\n"
+        f"default_pool_size = 2\nauth_type = any\nlisten_port = 6432\nunix_socket_dir = {directory}\n"
+    )
+    settings.chmod(0o644)
+    command = [*server.as_user, find("pgbouncer", "pgbouncer"), str(settings)]
+    with Program(*command[1:], program=command[0], cwd=Path("/")):
         eventually((directory / ".s.PGSQL.6432").exists, "pgbouncer listens")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._program.__exit__(None, None, None)
+        yield f"{server.url}&port=6432"

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -24,6 +24,8 @@ from tests.processes import PATIENCE, eventually
 Answer = TypeVar("Answer")
 
 spawn = multiprocessing.get_context("spawn")
+_forked = multiprocessing.get_context("forkserver")  # of a process that has imported everything already
+_forked.set_forkserver_preload(["pytest", "tests.load"])
 _START = 4 * PATIENCE  # seconds in which several processes import everything on a busy machine
 
 
@@ -41,21 +43,18 @@ def at_once(count: int, work: Callable[[], Answer]) -> list[Answer]:
     """Run `work` in `count` threads that start on a barrier, and return the results, or raise the first failure."""
     barrier = threading.Barrier(count)
 
-    def begin() -> Answer:
+    def begin(_number: int) -> Answer:
         barrier.wait(PATIENCE)
         return work()
 
     with ThreadPoolExecutor(count) as threads:
-        return [future.result() for future in [threads.submit(begin) for _ in range(count)]]
+        return list(threads.map(begin, range(count)))
 
 
 def visit(url: str, path: str = "/") -> Any:
     """Return the JSON content that a new client receives."""
-    client = Client(url)
-    try:
+    with closing(Client(url)) as client:
         status, content = client.request("GET", path)
-    finally:
-        client.close()
     assert status == 200, content
     return content
 
@@ -80,7 +79,6 @@ class HttpLoad(Load):
 
 def _count(url: str, counter: str, threads: int, each: float, keys: bool, start: Any, stop: Any, log: str) -> None:  # noqa: FBT001
     """Run one process of a `StoreLoad`; it may be killed at any moment. Its log has all it knows, one write a line."""
-    state = open_client(url, deadline=PATIENCE)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def note(*known: object) -> None:
@@ -92,22 +90,18 @@ def _count(url: str, counter: str, threads: int, each: float, keys: bool, start:
             turn += 1
             name = f"{os.getpid()}-{number}-{turn}"
             note(name, time.monotonic())
-            key = name if keys and turn % 2 else None
             with suppress(OutcomeUnknown, DeadlineExceeded):
-                value = state.counter(counter).increment(key=key)
+                value = state.counter(counter).increment(key=name if keys and turn % 2 else None)
                 note(name, time.monotonic(), value)
 
     start.wait(_START)
-    with ThreadPoolExecutor(threads) as workers:
-        for done in [workers.submit(work, number) for number in range(threads)]:
-            done.result()
-    state.close()
+    with open_client(url, deadline=PATIENCE) as state, ThreadPoolExecutor(threads) as workers:
+        list(workers.map(work, range(threads)))
 
 
 class StoreLoad:
-    """Processes that call a store directly, in threads that share a state, until they are told to finish.
+    """Processes that call a store directly, in threads that share a state, `each` times or until they are stopped.
 
-    :param each: the most increments of a thread.
     :param keys: give every other increment an idempotency key.
     """
 
@@ -122,13 +116,11 @@ class StoreLoad:
         each: float = math.inf,
         keys: bool = True,
     ) -> None:
-        start = self._start = spawn.Barrier(processes)  # kept until the processes have unpickled it
-        self._stop = spawn.RawValue("b", 0)  # not an event: a process killed while it reads an event leaves it locked
+        start = self._start = _forked.Barrier(processes)  # kept until the processes have unpickled it
+        self._stop = _forked.RawValue("b", 0)  # not an event: a process killed while it reads an event leaves it locked
         self._logs = [directory / f"{counter}-{number}.log" for number in range(processes)]
-        self._processes = [
-            spawn.Process(target=_count, args=(url, counter, threads, each, keys, start, self._stop, str(log)))
-            for log in self._logs
-        ]
+        arguments = (url, counter, threads, each, keys, start, self._stop)
+        self._processes = [_forked.Process(target=_count, args=(*arguments, str(log))) for log in self._logs]
         for process in self._processes:
             process.start()
         eventually(lambda: all(log.exists() for log in self._logs), "the start of the load", _START)
@@ -148,7 +140,6 @@ class StoreLoad:
         victim.join()
 
     def kill(self) -> None:
-        """Kill all of them."""
         for process in self._processes:
             process.kill()
             process.join()
@@ -164,7 +155,6 @@ class StoreLoad:
             for line in log.read_text().splitlines():
                 name, moment, *value = json.loads(line)
                 known = history.get(name)
-                history[name] = (
-                    Operation(name, known.invoked, moment, tuple(value)) if known else Operation(name, moment)
-                )
+                operation = Operation(name, known.invoked, moment, tuple(value)) if known else Operation(name, moment)
+                history[name] = operation
         return list(history.values())

@@ -9,7 +9,6 @@ but not their moments.
 
 import argparse
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -23,7 +22,6 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import msgspec
 
@@ -49,7 +47,6 @@ PER_KEY = 450
 
 
 def bounds(clients: int) -> dict[str, Bounds]:
-    """Return the allowed growth of each kind of process."""
     # All connections of the load and of held clients may be at one worker early, and at the other one late.
     connections = clients + MOST_HELD
     return {
@@ -65,7 +62,6 @@ def bounds(clients: int) -> dict[str, Bounds]:
 class Report(msgspec.Struct, kw_only=True):
     """The outcome of a soak. Times are in seconds."""
 
-    right: bool
     found: list[str]  # everything that was wrong
     seed: int
     seconds: float
@@ -76,8 +72,6 @@ class Report(msgspec.Struct, kw_only=True):
     slowest: float | None
     injuries: list[Injury]
     growths: list[Growth]
-    left_out: list[str]
-    machine: str
 
 
 @contextmanager
@@ -96,18 +90,13 @@ def small_disk(directory: Path, megabytes: int) -> Iterator[Path | None]:
 
 
 class Soak:
-    """One run.
+    """One run."""
 
-    :param told: receives each line of the log.
-    """
-
-    def __init__(self, minutes: float, seed: int, clients: int, told: Any = print) -> None:
-        self._seconds = minutes * 60
+    def __init__(self, minutes: float, seed: int, clients: int) -> None:
         self._minutes = minutes
         self._seed = seed
         self._chance = random.Random(seed)
         self._clients = clients
-        self._told = told
         self._probes: list[Operation] = []
         self._injuries: list[Injury] = []
         self._port = "0"
@@ -119,14 +108,15 @@ class Soak:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
             # 300 bytes for each of 5,000 increments a second, and space for the journal's log.
             disk = stack.enter_context(small_disk(directory, int(64 + 90 * self._minutes)))
+            if disk is None:
+                print("left out: a full disk; only root may mount a small file system")
             data_dir = (disk or directory) / "data"
 
             def start() -> Server:
+                where = ("--data-dir", data_dir, "--port", self._port)
+                limits = ("--request-timeout", "5", "--frozen-after", "3")
                 server = stack.enter_context(
-                    Server(
-                        *("--workers", str(WORKERS), "--durability", "commit", "--data-dir", data_dir),
-                        *("--port", self._port, "--request-timeout", "5", "--frozen-after", "3"),
-                    )
+                    Server("--workers", str(WORKERS), "--durability", "commit", *where, *limits)
                 )
                 self._url, self._port = server.url, server.url.rpartition(":")[2]
                 return server
@@ -147,7 +137,6 @@ class Soak:
             verdict = judge(history, final, (), unhealed)
             found += [f"{verdict.violation} ({verdict.violations} such)"] if verdict.violation else []
             report = Report(
-                right=not found,
                 found=found,
                 seed=self._seed,
                 seconds=seconds,
@@ -158,21 +147,21 @@ class Soak:
                 slowest=verdict.slowest,
                 injuries=self._injuries,
                 growths=growths,
-                left_out=[] if disk else ["disk full: only root may mount a small file system"],
-                machine=f"Linux {platform.release()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             )
             return report, history
 
     def _strike(self, faults: Faults, load: Load) -> None:
         """Inject one fault after the other, in random order; each kind occurs once before any repeats."""
         to_come: list[str] = []
-        while (elapsed := time.monotonic() - load.began) < self._seconds and not load.failures:
-            kinds = faults.passing_here + (list(faults.replacing) if elapsed < PASSING_ONLY * self._seconds else [])
+        while (elapsed := time.monotonic() - load.began) < self._minutes * 60 and not load.failures:
+            kinds = faults.passing_here + (
+                list(faults.replacing) if elapsed < PASSING_ONLY * self._minutes * 60 else []
+            )
             to_come = [kind for kind in to_come if kind in kinds] or self._chance.sample(kinds, len(kinds))
             injury = faults.strike(to_come.pop(), elapsed)
             self._injuries.append(injury)
             back = f"NOT BACK: {injury.why}" if injury.recovery is None else f"back after {injury.recovery:.2f} s"
-            self._told(f"{elapsed:6.1f} s  {injury.kind}: {back}; {len(load.history):,} increments")
+            print(f"{elapsed:6.1f} s  {injury.kind}: {back}; {len(load.history):,} increments", flush=True)
             if injury.recovery is None:
                 return
             time.sleep(self._chance.uniform(0.2, 1.5))  # the pace of the faults
@@ -208,16 +197,13 @@ class Soak:
     def _ended(self, faults: Faults) -> list[str]:
         """Stop the server, and return everything that went wrong."""
         faults.close()
-        found = []
         status = faults.server.stop()
-        if status:
-            found.append(f"the server ended with {status}: {faults.server.errors[-1:]}")
+        found = [f"the server ended with {status}: {faults.server.errors[-1:]}"] if status else []
         try:
             eventually(lambda: not group_members(faults.server.pid), "the end of every process", seconds=5)
         except AssertionError as error:
             found.append(str(error))
-        found += [line for line in faults.server.errors if "Traceback" in line or "uncaptured" in line]
-        return found
+        return found + [line for line in faults.server.errors if "Traceback" in line or "uncaptured" in line]
 
 
 def _processes(server: Server) -> dict[int, str]:
@@ -233,7 +219,6 @@ def screen(report: Report) -> str:
         times = [i.recovery for i in report.injuries if i.kind == kind and i.recovery is not None]
         told = f"{median(times):8.2f} s{max(times):8.2f} s" if times else f"{'not back':>10}"
         lines.append(f"{kind:<36}{count:>6}{told}")
-    lines += [f"left out: {line}" for line in report.left_out]
     lines.append(f"{'process':<20}{'seconds':>8}{'memory, MiB':>18}{'descriptors':>14}{'threads':>12}")
     for growth in report.growths:
         a, b = growth.first, growth.last
@@ -265,15 +250,15 @@ def main() -> int:
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that cleanup runs
-    report, history = Soak(options.minutes, seed, options.clients, lambda line: print(line, flush=True)).run()
+    report, history = Soak(options.minutes, seed, options.clients).run()
     print(screen(report))
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
-    if not report.right:
+    if report.found:
         place = Path(f"soak-{seed}.jsonl")
         save(place, history, report.final)
         print(f"the history: {place}")
-    return 0 if report.right else 1
+    return 1 if report.found else 0
 
 
 if __name__ == "__main__":

@@ -25,11 +25,7 @@ from tests.test_server import visit
 DISK_FULL = "disk full"
 WORKERS = 2
 
-SLOW_CLIENTS = 10
-DEAF_CLIENTS = 4
-HALF_OPEN = 30
-FLOOD = 300
-STRANGERS = 50
+SLOW_CLIENTS, DEAF_CLIENTS, HALF_OPEN, FLOOD, STRANGERS = 10, 4, 30, 300, 50
 MOST_HELD = SLOW_CLIENTS + DEAF_CLIENTS + HALF_OPEN  # connections that stay open for some time
 
 _INCREMENT = f"POST {path_of('by-faults')}/increment HTTP/1.1\r\nHost: localhost\r\n"
@@ -79,7 +75,8 @@ class Faults:
         """Inject a fault, and return when the server has recovered, or has not recovered in time."""
         harm = {**self.replacing, **self.passing}[kind]
         try:
-            self._wait_until_whole()
+            eventually(lambda: len(self.server.children("worker")) == WORKERS, "the workers")
+            eventually(lambda: self.server.children("manager"), "the manager")
             since = harm(self)
         except (AssertionError, OSError, HTTPException) as error:  # an expected event or a valid answer is missing
             return Injury(kind=kind, moment=moment, recovery=None, why=repr(error))
@@ -87,13 +84,7 @@ class Faults:
             return Injury(kind=kind, moment=moment, recovery=None, why="no increment was answered")
         return Injury(kind=kind, moment=moment, recovery=time.monotonic() - since)
 
-    def _wait_until_whole(self) -> None:
-        """Wait until every child is running."""
-        eventually(lambda: len(self.server.children("worker")) == WORKERS, "the workers")
-        eventually(lambda: self.server.children("manager"), "the manager")
-
     def close(self) -> None:
-        """Close every held connection."""
         for stack in self._held.values():
             stack.close()
 
@@ -112,15 +103,11 @@ class Faults:
 
     def _kill_worker(self) -> float:
         before = self.server.children("worker")
-        began = self._kill(self._chance.choice(before))
-        self._answered_by_another_than(before)
-        return began
+        return self._answered_by_another_than(before, self._kill(self._chance.choice(before)))
 
     def _kill_all(self) -> float:
         before = self.server.children("worker")
-        began = self._kill(*self.server.children("manager"), *before)
-        self._answered_by_another_than(before)
-        return began
+        return self._answered_by_another_than(before, self._kill(*self.server.children("manager"), *before))
 
     def _kill_supervisor(self) -> float:
         """Check that no child remains, and start another server, as a service manager would."""
@@ -137,8 +124,7 @@ class Faults:
         began = time.monotonic()
         with frozen(victim):
             eventually(lambda: victim not in group_members(self.server.pid), "the end of a frozen worker")
-        self._answered_by_another_than(before)
-        return began
+        return self._answered_by_another_than(before, began)
 
     def _replace_workers(self) -> float:
         before = set(self.server.children("worker"))
@@ -229,7 +215,7 @@ class Faults:
             return False
         return status == 503 and content["outcome"] == "not_applied"
 
-    def _answered_by_another_than(self, before: list[int]) -> None:
+    def _answered_by_another_than(self, before: list[int], began: float) -> float:
         def another_answers() -> bool:
             new = set(self.server.children("worker")) - set(before)
             with suppress(OSError, HTTPException, AssertionError):
@@ -237,6 +223,7 @@ class Faults:
             return False
 
         eventually(another_answers, "an answer of a new worker")
+        return began
 
     def _new(self, kind: str) -> ExitStack:
         """Return a stack for connections that stay open until the next of the same kind."""
@@ -249,8 +236,7 @@ class Faults:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
         connection.settimeout(PATIENCE)
         parts = urlsplit(self.server.url)
-        assert parts.hostname is not None
-        connection.connect((parts.hostname, parts.port or 80))
+        connection.connect((parts.hostname, parts.port))
         return connection
 
     replacing: ClassVar[dict[str, Callable[["Faults"], float]]] = {

@@ -16,10 +16,7 @@ from tests.processes import PATIENCE, Program, eventually
 
 def needed() -> str:
     """Return the path of strace, or skip the test if it is not installed."""
-    found = shutil.which("strace")
-    if found is None:
-        pytest.skip("strace is not installed (Debian package strace)")
-    return found
+    return shutil.which("strace") or pytest.skip("strace is not installed (Debian package strace)")
 
 
 def faulty(call: str, fault: str, *arguments: str | Path) -> Program:
@@ -36,23 +33,13 @@ def killed_at(call: str, when: int, *arguments: str | Path) -> Program:
 
 
 def failing(pid: int, call: str, error: str) -> AbstractContextManager[None]:
-    """Make system calls fail with `error` in all threads of a process while the block runs.
-
-    :param call: the name of a call, or several.
-    """
-    return _injected(pid, call, f"error={error}")
-
-
-def late(pid: int, call: str, seconds: float) -> AbstractContextManager[None]:
-    """Delay the return of system calls of a process while the block runs.
-
-    :param call: the name of a call, or several.
-    """
-    return _injected(pid, call, f"delay_exit={round(seconds * 1e6)}")
+    """Make system calls, one or several, fail with `error` in all threads of a process while the block runs."""
+    return injected(pid, call, f"error={error}")
 
 
 @contextmanager
-def _injected(pid: int, call: str, fault: str) -> Iterator[None]:
+def injected(pid: int, call: str, fault: str) -> Iterator[None]:
+    """Put a fault into system calls of a process while the block runs."""
     options = ["-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{fault}"]
     tracer = subprocess.Popen([needed(), *options, "-p", str(pid)], stderr=subprocess.DEVNULL)
 

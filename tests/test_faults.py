@@ -1,7 +1,7 @@
 """The manager under faults that are really injected: of the disk, of its files, of descriptors and of the clock."""
 
+import json
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from select import poll
@@ -20,7 +20,6 @@ from select import poll
 import pytest
 from limits import RateLimitItemPerSecond, RateLimitItemPerYear
 from limits.strategies import STRATEGIES
-from werkzeug.datastructures import Headers
 
 from counter_server import State
 from counter_server.errors import DeadlineExceeded, StartupError, StateLost
@@ -29,12 +28,11 @@ from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.limiting import ManagerStorage
 from counter_server.manager.directory import DataDirectory
-from counter_server.manager.wire import Connection
 from counter_server.operations import Batch, Increment
 from tests.journals import written
 from tests.load import HttpLoad, impatient, open_client
 from tests.processes import PATIENCE, Manager, Program, Server, eventually
-from tests.strace import failing, faulty, killed_at, late
+from tests.strace import failing, faulty, injected, killed_at
 from tests.test_manager import greeted, raw
 from tests.test_server import ask
 
@@ -66,7 +64,7 @@ from counter_server.operations import Batch, Increment
 
 journal = Journal(pathlib.Path(sys.argv[1]))
 ledger = Ledger(journal.load(), journal)
-for sequence in range(1, 5):
+for sequence in range(1, 3):
     ((value,),) = ledger.perform([Batch(b"w" * 16, sequence, [Increment("a", key=f"k{sequence}")])])
     print(f"answered {value}", flush=True)
 journal.close()
@@ -95,57 +93,56 @@ def survives_a_kill(path: Path, call: str, when: int, backup: Path | None) -> bo
     return status != 0
 
 
-def moments(check: Callable[[int], bool], step: int = 1) -> list[bool]:
-    """Return what a check returns for the first moment, the next, and so on, until it returns False."""
+def moments(check: Callable[[int], bool], step: int = 1) -> int:
+    """Return for how many moments, every `step`th from the first, a check returns True; False ends them."""
     found: list[bool] = []
     with ThreadPoolExecutor(4) as several:
         while all(found):
             first = 1 + len(found) * step
-            found += several.map(check, range(first, first + 8 * step, step))
+            found += several.map(check, range(first, first + 4 * step, step))
     assert found == sorted(found, reverse=True)
-    return found
+    return sum(found)
 
 
 @pytest.mark.parametrize(
     ("call", "step", "fewest", "put_back"),
-    [("fdatasync", 1, 8, False), ("fdatasync", 1, 8, True), ("pwrite64", 2, 20, False), ("ftruncate", 1, 2, False)],
+    [("fdatasync", 1, 6, False), ("fdatasync", 1, 6, True), ("pwrite64", 3, 10, False), ("ftruncate", 1, 2, False)],
 )
 def test_a_writer_killed_at_any_step_of_a_commit_loses_nothing(
     tmp_path: Path, call: str, step: int, fewest: int, *, put_back: bool
 ) -> None:
-    """From creating the file, or opening a backup, to closing it: at every sync, and at every other write."""
+    """From creating the file, or opening a backup, to closing it: at every sync, and at every third write."""
     backup = tmp_path / "backup" if put_back else None
     if backup is not None:
         with closing(Journal(tmp_path / "original")) as journal:
             journal.back_up(backup)
-    assert sum(moments(lambda when: survives_a_kill(tmp_path / f"{when}", call, when, backup), step)) >= fewest
-
-
-_MAKER = "import pathlib, sys; from counter_server.journal import Journal; Journal(pathlib.Path(sys.argv[1])).close()"
+    assert moments(lambda when: survives_a_kill(tmp_path / f"{when}", call, when, backup), step) >= fewest
 
 
 def test_a_journal_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    maker = (
+        "import pathlib, sys; from counter_server.journal import Journal; Journal(pathlib.Path(sys.argv[1])).close()"
+    )
+
     def is_refused(when: int) -> bool:
         path = tmp_path / f"{when}"
         path.mkdir()
-        with faulty("pwrite64", f"error=ENOSPC:when={when}+", "-c", _MAKER, path / "journal") as maker:
-            if maker.wait() == 0:
+        with faulty("pwrite64", f"error=ENOSPC:when={when}+", "-c", maker, path / "journal") as made:
+            if made.wait() == 0:
                 return False
-        assert str(path) in maker.errors[-1]
+        assert str(path) in made.errors[-1]
         assert list(path.iterdir()) == []
         return True
 
-    assert sum(moments(is_refused)) >= 20
+    assert moments(is_refused, 4) >= 5
 
 
 # A disk that fails
 
 
-# With openat, the journal cannot find out the reason. After a failed sync the reason does not matter. With write, the
-# manager's log fails too.
+# With openat, the journal cannot find out the reason, which does not matter. With write, the log fails too.
 @pytest.mark.parametrize(
-    ("call", "error"),
-    [("fdatasync", "EIO"), ("fdatasync,openat", "EROFS"), ("pwrite64", "EIO"), ("fdatasync,write", "EIO")],
+    ("call", "error"), [("fdatasync,openat", "EROFS"), ("pwrite64", "EIO"), ("fdatasync,write", "EIO")]
 )
 def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
     manager: Manager, state: State, start_manager: StartManager, call: str, error: str
@@ -154,12 +151,9 @@ def test_a_manager_whose_disk_fails_stops_at_once_and_the_next_one_counts_on(
         with failing(manager.pid, call, error):
             answer = caller.submit(state.counter("c").increment)
             assert manager.wait() == 74
-        if call == "fdatasync,write":
-            assert manager.errors == []
-        else:
+        if call != "fdatasync,write":
             (line,) = manager.errors
-            assert "journal.sqlite3 failed" in line
-            assert "unknown" in line
+            assert re.search("journal.sqlite3 failed.*unknown", line)
         assert not answer.done()
         start_manager()
         assert answer.result() == 2  # whether it had been written or not
@@ -171,10 +165,10 @@ def test_a_read_only_file_system_is_named_and_nothing_is_lost(small_disk: Path, 
         assert state.counter("c").increment() == 1
         manager.kill()
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(AssertionError, match=str(small_disk / "data")) as refused:
-        Manager(small_disk / "data").__exit__(None, None, None)
-    assert "Read-only file system" in str(refused.value)
-    assert "Traceback" not in str(refused.value)
+    with Program("manager_process.py", "--data-dir", small_disk / "data") as refused:
+        assert refused.wait() == 1
+        (line,) = refused.errors
+    assert re.search(f"{small_disk}/data.*Read-only file system", line)
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     state = stack.enter_context(open_client(stack.enter_context(Manager(small_disk / "data")).url))
     assert state.counter("c").increment() == 2
@@ -190,32 +184,25 @@ def test_a_damaged_journal_is_refused_or_is_as_it_was_at_one_commit(tmp_path: Pa
     if name == "journal":
         copies = {name: (tmp_path / "original" / name).read_bytes()}  # alone: closed, the log is folded in
         states = states[-1:]
-    place = tmp_path / "copy"
-    place.mkdir()
-    size = len(copies[name])
-    assert size > 20_000
+    good = copies[name]
+    assert len(good) > 20_000
     refused = 0
-    for turn, offset in enumerate(range(0, size, size // 300)):
-        damaged = bytearray(copies[name])
-        if turn % 3 == 0:
-            damaged[offset] ^= 1 << offset % 8
-        elif turn % 3 == 1:
-            damaged[offset : offset + 16] = os.urandom(16)[: size - offset]
-        else:
-            del damaged[offset:]
-        for path in place.iterdir():
-            path.unlink()
-        for file, content in {**copies, name: bytes(damaged)}.items():
-            (place / file).write_bytes(content)
+    for turn, offset in enumerate(range(0, len(good), len(good) // 120)):
+        flipped = bytes([good[offset] ^ 1 << offset % 8])
+        end = [flipped + good[offset + 1 :], os.urandom(16) + good[offset + 16 :], b""][turn % 3]
+        path = tmp_path / f"{turn}" / "journal"
+        path.parent.mkdir()
+        for file, content in {**copies, name: good[:offset] + end}.items():
+            path.with_name(file).write_bytes(content)
         try:
-            with closing(Journal(place / "journal")) as journal:
+            with closing(Journal(path)) as journal:
                 assert journal.load() in states, (turn % 3, offset)
         except StartupError as error:
-            if str(place / "journal") not in str(error):
+            if str(path) not in str(error):
                 raise
             refused += 1
     if name == "journal":
-        assert refused > 100
+        assert refused > 40
 
 
 # Removed files
@@ -227,28 +214,21 @@ def new_client_counts(url: str) -> int:
 
 
 def test_a_socket_that_was_removed_is_bound_again(manager: Manager, state: State, data_dir: Path) -> None:
-    path = DataDirectory(data_dir).socket
+    path, place = DataDirectory(data_dir).socket, data_dir.with_name("foreign")
     for number in (2, 4):
         path.unlink()
         assert state.counter("c").increment() == number
         assert new_client_counts(manager.url) == number + 1
         assert path.is_socket()
-    place = data_dir.with_name("foreign")
     with socket.socket(socket.AF_UNIX) as foreign:
         foreign.bind(str(place))  # without a listener
         place.rename(path)  # in one step: the manager may be faster than two
         assert new_client_counts(manager.url) == 6
-    assert manager.stop() == 0
-    assert not path.exists()
-
-
-def test_a_manager_that_ends_does_not_take_its_own_socket_for_one_that_was_removed(
-    manager: Manager, state: State, data_dir: Path
-) -> None:
-    with late(manager.pid, "?unlink,unlinkat", 0.8):  # longer than the interval of its checks
+    before = list(manager.errors)
+    with injected(manager.pid, "?unlink,unlinkat", "delay_exit=800000"):  # longer than the interval of its checks
         assert manager.stop() == 0
-    assert manager.errors == []
-    assert not DataDirectory(data_dir).socket.exists()
+    assert manager.errors == before  # it does not take its own removal for another
+    assert not path.exists()
 
 
 def test_what_takes_the_place_of_the_socket_is_left_alone_and_named(
@@ -260,28 +240,37 @@ def test_what_takes_the_place_of_the_socket_is_left_alone_and_named(
     notes.rename(path)  # in one step: the manager may be faster than two
     eventually(lambda: any(str(path) in line and "not a socket" in line for line in manager.errors), "its name")
     assert state.counter("c").increment() == 2
-    path.unlink()
-    assert new_client_counts(manager.url) == 3
-    notes.write_text("notes")
-    notes.rename(path)
     assert manager.stop() == 0
     assert path.read_text() == "notes"
 
 
-def test_a_manager_whose_directory_was_removed_ends_and_says_so(
+def test_a_manager_whose_directory_or_journal_was_moved_ends_and_says_so(
     manager: Manager, state: State, data_dir: Path, start_manager: StartManager
 ) -> None:
-    data_dir.rename(data_dir.with_name("moved"))
+    moved, journal = data_dir.with_name("moved"), DataDirectory(data_dir).journal
+    data_dir.rename(moved)
     assert manager.wait() == 74
-    (line,) = manager.errors
-    assert f"{data_dir} was removed, or replaced" in line
-    data_dir.with_name("moved").rename(data_dir)
-    start_manager()
+    assert f"{data_dir} was removed, or replaced" in manager.errors[0]
+    moved.rename(data_dir)
+    manager = start_manager()
     assert state.counter("c").increment() == 2
+    journal.rename(moved)
+    assert manager.wait() == 74
+    with pytest.raises(AssertionError, match="put back the journal that it was written for"):  # its log is there
+        start_manager()
+    moved.rename(journal)
+    start_manager()
+    assert state.counter("c").increment() == 3
 
 
-@pytest.mark.parametrize("damage", ["both removed", "log removed", "log emptied", "log cut"])
-@pytest.mark.parametrize("notices", ["at a commit", "by itself", "never"])
+@pytest.mark.parametrize(
+    ("damage", "notices"),
+    [
+        *(("both removed", "at a commit"), ("log removed", "at a commit"), ("log cut", "at a commit")),
+        *(("log removed", "by itself"), ("log emptied", "by itself")),
+        *(("both removed", "never"), ("log removed", "never"), ("log cut", "never")),
+    ],
+)
 def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
     manager: Manager, state: State, start_manager: StartManager, data_dir: Path, damage: str, notices: str
 ) -> None:
@@ -291,12 +280,12 @@ def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
         manager.kill()
     journal = DataDirectory(data_dir).journal
     log = journal.with_name(f"{journal.name}-wal")
+    if damage.startswith("log "):
+        os.truncate(log, log.stat().st_size - 10_000 if damage == "log cut" else 0)
     if damage.endswith("removed"):
         log.unlink()
-        if damage == "both removed":
-            journal.unlink()
-    else:
-        os.truncate(log, 0 if damage == "log emptied" else log.stat().st_size - 10_000)
+    if damage == "both removed":
+        journal.unlink()
     if notices == "at a commit":
         with impatient(state), pytest.raises(DeadlineExceeded):
             state.counter("c").increment()
@@ -314,152 +303,69 @@ def test_a_manager_whose_journal_is_gone_ends_and_repeats_nothing(
         state.counter("c").increment()
     assert lost.value.outcome == "not_applied"
     assert state.counter("c").increment() == (58 if damage == "log cut" else 1)
-    eventually(lambda: successor.errors, "the line in the log")
-    (line,) = successor.errors
+    (line,) = eventually(lambda: successor.errors, "the line in the log")
     assert f"{journal} or its log was removed, replaced or cut" in line
-
-
-def test_a_journal_that_was_removed_from_beside_its_log_is_missed(
-    manager: Manager, state: State, start_manager: StartManager, data_dir: Path
-) -> None:
-    journal = DataDirectory(data_dir).journal
-    journal.rename(data_dir / "moved")
-    assert manager.wait() == 74
-    with pytest.raises(AssertionError, match="put back the journal that it was written for"):
-        start_manager()
-    (data_dir / "moved").rename(journal)
-    start_manager()
-    assert state.counter("c").increment() == 2
 
 
 # Descriptors and peers
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def test_a_manager_without_descriptors_does_not_spin_and_serves_again_when_there_are_some(
     manager: Manager, state: State, data_dir: Path
 ) -> None:
-    used = len(list(Path(f"/proc/{manager.pid}/fd").iterdir()))
+    used, clock = len(list(Path(f"/proc/{manager.pid}/fd").iterdir())), ~manager.pid << 3 | 2  # its processor time
     before = resource.prlimit(manager.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(manager.pid, resource.RLIMIT_NOFILE, (used, before[1]))
     try:
         with ExitStack() as waiting:
             for _ in range(20):
                 waiting.enter_context(raw(data_dir))
-            began = cpu_seconds(manager.pid)
-            end = time.monotonic() + 1
-            values = []
-            while time.monotonic() < end:
-                values.append(state.counter("c").increment())
+            began = time.clock_gettime(clock)
+            for number in range(2, 12):
+                assert state.counter("c").increment() == number
                 time.sleep(0.1)  # pauses: this measures the manager's own use of time, not the load
-            assert values == list(range(2, 2 + len(values)))
-            assert cpu_seconds(manager.pid) - began < 0.4
+            assert time.clock_gettime(clock) - began < 0.4
     finally:
         resource.prlimit(manager.pid, resource.RLIMIT_NOFILE, before)
     with open_client(manager.url, deadline=PATIENCE) as fresh:
         assert fresh.counter("d").increment() == 1
 
 
-def threads_of(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/task").iterdir()))
-
-
-@contextmanager
-def crowd(pid: int, peers: int, come: Callable[[], socket.socket | Connection], threads: int) -> Iterator[None]:
-    """Keep peers connected while the block runs, which begins when the process has `threads` threads.
-
-    A peer that a busy machine cut off before that is replaced.
-    """
-    there: dict[int, socket.socket | Connection] = {}
-    ended = poll()  # without an event it reports only closed connections
-
-    def are_seen() -> bool:
-        for descriptor, _ in ended.poll(0):
-            ended.unregister(descriptor)
-            there.pop(descriptor).close()
-        while len(there) < peers:
-            peer = come()
-            there[peer.fileno()] = peer
-            ended.register(peer, 0)
-        return threads_of(pid) >= threads
-
-    try:
-        eventually(are_seen, "the threads of peers")
-        yield
-    finally:
-        for peer in there.values():
-            peer.close()
-
-
-def test_half_open_peers_are_gone_after_the_handshakes_time(manager: Manager, state: State, data_dir: Path) -> None:
-    before = threads_of(manager.pid)
-    with crowd(manager.pid, 200, lambda: raw(data_dir), threads=before + 100):
-        assert state.counter("c").increment() == 2
-        eventually(lambda: threads_of(manager.pid) == before, "the end of their threads")
-
-
-def test_peers_that_never_read_are_cut_off_and_hold_up_nobody(manager: Manager, state: State, data_dir: Path) -> None:
+def test_peers_that_never_read_are_cut_off_and_hold_up_nobody(
+    manager: Manager, state: State, data_dir: Path, stack: ExitStack
+) -> None:
     names = [f"{number:04}" + "x" * 240 for number in range(1000)]
-    for name in names:
-        state.counter(name)
     state.store.apply(Batch(os.urandom(16), 1, [Increment(name) for name in names]), time.monotonic() + PATIENCE)
-    before = threads_of(manager.pid)
-
-    def deaf() -> Connection:
+    ends = poll()  # without an event it reports only closed connections
+    for _ in range(20):
         peer, kind, _ = greeted(data_dir)
+        stack.callback(peer.close)
         assert kind == "#RETURN"
+        ends.register(peer, 0)
         with suppress(BrokenPipeError, ConnectionResetError):  # it was cut off between two messages
             for _ in range(5):  # each answer is as large as a socket's buffer
                 peer.send(("ledger", "apply", ((os.urandom(16), 0, [("scan", "", 1000)]),), {}))
-        return peer
-
-    with crowd(manager.pid, 20, deaf, threads=before + 20):
-        assert state.counter("c").increment() == 2
-        eventually(lambda: threads_of(manager.pid) == before, "the end of their threads")
+    assert state.counter("c").increment() == 2
+    eventually(lambda: len(ends.poll(0)) == 20, "the end of all peers")
     assert state.counter("c").increment() == 3
 
 
-class _Bomb:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, proof: str) -> None:
-        self._proof = proof
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
-        return open, (self._proof, "w")
-
-
-@pytest.mark.parametrize("flags", [(), ("-O",)], ids=["plain", "python -O"])
-def test_a_peer_with_the_key_gets_no_further_with_malformed_messages(
-    stack: ExitStack, data_dir: Path, flags: tuple[str, ...]
-) -> None:
-    manager = stack.enter_context(Program(*flags, "manager_process.py", "--data-dir", data_dir))
+def test_a_peer_with_the_key_gets_no_further_with_malformed_messages(stack: ExitStack, data_dir: Path) -> None:
+    manager = stack.enter_context(Program("-O", "manager_process.py", "--data-dir", data_dir))
     state = stack.enter_context(open_client(manager.expect("Manager ready:")))
     assert state.counter("c").increment() == 1
     proof = data_dir / "proof"
-    payload = pickle.dumps(_Bomb(str(proof)))
-    messages: list[bytes | tuple[str | None, ...]] = [
+    payload = f"cbuiltins\nopen\n(V{proof}\nVw\ntR.".encode()  # a pickle that makes it
+    for message in (
         *(b"\x7f\xff\xff\xff", b"\x80\x00\x00\x00", b"\xff\xff\xff\xff", b"\x00\x00\x00\x00"),
         *(len(payload).to_bytes(4, "big") + payload, b"\x00\x00\x00\x03\xc1\xc1\xc1"),
         *(b"\x00\x00\x10\x00" + b"\x91" * 4096, b"\x00\x00\x00\x05\xdd\xff\xff\xff\xff"),  # deep, and long, arrays
-        *((ident, method) for ident in ("ledger", None) for method in ("shutdown", "create", "#GETVALUE")),
-        *(("ledger", method) for method in ("incref", "decref", "_durable", "journal")),
-        *(("ledger", method, "x") for method in ("check", "status", "back_up")),
-    ]
-    for message in messages:
+    ):
         peer, kind, _ = greeted(data_dir)
         with closing(peer), socket.socket(fileno=os.dup(peer.fileno())) as sock:
             assert kind == "#RETURN"
             sock.settimeout(PATIENCE)  # its timer is still the handshake's
-            if isinstance(message, bytes):
-                sock.sendall(message)
-            else:
-                peer.send((*message[:2], message[2:], {}))
+            sock.sendall(message)
             with suppress(ConnectionResetError):
                 assert sock.recv(1) == b""
     assert not proof.exists()
@@ -470,9 +376,7 @@ def test_a_peer_with_the_key_gets_no_further_with_malformed_messages(
 # A kill of everything
 
 
-def test_a_whole_server_killed_under_load_and_started_again_miscounts_nothing(
-    stack: ExitStack, data_dir: Path, tmp_path: Path
-) -> None:
+def test_a_whole_server_killed_under_load_miscounts_nothing(stack: ExitStack, data_dir: Path, tmp_path: Path) -> None:
     with Server("--workers", "2", "--data-dir", data_dir) as server:
         port = server.url.rpartition(":")[2]
         load = HttpLoad(server.url, "hot", 4)
@@ -496,28 +400,23 @@ def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     if library is None:
         pytest.skip("libfaketime is not installed (Debian package faketime)")
-    memory = Path("/dev/shm")
     clock = tmp_path / "clock"
     clock.write_text("+0")
-    for name, value in {
-        "LD_PRELOAD": str(library),
-        "FAKETIME_TIMESTAMP_FILE": str(clock),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # setting a clock does not change the monotonic one
-        "DONT_FAKE_MONOTONIC": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    monkeypatch.setenv("FAKETIME_TIMESTAMP_FILE", str(clock))
+    for name in ("FAKETIME_NO_CACHE", "FAKETIME_DONT_FAKE_MONOTONIC", "DONT_FAKE_MONOTONIC"):
+        monkeypatch.setenv(name, "1")  # setting a clock does not change the monotonic one
 
     def jump(seconds: str) -> None:
         draft = clock.with_name("draft")
         draft.write_text(seconds)
         draft.rename(clock)
-        told = subprocess.run(
-            [sys.executable, "-c", "import time; print(time.time(), time.monotonic())"], capture_output=True, check=True
-        ).stdout.split()
+        program = "import time; print(time.time(), time.monotonic())"
+        told = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, check=True).stdout.split()
         assert abs(float(told[0]) - time.time() - float(seconds)) < 60
         assert abs(float(told[1]) - time.monotonic()) < 60
 
+    memory = Path("/dev/shm")
     before = set(memory.glob("*faketime*"))
     yield jump
     for left in set(memory.glob("*faketime*")) - before:  # by killed programs
@@ -525,29 +424,24 @@ def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
 
 
 def test_clocks_that_jump_an_hour_either_way_revive_and_repeat_nothing(
-    jump: Callable[[str], None], stack: ExitStack, data_dir: Path
+    jump: Callable[[str], None], start_server: Callable[..., Server]
 ) -> None:
-    server = stack.enter_context(Server("--workers", "2", "--data-dir", data_dir))
-    children = sorted([*server.children("worker"), *server.children("manager")])
-
-    def increment(key: str) -> str:
+    def increment(key: str) -> int:
         status, _, text = ask(server.url, "POST", "/api/v1/counters/c/increment", None, {"Idempotency-Key": key})
         assert status == 200, text
-        return text
+        return int(json.loads(text)["value"])
 
-    first = increment("first")
-    texts = [first]
-    for seconds in ("+3600", "-3600", "+7200", "-90000", "+90000", "+0"):
+    server = start_server("--workers", "2")
+    children = {*server.children("worker"), *server.children("manager")}
+    assert increment("first") == 1
+    for number, seconds in enumerate(("+3600", "-3600", "-90000", "+90000"), 2):
         jump(seconds)
-        texts.append(increment(seconds))
-        assert increment(seconds) == texts[-1]  # the same number again
-        assert increment("first") == first
-    assert sorted([*server.children("worker"), *server.children("manager")]) == children
+        assert [increment(key) for key in (seconds, seconds, "first")] == [number, number, 1]
+    assert {*server.children("worker"), *server.children("manager")} == children
     assert server.stop() == 0
     jump("-3600")
-    server = stack.enter_context(Server("--workers", "1", "--data-dir", data_dir))
-    assert increment("first") == first
-    assert f'"value":{len(texts) + 1}' in increment("last").replace(" ", "")
+    server = start_server("--workers", "1")
+    assert [increment("first"), increment("last")] == [1, 6]
 
 
 def test_a_clock_that_jumps_ends_no_limit_and_prolongs_none(jump: Callable[[str], None], on_demand: str) -> None:
@@ -557,7 +451,7 @@ def test_a_clock_that_jumps_ends_no_limit_and_prolongs_none(jump: Callable[[str]
     second, year = RateLimitItemPerSecond(1), RateLimitItemPerYear(1)
     for name, limiter in limiters.items():
         assert limiter.hit(year, name)
-    for before, after in pairwise((0, -3600, 3600, 10**8, -(10**8), 0)):
+    for before, after in pairwise((0, -3600, 10**8, 0)):
         resets = {}
         for name, limiter in limiters.items():
             eventually(lambda: limiter.hit(second, name), "the end of a second")
@@ -573,16 +467,16 @@ def test_a_clock_that_jumps_ends_no_limit_and_prolongs_none(jump: Callable[[str]
 
 
 def test_a_clock_that_is_set_back_locks_no_address_out(
-    jump: Callable[[str], None], stack: ExitStack, data_dir: Path
+    jump: Callable[[str], None], start_server: Callable[..., Server]
 ) -> None:
-    server = stack.enter_context(Server("--workers", "2", "--data-dir", data_dir, "--rate-limit", "1/second"))
+    server = start_server("--workers", "2", "--rate-limit", "1/second")
 
-    def answer() -> tuple[int, Headers]:
+    def refused_for() -> str | None:
         status, headers, _ = ask(server.url, "GET", "/api/v1/counters")
-        return status, headers
+        return headers["Retry-After"] if status == 429 else None
 
-    for seconds in ("-3600", "+3600", "-3600"):
-        eventually(lambda: answer()[0] == 429, "the limit")
+    for seconds in ("-3600", "+3600"):
+        eventually(refused_for, "the limit")
         jump(seconds)
-        assert all(headers["Retry-After"] == "1" for status, headers in (answer(), answer()) if status == 429)
-        eventually(lambda: answer()[0] == 200, "another second")
+        assert {refused_for(), refused_for()} <= {"1", None}
+        eventually(lambda: refused_for() is None, "another second")
