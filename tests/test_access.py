@@ -368,19 +368,8 @@ def test_a_browser_is_redirected_to_sign_in_and_back(setting: Setting, client: F
     assert client.get("/form", headers=BROWSER).text == "the form"
 
 
-def test_a_program_gets_a_problem_document(setting: Setting, client: FlaskClient) -> None:
-    for accept in (None, "*/*", "application/json"):
-        response = client.post("/set", headers={"Accept": accept} if accept else {})
-        assert "sign in" in assert_refused(response, 401)
-        assert setting.done == 0
 
 
-def test_if_set_and_delete_are_off_a_browser_learns_why() -> None:
-    off = Setting(make_app(host="0.0.0.0"))
-    for headers in ({}, BROWSER):
-        assert "COUNTER_SERVER_TOKEN" in assert_refused(off.app.test_client().post("/set", headers=headers), 403)
-    assert off.done == 0
-    assert "set and delete are off" in off.app.test_client().get("/may").get_json()["why"]
 
 
 # Names: the Host header
@@ -527,13 +516,5 @@ def test_every_answer_has_the_protective_headers() -> None:
 # The key
 
 
-def test_a_store_in_memory_writes_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COUNTER_SERVER_DATA_DIR", str(tmp_path / "data"))
-    assert make_app().secret_key != make_app().secret_key
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_configured_key_is_used(tmp_path: Path) -> None:
-    app = create_app({"COUNTER_SERVER_STORE": f"manager://{tmp_path}/data", "SECRET_KEY": "of this test"})
-    assert app.secret_key == "of this test"
-    assert list(tmp_path.iterdir()) == []

@@ -229,14 +229,6 @@ def test_any_name_is_shown_unchanged_isolated_and_sent_safely(client: FlaskClien
         assert press(client, question.form("/counters/delete", name)).counters == {}
 
 
-def test_values_beyond_the_numbers_of_javascript_are_exact(client: FlaskClient, app: Flask) -> None:
-    state_of(app).counter("top").set(LARGEST)
-    state_of(app).counter("bottom").set(SMALLEST)
-    assert look(client).counters == {"bottom": str(SMALLEST), "top": str(LARGEST)}
-    reported = client.get("/counters.json").get_json()["counters"]
-    assert reported == [{"name": "bottom", "value": str(SMALLEST)}, {"name": "top", "value": str(LARGEST)}]
-    assert client.post("/counters/increment", data={"name": "top"}, headers=SCRIPT).status_code == 409
-    assert all_counters(app) == {"bottom": SMALLEST, "top": LARGEST}
 
 
 def test_the_script_gets_data(client: FlaskClient) -> None:
@@ -287,15 +279,6 @@ def test_an_invalid_form_is_refused_in_the_form_that_the_client_reads(
         assert all_counters(app) == {"a": 7}
 
 
-def test_other_sites_and_links_change_nothing(client: FlaskClient, app: Flask) -> None:
-    state_of(app).counter("a").set(7)
-    fields = {"name": "a", "value": "1"}
-    for action in ("increment", "set", "delete"):
-        response = client.post(f"/counters/{action}", data=fields, headers={"Sec-Fetch-Site": "cross-site"})
-        assert response.status_code == 403
-        response = client.get(f"/counters/{action}", query_string=fields)
-        assert response.status_code == (200 if action == "delete" else 405)
-        assert all_counters(app) == {"a": 7}
 
 
 # Permissions
@@ -322,38 +305,11 @@ def test_without_permission_a_visitor_may_only_count_and_learns_why(token: str |
     assert all_counters(app) == {"a": 8}
 
 
-def test_signing_in_leads_back_to_the_same_place_and_allows_set_and_delete() -> None:
-    app = application("memory://", host="0.0.0.0", token=TOKEN)
-    state_of(app).counter("a").set(7)
-    client = app.test_client()
-    response = client.post("/counters/set", data={"name": "a", "value": "1"}, headers=BROWSER)
-    assert response.status_code == 303
-    assert response.headers["Location"].startswith("/sign-in")
-    sign_in = look(client, look(client, "/counters?q=a").links["Sign in"])
-    page = press(client, sign_in.form("/sign-in"), token=TOKEN)
-    assert page.form("/counters").fields["q"] == "a"
-    page = press(client, page.form("/counters/set", "a"), value="1")
-    assert page.counters == {"a": "1"}
-    page = press(client, press(client, page.form("/counters/delete", "a")).form("/counters/delete", "a"))
-    assert page.counters == {}
 
 
 # Search
 
 
-def test_paging_sees_each_counter_once(client: FlaskClient, app: Flask) -> None:
-    names = sorted(f"{name} {number:02}" for number in range(40) for name in ("a", "ab", "b/", "é", "名"))
-    for name in names:
-        state_of(app).counter(name).increment()
-    page = look(client, "/counters?limit=30")
-    seen = list(page.counters)
-    while "Next page" in page.links:
-        page = look(client, page.links["Next page"])
-        assert len(page.counters) <= 30
-        seen += page.counters
-    assert seen == names
-    assert list(look(client, page.links["First page"]).counters) == names[:30]
-    assert len(look(client).counters) == 50
 
 
 def test_a_search_finds_names_by_their_beginning_page_by_page(anywhere: Flask) -> None:
@@ -400,28 +356,6 @@ def test_a_listing_equals_a_search_through_all_names(names: set[str], beginning:
     assert listing.next == (wanted[limit - 1] if len(wanted) > limit else None)
 
 
-@pytest.mark.slow
-def test_a_store_that_cannot_list_says_so_and_the_rest_works(tmp_path: Path, stack: ExitStack) -> None:
-    from tests.engines import MemcachedServer
-
-    server = stack.enter_context(MemcachedServer(tmp_path / "memcached"))
-    app = application(server.url)
-    stack.callback(state_of(app).close)
-    client = app.test_client()
-    page = look(client)
-    assert page.counters == {}
-    text = client.get("/counters").text
-    assert "memcached cannot list its counters; use another store for it. Search for a whole name" in text
-    assert "The store memcached:// gives no figures here" in text
-    page = press(client, page.form("/counters/increment"), name="a b")
-    assert sentence(page) == "a b gave 1."
-    page = press(client, page.form("/counters"), q="a b")
-    page = press(client, page.form("/counters/set", "a b"), value="41")
-    page = press(client, page.form("/counters/increment", "a b"))
-    assert page.counters == {"a b": "42"}
-    page = press(client, press(client, page.form("/counters/delete", "a b")).form("/counters/delete", "a b"))
-    assert page.counters == {}
-    assert client.get("/counters.json?q=a").get_json()["counters"] == []
 
 
 # Live
@@ -474,26 +408,6 @@ def test_workers_agree_on_the_page_and_show_restarts(start_server: Callable[...,
     eventually(replaced, "the next worker on the page")
 
 
-@pytest.mark.slow
-def test_the_managers_figures_are_shown(on_demand: str) -> None:
-    app = application(on_demand)
-    client = app.test_client()
-    before = client.get("/counters.json").get_json()["manager"]
-    for _ in range(3):
-        client.post("/counters/increment", data={"name": "a"})
-    after = client.get("/counters.json").get_json()["manager"]
-    status = state_of(app).status()
-    assert status is not None
-    assert after["now"]["Process"] == str(status.pid) == str(after["totals"]["pid"])
-    assert after["now"]["Counters"] == "1"
-    assert after["now"]["Durability"] == "process"
-    gained = {name: after["totals"][name] - before["totals"][name] for name in ("batches", "operations", "commits")}
-    assert gained == {"batches": 3, "operations": 3, "commits": 3}
-    assert after["totals"]["commit_seconds"] > before["totals"]["commit_seconds"]
-    page = look(client)
-    assert page.figures.items() >= {"Process": str(status.pid), "Counters": "1", "batch": "1.00 operations"}.items()
-    assert "Another launcher started them" in client.get("/counters").text
-    state_of(app).close()
 
 
 STATUS = msgspec.json.decode(

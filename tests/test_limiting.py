@@ -1,6 +1,5 @@
 """The shared storage follows the contract of limits, whose memory storage is the reference."""
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -20,16 +19,14 @@ from limits.errors import StorageError
 from limits.storage import MemoryStorage, Storage, storage_from_string
 from limits.strategies import STRATEGIES, RateLimiter
 
-from counter_server import CounterServerError, SharedState, StoreOptions
-from counter_server.errors import DeadlineExceeded, InvalidRequest, NotHosted, StartupError, Unsupported
+from counter_server import StoreOptions
+from counter_server.errors import InvalidRequest, StartupError, Unsupported
 from counter_server.limiting import ManagerStorage
 from counter_server.manager.directory import DataDirectory
 from counter_server.windows import Windows
-from tests.hosted_classes import SomeObj
 from tests.launchers import SYNC, Browser, launch
 from tests.load import at_once
-from tests.processes import PATIENCE, end_manager, eventually, frozen, holder
-from tests.test_caching import in_4_processes
+from tests.processes import PATIENCE, end_manager
 
 LONG = RateLimitItemPerYear(3)  # none of its windows ends while a test runs
 MINUTE = RateLimitItemPerMinute(3)
@@ -38,7 +35,7 @@ ADMITTED = [True, True, True, False]  # of four hits, with one of these limits
 
 @pytest.fixture(scope="module")
 def shared_manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Return the URL of a manager for all tests that do not disturb it. It hosts storages of two names."""
+    """Run a manager that hosts storages of two names."""
     data_dir = tmp_path_factory.mktemp("limits") / "data"
     url = DataDirectory(data_dir).url
     storages = [ManagerStorage(url, name=name, deadline=PATIENCE) for name in ("limits", "logins")]
@@ -114,15 +111,16 @@ def test_a_hit_that_costs_more_than_is_left_is_refused(limiter: RateLimiter) -> 
 
 
 def test_an_unusual_cost_works_as_in_memory_or_is_a_type_error(limiter: RateLimiter) -> None:
-    reference = type(limiter)(MemoryStorage())
+    in_memory = type(limiter)(MemoryStorage())
     for cost in (0, True, 10**30):
-        answers = [[each.hit(LONG, str(cost), cost=cost), *hits(each, who=str(cost))] for each in (reference, limiter)]
+        answers = [
+            [each.hit(LONG, str(cost), cost=cost), *hits(each, who=str(cost)), remaining(each, who=str(cost))]
+            for each in (in_memory, limiter)
+        ]
         assert answers[0] == answers[1]
-        assert remaining(reference, who=str(cost)) == remaining(limiter, who=str(cost))
-    wrong: list[Any] = ["1", None]
-    for cost in wrong:
-        with pytest.raises(TypeError):
-            limiter.hit(LONG, "anna", cost=cost)
+    wrong: Any = "1"
+    with pytest.raises(TypeError):
+        limiter.hit(LONG, "anna", cost=wrong)
     assert hits(limiter) == ADMITTED
 
 
@@ -146,11 +144,6 @@ def test_each_identifier_and_each_limit_has_its_own_budget(limiter: RateLimiter)
     assert all(limiter.hit(limit, *identifiers) for limit, identifiers in 2 * pairs)
     for limit, identifiers in pairs:
         assert limiter.get_window_stats(limit, *identifiers).remaining == limit.amount - 2
-
-
-def test_strategies_on_one_storage_have_separate_budgets(storage: Storage) -> None:
-    for name in STRATEGIES:
-        assert hits(STRATEGIES[name](storage)) == ADMITTED, name
 
 
 @each_strategy
@@ -321,35 +314,7 @@ def _answer(limiter: RateLimiter, method: str, item: RateLimitItem, who: str, co
     return answer
 
 
-# Several processes
-
-
-def take(url: str) -> list[int]:
-    storage = ManagerStorage(url, deadline=PATIENCE)
-    limit = RateLimitItemPerYear(100)
-    return [sum(hits(strategy(storage), 50, limit)) for strategy in STRATEGIES.values()]
-
-
-@pytest.mark.slow
-def test_4_processes_have_one_budget(empty: str) -> None:
-    assert [sum(each) for each in zip(*in_4_processes(take, empty), strict=True)] == [100] * 3
-
-
-def test_after_a_fork_the_child_has_the_same_budget(empty: str) -> None:
-    limiter = STRATEGIES["fixed-window"](ManagerStorage(empty, deadline=PATIENCE))
-    assert hits(limiter, 1) == [True]
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(writer, bytes(hits(limiter, 1)))
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        assert list(pipe.read()) == [True]
-    os.waitpid(child, 0)
-    assert hits(limiter, 2) == [True, False]
+# Names, and a manager that is killed or missing
 
 
 def test_storages_of_one_name_share_their_budgets_and_no_others(empty: str) -> None:
@@ -358,13 +323,11 @@ def test_storages_of_one_name_share_their_budgets_and_no_others(empty: str) -> N
     assert (hits(first, 2), hits(same, 2), hits(other)) == ([True, True], [True, False], ADMITTED)
 
 
-# A manager that is killed or missing
-
 CALLS: dict[str, tuple[Any, ...]] = {
+    "reset": (),
     "incr": ("key", 60),
     "get": ("key",),
     "get_expiry": ("key",),
-    "reset": (),
     "clear": ("key",),
     "acquire_entry": ("key", 3, 60),
     "get_moving_window": ("key", 3, 60),
@@ -377,49 +340,16 @@ CALLS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.slow
 def test_after_a_kill_every_method_works_and_the_windows_restart(on_demand: str, data_dir: Path) -> None:
     storages = {method: ManagerStorage(on_demand, deadline=PATIENCE) for method in [*CALLS, "check", "limits"]}
-    app, _ = limited(on_demand)
     limiters = [strategy(storages["limits"]) for strategy in STRATEGIES.values()]
-    assert [hits(limiter) for limiter in limiters] == [ADMITTED] * 3
-    assert statuses(app, 4) == [200, 200, 200, 429]
     for storage in storages.values():
         storage.incr("key", 60)
+    assert [hits(limiter) for limiter in limiters] == [ADMITTED] * 3
     end_manager(data_dir / "manager.lock")
     assert [remaining(limiter) for limiter in limiters] == [3, 3, 3]
     assert [hits(limiter) for limiter in limiters] == [ADMITTED] * 3
-    assert statuses(app, 4) == [200, 200, 200, 429]
     assert storages["check"].check() is True
     for method, arguments in CALLS.items():
         getattr(storages[method], method)(*arguments)
-
-
-@pytest.mark.slow
-def test_busy_clients_see_no_error_when_the_manager_is_killed(on_demand: str, data_dir: Path) -> None:
-    admitted: list[bool] = []
-    done = threading.Event()
-
-    def work() -> None:
-        limiter = STRATEGIES["moving-window"](ManagerStorage(on_demand, deadline=PATIENCE))
-        while not done.is_set():
-            admitted.append(limiter.hit(RateLimitItemPerYear(100), "anna"))
-
-    def progress() -> None:
-        goal = len(admitted) + 150
-        eventually(lambda: len(admitted) > goal, "progress")
-
-    def kill() -> None:
-        try:
-            for _ in range(2):
-                progress()
-                before = holder(data_dir)
-                end_manager(data_dir / "manager.lock")
-                eventually(lambda: holder(data_dir) not in (None, before), "another manager")
-            progress()
-        finally:
-            done.set()
-
-    jobs = iter([kill, work, work, work, work])
-    at_once(5, lambda: next(jobs)())
-    assert sum(admitted) == 300  # the whole limit in each of three managers
 
 
 @pytest.fixture
@@ -446,37 +376,10 @@ def test_a_manager_that_cannot_be_started_is_an_error(nowhere: str, caplog: pyte
         caplog.clear()
 
 
-@pytest.mark.slow
-def test_a_manager_that_does_not_answer_is_an_error_within_the_deadline(on_demand: str, data_dir: Path) -> None:
-    storage = ManagerStorage(on_demand, deadline=PATIENCE)
-    hasty = ManagerStorage(on_demand, deadline=0.1)
-    wrapping = ManagerStorage(on_demand, wrap_exceptions=True, deadline=0.1)
-    assert storage.incr("key", 60) == 1
-    manager = holder(data_dir)
-    assert manager is not None
-    with frozen(manager):
-        with pytest.raises(DeadlineExceeded):
-            hasty.get("key")
-        with pytest.raises(StorageError):
-            wrapping.get("key")
-        assert hasty.check() is False
-    assert storage.get("key") == 1
-
-
 def test_no_manager_is_started_if_the_option_forbids_it(data_dir: Path) -> None:
     url = DataDirectory(data_dir).url
     assert ManagerStorage(url, deadline=0.1, options=StoreOptions(start=False)).check() is False
     assert not data_dir.exists()
-
-
-def test_a_manager_without_limits_names_what_it_hosts(on_demand: str) -> None:
-    app = Flask(__name__)
-    app.config.update(COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=PATIENCE)
-    obj = SharedState(app).object("obj", SomeObj, 0)
-    with app.app_context():
-        assert obj.query() == 1
-    with pytest.raises(NotHosted, match=r"hosts obj = tests\.hosted_classes\.SomeObj"):
-        ManagerStorage(on_demand, deadline=PATIENCE).incr("key", 60)
 
 
 # Construction
@@ -492,37 +395,25 @@ def test_the_scheme_is_registered_and_memory_is_not_replaced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "error"),
+    ("url", "options", "error", "says"),
     [
-        *((f"manager:{place}", InvalidRequest) for place in ("//host/data", "//localhost:1/data", "/data", "///d?x=1")),
-        ("nonsense://", InvalidRequest),
-        ("redis://localhost", Unsupported),
-        ("memcached://localhost", Unsupported),
+        ("manager://host/data", {}, InvalidRequest, "three slashes"),
+        ("redis://localhost", {}, Unsupported, "hosts no shared objects"),
+        ("manager:///data", {"password": "secret"}, TypeError, "unexpected keyword argument 'password'"),
+        ("manager:///data", {"deadline": 0}, InvalidRequest, "deadline"),
+        ("manager:///data", {"name": ""}, InvalidRequest, "name"),
     ],
 )
-def test_an_invalid_url_is_refused_at_once(url: str, error: type[Exception]) -> None:
-    with pytest.raises(error, match="hosts no shared objects" if error is Unsupported else None):
-        ManagerStorage(url)
-
-
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        *(({name: "secret"}, TypeError) for name in ("deadlin", "password")),
-        *((option, InvalidRequest) for option in ({"deadline": 0}, {"deadline": "soon"}, {"name": ""}, {"name": 7})),
-    ],
-    ids=str,
-)
-def test_an_invalid_option_is_refused_at_once(options: dict[str, Any], error: type[Exception]) -> None:
-    says = f"unexpected keyword argument '{next(iter(options))}'" if error is TypeError else None
+def test_an_invalid_option_is_refused_at_once(
+    url: str, options: dict[str, Any], error: type[Exception], says: str
+) -> None:
     with pytest.raises(error, match=says):
-        storage_from_string("manager:///data", **options)
+        ManagerStorage(url, **options)
     app = Flask(__name__)
     app.config["RATELIMIT_STORAGE_OPTIONS"] = options
-    with pytest.raises(error, match=says):
-        Limiter(get_remote_address, app=app, storage_uri="manager:///data")
-    with pytest.raises(InvalidRequest, match="three slashes"):
-        Limiter(get_remote_address, app=Flask(__name__), storage_uri="manager://host/data")
+    if not url.startswith("redis"):  # which is a scheme of limits itself
+        with pytest.raises(error, match=says):
+            Limiter(get_remote_address, app=app, storage_uri=url)
 
 
 # Flask-Limiter
@@ -552,24 +443,6 @@ def test_a_view_sends_the_remaining_hits_in_headers(empty: str, strategy: str) -
     assert int(answers[-1].headers["Retry-After"]) >= 0
     limiter.reset()
     assert statuses(app, 1) == [200]
-
-
-def test_without_a_manager_a_request_fails_or_is_admitted_as_configured(nowhere: str, data_dir: Path) -> None:
-    app, _ = limited(nowhere)
-    with pytest.raises(CounterServerError):
-        statuses(app, 1)
-    app, _ = limited(nowhere, swallow_errors=True)
-    assert statuses(app, 5) == [200] * 5
-
-
-@pytest.mark.slow
-def test_without_a_manager_the_fallback_limit_applies_until_one_starts(nowhere: str, data_dir: Path) -> None:
-    app, _ = limited(nowhere, in_memory_fallback=["1 per year"])
-    assert statuses(app, 3) == [200, 429, 429]
-    data_dir.chmod(0o700)
-    # Flask-Limiter checks again after a second.
-    eventually(lambda: statuses(app, 1) == [200], "the return to the manager")
-    assert statuses(app, 3) == [200, 200, 429]
 
 
 @each_strategy
