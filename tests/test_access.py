@@ -151,38 +151,17 @@ def test_ten_wrong_tokens_a_minute_are_answered() -> None:
 # Signing in
 
 
-@dataclass
-class Setting:
-    """An application that has a page for operators: `/form`, which posts to `/set`."""
-
-    app: Flask
-    done: int = 0
-
-    def __post_init__(self) -> None:
-        @self.app.get("/form")
-        @operators_only
-        def form() -> str:
-            return "the form"
-
-        @self.app.post("/set")
-        @operators_only
-        def change() -> str:
-            self.done += 1
-            return "set"
-
-        @self.app.get("/may")
-        def may() -> dict[str, object]:
-            return {"may": may_operate(), "why": why_not()}
+def with_pages(app: Flask) -> Flask:
+    """Add a page for operators: `/form`, which posts to `/set`."""
+    app.add_url_rule("/form", view_func=operators_only(lambda: "the form"))
+    app.add_url_rule("/set", endpoint="set", view_func=operators_only(lambda: "set"), methods=["POST"])
+    app.add_url_rule("/may", endpoint="may", view_func=lambda: {"may": may_operate(), "why": why_not()})
+    return app
 
 
 @pytest.fixture
-def setting() -> Setting:
-    return Setting(make_app(host="127.0.0.1", token=TOKEN))
-
-
-@pytest.fixture
-def app(setting: Setting) -> Flask:
-    return setting.app
+def app() -> Flask:
+    return with_pages(make_app(host="127.0.0.1", token=TOKEN))
 
 
 @pytest.fixture
@@ -467,9 +446,6 @@ def test_requests_from_other_sites_change_nothing() -> None:
             assert response.status_code in (200, 204), response.text
             assert value_of(app) == changed
             state_of(app).counter("x").set(VALUE)
-
-
-# Headers
 
 
 def test_every_answer_has_the_protective_headers() -> None:

@@ -223,20 +223,18 @@ def test_an_entry_with_a_negative_timeout_expires_at_once(make: Make) -> None:
     assert (expired.add("for ever", 1, 0), expired.get("for ever")) == (True, 1)
 
 
-def test_a_serializer_can_be_replaced(cache: Any) -> None:
-    cache.serializer = JSONSerializer()
-    for value in (None, True, 5, 1.5, "é", [1, {"a": None}]):
+def test_a_serializer_can_be_replaced() -> None:
+    cache: Any = ManagerCache("memory://")
+    cache.serializer = BaseRedisSerializer()
+    for value in VALUES:
         cache.set("key", value)
-        assert (type(cache.get("key")), cache.get("key")) == (type(value), value)
-    cache.set("key", (1, 2))
-    assert cache.get("key") == [1, 2]  # a tuple comes back as a list from JSON
-    cache.set("number", 1)
-    assert cache.inc("number") == 2
-    if isinstance(cache, ManagerCache):
-        cache.serializer = BaseRedisSerializer()
-        for value in VALUES:
-            cache.set("key", value)
-            assert repr(cache.get("key")) == repr(value)
+        assert repr(cache.get("key")) == repr(value)
+    cache.serializer = JSONSerializer()
+    cache.set_many({"key": ("é", 2), "number": 1})
+    assert (cache.get("key"), cache.inc("number")) == (["é", 2], 2)
+    with pytest.raises(pickle.PicklingError, match="bytes"):  # the serializer logs the reason and returns None
+        cache.set("key", b"no JSON")
+    assert cache.get("key") == ["é", 2]
 
 
 def test_threads_lose_no_increment_and_exactly_one_adds_a_key(cache: BaseCache) -> None:
@@ -252,20 +250,16 @@ def test_threads_lose_no_increment_and_exactly_one_adds_a_key(cache: BaseCache) 
 
 
 def test_inc_renews_an_entry_with_the_default_timeout_as_set_does() -> None:
-    cache, forever = ManagerCache("memory://", default_timeout=10), ManagerCache("memory://", default_timeout=0)
+    cache = ManagerCache("memory://", default_timeout=10)
     clock = clocked(cache)
-    forever._entries = cache._entries
     cache.set("brief", 1, 5)
     cache.set("long", 1, 0)
     assert (cache.inc("brief"), cache.dec("long")) == (2, 0)
-    assert (forever.set("set", 1), forever.inc("increased")) == (True, 1)
     clock.now += 9.999
     assert cache.get_many("brief", "long") == [2, 0]
     clock.now += 0.001
     assert cache.get_many("brief", "long") == [None, None]
     assert cache.inc("brief") == 1
-    clock.now += 10**9
-    assert cache.get_many("brief", "set", "increased") == [None, 1, 1]
 
 
 def test_a_delta_that_is_not_a_number_changes_nothing() -> None:
@@ -301,34 +295,17 @@ def test_a_key_that_is_unhashable_or_cannot_be_sent_is_refused(cache: Any) -> No
                 getattr(cache, method)(key, *([1] if method in ("set", "add") else []))
 
 
-class Unpicklable:
-    """Refuses to be pickled, like pickle itself."""
-
-    def __reduce__(self) -> str:
-        raise pickle.PicklingError("refused")
-
-
 @without_the_reference
-def test_a_value_that_cannot_be_serialised_is_an_error_and_changes_nothing(cache: Any) -> None:
-    """A serializer of cachelib logs the reason and returns None, which the reference stores and cannot read."""
+def test_a_value_that_cannot_be_serialised_is_an_error_and_changes_nothing(cache: BaseCache) -> None:
     cache.set("key", "before")
-    values: list[Any] = [threading.Lock(), lambda: None, (n for n in [1]), Unpicklable()]
-    for value in values:
-        changes: list[Callable[[], Any]] = [
-            lambda: cache.set("key", value),
-            lambda: cache.add("new", value),
-            lambda: cache.set_many({"first": 1, "new": value, "third": 3}),
-        ]
-        for change in changes:
-            with pytest.raises((pickle.PicklingError, TypeError, AttributeError)):
-                change()
-    with pytest.raises(pickle.PicklingError, match="Unpicklable"):
-        cache.set("key", Unpicklable())
-    cache.serializer = JSONSerializer()
-    for change in (cache.set, cache.add):
-        with pytest.raises(pickle.PicklingError, match="bytes"):
-            change("new", b"no JSON")
-    cache.serializer = ManagerCache.serializer
+    value = threading.Lock()
+    for change in (
+        lambda: cache.set("key", value),
+        lambda: cache.add("new", value),
+        lambda: cache.set_many({"first": 1, "new": value, "third": 3}),
+    ):
+        with pytest.raises(TypeError, match="pickle"):
+            change()
     assert cache.get_many("key", "new", "first", "third") == ["before", None, 1, None]
 
 
@@ -338,12 +315,10 @@ def test_a_too_large_value_is_refused_and_changes_nothing(cache: BaseCache) -> N
     for change in (
         lambda: cache.set("key", b"x" * LARGEST_VALUE),
         lambda: cache.add("new", "x" * LARGEST_VALUE),
-        lambda: cache.set_many({"new": ["x" * 1000] * 1000 + [os.urandom(LARGEST_VALUE)]}),
         lambda: cache.inc("number", 2 ** (8 * LARGEST_VALUE)),
     ):
-        with pytest.raises(InvalidRequest, match=f"at most {LARGEST_VALUE}") as error:
+        with pytest.raises(InvalidRequest, match=f"at most {LARGEST_VALUE}"):
             change()
-        assert error.value.outcome == "not_applied"
     assert cache.get_many("key", "new", "number") == ["before", None, 1]
     almost = os.urandom(LARGEST_VALUE - 1000)
     assert cache.set("key", almost) is True
@@ -351,35 +326,28 @@ def test_a_too_large_value_is_refused_and_changes_nothing(cache: BaseCache) -> N
 
 
 class Marking:
-    """A value that writes a file when it is unpickled, and becomes the pid of the process."""
+    """A value that makes a file when it is unpickled."""
 
-    def __init__(self, marks: Path) -> None:
-        self._marks = marks
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _leave_a_mark, (str(self._marks),)
-
-
-def _leave_a_mark(marks: str) -> int:
-    with open(marks, "a") as file:
-        print(os.getpid(), file=file)
-    return os.getpid()
+        return self._mark.mkdir, ()
 
 
 def test_the_manager_never_unpickles_a_value(shared_manager: str, tmp_path: Path, opened: Open) -> None:
-    marks = tmp_path / "marks"
+    mark = tmp_path / "mark"
     cache, other = (opened(shared_manager, "small", threshold=3) for _ in range(2))
     for key in ("one", "two", "three", "four"):  # the first is evicted
-        cache.set(key, Marking(marks))
-    assert cache.add("two", Marking(marks)) is False
-    assert cache.add("five", Marking(marks), timeout=-1) is True
+        cache.set(key, Marking(mark))
+    assert cache.add("two", Marking(mark)) is False
     assert [other.has("one"), other.has("two"), other.delete("three")] == [False, True, True]
     with pytest.raises(TypeError):
         other.inc("two")
-    assert not marks.exists()
-    assert other.get("four") == os.getpid()
-    cache.clear()
-    assert marks.read_text() == f"{os.getpid()}\n"
+    cache.delete("two")
+    assert not mark.exists()
+    other.get("four")
+    assert mark.exists()
 
 
 def test_caches_of_one_name_share_their_entries_and_no_others(shared_manager: str, opened: Open) -> None:
@@ -389,16 +357,6 @@ def test_caches_of_one_name_share_their_entries_and_no_others(shared_manager: st
     assert [same.get("key"), other.get("key"), other.add("key", 2), same.inc("key")] == [1, None, True, 2]
     other.clear()
     assert one.get("key") == 2
-
-
-def test_a_closed_cache_reopens_at_the_next_call(shared_manager: str, opened: Open) -> None:
-    cache = opened(shared_manager)
-    cache.set("key", 1)
-    before = os.listdir("/proc/self/fd")
-    cache.close()
-    assert len(os.listdir("/proc/self/fd")) < len(before)
-    cache.close()
-    assert cache.get("key") == 1
 
 
 # Several processes
@@ -428,22 +386,19 @@ def test_4_processes_lose_no_increment_and_exactly_one_adds_a_key(shared_manager
     assert points == (Point(1, Point(2)),) * 4
 
 
-class SimultaneousFiles(FileSystemCache):
-    """A file cache whose threads have all read a number before any writes one."""
+def test_a_file_cache_loses_increments_that_ours_counts(tmp_path: Path) -> None:
+    """It uses cachelib's `inc`: get, then set. Here all threads have read before any writes."""
+    files, barrier = FileSystemCache(str(tmp_path / "files")), threading.Barrier(4)
+    get = files.get
 
-    barrier = threading.Barrier(4)
-
-    def get(self, key: str) -> Any:
-        value = super().get(key)
+    def simultaneous(key: str) -> Any:
+        value = get(key)
         if key == "number":
-            self.barrier.wait(PATIENCE)
+            barrier.wait(PATIENCE)
         return value
 
-
-def test_a_file_cache_loses_increments_that_ours_counts(tmp_path: Path) -> None:
-    """It uses cachelib's `inc`: get, then set."""
-    files = SimultaneousFiles(str(tmp_path / "files"))
-    assert at_once(4, lambda: files.inc("number")) == [1] * 4
+    with patch.object(files, "get", simultaneous):
+        assert at_once(4, lambda: files.inc("number")) == [1] * 4
     cache = ManagerCache("memory://")
     assert sorted(at_once(4, lambda: cache.inc("number"))) == [1, 2, 3, 4]
 
@@ -454,10 +409,7 @@ def test_a_file_cache_loses_increments_that_ours_counts(tmp_path: Path) -> None:
 def test_every_method_works_as_the_first_call_after_a_loss() -> None:
     """The state simulates the loss, as killing a manager for each method would take long."""
     arguments: dict[str, list[Any]] = {"set": ["a", 2], "add": ["a", 2], "clear": [], "set_many": [{"a": 1}]}
-    for method in (
-        *("get", "set", "add", "delete", "has", "inc", "dec", "clear"),
-        *("get_many", "delete_many", "set_many"),
-    ):
+    for method in ("get", "set", "add", "delete", "has", "inc", "clear", "get_many", "delete_many", "set_many"):
         state = open_state("memory://")
         lost = chain([StateLost("begins anew")], repeat(DEFAULT))
         caches = ManagerCache(state), ManagerCache("memory://")
@@ -472,12 +424,8 @@ def test_after_a_kill_the_cache_is_empty_and_no_call_fails(on_demand: str, data_
     caches = [opened(on_demand, default_timeout=0) for _ in range(3)]
     assert all(cache.set("key", 5) for cache in caches)
     end_manager(data_dir / "manager.lock")
-    assert [caches[0].get("key"), caches[1].add("key", 1), caches[2].inc("key"), caches[0].get("key")] == [
-        None,
-        True,
-        2,
-        2,
-    ]
+    lost, added, number = caches[0].get("key"), caches[1].add("key", 1), caches[2].inc("key")
+    assert (lost, added, number) == (None, True, 2)
 
 
 # Flask-Caching and Flask-Session

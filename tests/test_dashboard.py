@@ -52,24 +52,20 @@ class Page(HTMLParser):
         self.texts: dict[str, str] = {}  # of elements with an id
         self.isolated: list[str] = []  # texts in a `<bdi>`
         self.figures: dict[str, str] = {}
-        self._open: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self._in_template = False
-        self._name = ""
+        self._open: list[tuple[str, dict[str, str], list[str]]] = []
+        self._hidden = False  # in a template or dialog
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        attributes = dict(attrs)
-        self._in_template |= tag in ("template", "dialog")
-        if tag == "input":
-            if not self._in_template and self.forms and attributes.get("name"):
-                self.forms[-1].fields[str(attributes["name"])] = attributes.get("value") or ""
-            return
-        if tag in ("meta", "link", "polyline"):
-            return
-        if tag == "form" and not self._in_template:
-            self.forms.append(Form(attributes.get("method") or "get", str(attributes["action"]), {}))
-        self._open.append((tag, attributes, []))
+        attributes = {name: value or "" for name, value in attrs}
+        self._hidden |= tag in ("template", "dialog")
+        if tag == "input" and not self._hidden and self.forms and attributes.get("name"):
+            self.forms[-1].fields[attributes["name"]] = attributes.get("value", "")
+        if tag == "form" and not self._hidden:
+            self.forms.append(Form(attributes.get("method") or "get", attributes["action"], {}))
+        if tag not in ("input", "meta", "link", "polyline"):
+            self._open.append((tag, attributes, []))
 
     def handle_data(self, data: str) -> None:
         for _, _, text in self._open:
@@ -82,34 +78,25 @@ class Page(HTMLParser):
         assert opened == tag, f"</{tag}> closes <{opened}>"
         text = "".join(parts)
         if "id" in attributes:
-            self.texts[str(attributes["id"])] = text.strip()
+            self.texts[attributes["id"]] = text.strip()
         if tag in ("template", "dialog"):
-            self._in_template = False
-        elif not self._in_template:
-            self._note(tag, attributes, text)
-
-    def _note(self, tag: str, attributes: dict[str, str | None], text: str) -> None:
-        if tag == "bdi":
+            self._hidden = False
+        elif tag == "bdi" and not self._hidden:
             self.isolated.append(text)
-            self._name = text
-        elif tag == "td" and "data-value" in attributes:
-            self.counters[self._name] = text
+        elif tag == "td" and "data-value" in attributes and not self._hidden:
+            self.counters[self.isolated[-1]] = text
         elif tag == "a" and "hidden" not in attributes:
-            self.links[text] = str(attributes["href"])
+            self.links[text] = attributes["href"]
         elif tag == "button" and self.forms:
             self.forms[-1].button = text
         elif tag == "dd":
-            self.figures[attributes.get("data-figure") or str(attributes["data-mean"])] = text
+            self.figures[attributes.get("data-figure") or attributes["data-mean"]] = text
 
     def form(self, action: str, name: str = "") -> Form:
         """Return the only form with this action, for a counter if it is named."""
-        found = [
-            form
-            for form in self.forms
-            if form.action.partition("?")[0] == action and form.fields.get("name", "") == name
-        ]
-        assert len(found) == 1, f"{len(found)} forms to {action} for {name!r}"
-        return found[0]
+        forms = [form for form in self.forms if form.action.partition("?")[0] == action]
+        (found,) = (form for form in forms if form.fields.get("name", "") == name)
+        return found
 
 
 def press(client: FlaskClient, form: Form, **typed: str) -> Page:
