@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from http.cookies import Morsel, SimpleCookie
 from itertools import product
 
@@ -234,12 +233,12 @@ def test_without_a_token_the_form_says_why_it_is_missing() -> None:
         assert says in page.text
         assert "password" not in page.text
         assert "token" in assert_refused(sign_in(client), 403)
-    off = Setting(make_app(host="0.0.0.0"))
-    assert "COUNTER_SERVER_TOKEN" in assert_refused(off.app.test_client().post("/set", headers=BROWSER), 403)
-    assert (off.done, off.app.test_client().get("/may").get_json()["may"]) == (0, False)
+    off = with_pages(make_app(host="0.0.0.0")).test_client()
+    assert "COUNTER_SERVER_TOKEN" in assert_refused(off.post("/set", headers=BROWSER), 403)
+    assert "set and delete are off" in off.get("/may").get_json()["why"]
 
 
-def test_another_site_cannot_sign_in_or_out_or_use_the_cookie(setting: Setting, client: FlaskClient) -> None:
+def test_another_site_cannot_sign_in_or_out_or_use_the_cookie(client: FlaskClient) -> None:
     sign_in(client)
     foreign: list[dict[str, str]] = [{"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://evil.example"}]
     for path, headers in product(["/sign-in", "/sign-out"], foreign):
@@ -250,7 +249,7 @@ def test_another_site_cannot_sign_in_or_out_or_use_the_cookie(setting: Setting, 
     assert_refused(send(client, "DELETE", {"Origin": "http://evil.example"}), 403)
     assert_refused(client.post("/set", headers={"Origin": "null"}), 403)
     assert_refused(send(client, "PUT", bearer(OTHER_TOKEN)), 401)  # a wrong token, despite a good cookie
-    assert (value_of(setting.app), setting.done) == (VALUE, 0)
+    assert value_of(client.application) == VALUE
     assert send(client, "PUT").status_code == 200
 
 
@@ -319,7 +318,7 @@ def test_signing_in_redirects_only_to_pages_of_this_site(client: FlaskClient) ->
 # Pages for operators
 
 
-def test_a_browser_is_redirected_to_sign_in_and_back(setting: Setting, client: FlaskClient) -> None:
+def test_a_browser_is_redirected_to_sign_in_and_back(client: FlaskClient) -> None:
     led = client.get("/form?a=%2F&b=ü", headers=BROWSER)
     assert led.status_code == 303
     assert led.location.startswith("/sign-in?next=")
@@ -332,7 +331,7 @@ def test_a_browser_is_redirected_to_sign_in_and_back(setting: Setting, client: F
     ]:
         headers = {**BROWSER, "Origin": "http://localhost", **({"Referer": referrer} if referrer else {})}
         response = client.post("/set", headers=headers)
-        assert (response.status_code, response.location, setting.done) == (303, back, 0)
+        assert (response.status_code, response.location) == (303, back)
     assert "sign in" in assert_refused(client.post("/set", headers={"Accept": "*/*"}), 401)  # a program
     assert sign_in(client, next="/form?a=%2F&b=%C3%BC").location == "/form?a=%2F&b=%C3%BC"
     assert client.get("/form", headers=BROWSER).text == "the form"

@@ -23,7 +23,7 @@ from counter_server.operations import Batch, Delete, Increment
 from counter_server.server.worker import LARGEST_HEAD, LARGEST_REQUEST, Channel
 from tests.load import open_client
 from tests.processes import PATIENCE, Server, eventually, open_in
-from tests.test_api import BAD, BEFORE, COUNTERS, INCREMENT, JSON, Bad
+from tests.test_api import BAD, BEFORE, COUNTERS, INCREMENT, JSON, Bad, with_body
 from tests.test_manager import received_until_closed
 from tests.test_server import address, ask
 
@@ -266,19 +266,16 @@ def test_a_failing_application_gives_a_problem_document_too() -> None:
 
 
 def test_a_client_that_disconnects_after_the_body_is_counted_once_and_its_retry_gets_the_number(server: Server) -> None:
-    numbers = []
-    for turn in range(20):
-        key, body = f"gone-{turn}", b'{"by": 1}'
-        request = f"POST {COUNTERS}/gone/increment HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: {key}\r\n"
+    path, body = f"{COUNTERS}/gone/increment", b'{"by": 1}'
+    for turn in range(1, 21):
+        headers = {"Idempotency-Key": f"gone-{turn}", "Content-Type": JSON}
         with connect(server) as connection:
             # This way of closing resets the connection.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.sendall(f"{request}Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        headers = {"Idempotency-Key": key, "Content-Type": JSON}
-        status, _, text = ask(server.url, "POST", f"{COUNTERS}/gone/increment", body, headers)
-        assert status == 200
-        numbers.append(json.loads(text)["value"])
-    assert numbers == list(range(1, 21))
+            options = {"headers": [("Idempotency-Key", f"gone-{turn}")], **with_body(body)}
+            connection.sendall(on_the_wire(Bad("POST", path, 200, options)))
+        status, _, text = ask(server.url, "POST", path, body, headers)
+        assert (status, json.loads(text)["value"]) == (200, turn)
     assert ask(server.url, "DELETE", f"{COUNTERS}/gone")[0] == 204
 
 

@@ -77,13 +77,6 @@ def two(scratch: Path) -> Iterator[str]:
         yield server.url
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Return the URL of a server with one worker."""
-    with Server("--workers", "1", "--data-dir", tmp_path_factory.mktemp("one") / "data") as server:
-        yield server.url
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["global", "file"])
 def test_threads_that_read_before_another_has_written_get_the_same_number(two: str, strategy: str) -> None:
@@ -92,13 +85,6 @@ def test_threads_that_read_before_another_has_written_get_the_same_number(two: s
     assert all(answer.number == (answer.read or 0) + 1 for answer in answers)
     assert all(answer.ended - answer.began >= YIELD_SECONDS for answer in answers)
     assert any(raced(one, other) for one in answers for other in answers if one.worker == other.worker)
-
-
-@pytest.mark.slow
-def test_a_lock_is_enough_for_one_worker(one: str) -> None:
-    answers = play(one, "lock")
-    assert numbers(answers) == list(range(1, CLIENTS + 1))
-    assert not any(raced(one, other) for one in answers for other in answers)
 
 
 @pytest.mark.slow
@@ -248,8 +234,8 @@ def test_a_run_is_over_after_a_minute(client: FlaskClient, long_ago: Callable[[i
 
 
 def test_an_invalid_choice_is_refused(client: FlaskClient) -> None:
-    bad_clients = ("", "0", "101", "-1", "1.5", "x", "1e2", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 4300)
-    choices = [*(("global", clients) for clients in bad_clients), ("", "100"), ("magic", "100"), ("__class__", "100")]
+    bad_clients = ("", "0", "101", "-1", "1.5", "1e2", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 4300)
+    choices = [*(("global", clients) for clients in bad_clients), ("", "100"), ("__class__", "100")]
     for strategy, clients in choices:
         choice = {"strategy": strategy, "clients": clients}
         for response in (client.post("/lab/runs", data=choice), client.get("/lab", query_string=choice)):
@@ -311,5 +297,7 @@ def test_the_command_line_turns_it_on_and_off(start_server: Callable[..., Server
     off = start_server("--workers", "1", "--no-lab")
     assert ask(off.url, "GET", "/lab")[0] == 404
     off.stop()
-    on = start_server("--workers", "1", "--host", "0.0.0.0", "--lab")
-    assert ask(on.url.replace("0.0.0.0", "127.0.0.1"), "GET", "/lab")[0] == 200
+    on = start_server("--workers", "1", "--host", "0.0.0.0", "--lab").url.replace("0.0.0.0", "127.0.0.1")
+    answers = play(on, "lock")  # which is enough for one worker
+    assert numbers(answers) == list(range(1, CLIENTS + 1))
+    assert not any(raced(one, other) for one in answers for other in answers)
