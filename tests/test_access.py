@@ -147,6 +147,14 @@ def test_ten_wrong_tokens_a_minute_are_answered() -> None:
     assert send(client, "PUT", bearer(TOKEN), REMOTE_ADDR="192.0.2.1").status_code == 200
 
 
+def test_a_page_tells_no_more_about_a_token_than_the_api() -> None:
+    client = make_app(token=TOKEN).test_client()
+    answers = [client.get("/sign-in", headers=bearer(OTHER_TOKEN)).status_code for _ in range(20)]
+    assert answers == [200] * 10 + [429] * 10
+    assert client.get("/sign-in", headers=bearer(TOKEN)).status_code == 429
+    assert client.get("/sign-in").status_code == 200
+
+
 # Signing in
 
 

@@ -354,32 +354,24 @@ def test_unchanged_content_is_not_sent_again(client: FlaskClient, app: Flask) ->
 def test_workers_agree_on_the_page_and_show_restarts(start_server: Callable[..., Server]) -> None:
     """Requests change nothing on the page; only uptimes change, in ever longer steps."""
     server = start_server("--workers", "2")
-    tag, found = "", {}
+    tag, rows = "", []
 
     def unchanged() -> bool:
-        nonlocal tag, found
-        status, headers, text = ask(server.url, "GET", "/counters.json", headers={"If-None-Match": tag})
-        if status == 200:
-            tag, found = headers["ETag"], json.loads(text)
-        return status == 304
+        nonlocal tag, rows
+        with suppress(OSError, HTTPException):  # a killed worker may have been about to answer
+            status, headers, text = ask(server.url, "GET", "/counters.json", headers={"If-None-Match": tag})
+            if status == 200:
+                tag, rows = headers["ETag"], json.loads(text)["processes"]
+            return status == 304
+        return False
 
     eventually(lambda: all(unchanged() for _ in range(6)), "six answers that nothing has changed")
-    rows = found["processes"]
-    assert [row["name"] for row in rows] == ["manager", "worker-1", "worker-2"]
-    assert [int(row["pid"]) for row in rows[:1]] == server.children("manager")
-    assert {int(row["pid"]) for row in rows[1:]} == set(server.children("worker"))
-    assert [row["restarts"] for row in rows] == ["0", "0", "0"]
-    text = ask(server.url, "GET", "/counters")[2]
-    assert all(f"<td>{row['pid']}</td>" in text for row in rows)
-    os.kill(int(rows[1]["pid"]), signal.SIGKILL)
-
-    def replaced() -> bool:
-        with suppress(OSError, HTTPException):  # the killed worker may have been about to answer
-            unchanged()
-        row = found["processes"][1]
-        return bool(row["restarts"] == "1" and row["pid"].isdigit() and row["pid"] != rows[1]["pid"])
-
-    eventually(replaced, "the next worker on the page")
+    assert [(row["name"], row["restarts"]) for row in rows] == [("manager", "0"), ("worker-1", "0"), ("worker-2", "0")]
+    pids = [int(row["pid"]) for row in rows]
+    assert (pids[:1], {*pids[1:]}) == (server.children("manager"), {*server.children("worker")})
+    os.kill(pids[1], signal.SIGKILL)
+    eventually(lambda: unchanged() and rows[1]["restarts"] == "1" and rows[1]["pid"].isdigit(), "the next worker")
+    assert int(rows[1]["pid"]) != pids[1]
 
 
 STATUS = msgspec.json.decode(
