@@ -214,9 +214,6 @@ def test_under_another_launcher_set_and_delete_need_the_bound_address(
     assert (data_dir / "session.key").exists()
 
 
-# What cannot be, told at the start
-
-
 @pytest.mark.parametrize(
     ("options", "environment", "reason"),
     [

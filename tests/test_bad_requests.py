@@ -262,9 +262,6 @@ def test_a_failing_application_gives_a_problem_document_too() -> None:
     assert b"in detail" not in body
 
 
-# Clients that disconnect, wait, or do not read
-
-
 def test_a_client_that_disconnects_after_the_body_is_counted_once_and_its_retry_gets_the_number(server: Server) -> None:
     path, body = f"{COUNTERS}/gone/increment", b'{"by": 1}'
     for turn in range(1, 21):

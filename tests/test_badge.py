@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
 from counter_server.errors import InvalidRequest
-from counter_server.operations import LARGEST
 from counter_server.server.web import create_app
 from counter_server.server.web.badge import PALETTE, draw
 from counter_server.state import State
@@ -94,12 +93,6 @@ def test_the_badge_of_a_missing_counter_says_so(client: FlaskClient, state: Stat
     assert state.counters().counters == []
 
 
-def test_a_counter_at_its_end_is_refused_and_still_read(client: FlaskClient, state: State) -> None:
-    state.counter("visits").set(LARGEST)
-    assert client.get("/badge/visits.svg?count=1").status_code == 409
-    assert words(client.get("/badge/visits.svg")) == ["visits", str(LARGEST)]
-
-
 def test_a_badge_has_the_requested_label_and_colour(client: FlaskClient, state: State) -> None:
     state.counter("visits").set(-7)
     label = '<b>&"Besucher'
@@ -167,9 +160,6 @@ def test_the_words_contrast_with_the_background() -> None:
     for colours, ink in ((("ABC", "0f0", "fe7d37"), dark), (("00f", "333"), light)):
         for colour in colours:
             assert fills(drawn("a", "b", colour), "text") == ink
-
-
-# As an operator runs it
 
 
 @pytest.mark.slow

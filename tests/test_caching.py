@@ -96,9 +96,6 @@ VALUES: list[Any] = [
 KEYS: list[Any] = ["", "key", "a b/c?d=é&f", "\N{GRINNING FACE}" * 1000, "\x00", 1, ("a", 1), b"bytes"]
 
 
-# The contract of cachelib
-
-
 def test_a_value_is_returned_unchanged(cache: BaseCache) -> None:
     for value in VALUES:
         assert cache.set("key", value) is True
@@ -241,9 +238,6 @@ def test_threads_lose_no_increment_and_exactly_one_adds_a_key(cache: BaseCache) 
     assert {cache.get(f"key {n}") is not None for n in range(25)} == {True}
 
 
-# Intended differences from the reference
-
-
 def test_inc_renews_an_entry_with_the_default_timeout_as_set_does() -> None:
     cache = ManagerCache("memory://", default_timeout=10)
     clock = clocked(cache)
@@ -319,9 +313,6 @@ def test_caches_of_one_name_share_their_entries_and_no_others(shared_manager: st
     assert one.get("key") == 2
 
 
-# Several processes
-
-
 def use(url: str) -> tuple[list[Any], list[bool], Any]:
     cache = ManagerCache(url, deadline=PATIENCE)
     cache.inc("here")
@@ -363,9 +354,6 @@ def test_a_file_cache_loses_increments_that_ours_counts(tmp_path: Path) -> None:
     assert sorted(at_once(4, lambda: cache.inc("number"))) == [1, 2, 3, 4]
 
 
-# A manager that is killed
-
-
 def test_every_method_works_as_the_first_call_after_a_loss() -> None:
     """The state simulates the loss, as killing a manager for each method would take long."""
     arguments: dict[str, list[Any]] = {"set": ["a", 2], "add": ["a", 2], "clear": [], "set_many": [{"a": 1}]}
@@ -386,9 +374,6 @@ def test_after_a_kill_the_cache_is_empty_and_no_call_fails(on_demand: str, data_
     end_manager(data_dir / "manager.lock")
     lost, added, number = caches[0].get("key"), caches[1].add("key", 1), caches[2].inc("key")
     assert (lost, added, number) == (None, True, 2)
-
-
-# Flask-Caching and Flask-Session
 
 
 def make_app(url: str = "memory://") -> Flask:

@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 
 from counter_server import SharedState
-from counter_server.errors import CounterServerError, InvalidRequest
+from counter_server.errors import InvalidRequest
 from counter_server.manager.client import StateProxy
 from counter_server.state import Counter
 from tests.load import at_once
@@ -121,9 +121,6 @@ def test_it_holds_no_reference_to_the_app() -> None:
     assert isinstance(counter, Counter)
 
 
-# Configuration
-
-
 @pytest.mark.parametrize(
     ("environment", "config", "directory"),
     [
@@ -167,17 +164,6 @@ def test_the_configuration_or_the_environment_names_the_data_directory(
 def test_an_invalid_store_or_deadline_is_refused_by_init_app(name: str, value: object, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         make_app(SharedState(), **{name: value})
-
-
-def test_the_deadline_of_the_configuration_holds(tmp_path: Path) -> None:
-    app = make_app(SharedState(), COUNTER_SERVER_STORE=f"manager://{tmp_path}", COUNTER_SERVER_DEADLINE=0.05)
-    with app.app_context(), pytest.raises(CounterServerError) as late:
-        SharedState().counter("x").increment()
-    assert late.value.outcome == "not_applied"
-    assert "\n" not in str(late.value)
-
-
-# With a manager
 
 
 def test_apps_with_one_manager_share_their_counters(

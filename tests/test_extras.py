@@ -89,10 +89,3 @@ def test_without_a_package_the_error_names_the_extra(
 def test_a_package_that_is_not_used_is_not_needed(run_without: Run, missing: str, program: str, output: str) -> None:
     done = run_without((missing,), "-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (0, output, "")
-
-
-def test_the_demonstration_without_waitress_names_the_extra(run_without: Run) -> None:
-    done = run_without(("waitress",), "-m", "counter_server", "demo", "--json", "--only", "waitress/ours")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "waitress not installed: pip install 'counter-server[demo]'" in done.stdout

@@ -77,9 +77,6 @@ def remaining(limiter: RateLimiter, limit: RateLimitItem = LONG, who: str = "ann
     return limiter.get_window_stats(limit, who).remaining
 
 
-# The contract
-
-
 def test_hits_up_to_the_limit_are_admitted(limiter: RateLimiter, storage: Storage) -> None:
     """`test` predicts it, and the stats report it, without using the budget."""
     before = time.time()
@@ -105,9 +102,6 @@ def test_100_threads_have_one_budget(empty: str, strategy: str) -> None:
     limiter = STRATEGIES[strategy](ManagerStorage(empty, deadline=PATIENCE))
     admitted = at_once(100, lambda: limiter.hit(RateLimitItemPerYear(30), "anna"))
     assert sorted(admitted) == [False] * 70 + [True] * 30
-
-
-# Time
 
 
 class Clock:
@@ -256,9 +250,6 @@ def _answer(limiter: RateLimiter, method: str, item: RateLimitItem, who: str, co
     return answer
 
 
-# Names, and a manager that is killed or missing
-
-
 def test_storages_of_one_name_share_their_budgets_and_no_others(empty: str) -> None:
     storages = [ManagerStorage(empty, deadline=PATIENCE, name=name) for name in ("limits", "limits", "logins")]
     first, same, other = (STRATEGIES["fixed-window"](storage) for storage in storages)
@@ -312,9 +303,6 @@ def test_a_missing_manager_is_an_error(data_dir: Path, caplog: pytest.LogCapture
     assert not data_dir.exists()
 
 
-# Construction
-
-
 def test_the_scheme_is_registered_and_memory_is_not_replaced() -> None:
     assert type(storage_from_string("manager:///somewhere")) is ManagerStorage
     assert type(storage_from_string("memory://")) is MemoryStorage
@@ -344,9 +332,6 @@ def test_an_invalid_option_is_refused_at_once(
     if not url.startswith("redis"):  # which is a scheme of limits itself
         with pytest.raises(error, match=says):
             Limiter(get_remote_address, app=app, storage_uri=url)
-
-
-# Flask-Limiter
 
 
 @each_strategy

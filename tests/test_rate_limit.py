@@ -122,9 +122,6 @@ def test_if_the_budget_does_not_answer_in_time_nothing_was_counted(on_demand: st
         made.application.extensions["counter_server"].close()
 
 
-# As an operator runs it
-
-
 @pytest.mark.slow
 def test_all_workers_share_one_budget(start_server: Callable[..., Server]) -> None:
     server = start_server("--workers", "2", "--rate-limit", "50/hour")
