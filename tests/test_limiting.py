@@ -92,7 +92,7 @@ def test_hits_up_to_the_limit_are_admitted(limiter: RateLimiter, storage: Storag
         assert limiter.hit(LONG, "anna") is (left > 0)
     nothing = RateLimitItemPerYear(0)
     assert [limiter.test(nothing, "anna"), *hits(limiter, 2, nothing)] == [False] * 3
-    assert [storage.reset() > 0, storage.reset(), storage.check()] == [True, 0, True]
+    assert [(storage.reset() or 0) > 0, storage.reset(), storage.check()] == [True, 0, True]
     assert hits(limiter) == ADMITTED
 
 

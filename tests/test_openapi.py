@@ -96,7 +96,7 @@ def check(case: Case, response: schemathesis.Response) -> None:
     if (promised := DOCUMENT["paths"][case.path].get(case.method.lower())) is not None:
         assert str(response.status_code) in promised["responses"]  # Schemathesis ignores odd content types
     excluded: list[Any] = [use_after_free]  # a deleted counter may be counted again
-    body = case.body if isinstance(case.body, dict) else {}
+    body: Any = case.body if isinstance(case.body, dict) else {}
     lowest, highest = body.get("minimum"), body.get("maximum")
     crossed = lowest is not None and highest is not None and lowest > highest  # a rule beyond schemas
     if is_good(case) and (response.status_code == 422 or crossed):
