@@ -2,10 +2,8 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from http.cookies import Morsel, SimpleCookie
 from itertools import product
-from pathlib import Path
 
 import pytest
 from flask import Flask
@@ -61,21 +59,17 @@ def assert_refused(response: TestResponse, status: int) -> str:
     body = response.get_json()
     assert (body["status"], body["outcome"]) == (status, "not_applied")
     detail = body["detail"]
-    assert isinstance(detail, str)
     assert "\n" not in detail
     assert TOKEN not in response.text
-    return detail
+    return str(detail)
 
 
 # Permission to set and delete
 
 GOOD_CREDENTIALS = [bearer(TOKEN), bearer(TOKEN, "BEARER")]
 BAD_CREDENTIALS = [
-    {},
     *(bearer(token) for token in (OTHER_TOKEN, TOKEN[:-1], TOKEN + "=", TOKEN.upper(), "größer als sechzehn")),
-    {"Authorization": "Bearer"},
-    bearer(TOKEN, "Basic"),
-    bearer(f"{TOKEN}, Bearer {TOKEN}"),
+    *({}, {"Authorization": "Bearer"}, bearer(TOKEN, "Basic"), bearer(f"{TOKEN}, Bearer {TOKEN}")),
     {"X-Token": TOKEN, "Cookie": f"session={TOKEN}"},
 ]
 
@@ -98,14 +92,9 @@ def test_with_a_token_only_clients_that_send_it_set_and_delete() -> None:
             assert value_of(app) == VALUE
         for headers in GOOD_CREDENTIALS:
             assert_done(app, method, headers)
-    assert_everyone_reads_and_counts(app)
-
-
-def assert_everyone_reads_and_counts(app: Flask) -> None:
-    client = app.test_client()
+    client = app.test_client()  # anybody reads and counts
     assert client.get(COUNTER).get_json()["value"] == VALUE
     assert client.post(f"{COUNTER}/increment").get_json()["value"] == VALUE + 1
-    assert client.get("/").status_code == 200
 
 
 def test_without_a_token_only_a_loopback_address_allows_set_and_delete() -> None:
@@ -125,20 +114,16 @@ def test_without_a_token_only_a_loopback_address_allows_set_and_delete() -> None
         client = app.test_client()  # accepts every name if it is bound elsewhere
         for name in ("evil.example", "counter.example:80", "192.0.2.1"):
             assert client.get(COUNTER, headers={"Host": name}).status_code == (421 if here else 200)
-    assert_everyone_reads_and_counts(app)
 
 
 def test_the_token_comes_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     shortest = "x" * 16
     monkeypatch.setenv("COUNTER_SERVER_TOKEN", shortest)
-    app = create_app({"COUNTER_SERVER_STORE": "memory://"})
-    assert send(app.test_client(), "PUT").status_code == 401
-    assert send(app.test_client(), "PUT", bearer(shortest)).status_code == 200
+    client = create_app({"COUNTER_SERVER_STORE": "memory://"}).test_client()
+    assert (send(client, "PUT").status_code, send(client, "PUT", bearer(shortest)).status_code) == (401, 200)
 
 
-@pytest.mark.parametrize(
-    "token", ["", " ", "short", "x" * 15, "with a space in it", f"{TOKEN}\n", "größer" * 3, 10**20]
-)
+@pytest.mark.parametrize("token", ["", "x" * 15, "with a space in it", f"{TOKEN}\n", "größer" * 3, 10**20])
 def test_an_unusable_token_is_refused_at_the_start_and_not_repeated(token: object) -> None:
     with pytest.raises(StartupError, match="COUNTER_SERVER_TOKEN") as caught:
         make_app(token=token)
@@ -159,41 +144,25 @@ def test_ten_wrong_tokens_a_minute_are_answered() -> None:
     assert send(client, "PUT", bearer(TOKEN), REMOTE_ADDR="192.0.2.1").status_code == 200
 
 
-# Signing in
+def test_a_page_tells_no_more_about_a_token_than_the_api() -> None:
+    client = make_app(token=TOKEN).test_client()
+    answers = [client.get("/sign-in", headers=bearer(OTHER_TOKEN)).status_code for _ in range(20)]
+    assert answers == [200] * 10 + [429] * 10
+    assert client.get("/sign-in", headers=bearer(TOKEN)).status_code == 429
+    assert client.get("/sign-in").status_code == 200
 
 
-@dataclass
-class Setting:
-    """An application that has a page for operators: `/form`, which posts to `/set`."""
-
-    app: Flask
-    done: int = 0
-
-    def __post_init__(self) -> None:
-        @self.app.get("/form")
-        @operators_only
-        def form() -> str:
-            return "the form"
-
-        @self.app.post("/set")
-        @operators_only
-        def change() -> str:
-            self.done += 1
-            return "set"
-
-        @self.app.get("/may")
-        def may() -> dict[str, object]:
-            return {"may": may_operate(), "why": why_not()}
+def with_pages(app: Flask) -> Flask:
+    """Add a page for operators: `/form`, which posts to `/set`."""
+    app.add_url_rule("/form", view_func=operators_only(lambda: "the form"))
+    app.add_url_rule("/set", endpoint="set", view_func=operators_only(lambda: "set"), methods=["POST"])
+    app.add_url_rule("/may", endpoint="may", view_func=lambda: {"may": may_operate(), "why": why_not()})
+    return app
 
 
 @pytest.fixture
-def setting() -> Setting:
-    return Setting(make_app(host="127.0.0.1", token=TOKEN))
-
-
-@pytest.fixture
-def app(setting: Setting) -> Flask:
-    return setting.app
+def app() -> Flask:
+    return with_pages(make_app(host="127.0.0.1", token=TOKEN))
 
 
 @pytest.fixture
@@ -220,7 +189,6 @@ def with_cookie(value: str) -> dict[str, str]:
 
 def test_signing_in_allows_set_and_delete_until_signing_out(client: FlaskClient) -> None:
     form = client.get("/sign-in", headers=BROWSER)
-    assert form.status_code == 200
     assert 'role="alert"' not in form.text
     assert 'type="password"' in form.text
     assert send(client, "PUT").status_code == 401
@@ -229,8 +197,7 @@ def test_signing_in_allows_set_and_delete_until_signing_out(client: FlaskClient)
     assert cookie_of(response)["expires"], "the window may be closed before the sign-in is over"
     assert client.get("/may").get_json() == {"may": True, "why": ""}
     assert client.post("/set").text == "set"
-    assert send(client, "PUT").status_code == 200
-    assert send(client, "DELETE").status_code == 204
+    assert [send(client, method).status_code for method in ("PUT", "DELETE")] == [200, 204]
     assert "You are signed in" in client.get("/sign-in").text
     response = client.post("/sign-out", headers=BROWSER)
     assert (response.status_code, response.location) == (303, "/")
@@ -268,9 +235,12 @@ def test_without_a_token_the_form_says_why_it_is_missing() -> None:
         assert says in page.text
         assert "password" not in page.text
         assert "token" in assert_refused(sign_in(client), 403)
+    off = with_pages(make_app(host="0.0.0.0")).test_client()
+    assert "COUNTER_SERVER_TOKEN" in assert_refused(off.post("/set", headers=BROWSER), 403)
+    assert "set and delete are off" in off.get("/may").get_json()["why"]
 
 
-def test_another_site_cannot_sign_in_or_out_or_use_the_cookie(setting: Setting, client: FlaskClient) -> None:
+def test_another_site_cannot_sign_in_or_out_or_use_the_cookie(client: FlaskClient) -> None:
     sign_in(client)
     foreign: list[dict[str, str]] = [{"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://evil.example"}]
     for path, headers in product(["/sign-in", "/sign-out"], foreign):
@@ -281,7 +251,7 @@ def test_another_site_cannot_sign_in_or_out_or_use_the_cookie(setting: Setting, 
     assert_refused(send(client, "DELETE", {"Origin": "http://evil.example"}), 403)
     assert_refused(client.post("/set", headers={"Origin": "null"}), 403)
     assert_refused(send(client, "PUT", bearer(OTHER_TOKEN)), 401)  # a wrong token, despite a good cookie
-    assert (value_of(setting.app), setting.done) == (VALUE, 0)
+    assert value_of(client.application) == VALUE
     assert send(client, "PUT").status_code == 200
 
 
@@ -347,10 +317,7 @@ def test_signing_in_redirects_only_to_pages_of_this_site(client: FlaskClient) ->
         assert 'name="next" value="/"' in client.get("/sign-in", query_string={"next": path}).text
 
 
-# Pages for operators
-
-
-def test_a_browser_is_redirected_to_sign_in_and_back(setting: Setting, client: FlaskClient) -> None:
+def test_a_browser_is_redirected_to_sign_in_and_back(client: FlaskClient) -> None:
     led = client.get("/form?a=%2F&b=ü", headers=BROWSER)
     assert led.status_code == 303
     assert led.location.startswith("/sign-in?next=")
@@ -363,24 +330,10 @@ def test_a_browser_is_redirected_to_sign_in_and_back(setting: Setting, client: F
     ]:
         headers = {**BROWSER, "Origin": "http://localhost", **({"Referer": referrer} if referrer else {})}
         response = client.post("/set", headers=headers)
-        assert (response.status_code, response.location, setting.done) == (303, back, 0)
+        assert (response.status_code, response.location) == (303, back)
+    assert "sign in" in assert_refused(client.post("/set", headers={"Accept": "*/*"}), 401)  # a program
     assert sign_in(client, next="/form?a=%2F&b=%C3%BC").location == "/form?a=%2F&b=%C3%BC"
     assert client.get("/form", headers=BROWSER).text == "the form"
-
-
-def test_a_program_gets_a_problem_document(setting: Setting, client: FlaskClient) -> None:
-    for accept in (None, "*/*", "application/json"):
-        response = client.post("/set", headers={"Accept": accept} if accept else {})
-        assert "sign in" in assert_refused(response, 401)
-        assert setting.done == 0
-
-
-def test_if_set_and_delete_are_off_a_browser_learns_why() -> None:
-    off = Setting(make_app(host="0.0.0.0"))
-    for headers in ({}, BROWSER):
-        assert "COUNTER_SERVER_TOKEN" in assert_refused(off.app.test_client().post("/set", headers=headers), 403)
-    assert off.done == 0
-    assert "set and delete are off" in off.app.test_client().get("/may").get_json()["why"]
 
 
 # Names: the Host header
@@ -425,15 +378,16 @@ def test_configured_names_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    "names",
-    ["localhost", ["http://counter.example"], ["counter.example:80"], ["a b"], ["a..b"], ["a" * 64], [""], [7], 7],
+    ("key", "value", "says"),
+    [
+        *(("TRUSTED_HOSTS", wrong, "name") for wrong in ("localhost", ["http://x.example"], ["x.example:80"], [""], 7)),
+        *(("TRUSTED_HOSTS", [wrong], "name") for wrong in ("a b", "a..b", "a" * 64, 7)),
+        *(("trusted_proxies", wrong, "TRUSTED_PROXIES") for wrong in (-1, "1", 1.0, True, None)),
+    ],
 )
-def test_an_invalid_host_name_is_refused_at_the_start(names: object) -> None:
-    with pytest.raises(StartupError, match="name"):
-        make_app(TRUSTED_HOSTS=names)
-
-
-# Proxies
+def test_an_invalid_host_name_or_number_of_proxies_is_refused(key: str, value: object, says: str) -> None:
+    with pytest.raises(StartupError, match=says):
+        make_app(**{key: value})
 
 
 def forwarded(**values: str) -> dict[str, str]:
@@ -457,15 +411,6 @@ def test_only_headers_of_declared_proxies_are_trusted() -> None:
         assert client.post(f"{COUNTER}/increment", headers=own).status_code == (200 if secure else 403)
     client = make_app(host="127.0.0.1").test_client()
     assert_refused(client.get(COUNTER, headers={"Host": "evil.example", **forwarded(host="localhost")}), 421)
-
-
-@pytest.mark.parametrize("proxies", [-1, "1", 1.0, True, None])
-def test_an_invalid_number_of_proxies_is_refused_at_the_start(proxies: object) -> None:
-    with pytest.raises(StartupError, match="TRUSTED_PROXIES"):
-        make_app(trusted_proxies=proxies)
-
-
-# Other sites
 
 
 def test_requests_from_other_sites_change_nothing() -> None:
@@ -495,9 +440,6 @@ def test_requests_from_other_sites_change_nothing() -> None:
             state_of(app).counter("x").set(VALUE)
 
 
-# Headers
-
-
 def test_every_answer_has_the_protective_headers() -> None:
     app = make_app(host="127.0.0.1", token=TOKEN)
     app.add_url_rule("/fails", view_func=lambda: str(1 // 0))
@@ -517,23 +459,6 @@ def test_every_answer_has_the_protective_headers() -> None:
                 *("form-action 'self'", "base-uri 'none'", "frame-ancestors 'none'"),
             }
             assert response.headers["X-Content-Type-Options"] == "nosniff"
-            assert response.headers["Referrer-Policy"] == "same-origin"
-            assert response.headers["Cross-Origin-Opener-Policy"] == "same-origin"
-            assert response.headers["Cross-Origin-Resource-Policy"] == "same-origin"
-            assert "X-Powered-By" not in response.headers
+            for name in ("Referrer-Policy", "Cross-Origin-Opener-Policy", "Cross-Origin-Resource-Policy"):
+                assert response.headers[name] == "same-origin"
             assert "Strict-Transport-Security" not in response.headers
-
-
-# The key
-
-
-def test_a_store_in_memory_writes_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COUNTER_SERVER_DATA_DIR", str(tmp_path / "data"))
-    assert make_app().secret_key != make_app().secret_key
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_configured_key_is_used(tmp_path: Path) -> None:
-    app = create_app({"COUNTER_SERVER_STORE": f"manager://{tmp_path}/data", "SECRET_KEY": "of this test"})
-    assert app.secret_key == "of this test"
-    assert list(tmp_path.iterdir()) == []

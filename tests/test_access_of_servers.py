@@ -15,8 +15,8 @@ import pytest
 from counter_server.errors import StartupError
 from counter_server.manager.directory import DataDirectory
 from tests.launchers import launch
-from tests.processes import Program, Server, end_manager
-from tests.test_access import OTHER_NAMES, OTHER_TOKEN, OWN_NAMES, TOKEN, bearer, forwarded
+from tests.processes import Program, Server
+from tests.test_access import OTHER_TOKEN, TOKEN, bearer, forwarded
 from tests.test_server import ask, assert_not_started
 
 pytestmark = pytest.mark.slow
@@ -68,76 +68,34 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def test_on_loopback_only_loopback_names_set_and_delete(plain: Server) -> None:
-    for number, name in enumerate(OWN_NAMES):
-        assert put(plain.url, number, {"Host": name}) == 200
-        assert value(plain.url) == number
-    assert put(plain.url, 5) == 200
-    for name in [*OTHER_NAMES, "[::::]", "[::1", "::1", "counter.example"]:
-        status, headers, text = ask(plain.url, "DELETE", COUNTER, None, {"Host": name})
-        # What may be two names is no request at all.
-        assert (status, headers["Content-Type"]) == (400 if "," in name else 421, "application/problem+json"), name
-        assert "," in name or "--allow-host" in json.loads(text)["detail"]
-    assert value(plain.url) == 5
-    assert ask(plain.url, "DELETE", COUNTER)[0] == 204
-    assert value(plain.url) is None
-
-
 def test_forwarded_headers_count_only_behind_a_declared_proxy(plain: Server, guarded: Server) -> None:
     for proto in ("https", "http"):
         headers = forwarded(proto=proto, host="counter.example")
         assert ("; Secure" in sign_in(guarded.url, headers)) is (proto == "https")
-        _, visited, _ = ask(guarded.url, "GET", "/session", headers=headers)
-        assert ("; Secure" in visited["Set-Cookie"]) is (proto == "https")
-        _, visited, _ = ask(plain.url, "GET", "/session", headers=headers)
-        assert "; Secure" not in visited["Set-Cookie"]
         own = {**headers, "Origin": f"{proto}://counter.example"}
-        assert ask(guarded.url, "POST", "/session/inc", headers=own)[0] == 200
+        status, visited, _ = ask(guarded.url, "POST", "/session/inc", headers=own)
+        assert (status, "; Secure" in visited["Set-Cookie"]) == (200, proto == "https")
         assert ask(plain.url, "POST", "/session/inc", headers=own)[0] == 403
+        assert "; Secure" not in ask(plain.url, "GET", "/session", headers=headers)[1]["Set-Cookie"]
 
 
-def test_a_token_is_needed_to_set_and_delete(guarded: Server) -> None:
-    assert put(guarded.url, 5, bearer(TOKEN)) == 200
-    for headers in ({}, bearer(OTHER_TOKEN), bearer(TOKEN[:-1]), {"Cookie": f"session={TOKEN}"}):
-        assert put(guarded.url, 6, headers) == 401
-        status, answered, _ = ask(guarded.url, "DELETE", COUNTER, headers=headers)
-        assert status == 401
-        assert answered["Www-Authenticate"].startswith("Bearer ")  # as waitress writes it
-        assert value(guarded.url) == 5
-    assert put(guarded.url, 6, {"Host": "evil.example", **bearer(TOKEN)}) == 421
-    assert put(guarded.url, 7, {"Host": "counter.example", **with_cookie(sign_in(guarded.url))}) == 200
-    assert value(guarded.url) == 7
-
-
-def test_a_cookie_holds_after_a_restart_and_under_every_launcher(
+def test_a_cookie_holds_under_every_launcher(
     stack: ExitStack, on_demand: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COUNTER_SERVER_TOKEN", TOKEN)
     monkeypatch.setenv("COUNTER_SERVER_DATA_DIR", str(data_dir))
-    with Server("--workers", "2") as first:
-        cookie = with_cookie(sign_in(first.url))
-        session = with_cookie(ask(first.url, "POST", "/session/inc")[1]["Set-Cookie"])
+    with Server("--workers", "2") as server:
+        cookie = with_cookie(sign_in(server.url))
         key = (data_dir / "session.key").read_bytes()
-        assert stat.S_IMODE((data_dir / "session.key").stat().st_mode) == 0o600
-        assert first.stop() == 0
-    with Server("--workers", "2") as second:
-        assert [put(second.url, number, cookie) for number in range(8)] == [200] * 8
-        assert second.stop() == 0
+        assert server.stop() == 0
     (tmp_path / "app.py").write_text(APP.format(config=""))
     for number, launcher in enumerate(("gunicorn, 4 sync workers", "flask run")):
         program, url = launch(stack, launcher, tmp_path)
         assert {put(url, number, cookie) for _ in range(8)} == {200}, launcher
         assert put(url, 99) == 401
         assert value(url) == number
-        assert "counter is 0" in ask(url, "GET", "/session", headers=session)[2]  # it is the manager that is a new one
-        assert cookie["Cookie"].partition("=")[2] not in sign_in(url)
         program.stop()
     assert (data_dir / "session.key").read_bytes() == key
-    end_manager(data_dir / "manager.lock")
-    monkeypatch.setenv("COUNTER_SERVER_TOKEN", OTHER_TOKEN)
-    with Server("--workers", "1") as third:
-        assert put(third.url, 99, cookie) == 401
-        assert value(third.url) == 1
 
 
 @pytest.mark.parametrize("store", [None, "sqlite:///{}/counters.db"])
@@ -242,49 +200,26 @@ def test_many_addresses_together_guess_no_more_than_a_hundred_times_a_minute(
     assert put(server.url, 1) == 401  # without a token nothing is guessed
 
 
-def test_a_page_tells_no_more_about_a_token_than_the_api(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COUNTER_SERVER_TOKEN", TOKEN)
-    server = start_server("--workers", "2")
-    answers = [ask(server.url, "GET", "/sign-in", headers=bearer(OTHER_TOKEN)) for _ in range(20)]
-    assert [status for status, _, _ in answers] == [200] * 10 + [429] * 10
-    assert ask(server.url, "GET", "/sign-in", headers=bearer(TOKEN))[0] == 429
-    assert ask(server.url, "GET", "/sign-in")[0] == 200
-
-
-@pytest.mark.parametrize(("config", "status"), [("", 403), ('{"COUNTER_SERVER_HOST": "127.0.0.1"}', 200)])
 def test_under_another_launcher_set_and_delete_need_the_bound_address(
-    stack: ExitStack,
-    data_dir: Path,
-    on_demand: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    config: str,
-    status: int,
+    stack: ExitStack, data_dir: Path, on_demand: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "app.py").write_text(APP.format(config=config))
     monkeypatch.setenv("COUNTER_SERVER_STORE", on_demand)
-    _, url = launch(stack, "gunicorn, 4 sync workers", tmp_path)
-    assert ask(url, "POST", f"{COUNTER}/increment")[0] == 200
-    assert put(url, 5) == status
-    assert value(url) == (5 if status == 200 else 1)
+    for config, status in (("", 403), ('{"COUNTER_SERVER_HOST": "127.0.0.1"}', 200)):
+        (tmp_path / "app.py").write_text(APP.format(config=config))
+        program, url = launch(stack, "gunicorn, 4 sync workers", tmp_path)
+        assert put(url, 1 if status == 200 else 5) == status
+        ask(url, "POST", f"{COUNTER}/increment")
+        assert value(url) == (2 if status == 200 else 1)
+        program.stop()
     assert (data_dir / "session.key").exists()
-
-
-# What cannot be, told at the start
 
 
 @pytest.mark.parametrize(
     ("options", "environment", "reason"),
     [
-        *(
-            ((), {"COUNTER_SERVER_TOKEN": token}, "COUNTER_SERVER_TOKEN is not a token")
-            for token in ("", "has a space")
-        ),
+        ((), {"COUNTER_SERVER_TOKEN": "has a space"}, "COUNTER_SERVER_TOKEN is not a token"),
         (("--store", "sqlite:////tmp/x.db"), {"COUNTER_SERVER_DATA_DIR": "/dev/null/x"}, "/dev/null/x cannot be made"),
         (("--allow-host", "http://x"), {}, ""),
-        (("--allow-host", ""), {}, ""),
     ],
 )
 def test_an_invalid_setting_stops_the_start_in_one_line(
@@ -298,7 +233,6 @@ def test_an_invalid_setting_stops_the_start_in_one_line(
     assert not data_dir.exists()
 
 
-def test_a_key_that_cannot_be_made_is_told_in_one_line() -> None:
-    with pytest.raises(StartupError, match=r"the key /proc/self/session\.key cannot be made or read: ") as caught:
+def test_a_key_that_cannot_be_made_is_an_error() -> None:
+    with pytest.raises(StartupError, match=r"the key /proc/self/session\.key cannot be made or read: "):
         DataDirectory("/proc/self").key("session")
-    assert "\n" not in str(caught.value)

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import quote
 
 import pytest
@@ -16,7 +15,6 @@ from werkzeug.test import TestResponse
 from counter_server.operations import LARGEST, SMALLEST
 from counter_server.server.web import create_app
 from counter_server.state import State
-from counter_server.store import Finding, RoundTrip
 
 COUNTERS = "/api/v1/counters"
 VISITS = f"{COUNTERS}/visits"
@@ -32,9 +30,7 @@ NAMES = [
     *("two words", " ", " x ", "50%", "%41", "%2F", "a?b", "a#b", "a&b=c", "a+b", "a;b", ".", "..", "increment"),
     *("<script>", '"quoted"', "back\\slash", "None"),
 ]
-NAMES_WITH_SLASHES = [
-    *("a/b", "a/b/c", "a//b", "/a", "a/", "/", "//", "a/increment", "increment/increment", "a/../b"),
-]
+NAMES_WITH_SLASHES = [*("a/b", "a/b/c", "a//b", "/a", "a/", "/", "//", "a/increment", "increment/increment", "a/../b")]
 BAD_NAMES = [
     *("", "a\0b", "a\nb", "a\n", "a\rb", "a\tb", "\x1b[2J", "a\x7f", "a\x85", "a\u2028b", "a\u2029b"),
     *("x" * 256, "é" * 128, "x" * 4000, "e\u0301", "\u212b"),  # too long in bytes; not NFC
@@ -68,23 +64,18 @@ BAD_ASSIGNMENTS = [
 ]
 
 
-@dataclass(frozen=True)
-class Bad:
+class Bad(NamedTuple):
     """A request that must be refused, and the refusal."""
 
     method: str
     path: str
     status: int
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = {}  # noqa: RUF012 - never changed
     says: str = ""  # part of the detail
 
 
 def with_body(data: bytes, content_type: str | None = JSON) -> dict[str, Any]:
     return {"data": data, "content_type": content_type}
-
-
-def with_headers(*headers: tuple[str, str]) -> dict[str, Any]:
-    return {"headers": list(headers)}
 
 
 def path_to(name: str) -> str:
@@ -137,8 +128,8 @@ def _bad_bodies() -> Iterator[Bad]:
 
 def _bad_keys() -> Iterator[Bad]:
     for key in ("", "k" * 256, "two words", "clé", "a,b", "a\tb", "a\x7f"):
-        yield Bad("POST", INCREMENT, 400, with_headers(("Idempotency-Key", key)), "dempotency")
-    yield Bad("POST", INCREMENT, 400, with_headers(("Idempotency-Key", "a"), ("Idempotency-Key", "a")), "once")
+        yield Bad("POST", INCREMENT, 400, {"headers": [("Idempotency-Key", key)]}, "dempotency")
+    yield Bad("POST", INCREMENT, 400, {"headers": [("Idempotency-Key", "a")] * 2}, "once")
 
 
 def _crossed_limits() -> Iterator[Bad]:
@@ -156,19 +147,19 @@ def _crossed_limits() -> Iterator[Bad]:
 
 def _from_other_sites() -> Iterator[Bad]:
     for site in ("cross-site", "same-site"):
-        headers = with_headers(("Sec-Fetch-Site", site))
+        headers = {"headers": [("Sec-Fetch-Site", site)]}
         for method, path in [("POST", INCREMENT), ("DELETE", VISITS), ("POST", "/"), ("POST", "/nowhere")]:
             yield Bad(method, path, 403, headers, "other sites")
         yield Bad("PUT", VISITS, 403, {**headers, **with_body(b'{"value": 1}')}, "other sites")
 
 
 BAD = {
-    "names": list(_bad_names()),
-    "paths": list(_bad_paths()),
-    "bodies": list(_bad_bodies()),
-    "keys": list(_bad_keys()),
-    "limits": list(_crossed_limits()),
-    "sites": list(_from_other_sites()),
+    "names": [*_bad_names()],
+    "paths": [*_bad_paths()],
+    "bodies": [*_bad_bodies()],
+    "keys": [*_bad_keys()],
+    "limits": [*_crossed_limits()],
+    "sites": [*_from_other_sites()],
 }
 
 
@@ -217,17 +208,12 @@ def assert_problem(response: TestResponse, status: int, what: object = None) -> 
     body = response.get_json()
     assert set(body) == {"type", "title", "status", "detail", "outcome"}
     assert (body["status"], body["outcome"]) == (status, "not_applied")
+    detail = str(body["detail"])
     assert body["title"]
-    detail = body["detail"]
-    assert isinstance(detail, str)
     assert detail
     assert "\n" not in detail
-    for trace in ("Traceback", 'File "', ".py"):
-        assert trace not in response.text
+    assert ".py" not in response.text
     return detail
-
-
-# Good requests
 
 
 def test_increments_add_what_their_body_says(client: FlaskClient) -> None:
@@ -279,14 +265,6 @@ def test_every_route_takes_a_counter_of_any_name(client: FlaskClient) -> None:
         assert listed(client) == ([], None)
 
 
-def test_similar_names_are_different_counters(client: FlaskClient) -> None:
-    names = ["a/b", "a//b", "/a/b", "a/b/", "a b", "a  b", "a%2Fb", "A/B"]
-    for value, name in enumerate(names):
-        assert_counter(client.put(path_to(name), json={"value": value}), name, value)
-    for value, name in enumerate(names):
-        assert_counter(client.get(path_to(name)), name, value)
-
-
 def test_reading_changes_nothing(client: FlaskClient, state: State) -> None:
     assert_counter(client.get(VISITS), "visits", 7)
     assert_counter(client.get(VISITS, headers={"Sec-Fetch-Site": "cross-site"}), "visits", 7)
@@ -295,15 +273,6 @@ def test_reading_changes_nothing(client: FlaskClient, state: State) -> None:
     assert client.head(COUNTERS).status_code == 200
     assert client.options(VISITS).status_code == 200
     assert all_counters(state) == BEFORE
-
-
-def test_a_deleted_counter_starts_again(client: FlaskClient, state: State) -> None:
-    assert client.delete(VISITS).status_code == 204
-    assert_problem(client.delete(VISITS), 404)
-    assert_counter(client.post(INCREMENT), "visits", 1)
-
-
-# Idempotency keys
 
 
 def test_a_key_is_answered_again_with_the_same_number(client: FlaskClient) -> None:
@@ -317,14 +286,6 @@ def test_a_key_is_answered_again_with_the_same_number(client: FlaskClient) -> No
         assert_counter(client.get(path_to(key[:9])), key[:9], 2)
 
 
-def test_a_replay_outlives_the_counter_and_its_bounds(client: FlaskClient) -> None:
-    request: dict[str, Any] = {"headers": {"Idempotency-Key": "k"}, "json": {"maximum": 1}}
-    assert_counter(client.post(f"{COUNTERS}/x/increment", **request), "x", 1)
-    assert client.delete(f"{COUNTERS}/x").status_code == 204
-    assert_counter(client.post(f"{COUNTERS}/x/increment", **request), "x", 1, replayed=True)
-    assert listed(client) == ([], None)
-
-
 def test_a_key_for_another_request_is_refused(client: FlaskClient, state: State) -> None:
     headers = {"Idempotency-Key": "k"}
     assert_counter(client.post(f"{COUNTERS}/x/increment", headers=headers), "x", 1)
@@ -336,43 +297,21 @@ def test_a_key_for_another_request_is_refused(client: FlaskClient, state: State)
         assert_counter(client.post(f"{COUNTERS}/x/increment", headers=headers), "x", 1, replayed=True)
 
 
-def test_a_key_whose_request_was_refused_is_still_free(client: FlaskClient, state: State) -> None:
-    request: dict[str, Any] = {"headers": {"Idempotency-Key": "k"}, "json": {"maximum": 3}}
-    assert_problem(client.post(f"{COUNTERS}/full/increment", **request), 409)
-    assert_counter(client.put(f"{COUNTERS}/full", json={"value": 0}), "full", 0)
-    assert_counter(client.post(f"{COUNTERS}/full/increment", **request), "full", 1)
-
-
-# Pages
-
-
 def test_pages_hold_every_counter_once_in_the_order_of_their_names(app: Flask) -> None:
     client, state = app.test_client(), app.extensions["counter_server"]
     scripts = ("counter", "счётчик", "計数器", "عداد", "a b&c+d", "50%", "🐦", "x/y//z", "Zähler")
     expected = {f"{script}-{number:03}": number for script in scripts for number in range(20)}
     for name, value in expected.items():
         state.counter(name).set(value)
-    for limit in (1, 7, 99, 100, 1000):
+    for limit, query in ((7, "?limit=7"), (100, "?"), (180, "?limit=180")):
         found: list[tuple[str, int]] = []
-        query = f"?limit={limit}" if limit != 100 else ""  # the default
-        page, after = listed(client, query or "?")
+        page, after = listed(client, query)
         while after is not None:
-            assert len(page) == limit
-            assert after == page[-1][0]
-            assert not found or page[0] > found[-1], "the pages do not go on"
+            assert (len(page), after) == (limit, page[-1][0])
             found += page
-            page, after = listed(client, f"{query or '?'}&after={quote(after, safe='')}")
+            page, after = listed(client, f"{query}&after={quote(after, safe='')}")
         assert found + page == sorted(expected.items())
-    page, after = listed(client, f"?limit={len(expected)}")
-    assert (len(page), after) == (len(expected), None), "a next page without counters"
-
-
-def test_a_page_after_a_missing_name_begins_with_the_next(client: FlaskClient, state: State) -> None:
-    assert listed(client, "?after=g&limit=2") == ([("größe", -1), ("top", LARGEST)], "top")
-    assert listed(client, "?after=zzz") == ([], None)
-
-
-# Refused requests
+    assert listed(client, "?after=Zz&limit=1") == ([("Zähler-000", 0)], "Zähler-000")  # no counter has this name
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -415,26 +354,15 @@ def test_an_unreachable_store_is_a_503_that_says_so(stack: ExitStack, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_internal_error_reveals_nothing(app: Flask, client: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
-    class Broken:
-        round_trip: RoundTrip = "short"
+def test_an_internal_error_reveals_nothing(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise ZeroDivisionError("a secret")
 
-        def findings(self, _deadline: float) -> list[Finding]:
-            return []
-
-        def apply(self, batch: object, deadline: float) -> NoReturn:
-            raise ZeroDivisionError(f"a secret: {batch} by {deadline}")
-
-        def after_fork(self) -> None:
-            """Do nothing."""
-
-        def close(self) -> None:
-            """Do nothing."""
-
-    app.extensions["counter_server"] = State(Broken())
-    response = client.post(f"{COUNTERS}/x/increment")
-    assert response.status_code == 500
-    assert response.content_type == "application/problem+json"
+    monkeypatch.setattr(State, "submit", fail)
+    response = client.post(INCREMENT)
+    assert (response.status_code, response.content_type) == (500, "application/problem+json")
     assert response.get_json()["outcome"] == "unknown"
     assert "secret" not in response.text
     assert "Traceback" not in response.text

@@ -23,7 +23,7 @@ from counter_server.operations import Batch, Delete, Increment
 from counter_server.server.worker import LARGEST_HEAD, LARGEST_REQUEST, Channel
 from tests.load import open_client
 from tests.processes import PATIENCE, Server, eventually, open_in
-from tests.test_api import BAD, BEFORE, COUNTERS, INCREMENT, JSON, Bad
+from tests.test_api import BAD, BEFORE, COUNTERS, INCREMENT, JSON, Bad, with_body
 from tests.test_manager import received_until_closed
 from tests.test_server import address, ask
 
@@ -45,16 +45,11 @@ def server(data_dir_of_server: Path) -> Iterator[Server]:
     """Start one server for all tests, with the counters of `BEFORE`."""
     options = ("--workers", "1", "--threads", "2", "--request-timeout", str(TIMEOUT))
     with Server(*options, "--data-dir", data_dir_of_server) as server:
-        for name, value in BEFORE.items():
-            put(server, name, value)
+        with open_client(DataDirectory(data_dir_of_server).url) as state:
+            for name, value in BEFORE.items():
+                state.counter(name).set(value)
         yield server
         assert not any("Traceback" in line or "uncaptured" in line for line in server.errors), server.errors
-
-
-def put(server: Server, name: str, value: int) -> None:
-    body = json.dumps({"value": value}).encode()
-    path = f"{COUNTERS}/{quote(name, safe='')}"
-    assert ask(server.url, "PUT", path, body, {"Content-Type": JSON})[0] == 200
 
 
 def all_counters(server: Server) -> dict[str, int]:
@@ -221,35 +216,24 @@ def test_invalid_http_is_refused_with_a_problem_document_and_changes_nothing(
 
 
 def test_unusual_but_valid_requests_are_answered(server: Server) -> None:
-    """Send each at once, and byte by byte."""
+    """Send them at once, in parts, and byte by byte. After a body in chunks, the next request begins."""
     close = b"Connection: close\r\n"
-    for request in [
-        HEAD + HOST + CHUNKED + b"Content-Type: application/json\r\n" + close + b'\r\n8\r\n{"by": 1\r\n01\r\n}' + END,
-        sent_to(b"http://LOCALHOST/") + HOST + close + b"\r\n",
-        sent_to(b"http://localhost/").replace(b"1.1", b"1.0") + b"\r\n",
-        HEAD + HOST + EXPECT + close + b"\r\n",
-        b"\r\n" + HEAD + HOST + close + b"\r\n",
+    body = CHUNKED + b'Content-Type: application/json\r\n\r\n8\r\n{"by": 1\r\n01\r\n}' + END
+    for requests, count in [
+        ((HEAD + HOST + body) * 2 + HEAD + HOST + close + b"\r\n", 3),
+        (sent_to(b"http://LOCALHOST/") + HOST + close + b"\r\n", 1),
+        (sent_to(b"http://localhost/").replace(b"1.1", b"1.0") + b"\r\n", 1),
+        (HEAD + HOST + EXPECT + close + b"\r\n", 1),
+        (b"\r\n" + HEAD + HOST + close + b"\r\n", 1),
     ]:
-        sound = request.replace(b"/visits/", b"/sound/")
-        for step in (len(sound), 1):
+        sound = requests.replace(b"/visits/", b"/sound/")
+        for step in (len(sound), 7, 1):
             with connect(server) as connection:
                 for start in range(0, len(sound), step):
                     connection.sendall(sound[start : start + step])
-                assert parsed(received_until_closed(connection))[0] == 200, sound
-    assert ask(server.url, "DELETE", f"{COUNTERS}/sound")[0] == 204
-
-
-@pytest.mark.parametrize("step", [1, 7, 1000])
-def test_after_a_body_in_chunks_the_next_request_begins(server: Server, step: int) -> None:
-    begun = HEAD.replace(b"visits", b"behind") + HOST
-    body = CHUNKED + b'Content-Type: application/json\r\n\r\n7\r\n{"by": \r\n02\r\n1}\r\n0\r\n\r\n'
-    requests = begun + body + begun + body + begun + b"Connection: close\r\n\r\n"
-    with connect(server) as connection:
-        for start in range(0, len(requests), step):
-            connection.sendall(requests[start : start + step])
-        answer = received_until_closed(connection)
-    assert re.findall(rb'"value":(\d+)', answer) == [b"1", b"2", b"3"]
-    assert ask(server.url, "DELETE", f"{COUNTERS}/behind")[0] == 204
+                answer = received_until_closed(connection)
+            assert re.findall(rb'"value":(\d+)', answer) == [b"%d" % number for number in range(1, count + 1)], sound
+            assert ask(server.url, "DELETE", f"{COUNTERS}/sound")[0] == 204
 
 
 def test_a_failing_application_gives_a_problem_document_too() -> None:
@@ -278,29 +262,21 @@ def test_a_failing_application_gives_a_problem_document_too() -> None:
     assert b"in detail" not in body
 
 
-# Clients that disconnect, wait, or do not read
-
-
 def test_a_client_that_disconnects_after_the_body_is_counted_once_and_its_retry_gets_the_number(server: Server) -> None:
-    numbers = []
-    for turn in range(20):
-        key, body = f"gone-{turn}", b'{"by": 1}'
-        request = f"POST {COUNTERS}/gone/increment HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: {key}\r\n"
+    path, body = f"{COUNTERS}/gone/increment", b'{"by": 1}'
+    for turn in range(1, 21):
+        headers = {"Idempotency-Key": f"gone-{turn}", "Content-Type": JSON}
         with connect(server) as connection:
             # This way of closing resets the connection.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.sendall(f"{request}Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        headers = {"Idempotency-Key": key, "Content-Type": JSON}
-        status, _, text = ask(server.url, "POST", f"{COUNTERS}/gone/increment", body, headers)
-        assert status == 200
-        numbers.append(json.loads(text)["value"])
-    assert numbers == list(range(1, 21))
+            options = {"headers": [("Idempotency-Key", f"gone-{turn}")], **with_body(body)}
+            connection.sendall(on_the_wire(Bad("POST", path, 200, options)))
+        status, _, text = ask(server.url, "POST", path, body, headers)
+        assert (status, json.loads(text)["value"]) == (200, turn)
     assert ask(server.url, "DELETE", f"{COUNTERS}/gone")[0] == 204
 
 
-@pytest.mark.parametrize(
-    "begun", [HEAD + HOST, head(b"Content-Length: 1000"), HEAD[:9]], ids=["head", "body", "first line"]
-)
+@pytest.mark.parametrize("begun", [HEAD + HOST, head(b"Content-Length: 1000"), HEAD[:9]])
 def test_a_request_that_arrives_byte_by_byte_is_cut_off(server: Server, begun: bytes) -> None:
     with connect(server) as slow:
         slow.sendall(begun)
@@ -344,8 +320,7 @@ def test_clients_that_never_read_hold_no_thread_and_are_cut_off(server: Server, 
 
         def connections() -> set[str]:
             """Return at least four of these sockets in the worker; else add a client, as some may be cut off by now."""
-            there = sockets_of(worker) - before
-            if len(there) >= 4:
+            if len(there := sockets_of(worker) - before) >= 4:
                 return there
             connection = deaf.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
 from counter_server.errors import InvalidRequest
-from counter_server.operations import LARGEST
 from counter_server.server.web import create_app
 from counter_server.server.web.badge import PALETTE, draw
 from counter_server.state import State
-from tests.processes import Program, Server
-from tests.test_server import ask, assert_not_started
+from tests.processes import Server
+from tests.test_server import ask
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -27,10 +26,6 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.fixture
 def app() -> Flask:
     return create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_BADGES": ["visits", "a/b"]})
-
-
-def parse(picture: str) -> ElementTree.Element:
-    return ElementTree.fromstring(picture)  # noqa: S314 - ours
 
 
 def path_to(name: str) -> str:
@@ -47,7 +42,7 @@ def words(response: TestResponse, status: int = 200) -> list[str]:
 
 
 def said(picture: str) -> list[str]:
-    svg = parse(picture)
+    svg = ElementTree.fromstring(picture)  # noqa: S314 - ours
     assert svg.tag == f"{SVG}svg"
     assert svg.get("role") == "img"
     left, right = (text.text or "" for text in svg.iter(f"{SVG}text"))
@@ -57,8 +52,9 @@ def said(picture: str) -> list[str]:
     return [left, right]
 
 
-def fills(picture: str) -> list[str | None]:
-    return [path.get("fill") for path in parse(picture).iter(f"{SVG}path")]
+def fills(picture: str, kind: str = "path") -> str | None:
+    """Return the colour of the right half: of its background, or of its text."""
+    return list(ElementTree.fromstring(picture).iter(f"{SVG}{kind}"))[1].get("fill")  # noqa: S314 - ours
 
 
 def test_a_badge_reads_and_counts_nothing(client: FlaskClient, state: State) -> None:
@@ -97,20 +93,14 @@ def test_the_badge_of_a_missing_counter_says_so(client: FlaskClient, state: Stat
     assert state.counters().counters == []
 
 
-def test_a_counter_at_its_end_is_refused_and_still_read(client: FlaskClient, state: State) -> None:
-    state.counter("visits").set(LARGEST)
-    assert client.get("/badge/visits.svg?count=1").status_code == 409
-    assert words(client.get("/badge/visits.svg")) == ["visits", str(LARGEST)]
-
-
 def test_a_badge_has_the_requested_label_and_colour(client: FlaskClient, state: State) -> None:
     state.counter("visits").set(-7)
     label = '<b>&"Besucher'
     response = client.get(f"/badge/visits.svg?label={quote(label)}&color=fe7d37")
     assert words(response) == [label, "-7"]
-    assert fills(response.text)[1] == "#fe7d37"
+    assert fills(response.text) == "#fe7d37"
     for colour, fill in [*PALETTE.items(), ("ABC", "ABC"), ("0a1B2c", "0a1B2c")]:
-        assert fills(client.get(f"/badge/visits.svg?color={colour}").text)[1] == f"#{fill}"
+        assert fills(client.get(f"/badge/visits.svg?color={colour}").text) == f"#{fill}"
     assert words(client.get("/badge/visits.svg?label=&utm_source=elsewhere")) == ["visits", "-7"]
 
 
@@ -164,39 +154,12 @@ def test_any_words_make_a_well_formed_picture_with_these_words(label: str, messa
     assert said(drawn(label, message, "fff")) == expected
 
 
-def width(text: str) -> int:
-    texts = list(parse(drawn(text, "", "fff")).iter(f"{SVG}text"))
-    return int(texts[0].get("textLength", ""))
-
-
-def test_the_background_is_as_wide_as_the_words() -> None:
-    assert width("visits") == 3 * width("vi")
-    assert width("計数器") == 3 * width("計") > 4 * width("v")
-    assert width("e\u0301") == width("e")
-    svg = parse(drawn("visits", "42", "fff"))
-    assert int(svg.get("width", "")) == width("visits") + width("42") + 24
-
-
-def test_the_words_contrast_with_any_background() -> None:
-    for colour in (*PALETTE.values(), "fff", "000", "777", "f00", "00f"):
-        digits = colour if len(colour) == 6 else "".join(2 * digit for digit in colour)
-        ink = list(parse(drawn("a", "b", colour)).iter(f"{SVG}text"))[1].get("fill")
-        assert contrast(digits, str(ink).removeprefix("#")) >= 4.5
-
-
-def contrast(one: str, other: str) -> float:
-    """Return the contrast of two colours by WCAG 2.2."""
-
-    def luminance(digits: str) -> float:
-        channels = (int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4))
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
-# As an operator runs it
+def test_the_words_contrast_with_the_background() -> None:
+    dark, light = (fills(drawn("a", "b", colour), "text") for colour in ("fff", "000"))
+    assert dark != light
+    for colours, ink in ((("ABC", "0f0", "fe7d37"), dark), (("00f", "333"), light)):
+        for colour in colours:
+            assert fills(drawn("a", "b", colour), "text") == ink
 
 
 @pytest.mark.slow
@@ -207,9 +170,3 @@ def test_the_operator_names_the_badges_that_count(start_server: Callable[..., Se
         assert status == 200
         assert said(text) == ["two words", str(expected)]
     assert ask(server.url, "GET", "/badge/other.svg?count=1")[0] == 403
-
-
-@pytest.mark.slow
-def test_a_badge_of_an_invalid_name_is_refused_at_start(stack: ExitStack, data_dir: Path) -> None:
-    program = stack.enter_context(Program("run.py", "--port", "0", "--data-dir", data_dir, "--badge", "a\nb"))
-    assert_not_started(program, "name")

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -19,13 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from counter_server.operations import LARGEST, SMALLEST
+from counter_server.operations import LARGEST
 from counter_server.server.web import create_app
 from counter_server.server.web.dashboard import duration, figures, find
 from counter_server.state import State
 from counter_server.status import Process, Status
 from tests.processes import Server, eventually
-from tests.test_api import NAMES, NAMES_WITH_SLASHES
 from tests.test_server import ask
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
@@ -53,24 +52,20 @@ class Page(HTMLParser):
         self.texts: dict[str, str] = {}  # of elements with an id
         self.isolated: list[str] = []  # texts in a `<bdi>`
         self.figures: dict[str, str] = {}
-        self._open: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self._in_template = False
-        self._name = ""
+        self._open: list[tuple[str, dict[str, str], list[str]]] = []
+        self._hidden = False  # in a template or dialog
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        attributes = dict(attrs)
-        self._in_template |= tag in ("template", "dialog")
-        if tag == "input":
-            if not self._in_template and self.forms and attributes.get("name"):
-                self.forms[-1].fields[str(attributes["name"])] = attributes.get("value") or ""
-            return
-        if tag in ("meta", "link", "polyline"):
-            return
-        if tag == "form" and not self._in_template:
-            self.forms.append(Form(attributes.get("method") or "get", str(attributes["action"]), {}))
-        self._open.append((tag, attributes, []))
+        attributes = {name: value or "" for name, value in attrs}
+        self._hidden |= tag in ("template", "dialog")
+        if tag == "input" and not self._hidden and self.forms and attributes.get("name"):
+            self.forms[-1].fields[attributes["name"]] = attributes.get("value", "")
+        if tag == "form" and not self._hidden:
+            self.forms.append(Form(attributes.get("method") or "get", attributes["action"], {}))
+        if tag not in ("input", "meta", "link", "polyline"):
+            self._open.append((tag, attributes, []))
 
     def handle_data(self, data: str) -> None:
         for _, _, text in self._open:
@@ -83,34 +78,25 @@ class Page(HTMLParser):
         assert opened == tag, f"</{tag}> closes <{opened}>"
         text = "".join(parts)
         if "id" in attributes:
-            self.texts[str(attributes["id"])] = text.strip()
+            self.texts[attributes["id"]] = text.strip()
         if tag in ("template", "dialog"):
-            self._in_template = False
-        elif not self._in_template:
-            self._note(tag, attributes, text)
-
-    def _note(self, tag: str, attributes: dict[str, str | None], text: str) -> None:
-        if tag == "bdi":
+            self._hidden = False
+        elif tag == "bdi" and not self._hidden:
             self.isolated.append(text)
-            self._name = text
-        elif tag == "td" and "data-value" in attributes:
-            self.counters[self._name] = text
+        elif tag == "td" and "data-value" in attributes and not self._hidden:
+            self.counters[self.isolated[-1]] = text
         elif tag == "a" and "hidden" not in attributes:
-            self.links[text] = str(attributes["href"])
+            self.links[text] = attributes["href"]
         elif tag == "button" and self.forms:
             self.forms[-1].button = text
         elif tag == "dd":
-            self.figures[attributes.get("data-figure") or str(attributes["data-mean"])] = text
+            self.figures[attributes.get("data-figure") or attributes["data-mean"]] = text
 
     def form(self, action: str, name: str = "") -> Form:
         """Return the only form with this action, for a counter if it is named."""
-        found = [
-            form
-            for form in self.forms
-            if form.action.partition("?")[0] == action and form.fields.get("name", "") == name
-        ]
-        assert len(found) == 1, f"{len(found)} forms to {action} for {name!r}"
-        return found[0]
+        forms = [form for form in self.forms if form.action.partition("?")[0] == action]
+        (found,) = (form for form in forms if form.fields.get("name", "") == name)
+        return found
 
 
 def press(client: FlaskClient, form: Form, **typed: str) -> Page:
@@ -134,27 +120,13 @@ def look(client: FlaskClient, url: str = "/counters") -> Page:
 
 
 def application(url: str, *, host: str = "127.0.0.1", token: str | None = None) -> Flask:
-    return create_app(
-        {
-            "COUNTER_SERVER_STORE": url,
-            "COUNTER_SERVER_DURABILITY": "process",
-            "COUNTER_SERVER_HOST": host,
-            "COUNTER_SERVER_TOKEN": token,
-        }
-    )
+    config = {"STORE": url, "DURABILITY": "process", "HOST": host, "TOKEN": token}
+    return create_app({f"COUNTER_SERVER_{name}": value for name, value in config.items()})
 
 
 @pytest.fixture
 def app() -> Flask:
     return application("memory://")
-
-
-@pytest.fixture(params=["memory", pytest.param("manager", marks=pytest.mark.slow)])
-def anywhere(request: pytest.FixtureRequest) -> Iterator[Flask]:
-    """Return an application over each kind of store."""
-    app = application("memory://" if request.param == "memory" else request.getfixturevalue("on_demand"))
-    yield app
-    state_of(app).close()
 
 
 def state_of(app: Flask) -> State:
@@ -163,20 +135,12 @@ def state_of(app: Flask) -> State:
     return found
 
 
-def all_counters(app: Flask) -> dict[str, int]:
-    return dict(state_of(app).counters(limit=1000).counters)
-
-
 def sentence(page: Page) -> str:
     """Return the flashed message without the marks that isolate names."""
     return page.texts["said"].replace("\N{FIRST STRONG ISOLATE}", "").replace("\N{POP DIRECTIONAL ISOLATE}", "")
 
 
-# Forms, without JavaScript
-
-
-def test_every_form_works_and_reports_its_result(anywhere: Flask) -> None:
-    client = anywhere.test_client()
+def test_every_form_works_and_reports_its_result(client: FlaskClient, app: Flask) -> None:
     page = look(client)
     assert page.counters == {}
     assert page.texts["none"] == "Nothing has been counted yet."
@@ -190,11 +154,11 @@ def test_every_form_works_and_reports_its_result(anywhere: Flask) -> None:
     assert page.counters == {"tickets": "-40"}
     question = press(client, page.form("/counters/delete", "tickets"))
     assert "tickets" in question.isolated
-    assert all_counters(anywhere) == {"tickets": -40}, "asking deletes nothing"
+    assert dict(state_of(app).counters().counters) == {"tickets": -40}, "asking deletes nothing"
     page = press(client, question.form("/counters/delete", "tickets"))
     assert sentence(page) == "tickets is deleted."
     assert page.counters == {}
-    assert all_counters(anywhere) == {}
+    assert dict(state_of(app).counters().counters) == {}
     assert sentence(press(client, question.form("/counters/delete", "tickets"))) == "tickets was not there."
     response = client.get("/counters/delete?name=tickets")
     assert (response.status_code, response.content_type) == (404, "application/problem+json")
@@ -212,12 +176,10 @@ def test_a_form_leads_back_to_the_place_in_the_list(client: FlaskClient, app: Fl
 
 
 HARD_NAMES = ["\u202eright to left", "a\u200db", "&lt;b&gt;", "' onx='", '"quoted"', "<script>", "a/../b", " x ", "%2F"]
-OTHER_NAMES = sorted({*NAMES, *NAMES_WITH_SLASHES} - set(HARD_NAMES))
 
 
-@pytest.mark.parametrize("names", [HARD_NAMES, pytest.param(OTHER_NAMES, marks=pytest.mark.slow)])
-def test_any_name_is_shown_unchanged_isolated_and_sent_safely(client: FlaskClient, names: list[str]) -> None:
-    for name in names:
+def test_any_name_is_shown_unchanged_isolated_and_sent_safely(client: FlaskClient) -> None:
+    for name in HARD_NAMES:
         page = press(client, look(client).form("/counters/increment"), name=name)
         assert page.counters == {name: "1"}
         page = press(client, page.form("/counters/set", name), value="5")
@@ -229,25 +191,12 @@ def test_any_name_is_shown_unchanged_isolated_and_sent_safely(client: FlaskClien
         assert press(client, question.form("/counters/delete", name)).counters == {}
 
 
-def test_values_beyond_the_numbers_of_javascript_are_exact(client: FlaskClient, app: Flask) -> None:
-    state_of(app).counter("top").set(LARGEST)
-    state_of(app).counter("bottom").set(SMALLEST)
-    assert look(client).counters == {"bottom": str(SMALLEST), "top": str(LARGEST)}
-    reported = client.get("/counters.json").get_json()["counters"]
-    assert reported == [{"name": "bottom", "value": str(SMALLEST)}, {"name": "top", "value": str(LARGEST)}]
-    assert client.post("/counters/increment", data={"name": "top"}, headers=SCRIPT).status_code == 409
-    assert all_counters(app) == {"bottom": SMALLEST, "top": LARGEST}
-
-
 def test_the_script_gets_data(client: FlaskClient) -> None:
     for number in (1, 2):
         response = client.post("/counters/increment", data={"name": "a"}, headers=SCRIPT)
         assert response.status_code == 200
         assert response.get_json() == {"sentence": f"\u2068a\u2069 gave {number}."}
     assert "a gave" not in sentence(look(client)), "it says so itself: it is not said again on the next page"
-
-
-# Refused requests
 
 
 def test_an_invalid_query_is_refused(client: FlaskClient) -> None:
@@ -269,33 +218,18 @@ BAD_FORMS: list[tuple[str, dict[str, str]]] = [
 ]
 
 
-@pytest.mark.parametrize("headers", [BROWSER, SCRIPT, {}])
-def test_an_invalid_form_is_refused_in_the_form_that_the_client_reads(
-    client: FlaskClient, app: Flask, headers: dict[str, str]
-) -> None:
+def test_an_invalid_form_is_refused_in_the_form_that_the_client_reads(client: FlaskClient, app: Flask) -> None:
     state_of(app).counter("a").set(7)
     for action, fields in BAD_FORMS:
-        response = client.post(f"/counters/{action}", data=fields, headers=headers)
-        assert response.status_code == 400, (action, fields)
-        if headers is BROWSER:
-            assert response.mimetype == "text/html"
-            assert "That was not possible" in response.text
-            assert "/counters" in Page(response.text).links.values()
-        else:
-            assert response.content_type == "application/problem+json"
+        shown = client.post(f"/counters/{action}", data=fields, headers=BROWSER)
+        assert (shown.status_code, shown.mimetype) == (400, "text/html"), (action, fields)
+        assert "That was not possible" in shown.text
+        assert "/counters" in Page(shown.text).links.values()
+        for headers in (SCRIPT, {}):
+            response = client.post(f"/counters/{action}", data=fields, headers=headers)
+            assert (response.status_code, response.content_type) == (400, "application/problem+json")
             assert response.get_json()["outcome"] == "not_applied"
-        assert all_counters(app) == {"a": 7}
-
-
-def test_other_sites_and_links_change_nothing(client: FlaskClient, app: Flask) -> None:
-    state_of(app).counter("a").set(7)
-    fields = {"name": "a", "value": "1"}
-    for action in ("increment", "set", "delete"):
-        response = client.post(f"/counters/{action}", data=fields, headers={"Sec-Fetch-Site": "cross-site"})
-        assert response.status_code == 403
-        response = client.get(f"/counters/{action}", query_string=fields)
-        assert response.status_code == (200 if action == "delete" else 405)
-        assert all_counters(app) == {"a": 7}
+        assert dict(state_of(app).counters().counters) == {"a": 7}
 
 
 # Permissions
@@ -319,47 +253,17 @@ def test_without_permission_a_visitor_may_only_count_and_learns_why(token: str |
         response = client.open(f"/counters/{action}?name=a", method=method, data=fields, headers=SCRIPT)
         assert response.status_code == (401 if token else 403)
         assert response.content_type == "application/problem+json"
-    assert all_counters(app) == {"a": 8}
+    assert dict(state_of(app).counters().counters) == {"a": 8}
+    if token:
+        sign_in = look(client, look(client, "/counters?q=a").links["Sign in"])
+        page = press(client, sign_in.form("/sign-in"), token=TOKEN)
+        assert page.form("/counters").fields["q"] == "a"  # the same place
+        assert press(client, page.form("/counters/set", "a"), value="1").counters == {"a": "1"}
 
 
-def test_signing_in_leads_back_to_the_same_place_and_allows_set_and_delete() -> None:
-    app = application("memory://", host="0.0.0.0", token=TOKEN)
-    state_of(app).counter("a").set(7)
-    client = app.test_client()
-    response = client.post("/counters/set", data={"name": "a", "value": "1"}, headers=BROWSER)
-    assert response.status_code == 303
-    assert response.headers["Location"].startswith("/sign-in")
-    sign_in = look(client, look(client, "/counters?q=a").links["Sign in"])
-    page = press(client, sign_in.form("/sign-in"), token=TOKEN)
-    assert page.form("/counters").fields["q"] == "a"
-    page = press(client, page.form("/counters/set", "a"), value="1")
-    assert page.counters == {"a": "1"}
-    page = press(client, press(client, page.form("/counters/delete", "a")).form("/counters/delete", "a"))
-    assert page.counters == {}
-
-
-# Search
-
-
-def test_paging_sees_each_counter_once(client: FlaskClient, app: Flask) -> None:
-    names = sorted(f"{name} {number:02}" for number in range(40) for name in ("a", "ab", "b/", "é", "名"))
-    for name in names:
-        state_of(app).counter(name).increment()
-    page = look(client, "/counters?limit=30")
-    seen = list(page.counters)
-    while "Next page" in page.links:
-        page = look(client, page.links["Next page"])
-        assert len(page.counters) <= 30
-        seen += page.counters
-    assert seen == names
-    assert list(look(client, page.links["First page"]).counters) == names[:30]
-    assert len(look(client).counters) == 50
-
-
-def test_a_search_finds_names_by_their_beginning_page_by_page(anywhere: Flask) -> None:
-    client = anywhere.test_client()
+def test_a_search_finds_names_by_their_beginning_page_by_page(client: FlaskClient, app: Flask) -> None:
     for name in ("a", "a/1", "a/2", "a/3", "ab", "A", "b a", "größe"):
-        state_of(anywhere).counter(name).increment()
+        state_of(app).counter(name).increment()
     page = press(client, look(client).form("/counters"), q="a")
     assert list(page.counters) == ["a", "a/1", "a/2", "a/3", "ab"]
     assert "Next page" not in page.links
@@ -380,8 +284,6 @@ def test_a_search_finds_names_by_their_beginning_page_by_page(anywhere: Flask) -
 
 
 LETTERS = st.text(st.sampled_from("ab/é名\U0001f426"), max_size=4)
-
-
 EXAMPLES = create_app({"COUNTER_SERVER_STORE": "memory://"})
 
 
@@ -404,27 +306,17 @@ def test_a_listing_equals_a_search_through_all_names(names: set[str], beginning:
 def test_a_store_that_cannot_list_says_so_and_the_rest_works(tmp_path: Path, stack: ExitStack) -> None:
     from tests.engines import MemcachedServer
 
-    server = stack.enter_context(MemcachedServer(tmp_path / "memcached"))
-    app = application(server.url)
+    app = application(stack.enter_context(MemcachedServer(tmp_path / "memcached")).url)
     stack.callback(state_of(app).close)
     client = app.test_client()
-    page = look(client)
-    assert page.counters == {}
     text = client.get("/counters").text
     assert "memcached cannot list its counters; use another store for it. Search for a whole name" in text
     assert "The store memcached:// gives no figures here" in text
-    page = press(client, page.form("/counters/increment"), name="a b")
+    page = press(client, look(client).form("/counters/increment"), name="a b")
     assert sentence(page) == "a b gave 1."
     page = press(client, page.form("/counters"), q="a b")
-    page = press(client, page.form("/counters/set", "a b"), value="41")
-    page = press(client, page.form("/counters/increment", "a b"))
-    assert page.counters == {"a b": "42"}
-    page = press(client, press(client, page.form("/counters/delete", "a b")).form("/counters/delete", "a b"))
-    assert page.counters == {}
+    assert press(client, page.form("/counters/set", "a b"), value="41").counters == {"a b": "41"}
     assert client.get("/counters.json?q=a").get_json()["counters"] == []
-
-
-# Live
 
 
 def test_unchanged_content_is_not_sent_again(client: FlaskClient, app: Flask) -> None:
@@ -446,54 +338,24 @@ def test_unchanged_content_is_not_sent_again(client: FlaskClient, app: Flask) ->
 def test_workers_agree_on_the_page_and_show_restarts(start_server: Callable[..., Server]) -> None:
     """Requests change nothing on the page; only uptimes change, in ever longer steps."""
     server = start_server("--workers", "2")
-    tag, found = "", {}
+    tag, rows = "", []
 
     def unchanged() -> bool:
-        nonlocal tag, found
-        status, headers, text = ask(server.url, "GET", "/counters.json", headers={"If-None-Match": tag})
-        if status == 200:
-            tag, found = headers["ETag"], json.loads(text)
-        return status == 304
+        nonlocal tag, rows
+        with suppress(OSError, HTTPException):  # a killed worker may have been about to answer
+            status, headers, text = ask(server.url, "GET", "/counters.json", headers={"If-None-Match": tag})
+            if status == 200:
+                tag, rows = headers["ETag"], json.loads(text)["processes"]
+            return status == 304
+        return False
 
     eventually(lambda: all(unchanged() for _ in range(6)), "six answers that nothing has changed")
-    rows = found["processes"]
-    assert [row["name"] for row in rows] == ["manager", "worker-1", "worker-2"]
-    assert [int(row["pid"]) for row in rows[:1]] == server.children("manager")
-    assert {int(row["pid"]) for row in rows[1:]} == set(server.children("worker"))
-    assert [row["restarts"] for row in rows] == ["0", "0", "0"]
-    text = ask(server.url, "GET", "/counters")[2]
-    assert all(f"<td>{row['pid']}</td>" in text for row in rows)
-    os.kill(int(rows[1]["pid"]), signal.SIGKILL)
-
-    def replaced() -> bool:
-        with suppress(OSError, HTTPException):  # the killed worker may have been about to answer
-            unchanged()
-        row = found["processes"][1]
-        return bool(row["restarts"] == "1" and row["pid"].isdigit() and row["pid"] != rows[1]["pid"])
-
-    eventually(replaced, "the next worker on the page")
-
-
-@pytest.mark.slow
-def test_the_managers_figures_are_shown(on_demand: str) -> None:
-    app = application(on_demand)
-    client = app.test_client()
-    before = client.get("/counters.json").get_json()["manager"]
-    for _ in range(3):
-        client.post("/counters/increment", data={"name": "a"})
-    after = client.get("/counters.json").get_json()["manager"]
-    status = state_of(app).status()
-    assert status is not None
-    assert after["now"]["Process"] == str(status.pid) == str(after["totals"]["pid"])
-    assert after["now"]["Counters"] == "1"
-    assert after["now"]["Durability"] == "process"
-    gained = {name: after["totals"][name] - before["totals"][name] for name in ("batches", "operations", "commits")}
-    assert gained == {"batches": 3, "operations": 3, "commits": 3}
-    assert after["totals"]["commit_seconds"] > before["totals"]["commit_seconds"]
-    page = look(client)
-    assert page.figures.items() >= {"Process": str(status.pid), "Counters": "1", "batch": "1.00 operations"}.items()
-    assert "Another launcher started them" in client.get("/counters").text
-    state_of(app).close()
+    assert [(row["name"], row["restarts"]) for row in rows] == [("manager", "0"), ("worker-1", "0"), ("worker-2", "0")]
+    pids = [int(row["pid"]) for row in rows]
+    assert (pids[:1], {*pids[1:]}) == (server.children("manager"), {*server.children("worker")})
+    os.kill(pids[1], signal.SIGKILL)
+    eventually(lambda: unchanged() and rows[1]["restarts"] == "1" and rows[1]["pid"].isdigit(), "the next worker")
+    assert int(rows[1]["pid"]) != pids[1]
 
 
 STATUS = msgspec.json.decode(
@@ -520,16 +382,13 @@ def test_figures_are_for_people_and_stay_the_same_while_nothing_happens() -> Non
     assert reported["now"]["Counters"] == "100,000"
     assert reported["now"]["Journal"] == "12.3 MB"
     assert reported["now"]["Starts on its data"] == "3"
-    hour = structs.replace(STATUS, uptime=3600.0)
-    assert figures(hour) == figures(structs.replace(hour, uptime=7199.0)) != figures(structs.replace(hour, uptime=7200))
-
-
-def test_a_duration_is_shown_in_its_largest_unit() -> None:
     for seconds, text in [
-        *((0.0, "under a minute"), (59.9, "under a minute"), (60, "1 minute"), (3599, "59 minutes")),
-        *((3600, "1 hour"), (86399, "23 hours"), (86400, "1 day"), (10**8, "1157 days")),
+        *((59.9, "under a minute"), (60, "1 minute"), (3599, "59 minutes"), (3600, "1 hour"), (86399, "23 hours")),
+        *((86400, "1 day"), (10**8, "1157 days")),
     ]:
         assert duration(seconds) == text
+    hour = structs.replace(STATUS, uptime=3600.0)
+    assert figures(hour) == figures(structs.replace(hour, uptime=7199.0)) != figures(structs.replace(hour, uptime=7200))
 
 
 def test_a_process_that_is_not_started_again_yet_is_shown_as_such(client: FlaskClient, app: Flask) -> None:

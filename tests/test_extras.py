@@ -55,40 +55,28 @@ def test_the_core_works_without_the_packages_of_the_server(run_without: Run, on_
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n2\n", "")
 
 
-@pytest.mark.parametrize("command", [("run", "--port", "0"), ("prove", "--seconds", "1")], ids=["run", "prove"])
-@pytest.mark.parametrize("missing", SERVER_PACKAGES)
-def test_a_command_without_a_package_of_the_server_names_the_extra(
-    run_without: Run, command: tuple[str, ...], missing: str, tmp_path: Path
-) -> None:
-    done = run_without((missing,), "-m", "counter_server", *command)
-    assert (done.returncode, done.stdout) == (1, "")
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("Error: ")
-    assert line.endswith(f"the server needs {missing.replace('_', '-')}: pip install 'counter-server[server]'")
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "instance").exists()
+def needs(what: str, package: str, extra: str) -> str:
+    return f"{what} needs {package}: pip install 'counter-server[{extra}]'"
 
 
 @pytest.mark.parametrize(
-    ("missing", "program", "says"),
+    ("missing", "arguments", "says"),
     [
-        (
-            "cachelib",
-            "import counter_server.caching",
-            "ImportError: a cache needs cachelib: pip install 'counter-server[cache]'",
-        ),
-        (
-            "limits",
-            "import counter_server.limiting",
-            "ImportError: a limit's storage needs limits: pip install 'counter-server[limits]'",
-        ),
-        ("prometheus_client", CREATE_APP, "the server needs prometheus-client: pip install 'counter-server[server]'"),
+        ("waitress", ("-m", "counter_server", "run", "--port", "0"), needs("Error: the server", "waitress", "server")),
+        ("prometheus_client", ("-m", "counter_server", "prove"), needs("the server", "prometheus-client", "server")),
+        ("prometheus_client", ("-c", CREATE_APP), needs("the server", "prometheus-client", "server")),
+        ("cachelib", ("-c", "import counter_server.caching"), needs("ImportError: a cache", "cachelib", "cache")),
+        ("limits", ("-c", "import counter_server.limiting"), needs("Error: a limit's storage", "limits", "limits")),
     ],
 )
-def test_a_module_without_its_package_names_the_extra(run_without: Run, missing: str, program: str, says: str) -> None:
-    done = run_without((missing,), "-c", program)
-    assert done.returncode == 1
+def test_without_a_package_the_error_names_the_extra(
+    run_without: Run, missing: str, arguments: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    done = run_without((missing,), *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.endswith(f"{says}\n")
+    assert "-m" not in arguments or "Traceback" not in done.stderr
+    assert not (tmp_path / "instance").exists()
 
 
 @pytest.mark.parametrize(
@@ -97,15 +85,7 @@ def test_a_module_without_its_package_names_the_extra(run_without: Run, missing:
         ("waitress", CREATE_APP, "counter_server.server.web\n"),
         ("flask_caching", USE_A_CACHE, "True True [1] 1 True\n300 True {'a': None, 'b': None}\n"),
     ],
-    ids=["under another launcher", "with cachelib alone"],
 )
 def test_a_package_that_is_not_used_is_not_needed(run_without: Run, missing: str, program: str, output: str) -> None:
     done = run_without((missing,), "-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (0, output, "")
-
-
-def test_the_demonstration_without_waitress_names_the_extra(run_without: Run) -> None:
-    done = run_without(("waitress",), "-m", "counter_server", "demo", "--json", "--only", "waitress/ours")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "waitress not installed: pip install 'counter-server[demo]'" in done.stdout

@@ -21,9 +21,7 @@ from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from counter_server import State
-from counter_server.errors import DeadlineExceeded, StorageFull, Unsupported
-from counter_server.journal import Journal
-from counter_server.ledger import Changes, Contents
+from counter_server.errors import Unsupported
 from counter_server.manager import client as client_module
 from counter_server.manager.directory import DataDirectory
 from counter_server.server.supervisor import Processes
@@ -38,9 +36,6 @@ from tests.test_server import Answer, address, ask, increment
 pytestmark = pytest.mark.slow
 
 StartServer = Callable[..., Server]
-
-# Parts of names of figures that change all the time.
-MOVING = ("uptime", "connections", "commit_seconds", "journal_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +56,9 @@ def state(server: Server, data: Path) -> Iterator[State]:
         yield state
 
 
-def parsed(text: str) -> dict[str, float]:
+def parsed(text: str, parse: Callable[[str], Any] = parser.text_string_to_metric_families) -> dict[str, float]:
     """Return the samples of a text by Prometheus' own parser: values by names with labels."""
-    return _by_name(parser.text_string_to_metric_families(text))
-
-
-def _by_name(families: Any) -> dict[str, float]:
-    samples = [sample for family in families for sample in family.samples]
+    samples = [sample for family in parse(text) for sample in family.samples]
     found = {}
     for sample in samples:
         labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
@@ -94,8 +85,8 @@ def status_of(state: State) -> Status:
     return reported
 
 
-def answer_of(client: FlaskClient, path: str) -> Answer:
-    response = client.get(path)
+def readyz_of(client: FlaskClient) -> Answer:
+    response = client.get("/readyz")
     return response.status_code, response.headers, response.text
 
 
@@ -108,23 +99,16 @@ def assert_not_ready(answer: Answer, words: str) -> None:
     assert "/" not in text.replace("about:blank", "").replace("application/", ""), "a path is shown to anybody"
 
 
-def is_ready(url: str) -> bool:
-    return ask(url, "GET", "/readyz")[0] == 200
-
-
 def becomes_ready(url: str) -> None:
-    eventually(lambda: is_ready(url), "readiness")
-
-
-# Alive and ready
+    eventually(lambda: ask(url, "GET", "/readyz")[0] == 200, "readiness")
 
 
 def test_a_probe_of_readiness_is_committed_and_changes_no_counter(server: Server, state: State) -> None:
     becomes_ready(server.url)
     before = status_of(state)
-    probes = [is_ready(server.url) for _ in range(5)]
+    probes = [ask(server.url, "GET", "/readyz")[0] for _ in range(5)]
     after = status_of(state)
-    assert probes.count(True) <= after.commits - before.commits <= 5
+    assert probes.count(200) <= after.commits - before.commits <= 5
     assert after.journal_bytes > before.journal_bytes
     assert "ready?" not in dict(state.counters().counters)
     state.counter("ready?").set(-(2**63))  # a counter like any other
@@ -158,21 +142,6 @@ def test_with_a_full_disk_a_server_is_alive_not_ready_gives_its_figures_and_reco
     assert increment(server.url) == 2
 
 
-def test_a_start_that_a_full_disk_cannot_record_is_counted_in_memory(small_disk: Path) -> None:
-    journal = Journal(small_disk / "journal.sqlite3")
-    try:
-        fill(small_disk / "filler")
-        journal.count_start()
-        assert journal.starts == 1
-        with pytest.raises(StorageFull):
-            journal.commit(Changes(now=1.0, counters={"c": 1}))
-        (small_disk / "filler").unlink()
-        journal.commit(Changes(now=1.0, counters={"c": 1}))
-        assert journal.load() == Contents({"c": 1})
-    finally:
-        journal.close()
-
-
 def test_with_the_manager_frozen_livez_answers_at_once_and_readyz_within_its_deadline(
     start_manager: Callable[..., Manager],
 ) -> None:
@@ -182,7 +151,7 @@ def test_with_the_manager_frozen_livez_answers_at_once_and_readyz_within_its_dea
     began = time.monotonic()
     with frozen(manager.pid):
         assert client.get("/livez").status_code == 200
-        assert_not_ready(answer_of(client, "/readyz"), "has not answered within 1 s")
+        assert_not_ready(readyz_of(client), "has not answered within 1 s")
         assert parsed(client.get("/metrics").text) == {"up": 0}
         assert 1.9 < time.monotonic() - began < PATIENCE
     eventually(lambda: client.get("/readyz").status_code == 200, "readiness, with the manager there again")
@@ -223,9 +192,6 @@ def test_many_probes_do_not_pile_up_behind_a_frozen_manager(start_server: StartS
             assert_not_ready(answer, "has not answered")
 
 
-# Figures
-
-
 def test_the_figures_match_the_operations(server: Server, data: Path, state: State) -> None:
     before = figures(server.url)
     for number in range(7):
@@ -246,20 +212,6 @@ def test_the_figures_match_the_operations(server: Server, data: Path, state: Sta
     assert after["journal_bytes"] == sum(file.stat().st_size for file in data.glob("journal.sqlite3*"))
     assert after[f"manager_info{{durability=commit,epoch={status.epoch}}}"] == 1
     assert (after["up"], after["manager_starts_total"]) == (1, 1)
-
-
-def test_every_worker_gives_the_same_figures(server: Server) -> None:
-    increment(server.url)
-    reported = []
-    for worker in server.children("worker"):
-        with frozen(worker):  # so that the other one answers
-            reported.append(figures(server.url))
-    first, second = (
-        {name: value for name, value in one.items() if not any(map(name.count, MOVING))} for one in reported
-    )
-    assert first == second
-    assert first["counters"] > 0
-    assert {"process_up{process=worker-1}", "process_up{process=worker-2}"} <= set(first)
 
 
 def test_the_surviving_worker_reports_a_killed_manager_and_worker(start_server: StartServer) -> None:
@@ -301,12 +253,8 @@ def test_openmetrics_is_sent_on_request(server: Server) -> None:
     assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
     assert headers["Cache-Control"] == "no-store"
     assert text.endswith("# EOF\n")
-    reported = _by_name(openmetrics_parser.text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
-    assert set(reported) == set(figures(server.url))
+    assert set(parsed(text, openmetrics_parser.text_string_to_metric_families)) == set(figures(server.url))
     assert ask(server.url, "HEAD", "/metrics")[2] == ""
-
-
-# Without a supervisor, and other stores
 
 
 def client_of(url: str, **config: object) -> FlaskClient:
@@ -325,7 +273,7 @@ def test_without_a_manager_there_is_one_figure_and_no_readiness_and_none_is_star
     assert not [name for name in reported if name.startswith("process_")]  # only a supervisor knows them
     manager.kill()
     assert parsed(client.get("/metrics").text) == {"up": 0}
-    assert_not_ready(answer_of(client, "/readyz"), "has not answered")
+    assert_not_ready(readyz_of(client), "has not answered")
     assert client.get("/livez").status_code == 200
     start_manager("--durability", "none")  # a new manager with a new epoch
     assert client.get("/readyz").status_code == 200
@@ -335,30 +283,21 @@ def test_without_a_manager_there_is_one_figure_and_no_readiness_and_none_is_star
     assert not (data_dir / "other").exists()
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis", "memcached", "postgresql"])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    match request.param:
-        case "memory":
-            yield "memory://"
-        case "sqlite":
-            yield f"sqlite:///{tmp_path}/counters.db"
-        case "postgresql":
-            postgres = request.getfixturevalue("postgres")
-            postgres.query("CREATE DATABASE health")
-            yield postgres.url_of("health")
-        case engine:
-            with {"redis": RedisServer, "memcached": MemcachedServer}[engine](tmp_path / "engine") as server:
-                yield server.url
-
-
-def test_every_other_store_is_ready_and_up_without_figures(store_url: str) -> None:
-    client = client_of(store_url)
+@pytest.mark.parametrize("engine", ["sqlite", "memcached", "postgresql"])
+def test_every_other_store_is_ready_and_up_without_figures(
+    request: pytest.FixtureRequest, stack: ExitStack, tmp_path: Path, engine: str
+) -> None:
+    if engine == "postgresql":
+        url = request.getfixturevalue("postgres").url
+    elif engine == "memcached":
+        url = stack.enter_context(MemcachedServer(tmp_path)).url
+    else:
+        url = f"sqlite:///{tmp_path}/counters.db"
+    client = client_of(url)
     for _ in range(2):  # to connect may take longer than a probe
         eventually(lambda: client.get("/readyz").status_code == 200, "readiness")
         eventually(lambda: parsed(client.get("/metrics").text) == {"up": 1}, "its only figure")
     assert client.get("/api/v1/counters/ready%3F").status_code == 404
-    with open_client(store_url) as state:
-        assert state.status() is None
 
 
 def test_a_redis_that_is_full_or_gone_is_not_ready_with_a_reason(tmp_path: Path) -> None:
@@ -366,16 +305,13 @@ def test_a_redis_that_is_full_or_gone_is_not_ready_with_a_reason(tmp_path: Path)
         client = client_of(redis.url)
         assert client.get("/readyz").status_code == 200
         redis.command("CONFIG", "SET", "maxmemory", "1")
-        assert_not_ready(answer_of(client, "/readyz"), "cannot write for now")
+        assert_not_ready(readyz_of(client), "cannot write for now")
         assert parsed(client.get("/metrics").text) == {"up": 1}  # it answers
         redis.kill()
-        assert_not_ready(answer_of(client, "/readyz"), "has not answered")
+        assert_not_ready(readyz_of(client), "has not answered")
         assert parsed(client.get("/metrics").text) == {"up": 0}
         redis.start()
         eventually(lambda: client.get("/readyz").status_code == 200, "readiness, with redis there again")
-
-
-# The status itself
 
 
 def test_a_status_and_other_calls_do_not_wait_for_each_other(start_manager: Callable[..., Manager]) -> None:
@@ -387,10 +323,6 @@ def test_a_status_and_other_calls_do_not_wait_for_each_other(start_manager: Call
             reported = thread.submit(state.status).result(PATIENCE)
         assert reported is not None
         assert (reported.pid, reported.counters) == (manager.pid, 1)
-        manager.kill()
-        with pytest.raises(DeadlineExceeded, match="no manager is running") as away:
-            state.status()
-        assert away.value.outcome == "not_applied"
 
 
 def test_a_manager_of_another_version_is_recognized(

@@ -19,10 +19,6 @@ def app() -> Flask:
     return create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_HOST": "127.0.0.1"})
 
 
-def all_counters(state: State) -> dict[str, int]:
-    return dict(state.counters(limit=1000).counters)
-
-
 def number_in(response: TestResponse) -> str:
     assert response.status_code == 200
     number = Page(response.text).texts["number"]
@@ -37,9 +33,12 @@ def test_each_visit_is_counted_and_shows_its_number(client: FlaskClient, state: 
         assert number_in(response) == str(number)
         assert response.text.count(f'role="status">You are visitor number {number}.<') == 1
         assert response.text.count('role="status"') == 1
-        assert all_counters(state) == {"visits": number}
+        assert dict(state.counters().counters) == {"visits": number}
     state.counter("visits").set(2**53)
-    assert number_in(client.get("/")) == str(2**53 + 1)
+    response = client.get("/", headers={"If-None-Match": "*", "If-Modified-Since": "Fri, 31 Dec 9999 23:59:59 GMT"})
+    assert number_in(response) == str(2**53 + 1)
+    assert response.headers["Cache-Control"] == "no-store"
+    assert not {"ETag", "Last-Modified"} & set(response.headers.keys())
 
 
 def test_visitors_share_the_count_whatever_their_cookies(app: Flask) -> None:
@@ -47,16 +46,6 @@ def test_visitors_share_the_count_whatever_their_cookies(app: Flask) -> None:
     for number, cookie in enumerate(cookies, 1):
         client = app.test_client(use_cookies=False)
         assert number_in(client.get("/", headers={"Cookie": cookie} if cookie else {})) == str(number)
-
-
-def test_the_page_is_never_cached(client: FlaskClient) -> None:
-    conditional = {"If-None-Match": "*", "If-Modified-Since": "Fri, 31 Dec 9999 23:59:59 GMT", "Range": "bytes=0-1"}
-    prefetch = {"Sec-Purpose": "prefetch"}
-    for response in (client.get("/"), client.head("/"), client.get("/", headers=prefetch)):
-        assert response.headers["Cache-Control"] == "no-store"
-        assert "ETag" not in response.headers
-        assert "Last-Modified" not in response.headers
-    assert number_in(client.get("/", headers=conditional)) == "2"
 
 
 def test_a_prefetch_counts_nothing(client: FlaskClient, state: State) -> None:
@@ -71,7 +60,7 @@ def test_a_prefetch_counts_nothing(client: FlaskClient, state: State) -> None:
             assert response.content_type == "application/problem+json"
             assert "Retry-After" in response.headers
             assert method == "HEAD" or response.get_json()["outcome"] == "not_applied"
-    assert all_counters(state) == {"visits": 1}
+    assert dict(state.counters().counters) == {"visits": 1}
     for number, (name, value) in enumerate([("Sec-Purpose", ""), ("Sec-Fetch-Mode", "navigate"), ("Purpose", "visit")]):
         assert number_in(client.get("/", headers={name: value})) == str(number + 2)
 
@@ -82,7 +71,7 @@ def test_other_methods_count_nothing(client: FlaskClient, state: State) -> None:
         response = client.open("/", method=method)
         assert response.status_code == (200 if method in ("HEAD", "OPTIONS") else 405)
         assert method != "HEAD" or (response.content_type, response.get_data()) == (content_type, b"")
-        assert all_counters(state) == {"visits": 1}
+        assert dict(state.counters().counters) == {"visits": 1}
 
 
 def test_the_files_and_links_of_the_page_count_nothing(client: FlaskClient, state: State) -> None:
@@ -95,10 +84,7 @@ def test_the_files_and_links_of_the_page_count_nothing(client: FlaskClient, stat
     for path in ("/favicon.ico", "/static/nothing.css", "/static/../pages.py"):
         assert client.get(path).status_code == 404
     assert "/api/v1/counters" in Page(page).links.values()
-    assert all_counters(state) == {"visits": 1}
-
-
-# The visitor's own counter
+    assert dict(state.counters().counters) == {"visits": 1}
 
 
 def test_the_seeds_routes_count_for_one_visitor(client: FlaskClient) -> None:
@@ -106,12 +92,6 @@ def test_the_seeds_routes_count_for_one_visitor(client: FlaskClient) -> None:
     answers = [client.post(f"/session/{step}").text for step in steps]
     counted = [f"counter is {number}" for number in (1, 2, 3, 2)]
     assert answers == ["counter was reset", *counted, "counter was reset", "counter is -1"]
-
-
-def test_two_browsers_do_not_share_a_counter(app: Flask) -> None:
-    one, other = app.test_client(), app.test_client()
-    texts = [client.post("/session/inc").text for client in (one, one, other, one)]
-    assert texts == [f"counter is {number}" for number in (1, 2, 1, 3)]
 
 
 def test_the_page_has_a_button_for_each_route_and_shows_the_number(client: FlaskClient) -> None:
@@ -143,9 +123,6 @@ def test_a_store_without_shared_objects_has_no_visitors_own_counter(tmp_path: Pa
         assert (response.status_code, response.get_json()["title"]) == (501, "Unsupported")
 
 
-# For machines
-
-
 def test_a_store_in_memory_is_alive_ready_and_up(client: FlaskClient, state: State) -> None:
     for _ in range(2):
         for path, text in (("/livez", "alive\n"), ("/readyz", "ready\n")):
@@ -158,4 +135,4 @@ def test_a_store_in_memory_is_alive_ready_and_up(client: FlaskClient, state: Sta
         response = client.get("/metrics", headers={"Accept": accept})  # a malformed header is ignored
         assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
         assert "\ncounter_server_up 1.0\n" in response.text
-    assert all_counters(state) == {}
+    assert dict(state.counters().counters) == {}

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from werkzeug.datastructures import Headers
 
 from counter_server.errors import InvalidRequest
 from counter_server.server.web import create_app
+from tests.load import at_once
 from tests.processes import PATIENCE, Program, Server, eventually, frozen, holder
-from tests.test_server import Answer, ask, assert_not_started
+from tests.test_server import ask, assert_not_started
 
 COUNTERS = "/api/v1/counters"
 INCREMENT = f"{COUNTERS}/x/increment"
@@ -91,16 +91,7 @@ def test_each_client_has_its_own_budget(client: FlaskClient) -> None:
         assert remaining(client, one, **pretended) == 0
 
 
-@pytest.mark.slow
-def test_after_a_window_the_next_begins() -> None:
-    client = limited("2/second").test_client()
-    eventually(lambda: client.get(COUNTERS).status_code == 429, "the end of the budget")
-    eventually(lambda: client.get(COUNTERS).status_code == 200, "a new window")
-
-
-@pytest.mark.parametrize(
-    "limit", ["", "x", "100", "minute", "0/minute", "-1/minute", "1/minute;2/hour", "1/fortnight", 100, ["1/minute"]]
-)
+@pytest.mark.parametrize("limit", ["", "100", "minute", "0/minute", "-1/minute", "1/minute;2/hour", 100, ["1/minute"]])
 def test_an_invalid_limit_is_refused_when_the_app_is_made(limit: object) -> None:
     with pytest.raises(InvalidRequest, match="such as 100/minute"):
         create_app({"COUNTER_SERVER_STORE": "memory://", "COUNTER_SERVER_RATE_LIMIT": limit})
@@ -116,37 +107,26 @@ def test_without_the_limits_library_the_error_names_the_extra(monkeypatch: pytes
 @pytest.mark.slow
 def test_if_the_budget_does_not_answer_in_time_nothing_was_counted(on_demand: str, data_dir: Path) -> None:
     """The budget's own call was sent, with an unknown result; the requested call has not begun."""
-    app, hasty = (
-        limited("100/hour", COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=seconds)
+    client, hasty = (
+        limited("100/hour", COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=seconds).test_client()
         for seconds in (PATIENCE, 0.5)
     )
-    assert app.test_client().post(INCREMENT).status_code == 200
-    pid = holder(data_dir)
-    assert pid is not None
-    eventually(lambda: hasty.test_client().get(COUNTERS).status_code == 200, "an answer in time")
-    with frozen(pid):
-        response = hasty.test_client().post(INCREMENT)
-        badge = hasty.test_client().get("/badge/x.svg")
-    assert response.status_code == 503
-    assert response.get_json()["outcome"] == "not_applied"
-    assert badge.status_code == 503
-    assert "unavailable" in badge.text
-    for made in (app, hasty):
-        made.extensions["counter_server"].close()
-
-
-# As an operator runs it
+    assert client.post(INCREMENT).status_code == 200
+    eventually(lambda: hasty.get(COUNTERS).status_code == 200, "an answer in time")
+    with frozen(holder(data_dir) or 0):
+        response = hasty.post(INCREMENT)
+        badge = hasty.get("/badge/x.svg")
+    assert (response.status_code, response.get_json()["outcome"]) == (503, "not_applied")
+    assert (badge.status_code, "unavailable" in badge.text) == (503, True)
+    for made in (client, hasty):
+        made.application.extensions["counter_server"].close()
 
 
 @pytest.mark.slow
 def test_all_workers_share_one_budget(start_server: Callable[..., Server]) -> None:
     server = start_server("--workers", "2", "--rate-limit", "50/hour")
 
-    def post(_: int) -> Answer:
-        return ask(server.url, "POST", INCREMENT)
-
-    with ThreadPoolExecutor(10) as pool:
-        answers = list(pool.map(post, range(80)))
+    answers = at_once(80, lambda: ask(server.url, "POST", INCREMENT))
     admitted = [answer for answer in answers if answer[0] == 200]
     assert sorted(json.loads(text)["value"] for _, _, text in admitted) == list(range(1, 51))
     assert sorted(left(headers)[0] for _, headers, _ in admitted) == list(range(50))
@@ -159,10 +139,7 @@ def test_all_workers_share_one_budget(start_server: Callable[..., Server]) -> No
 
 
 @pytest.mark.slow
-def test_a_limit_that_cannot_work_stops_the_start(stack: ExitStack, data_dir: Path, tmp_path: Path) -> None:
-    for options, words in [
-        (("--store", f"sqlite:///{tmp_path}/x.db", "--rate-limit", "1/second"), ("rate limit", "sqlite://")),
-        (("--data-dir", str(data_dir), "--rate-limit", "lots"), ("lots",)),
-    ]:
-        program = stack.enter_context(Program("run.py", "--port", "0", *options))
-        assert_not_started(program, *words)
+def test_a_limit_that_cannot_work_stops_the_start(stack: ExitStack, tmp_path: Path) -> None:
+    options = ("--store", f"sqlite:///{tmp_path}/x.db", "--rate-limit", "1/second")
+    program = stack.enter_context(Program("run.py", "--port", "0", *options))
+    assert_not_started(program, "rate limit", "sqlite://")
