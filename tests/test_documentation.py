@@ -1,15 +1,19 @@
 """The documents are true: their examples run, and the tests and files that they name exist."""
 
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from flask import Flask
 
 from counter_server import SharedState
-from tests.processes import ROOT
+from tests.processes import ROOT, Server
+from tests.soak_faults import Faults
 
 BESIDE = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 DOCUMENTS = [*(ROOT / name for name in BESIDE), *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,6 +80,19 @@ def run_example_line(line: str, names: dict[str, object]) -> bool:
     return False
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl: install the Debian package curl")
+def test_the_readmes_commands_for_counters_work(start_server: Callable[..., Server], data_dir: Path) -> None:
+    commands = example("README.md", ".venv/bin/counter-server increment").replace(
+        "instance/counter-server", str(data_dir)
+    )
+    commands = commands.replace("http://127.0.0.1:8000", start_server("--workers", "1").url)
+    commands = commands.replace(".venv/bin/counter-server", f"{sys.executable} -m counter_server")
+    lines = [shlex.split(command.replace("curl ", "curl -s ")) for command in commands.strip().split("\n")]
+    told = [subprocess.run(line, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() for line in lines]
+    assert told == ["1", '{"counter":"visits","value":2}', '{"counter":"stock","value":-1}']
+
+
 def test_every_test_named_in_a_document_exists() -> None:
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for document in [*DOCUMENTS, *(ROOT / "docs").glob("*.py")]:
@@ -90,6 +107,19 @@ def test_every_file_named_in_a_document_exists() -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
         for path in re.findall(r"`(tests/[\w/]+\.py|docs/[\w-]+\.md)`", text):
             assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def test_the_measured_faults_include_every_kind() -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    told = re.findall(r"^\| ([^|]+) \| \d+ \| [\d.]+ s \|", page, re.MULTILINE)
+    assert set(told) >= {*Faults.replacing, *Faults.passing}
+
+
+def test_no_line_of_a_document_needs_a_scroll_bar() -> None:
+    """Allow at most 140 columns, except for tables and commands."""
+    for document in DOCUMENTS:
+        for line in document.read_text().splitlines():
+            assert len(line) <= 140 or line.startswith(("|", "    ")), f"{document.name}: {line[:60]}…"
 
 
 def test_the_figures_of_the_scale_page_come_from_the_model() -> None:

@@ -331,6 +331,21 @@ def test_a_manager_without_descriptors_does_not_spin_and_serves_again_when_there
         assert fresh.counter("d").increment() == 1
 
 
+def test_half_open_peers_are_gone_after_the_handshakes_time(
+    manager: Manager, state: State, data_dir: Path, stack: ExitStack
+) -> None:
+    threads = Path(f"/proc/{manager.pid}/task")
+    before = len(list(threads.iterdir()))
+    silent = [stack.enter_context(raw(data_dir)) for _ in range(200)]
+    assert state.counter("c").increment() == 2
+    for peer in silent:
+        with suppress(ConnectionResetError):
+            while peer.recv(1000):
+                pass
+    eventually(lambda: len(list(threads.iterdir())) <= before, "the end of their threads")
+    assert state.counter("c").increment() == 3
+
+
 def test_peers_that_never_read_are_cut_off_and_hold_up_nobody(
     manager: Manager, state: State, data_dir: Path, stack: ExitStack
 ) -> None:
