@@ -262,7 +262,7 @@ def test_an_invalid_option_is_refused_at_once(wrong: dict[str, Any], says: str) 
     with pytest.raises(InvalidRequest, match=says):
         ManagerCache(**{"url": "memory://", **wrong})
     with pytest.raises(Unsupported, match="hosts no shared objects"):
-        ManagerCache("redis://localhost")
+        ManagerCache("sqlite:////nowhere/counters.db")
 
 
 def test_a_value_that_cannot_be_serialised_is_an_error_and_changes_nothing() -> None:

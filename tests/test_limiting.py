@@ -316,7 +316,7 @@ def test_the_scheme_is_registered_and_memory_is_not_replaced() -> None:
     ("url", "options", "error", "says"),
     [
         ("manager://host/data", {}, InvalidRequest, "three slashes"),
-        ("redis://localhost", {}, Unsupported, "hosts no shared objects"),
+        ("sqlite:////nowhere/counters.db", {}, Unsupported, "hosts no shared objects"),
         ("manager:///data", {"password": "secret"}, TypeError, "unexpected keyword argument 'password'"),
         ("manager:///data", {"deadline": 0}, InvalidRequest, "deadline"),
         ("manager:///data", {"name": ""}, InvalidRequest, "name"),
