@@ -250,15 +250,15 @@ def test_one_on_demand_makes_way_for_a_supervised_one(
         return server.children("manager") == [holder(data_dir)]
 
     server = start_server("--workers", "1")
-    assert serves(server)
+    eventually(lambda: serves(server), "the server's manager")
     seen = len(program.output)
     eventually(lambda: len(program.output) > seen, "a number of the server's manager")
     manager = holder(data_dir)
     end_manager(data_dir / "manager.lock")
     eventually(lambda: holder(data_dir) != manager and serves(server), "another manager of the server's")
     os.kill(server.children("manager")[0], signal.SIGKILL)
-    assert increment(server.url) == 1  # a worker starts no manager: its supervisor does
-    assert serves(server)
+    assert increment(server.url) == 1
+    eventually(lambda: serves(server), "the server's manager again")  # it may be the program's for a moment
     server.stop()
     seen = len(program.output)
     eventually(lambda: len(program.output) > seen and holder(data_dir), "a number of a manager on demand")
