@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -140,7 +141,7 @@ class MemcachedServer(Engine):
         return self.command("mn")[:2] in (b"MN", b"CL")
 
 
-class _SqlServer(Engine):
+class _SqlServer(Engine, ABC):
     """A place is a database. The directory is temporary, because its name has to be short for the socket."""
 
     first: str  # the name of its first database
@@ -156,12 +157,13 @@ class _SqlServer(Engine):
             raise
         self.url = self.url_of(self.first)
 
+    @abstractmethod
     def install(self) -> None:
-        raise NotImplementedError
+        """Write the files of an empty database server to `directory`."""
 
+    @abstractmethod
     def connect(self, database: str) -> Any:
         """Return a connection that commits by itself."""
-        raise NotImplementedError
 
     def query(self, statement: str, database: str | None = None) -> list[tuple[Any, ...]]:
         """Execute a statement over a connection of its own, and return its rows."""

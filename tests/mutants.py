@@ -20,6 +20,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import click
 
@@ -42,22 +43,22 @@ _PAIRS += [(ast.Is, ast.IsNot), (ast.In, ast.NotIn), (ast.And, ast.Or), (ast.Add
 FLIPPED: dict[type[ast.AST], type[ast.AST]] = {ast.Mult: ast.Add, ast.Div: ast.Mult}
 FLIPPED |= {one: other for pair in _PAIRS for one, other in (pair, pair[::-1])}
 
-Edit = tuple[str, Callable[[ast.AST], None]]
+Edit = tuple[str, Callable[[Any], None]]
 
 
 def _edits(node: ast.AST) -> Iterator[Edit]:
     """Yield each small change that can be made in place at one node, with a word for it."""
     match node:
         case ast.Compare(ops=[_]):
-            yield "flip the comparison", lambda n: n.ops.__setitem__(0, FLIPPED[type(n.ops[0])]())  # type: ignore[attr-defined]
+            yield "flip the comparison", lambda n: n.ops.__setitem__(0, FLIPPED[type(n.ops[0])]())
         case ast.BoolOp() | ast.BinOp() | ast.AugAssign() if type(node.op) in FLIPPED:
-            yield "flip the operator", lambda n: setattr(n, "op", FLIPPED[type(n.op)]())  # type: ignore[attr-defined]
+            yield "flip the operator", lambda n: setattr(n, "op", FLIPPED[type(n.op)]())
         case ast.If() | ast.While() | ast.IfExp() if not isinstance(node.test, ast.Compare | ast.Constant):
-            yield "negate the condition", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))  # type: ignore[attr-defined]
+            yield "negate the condition", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))
         case ast.Constant(value=bool()):
-            yield "flip the truth", lambda n: setattr(n, "value", not n.value)  # type: ignore[attr-defined]
+            yield "flip the truth", lambda n: setattr(n, "value", not n.value)
         case ast.Constant(value=int()):
-            yield "add one", lambda n: setattr(n, "value", n.value + 1)  # type: ignore[attr-defined]
+            yield "add one", lambda n: setattr(n, "value", n.value + 1)
     for field in ("body", "orelse", "finalbody"):
         steps: list[ast.stmt] = getattr(node, field, [])
         for place, step in enumerate(steps if isinstance(steps, list) else []):
@@ -65,7 +66,7 @@ def _edits(node: ast.AST) -> Iterator[Edit]:
 
 
 def _edits_of_step(field: str, place: int, step: ast.AST, following: ast.AST | None) -> Iterator[Edit]:
-    def replace(*new: ast.stmt) -> Callable[[ast.AST], None]:
+    def replace(*new: ast.stmt) -> Callable[[Any], None]:
         return lambda n: getattr(n, field).__setitem__(slice(place, place + 1), new)
 
     def swap(n: ast.AST) -> None:

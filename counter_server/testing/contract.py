@@ -18,7 +18,7 @@ from ..state import State
 from ..store import Finding, Store
 from ..stores.memory import MemoryStore
 
-PATIENCE = 30.0  # seconds that one call may take on a busy machine
+PATIENCE = 30.0  # seconds allowed for one call on a busy machine
 NAMES = [
     *("a", "a ", "A", "á", "b", "Zähler", "счётчик", "計數器", "عدّاد", "🔢", "two words", "a/b", "{x}:y", "%00"),
     *("\U0010ffff", "ﬀ", "x" * 200),
@@ -115,7 +115,7 @@ class StoreContract:
             batch = sent.get(number)
             client, last = (batch.client, batch.sequence) if batch else (os.urandom(16), 0)
             sequence = max(last + step, 1)
-            if batch is None or sequence != last:  # else it is sent again as it was
+            if batch is None or sequence != last:  # otherwise, resend the same batch
                 batch = Batch(client, sequence, [draw.write() for _ in range(draw.chance.randint(1, 8))])
             found, expected = _answer(store, batch), _answer(reference, batch)
             assert found == expected, (seed, batch)
