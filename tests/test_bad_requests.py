@@ -8,7 +8,7 @@ import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from email.parser import BytesParser
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,15 +64,14 @@ def connect(server: Server) -> socket.socket:
 
 def exchange(server: Server, request: bytes) -> bytes:
     """Return everything that is answered until the server closes, even if it does not read the whole request."""
+    answer = b""
     with connect(server) as connection:
-        answer = b""
-        try:
+        with suppress(ConnectionError):  # the server refused it and closed; what it answered can still be read
             connection.sendall(request)
+        with suppress(ConnectionError):
             while chunk := connection.recv(65536):
                 answer += chunk
-        except ConnectionError:
-            pass
-        return answer
+    return answer
 
 
 def parsed(answer: bytes) -> tuple[int, str, bytes]:
