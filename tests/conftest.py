@@ -47,8 +47,8 @@ def is_full(config: pytest.Config) -> bool:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run four files at a time if all tests run, as the slow ones mostly wait for other processes."""
-    return 4 if is_full(config) else 2
+    """Run six files at a time if all tests run, as the slow ones mostly wait for other processes."""
+    return 6 if is_full(config) else 2
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

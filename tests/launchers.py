@@ -50,7 +50,7 @@ def launch(stack: ExitStack, name: str, directory: Path) -> tuple[Program, str]:
     """Start a launcher in a directory; return the program and its URL."""
     launcher = LAUNCHERS[name]
     if not Path(launcher.program).exists():
-        pytest.skip(f"{launcher.program} is not installed: pip install uwsgi (needs a C compiler)")
+        pytest.skip(f"{launcher.program} is not installed: pip install pyuwsgi")
     environment = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
     program = Program(*launcher.command.split(), program=launcher.program, cwd=directory, environment=environment)
     stack.enter_context(program)
