@@ -32,6 +32,11 @@ def keep_from_children(descriptor: int) -> None:
     _own.add(descriptor)
 
 
+def release(descriptor: int) -> None:
+    """Undo `keep_from_children`, as the descriptor is closed."""
+    _own.discard(descriptor)
+
+
 def _after_fork_in_child() -> None:
     # Replace them by one that can be neither written to nor locked: the copy of SQLite in this memory would write to
     # the next file of that number, or believe that it holds the journal's lock.
@@ -60,6 +65,7 @@ class DataDirectory:
             raise InvalidRequest(f"{path!r} cannot be the name of a data directory: give another with --data-dir")
         self.path = Path(os.path.abspath(path))
         self.journal = self.path / "journal.sqlite3"
+        self.snapshot = self.path / "manager.snapshot"
         self.socket = self.path / "manager.sock"
 
     def __str__(self) -> str:
@@ -124,10 +130,13 @@ class DataDirectory:
                 _finders.remove(self._opened)
 
     @contextmanager
-    def starting(self, seconds: float = 0.0) -> Iterator[bool]:
-        """Yield whether this process may start a manager now, waiting `seconds` for another process that starts one."""
+    def starting(self, seconds: float = 0.0) -> Iterator[int | None]:
+        """Hold the lock of those who start a manager, and yield its descriptor.
+
+        Yield None if another process still has it after `seconds`.
+        """
         with self._lock_file("starter.lock") as file:
-            yield _lock(file, deadline=time.monotonic() + seconds)
+            yield file if _lock(file, deadline=time.monotonic() + seconds) else None
 
     @contextmanager
     def _lock_file(self, name: str) -> Iterator[int]:

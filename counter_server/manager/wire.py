@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from msgspec import Raw, Struct, msgpack
 
+from ..objects import Declaration
 from .directory import peer, short_address
 
 SERIALIZER = "counter_server"
@@ -44,6 +45,17 @@ class Call(Struct, array_like=True, frozen=True):
     ident: str | None
     method: str
     arguments: Raw
+
+
+class Greeting(Struct, array_like=True, frozen=True):
+    """The arguments of a client's first call: what it wants to reach.
+
+    :param may_succeed: whether the client would start a manager that succeeds this one.
+    """
+
+    ident: str
+    declaration: Declaration | None
+    may_succeed: bool = False
 
 
 class Connection:
