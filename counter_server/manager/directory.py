@@ -16,6 +16,7 @@ from typing import Self
 from urllib.parse import quote, unquote_to_bytes
 
 from ..errors import DirectoryHeld, InvalidRequest, StartupError
+from ..os_errors import ELSEWHERE, explain, not_ours
 
 _KEY_BYTES = 32
 _CONNECT_SECONDS = 1.0  # a stopped manager accepts no connection when its queue is full
@@ -88,15 +89,14 @@ class DataDirectory:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self.path.stat()
+            found = list(self.path.iterdir()) if status.st_uid == os.geteuid() else []
         except OSError as error:
-            raise StartupError(f"the data directory {self} cannot be made: {error.strerror}") from error
+            raise explain(error, f"the data directory {self} cannot be made", self.path) from error
         if status.st_uid != os.geteuid():
-            raise StartupError(f"the data directory {self} belongs to another user (uid {status.st_uid})")
+            raise StartupError(f"the data directory {not_ours(status.st_uid, self.path)}")
         if status.st_mode & 0o022:
-            raise StartupError(
-                f"the data directory {self} can be written by others: give it mode 0700, or name another"
-            )
-        for path in self.path.iterdir():  # refuse files from the time when others could write here
+            raise StartupError(f"the data directory {self} can be written by others: give it mode 0700, or {ELSEWHERE}")
+        for path in found:  # refuse files from the time when others could write here
             if path.suffix == ".key" or path.name.startswith(("journal.sqlite3", "manager.", "starter.", ".")):
                 with suppress(FileNotFoundError):  # removed meanwhile
                     _check_file(path)
@@ -108,7 +108,7 @@ class DataDirectory:
         Yield a function that returns whether this is still so: the directory may be removed or replaced.
         """
         with self._lock_file("manager.lock") as file:
-            if not _lock(file):
+            if not self._lock(file):
                 raise DirectoryHeld(f"another manager ({self.holder}) already serves {self}")
 
             def is_held() -> bool:
@@ -127,7 +127,7 @@ class DataDirectory:
     def starting(self, seconds: float = 0.0) -> Iterator[bool]:
         """Yield whether this process may start a manager now, waiting `seconds` for another process that starts one."""
         with self._lock_file("starter.lock") as file:
-            yield _lock(file, deadline=time.monotonic() + seconds)
+            yield self._lock(file, deadline=time.monotonic() + seconds)
 
     @contextmanager
     def _lock_file(self, name: str) -> Iterator[int]:
@@ -135,13 +135,25 @@ class DataDirectory:
             try:
                 file = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError as error:
-                raise StartupError(f"the data directory {self} cannot be written to: {error.strerror}") from error
+                raise explain(error, f"the data directory {self} cannot be written to", self.path, name) from error
             keep_from_children(file)
         try:
             yield file
         finally:
             _own.discard(file)
             os.close(file)
+
+    def _lock(self, file: int, kind: int = fcntl.LOCK_EX, deadline: float = -inf) -> bool:
+        while True:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_RETRY_SECONDS)
+            except OSError as error:
+                raise explain(error, f"the data directory {self} cannot be locked", self.path) from error
 
     def _opened(self) -> Iterator[int]:
         """Find the manager's descriptors here: files, the listening socket, and connections that came through it."""
@@ -160,11 +172,11 @@ class DataDirectory:
         """Return whether a manager holds this directory; raise `StartupError` if its lock cannot be read."""
         try:
             with open(self.path / "manager.lock", "rb") as file:
-                return not _lock(file.fileno(), fcntl.LOCK_SH)
+                return not self._lock(file.fileno(), fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise StartupError(f"the lock of {self} cannot be read: {error}") from error
+            raise explain(error, f"the lock of {self} cannot be read", self.path, "manager.lock") from error
 
     def manager_pid(self) -> int | None:
         """Return the pid of the process that listens here, from the kernel; None without one.
@@ -206,7 +218,8 @@ class DataDirectory:
                 draft.unlink()
             return self.existing_key(name)
         except OSError as error:
-            raise StartupError(f"the key {self.path}/{name}.key cannot be made or read: {error.strerror}") from error
+            failure = f"the key {self.path}/{name}.key cannot be made or read"
+            raise explain(error, failure, self.path, f"{name}.key") from error
 
     def existing_key(self, name: str) -> bytes:
         """Return the secret of that name if it was made before; raise `OSError` if not, and otherwise as `key` does."""
@@ -237,20 +250,10 @@ def _check_file(path: Path) -> None:
     status = path.lstat()
     # A key has a second name for an instant, while it is made; it is only ever read.
     is_linked = stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and path.suffix in (".sqlite3", ".lock", ".log")
-    if status.st_uid not in (os.geteuid(), 0) or is_linked:
-        whose = "has another name elsewhere" if is_linked else f"belongs to another user (uid {status.st_uid})"
-        raise StartupError(f"{path} {whose}: nothing was read or written; remove it, or name another directory")
-
-
-def _lock(file: int, kind: int = fcntl.LOCK_EX, deadline: float = -inf) -> bool:
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_RETRY_SECONDS)
+    if is_linked:
+        raise StartupError(f"{path} has another name elsewhere: nothing was read or written; remove it, or {ELSEWHERE}")
+    if status.st_uid not in (os.geteuid(), 0):
+        raise StartupError(not_ours(status.st_uid, path))
 
 
 @contextmanager

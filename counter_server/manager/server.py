@@ -31,6 +31,7 @@ from ..journal import Journal, JournalFailed
 from ..ledger import Contents, Ledger
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
+from ..os_errors import explain
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from ..status import SlowCall, Status
 from ..store import Applies
@@ -438,7 +439,7 @@ def serve(
                 supervisor=os.getppid() if lifeline is not None else None,
             )
         except OSError as error:
-            raise StartupError(f"the socket {directory.socket} cannot be made: {error.strerror or error}") from error
+            raise explain(error, f"the socket {directory.socket} cannot be made", directory.path) from error
         is_ending = threading.Event()
         keeping = threading.Thread(target=server.keep_going, args=(is_held, is_ending), daemon=True)
         keeping.start()
