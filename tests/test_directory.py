@@ -1,7 +1,11 @@
 """The data directory: which errors are told at once, whose files are used, and where they may lie."""
 
 import errno
+import fcntl
 import os
+import re
+import socket
+import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +15,7 @@ import pytest
 from counter_server import State, StoreOptions, errors, open_state
 from counter_server.manager.directory import DataDirectory
 from counter_server.os_errors import can_pass, is_absent
-from tests.processes import PATIENCE, Manager
+from tests.processes import PATIENCE, Manager, end_manager
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
@@ -157,3 +161,185 @@ def test_the_managers_listener_says_why_it_refuses_a_stranger(
     assert f"the manager of {tmp_path / 'data'} belongs to another user (root, uid 0)" in said
     assert "(uid 12345)" in said
     assert manager.running
+
+
+# Modes
+
+
+@needs_root
+@pytest.mark.parametrize("umask", [0, 0o777, 0o027])
+def test_what_is_made_is_for_its_user_alone_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    open_to_all(tmp_path)
+    (tmp_path / "home").mkdir()
+    os.chown(tmp_path / "home", 12345, 12345)
+    (tmp_path / "home").chmod(0o2775)
+    directory = DataDirectory(tmp_path / "home" / "instance" / "data")
+
+    def make() -> str:
+        os.umask(umask)
+        for _ in range(2):
+            directory.make()
+            directory.key("session")
+            with directory.starting(), directory.hold():
+                pass
+        return "made"
+
+    assert as_user(12345, make) == "made"
+    assert directory.path.stat().st_mode & 0o7777 == 0o700
+    names = {path.name: path.stat().st_mode & 0o777 for path in directory.path.iterdir()}
+    assert names == dict.fromkeys(["session.key", "starter.lock", "manager.lock"], 0o600)
+
+
+def test_a_default_acl_of_the_parent_gives_nobody_access(tmp_path: Path) -> None:
+    entries = [
+        (1, 7, -1),
+        (2, 7, 12345),
+        (4, 7, -1),
+        (16, 7, -1),
+        (32, 7, -1),
+    ]  # u::rwx,u:12345:rwx,g::rwx,m::rwx,o::rwx
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", acl)
+    except OSError:
+        pytest.skip("this file system has no access control lists")
+    DataDirectory(tmp_path / "data").make()
+    (tmp_path / "data" / "file").touch()
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
+    assert "system.posix_acl_default" not in os.listxattr(tmp_path / "data")
+    assert (tmp_path / "data" / "file").stat().st_mode & 0o022 == 0
+
+
+def as_fsgroup_does(directory: Path) -> None:
+    for path in (directory, *directory.iterdir()):
+        path.chmod(path.stat().st_mode | (0o2070 if path.is_dir() else 0o060))
+
+
+def test_files_that_a_mount_gave_to_a_group_are_taken_back_with_one_warning(
+    on_demand: str, data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with client(data_dir) as state:
+        assert state.counter("c").increment() == 1
+    end_manager(data_dir / "manager.lock")
+    as_fsgroup_does(data_dir)
+    with client(data_dir) as state:
+        assert state.counter("c").increment() == 2
+    assert data_dir.stat().st_mode & 0o7777 == 0o700
+    assert {path.stat().st_mode & 0o077 for path in data_dir.iterdir()} == {0}
+    assert [record.message.count("fsGroup") for record in caplog.records] == [1]
+
+
+@needs_root
+def test_a_volume_of_another_user_at_the_directory_itself_names_one_below(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_to_all(tmp_path)
+    (tmp_path / "volume").mkdir(mode=0o755)
+    (tmp_path / "volume" / "lost+found").mkdir(mode=0o700)
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "volume")
+    said = as_user(12345, lambda: refusal(tmp_path / "volume"))
+    assert f"name a directory below it, such as {tmp_path / 'volume'}/counter-server" in said
+    os.chown(tmp_path / "volume", 12345, 12345)
+    assert as_user(12345, lambda: DataDirectory(tmp_path / "volume").key("session").hex()[:0] + "made") == "made"
+
+
+# Where the data lie
+
+
+def test_a_link_is_followed_once(on_demand: str, tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        (tmp_path / name / "data").mkdir(parents=True, mode=0o700)
+    (tmp_path / "current").symlink_to("1")
+    with client(tmp_path / "current" / "data") as state:
+        assert state.counter("c").increment() == 1
+        (tmp_path / "new").symlink_to("2")
+        (tmp_path / "new").rename(tmp_path / "current")
+        assert state.counter("c").increment() == 2
+        state.close()
+        assert state.counter("c").increment() == 3
+    assert list((tmp_path / "2" / "data").iterdir()) == []
+
+
+def test_a_link_that_leads_nowhere_makes_nothing_there(tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to("nowhere")
+    assert "File exists" in refusal(tmp_path / "data")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_removed_key_is_put_back_and_new_clients_wait_for_it(tmp_path: Path, stack: ExitStack) -> None:
+    manager = stack.enter_context(Manager(tmp_path / "data"))
+    key = (tmp_path / "data" / "manager.key").read_bytes()
+    for number in (1, 2):
+        (tmp_path / "data" / "manager.key").unlink()
+        with client(tmp_path / "data", start=False) as state:
+            assert state.counter("c").increment() == number
+        assert (tmp_path / "data" / "manager.key").read_bytes() == key
+    assert any("key" in line and "was removed" in line for line in manager.errors)
+    assert manager.stop() == 0
+
+
+def test_a_key_can_be_made_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("os.link", fail)
+    directory = DataDirectory(tmp_path)
+    assert directory.key("session") == directory.key("session")
+    assert [path.name for path in tmp_path.iterdir()] == ["session.key"]
+
+
+def test_a_process_that_answers_at_the_socket_is_left_alone(tmp_path: Path) -> None:
+    directory = DataDirectory(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory.socket))
+        listener.listen()
+        with pytest.raises(errors.DirectoryHeld, match=f"pid {os.getpid()}"):
+            directory.remove_stale_socket()
+        assert directory.socket.is_socket()
+    directory.remove_stale_socket()
+    assert not directory.socket.exists()
+
+
+def test_a_directory_that_is_held_is_locked_against_cleaners(tmp_path: Path) -> None:
+    file = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with DataDirectory(tmp_path).hold(), pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with DataDirectory(tmp_path).hold():  # a cleaner at work stops no manager
+            pass
+    finally:
+        os.close(file)
+
+
+def test_a_manager_of_another_machine_is_told_at_once(tmp_path: Path) -> None:
+    with DataDirectory(tmp_path).hold():
+        lock = tmp_path / "manager.lock"
+        lock.write_bytes(re.sub(rb'"boot":"[^"]*"', b'"boot":"x"', lock.read_bytes()))
+        with pytest.raises(errors.StartupError, match=f"on another machine .{os.uname().nodename}. serves") as error:
+            DataDirectory(tmp_path).hold().__enter__()
+        assert not isinstance(error.value, errors.DirectoryHeld)
+        with pytest.raises(errors.StartupError, match="on another machine"):
+            DataDirectory(tmp_path).is_held()
+        lock.write_bytes(b"")  # of a manager that has just begun, or on a full disk
+        with pytest.raises(errors.DirectoryHeld):
+            DataDirectory(tmp_path).hold().__enter__()
+
+
+def test_socket_key_and_lock_may_lie_apart_from_the_journal(
+    on_demand: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = tmp_path / "run"
+    monkeypatch.setenv("COUNTER_SERVER_RUNTIME_DIR", str(runtime))
+    with client(data_dir) as state:
+        assert state.counter("c").increment() == 1
+    (own,) = runtime.iterdir()
+    assert {path.name for path in own.iterdir()} == {"manager.sock", "manager.key", "starter.lock"}
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert not {"manager.sock", "manager.key"} & {path.name for path in data_dir.iterdir()}
+    assert DataDirectory(tmp_path / "other").runtime.parent == runtime
+    assert DataDirectory(tmp_path / "other").runtime != own
+    monkeypatch.delenv("COUNTER_SERVER_RUNTIME_DIR")  # one manager for each data directory all the same
+    said = refusal(data_dir)
+    assert f"its socket is in {own}" in said
+    assert "COUNTER_SERVER_RUNTIME_DIR" in said

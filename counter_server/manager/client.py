@@ -194,7 +194,14 @@ class StateProxy(BaseProxy):
         return connection
 
     def _open(self, deadline: float) -> Connection:
-        return connect(str(self.directory.socket), self.directory.existing_key("manager"), deadline=deadline)
+        try:
+            key = self.directory.existing_key("manager")
+        except FileNotFoundError as error:
+            if self.directory.manager_pid() is None:
+                raise
+            reason = f"the key of {self.directory} was removed, and its manager puts it back"
+            raise Disconnected(reason, sent=False) from error
+        return connect(str(self.directory.socket), key, deadline=deadline)
 
     def _disconnected(self, error: BaseException, *, sent: bool) -> Disconnected:
         match error:

@@ -298,7 +298,7 @@ class StateServer(Server):
         return True
 
     def keep_going(self, is_held: Callable[[], bool], is_ending: threading.Event) -> None:
-        """Restore the socket when its file vanishes, log slow calls, and end the manager when it is idle.
+        """Restore the socket and the key when their files vanish, log slow calls, and end the manager when it is idle.
 
         End the process at once when its directory or journal was removed or replaced.
         """
@@ -308,12 +308,7 @@ class StateServer(Server):
             if not is_held():  # another manager may begin with other files
                 fail(StartupError(f"the data directory {self._directory} was removed, or replaced by another"))
             try:
-                if self._journal:
-                    self._journal.look_after_files()
-                if not self.listener.is_found:
-                    self._directory.remove_stale_socket()
-                    self.listener.rebind()
-                    log.warning("the socket %s was removed; a new one is in its place", self._directory.socket)
+                self._restore_files()
             except JournalFailed as error:
                 fail(error)
             except (StartupError, OSError) as error:
@@ -331,6 +326,17 @@ class StateServer(Server):
             if self._idle_timeout is not None and not self._keeps_place and self._idle_for() >= self._idle_timeout:
                 _end_main_thread()  # a client that comes just then starts another manager
                 return
+
+    def _restore_files(self) -> None:
+        """Put back the key and the socket; raise `JournalFailed` if the journal is not in its place."""
+        if self._journal:
+            self._journal.look_after_files()
+        if self._directory.restore_key("manager", self.authkey):
+            log.warning("the key of %s was removed; it is in its place again", self._directory)
+        if not self.listener.is_found:
+            self._directory.remove_stale_socket()
+            self.listener.rebind()
+            log.warning("the socket %s was removed; a new one is in its place", self._directory.socket)
 
 
 def _is_any_there(connections: set[Connection]) -> bool:
