@@ -9,9 +9,19 @@ from typing import Any
 
 from msgspec import Raw, ValidationError, msgpack
 
-from ..errors import AccessDenied, BatchRefused, DirectoryHeld, Disconnected, NotHosted, StateLost, Unsupported
+from ..errors import (
+    AccessDenied,
+    BatchRefused,
+    DirectoryHeld,
+    Disconnected,
+    NotHosted,
+    StartupError,
+    StateLost,
+    Unsupported,
+)
 from ..objects import Declaration
 from ..operations import Batch, Result
+from ..os_errors import can_pass, explain, is_absent
 from ..status import Status
 from ..store import Finding, RoundTrip
 from .directory import DataDirectory
@@ -156,12 +166,14 @@ class StateProxy(BaseProxy):
         """Return a new connection to the object. Start a manager, or its successor, if needed and allowed.
 
         :raises Disconnected: if there is no manager, or it does not answer.
+        :raises StartupError: for a reason that stays.
+        :raises AccessDenied: if the manager is another user's, or does not accept the key.
         """
         try:
             try:
                 connection = self._open(deadline)
-            except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-                if self._starter is None:
+            except OSError as error:
+                if self._starter is None or not is_absent(error):
                     raise
                 self._starter.start(self.directory, deadline)
                 connection = self._open(deadline)
@@ -174,13 +186,27 @@ class StateProxy(BaseProxy):
             raise AccessDenied(
                 f"the manager of {self.directory} does not accept this key; nothing was counted"
             ) from error
+        except StartupError as error:
+            if not can_pass(error.__cause__):
+                raise
+            raise Disconnected(str(error), sent=False) from error
         except (OSError, EOFError, ValidationError) as error:
+            if isinstance(error, OSError) and not can_pass(error):
+                failure = f"the manager of {self.directory} cannot be reached"
+                raise explain(error, failure, self.directory.path, "manager.key") from error
             raise self._disconnected(error, sent=False) from error
         self._latest = connection
         return connection
 
     def _open(self, deadline: float) -> Connection:
-        return connect(str(self.directory.socket), self.directory.existing_key("manager"), deadline=deadline)
+        try:
+            key = self.directory.existing_key("manager")
+        except FileNotFoundError as error:
+            if self.directory.manager_pid() is None:
+                raise
+            reason = f"the key of {self.directory} was removed, and its manager puts it back"
+            raise Disconnected(reason, sent=False) from error
+        return connect(str(self.directory.socket), key, deadline=deadline)
 
     def _disconnected(self, error: BaseException, *, sent: bool) -> Disconnected:
         match error:

@@ -31,6 +31,7 @@ from ..journal import Journal, JournalFailed
 from ..ledger import Changes, Contents, Ledger
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
+from ..os_errors import explain
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from ..status import SlowCall, Status
 from ..store import Applies
@@ -356,7 +357,7 @@ class StateServer(Server):
         return self._idle_timeout is not None and not self._keeps_place and self._idle_for() >= self._idle_timeout
 
     def keep_going(self, is_held: Callable[[], bool], is_ending: threading.Event) -> None:
-        """Restore the socket when its file vanishes, log slow calls, and end the manager when it is idle.
+        """Restore the socket and the key when their files vanish, log slow calls, and end the manager when it is idle.
 
         End the process at once when its directory or journal was removed or replaced.
         """
@@ -366,12 +367,7 @@ class StateServer(Server):
             if not is_held():  # another manager may begin with other files
                 fail(StartupError(f"the data directory {self._directory} was removed, or replaced by another"))
             try:
-                if self._journal:
-                    self._journal.look_after_files()
-                if not self.listener.is_found:
-                    self._directory.remove_stale_socket()
-                    self.listener.rebind()
-                    log.warning("the socket %s was removed; a new one is in its place", self._directory.socket)
+                self._restore_files()
             except JournalFailed as error:
                 fail(error)
             except (StartupError, OSError) as error:
@@ -389,6 +385,17 @@ class StateServer(Server):
             if self._may_end():
                 _end_main_thread()  # a client that comes just then starts another manager
                 return
+
+    def _restore_files(self) -> None:
+        """Put back the key and the socket; raise `JournalFailed` if the journal is not in its place."""
+        if self._journal:
+            self._journal.look_after_files()
+        if self._directory.restore_key("manager", self.authkey):
+            log.warning("the key of %s was removed; it is in its place again", self._directory)
+        if not self.listener.is_found:
+            self._directory.remove_stale_socket()
+            self.listener.rebind()
+            log.warning("the socket %s was removed; a new one is in its place", self._directory.socket)
 
 
 def _is_any_there(connections: set[Connection]) -> bool:
@@ -506,7 +513,7 @@ def serve(
                 supervisor=os.getppid() if lifeline is not None else None,
             )
         except OSError as error:
-            raise StartupError(f"the socket {directory.socket} cannot be made: {error.strerror or error}") from error
+            raise explain(error, f"the socket {directory.socket} cannot be made", directory.path) from error
         is_ending = threading.Event()
         keeping = threading.Thread(target=server.keep_going, args=(is_held, is_ending), daemon=True)
         keeping.start()

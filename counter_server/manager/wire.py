@@ -8,15 +8,19 @@ import os
 import socket
 import struct
 import time
+from contextlib import suppress
 from math import inf
 from multiprocessing import managers
 from multiprocessing.connection import Connection as StandardConnection
 from multiprocessing.connection import answer_challenge, deliver_challenge
+from pathlib import Path
 from typing import Any, cast
 
 from msgspec import Raw, Struct, msgpack
 
+from ..errors import AccessDenied
 from ..objects import Declaration
+from ..os_errors import not_ours
 from .directory import peer, short_address
 
 SERIALIZER = "counter_server"
@@ -26,6 +30,7 @@ FRAME_SECONDS = 2.0  # to finish a frame once begun, and to take a frame that wa
 ACCEPT_PAUSE = 0.05  # seconds, while no descriptor is left for a new connection
 _LONGEST_WAIT = 2.0  # seconds in the kernel before the deadline is looked at again
 _CHUNK = 479  # bytes to receive at once: most frames are shorter, and Python allocates larger objects more slowly
+_REFUSED = b"#REFUSED"  # begins the only message to another user
 _BACKLOG = 1024  # the standard library's 16 refuses or blocks a crowd of fresh clients
 
 _encode = msgpack.Encoder().encode
@@ -133,6 +138,12 @@ class Connection:
         self._received = received[end:]
         return received[4:end]
 
+    def peek(self) -> bytes:
+        """Return the next message, which the next `recv` returns again."""
+        message = self.recv_bytes()
+        self._received = _pack_length(len(message)) + message + self._received
+        return message
+
     def _receive(self, size: int) -> None:
         """Receive until `_received` has at least `size` bytes."""
         while True:
@@ -199,8 +210,11 @@ class Listener:
                 raise SystemExit from None  # ends the accepting thread, which would try for ever
             time.sleep(ACCEPT_PAUSE)
             raise
-        if peer(sock)[1] != os.geteuid():
-            sock.close()
+        uid = peer(sock)[1]
+        if uid != os.geteuid():
+            with sock, suppress(OSError):
+                refusal = _REFUSED + f": this manager serves uid {os.geteuid()} alone, and not uid {uid}".encode()
+                sock.send(_pack_length(len(refusal)) + refusal)  # never blocks: it is the first
             raise PermissionError("a connection of another user")
         return Connection(sock)
 
@@ -214,6 +228,7 @@ def connect(address: str, authkey: bytes | None = None, *, deadline: float = inf
 
     :param deadline: in `time.monotonic` seconds; the time limit of the handshake holds as well.
     :raises OSError: if no manager accepts or answers in time.
+    :raises AccessDenied: if the manager belongs to another user.
     :raises multiprocessing.AuthenticationError: if the keys differ.
     """
     sock = socket.socket(socket.AF_UNIX)
@@ -223,6 +238,8 @@ def connect(address: str, authkey: bytes | None = None, *, deadline: float = inf
         with short_address(address) as short:
             sock.connect(short)
         if authkey is not None:
+            if connection.peek().startswith(_REFUSED):
+                raise AccessDenied(f"the manager of {not_ours(peer(sock)[1], Path(address).parent)}")
             other = cast(StandardConnection, connection)
             answer_challenge(other, authkey)
             deliver_challenge(other, authkey)
