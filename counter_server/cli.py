@@ -19,6 +19,7 @@ from .errors import BatchRefused, CounterServerError, DirectoryHeld, Disconnecte
 from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
 from .operations import LARGEST_PAGE, Get
+from .os_errors import can_pass
 from .output import LogFormat
 from .server.demo import demo
 from .server.prove import prove
@@ -219,7 +220,8 @@ def manager(
         serve(directory, ready=ready, idle_timeout=timeout, hosting=hosted, **options)
     except CounterServerError as error:
         if report:
-            report.end("held" if isinstance(error, DirectoryHeld) else "error", str(error))
+            is_passing = isinstance(error, DirectoryHeld) or can_pass(error.__cause__)
+            report.end("later" if is_passing else "error", str(error))
         raise
 
 

@@ -180,7 +180,7 @@ class HostedObject:
         self.declaration = declaration
         self._clock = clock
         self._journal = journal if declaration.durable else None
-        self._clients = Clients(dict(clients or {}), most_clients, declaration.name)
+        self.remembered = Clients(dict(clients or {}), most_clients, declaration.name)
         self._fail = fail
         self._state = b""
         self.running: tuple[str, float] | None = None  # the method of the current call, and when the call began
@@ -213,7 +213,7 @@ class HostedObject:
         if self._journal is not None:
             return None
         try:
-            return self._pickled(inf), self._clients.records
+            return self._pickled(inf), self.remembered.records
         except InvalidRequest as error:
             log.warning("%s begins again: %s", self.declaration.name, error)
             return None
@@ -224,27 +224,27 @@ class HostedObject:
             raise Busy(f"{self.declaration.name} is still busy with another call; this call was not made")
         try:
             changes = Changes(self._clock())
-            answered = self._clients.answer(batch, changes)
+            answered = self.remembered.answer(batch, changes)
             if isinstance(answered, BatchRefused):
                 raise answered
             if answered is not None:
                 return answered
-            turned_away = self._clients.admit(batch.client, changes) if batch.sequence == 1 else None
+            turned_away = self.remembered.admit(batch.client, changes) if batch.sequence == 1 else None
             if turned_away is not None:
                 return list[Result](turned_away for _ in batch.operations)
-            self._clients.forget(changes)
+            self.remembered.forget(changes)
             results = self._call_all(batch, changes)
-            self._clients.remember(batch, results, changes)
+            self.remembered.remember(batch, results, changes)
             try:
                 if self._journal is not None:
                     self._journal.commit(changes)
             except StorageFull as error:
                 self._object = self._unpickled(self._state)
                 results = list[Result](Refusal("storage_full", str(error)) for _ in batch.operations)
-                self._clients.remember(batch, results, changes)
+                self.remembered.remember(batch, results, changes)
             else:
                 self._state = changes.objects.get(self.declaration.name, self._state)
-            self._clients.merge(changes)
+            self.remembered.merge(changes)
             self.running = None
             return results
         except BatchRefused:

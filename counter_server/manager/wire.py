@@ -73,6 +73,8 @@ class Connection:
     never blocks in the kernel.
     """
 
+    pid = 0  # of the process that connected; 0 if it cannot be seen from here
+
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(None)  # whatever `socket.setdefaulttimeout` says
         self._is_patched = not os.get_blocking(sock.fileno())
@@ -210,13 +212,15 @@ class Listener:
                 raise SystemExit from None  # ends the accepting thread, which would try for ever
             time.sleep(ACCEPT_PAUSE)
             raise
-        uid = peer(sock)[1]
+        pid, uid = peer(sock)
         if uid != os.geteuid():
             with sock, suppress(OSError):
                 refusal = _REFUSED + f": this manager serves uid {os.geteuid()} alone, and not uid {uid}".encode()
                 sock.send(_pack_length(len(refusal)) + refusal)  # never blocks: it is the first
             raise PermissionError("a connection of another user")
-        return Connection(sock)
+        connection = Connection(sock)
+        connection.pid = pid
+        return connection
 
     def close(self) -> None:
         self._closed = True
