@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from hashlib import blake2b
 from math import inf
 from operator import attrgetter
@@ -21,9 +22,10 @@ from typing import Any, NoReturn
 
 from msgspec import Struct
 
-from .errors import BatchRefused, InvalidRequest, StartupError, Stopped, StorageFull
+from .errors import BatchRefused, InvalidRequest, ResultLost, StartupError, Stopped, StorageFull
 from .ledger import Changes, ClientRecord, Clients, Commits, raise_error
-from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name, decode_plain, encode_plain
+from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
+from .plain import class_name, decode_plain, decode_sealed, encode_plain
 from .settings import LONGEST_DEADLINE
 
 LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still below the frame limit
@@ -225,12 +227,16 @@ class HostedObject:
         try:
             if not callable(getattr(type(self._object), operation.method, None)):
                 return Refusal("unsupported", f"{self.declaration} has no public method {operation.method!r}")
-            arguments, keywords = decode_plain(operation.arguments)
+            decode = decode_sealed if getattr(type(self._object), "keeps_values_sealed", False) else decode_plain
+            try:
+                arguments, keywords = decode(operation.arguments)
+            except ValueError as error:
+                return Refusal("invalid", f"the arguments of {self.declaration.name}.{operation.method}: {error}")
             value = getattr(self._object, operation.method)(*arguments, **keywords)
             try:
                 return Returned(encode_plain(value, f"the result of {self.declaration.qualname}.{operation.method}"))
             except InvalidRequest as error:
-                raise InvalidRequest(f"{error}; the call was made, and its result is lost") from None
+                raise ResultLost("ResultLost", f"{error}; the call was made, and its result is lost", "") from None
         except BaseException as error:  # noqa: BLE001 - any error belongs to the method's caller
             return _raised(error)
 
@@ -239,16 +245,20 @@ def _raised(error: BaseException) -> Raised:
     # Nothing may fail here: the call was made, and has to be remembered.
     kind = type(error)
     built_in = _BUILT_IN.get(id(kind))
-    name = built_in or _text(lambda: f"{kind.__module__}.{kind.__qualname__}")
+    module = "builtins" if built_in else _text(lambda: class_name(kind)[0])
+    name = built_in or _text(lambda: ".".join(class_name(kind)))
     text = _text(lambda: str(error))
     trace = _text(lambda: "".join(traceback.format_exception(error)), slice(-_LONGEST_TEXT, None))
-    arguments = None
-    if built_in and isinstance(error, Exception):
-        try:
-            arguments = encode_plain(error.args, "an error")
-        except InvalidRequest:
-            arguments = encode_plain((text,), "an error")
-    return Raised(name, text, trace, arguments)
+    contents: list[Callable[[], object]] = [
+        lambda: (error.args, {name: value for name, value in vars(error).items() if name != "__notes__"}),
+        lambda: (error.args, {}),
+    ]
+    if built_in:
+        contents.append(lambda: ((text,), {}))
+    for content in contents if issubclass(kind, Exception) else ():
+        with suppress(BaseException):  # from the class's own code
+            return Raised(name, text, trace, module, encode_plain(content(), "an error"))
+    return Raised(name, text, trace)
 
 
 def _described(error: BaseException) -> str:

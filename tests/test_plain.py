@@ -1,0 +1,111 @@
+"""What is encoded as plain data can name no code: a class is found only where it is imported already."""
+
+import sys
+from collections.abc import Callable
+from enum import Enum
+from types import ModuleType
+from typing import Any
+
+import pytest
+from msgspec import msgpack
+
+from counter_server.plain import Sealed, decode_plain, decode_sealed, encode_plain, find_class, main_name
+from tests.hosted_classes import Colour, Measured, Point
+
+OURS = ("tests.hosted_classes",)
+
+
+def test_a_class_is_found_only_in_modules_that_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lazy(ModuleType):
+        def __getattribute__(self, name: str) -> Any:
+            raise AssertionError("something would be imported or called")
+
+    monkeypatch.setitem(sys.modules, "lazy", Lazy("lazy"))
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    assert find_class("tests.hosted_classes", "Colour") is Colour
+    for module, qualname in (
+        *(("this", "d"), ("lazy", "Colour"), ("tests.hosted_classes", "Colour.RED.value"), ("tests", "")),
+        *(("tests.hosted_classes", "os.path.join"), ("tests.hosted_classes", "Measured.__init__.__globals__")),
+    ):
+        assert not isinstance(find_class(module, qualname), type), qualname
+    assert "this" not in sys.modules
+
+
+BAD: list[tuple[int, Any]] = [
+    *((14, [*OURS, *end]) for end in (["Colour", "GREEN"], ["Colour", "__class__"], ["Colour", 1], ["Point", "x"])),
+    *((14, content) for content in (["builtins", "int", "1"], [], 5)),
+    *((15, [*OURS, name, {"x": 1}]) for name in ("Colour", "Toolbox", "os", "Entries.x")),
+    *((15, [*OURS, "Point", content]) for content in ({}, {"colour": 1}, [], None)),
+    *((6, content) for content in ([], ["x"], [1, 2], None)),
+    *((code, [[{}]]) for code in (4, 5, 11, 12, 13)),
+    *((13, [name]) for name in ("../../etc/passwd", "Nowhere/City", None, 5)),
+    *((code, []) for code in (0, 16, 127)),
+]
+
+
+@pytest.mark.parametrize(("code", "content"), BAD)
+def test_bytes_that_are_no_plain_data_are_refused(code: int, content: object) -> None:
+    data = msgpack.encode([msgpack.Ext(code, msgpack.encode(content))])
+    with pytest.raises(ValueError, match=r"."):
+        decode_plain(data)
+
+
+def test_a_dataclass_of_another_version_gets_its_fields_that_are_sent_and_defaults() -> None:
+    def sent(**content: object) -> object:
+        named = ["tests.hosted_classes", "Point", content]
+        return decode_plain(msgpack.encode(msgpack.Ext(15, msgpack.encode(named))))
+
+    assert sent(x=1, new=5, __class__="no") == Point(1)
+    assert sent(x=1, seen=["a"]).seen == ["a"]  # type: ignore[attr-defined]
+
+
+def test_what_is_sealed_is_kept_as_it_came() -> None:
+    values = [Colour.RED, {Point(1): Measured("m")}, (Colour.BLUE,)]
+    sealed = decode_sealed(encode_plain(values, "values"))
+    assert isinstance(sealed[0], Sealed)
+    assert sealed == decode_sealed(encode_plain(values, "values"))
+    assert decode_plain(encode_plain(sealed, "sealed")) == values
+    assert encode_plain(set("abcdefg"), "a set") == encode_plain(set("gfedcba"), "a set")
+
+
+class OfMain(Enum):
+    ONE = 1
+
+
+@pytest.mark.parametrize(
+    ("file", "spec", "name"),
+    [
+        ("/srv/app.py", None, "app"),
+        ("/srv/app.py", "package.app", "package.app"),
+        ("/srv/my-app.py", None, "__main__"),
+        (None, None, "__main__"),
+    ],
+)
+def test_a_class_of_the_main_program_is_found_by_all_its_names(
+    file: str | None, spec: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_program(main: str, *others: str) -> None:
+        module: Any = ModuleType(main)
+        module.OfMain = OfMain
+        if file:
+            module.__file__ = file
+        if spec:
+            module.__spec__ = type("Spec", (), {"name": spec})
+        for other in ("__main__", "__mp_main__", "app", "package.app"):
+            monkeypatch.delitem(sys.modules, other, raising=False)
+        monkeypatch.setitem(sys.modules, "__main__", ModuleType("another"))
+        for other in (main, *others):
+            monkeypatch.setitem(sys.modules, other, module)
+        monkeypatch.setattr(OfMain, "__module__", main)
+
+    sides: list[Callable[[], None]] = [lambda: as_program("__main__"), lambda: as_program("__mp_main__", "__main__")]
+    if name != "__main__":
+        sides.append(lambda: as_program(name))  # imported by another program
+    for sender in sides:
+        sender()
+        data = encode_plain(OfMain.ONE, "a member")
+        for receiver in sides:
+            receiver()
+            assert decode_plain(data) is OfMain.ONE
+    sides[0]()
+    assert main_name() == name
