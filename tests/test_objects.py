@@ -105,14 +105,14 @@ def test_values_of_known_classes_are_returned_as_what_they_were(toolbox: Any) ->
     values: list[Any] = [
         *(datetime(2026, 1, 1, 5, tzinfo=zone, fold=1) for zone in (None, *zones)),
         *(date(2026, 1, 1), time_of_day(5, 6, 7, 8), time_of_day(5, tzinfo=zones[1], fold=1), timedelta(-1, 2, 3)),
-        *(Decimal("1.50"), Decimal("NaN"), UUID(int=7), {1, "a", (2,)}, frozenset({UUID(int=1), None}), set()),
+        *(Decimal("1.50"), Decimal("NaN"), UUID(int=7), {(2,)}, frozenset({UUID(int=1)}), set()),
         *(Level.LOW, Word.YES, Access.READ, Access.READ | Access.WRITE, Access(0)),
         *({Level.LOW: [{date(2026, 1, 1)}], Point(1): Point(2, seen=["a"])}, measured),
     ]
     for value in values:
         (returned,), words = toolbox.echo(value, word=value)
         assert (repr(returned), repr(words["word"]), type(returned)) == (repr(value), repr(value), type(value))
-    assert toolbox.echo(Colour.RED)[0][0] is Colour.RED
+    assert toolbox.echo(Colour.RED, {1, "a", None}) == ((Colour.RED, {1, "a", None}), {})
     assert toolbox.change(toolbox.change(Point(1))) == Point(1)
     assert Measured.made == made  # nothing calls a constructor again
 
