@@ -1,7 +1,6 @@
 """`SharedState`, the Flask extension: shared counters in any app."""
 
 import logging
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from . import settings
 from .dicts import DEFAULT_ENTRIES, BoundedDict, check_entries, check_ttl, within_bounds
 from .errors import DeadlineExceeded
 from .operations import Invoke, Operation, Result, check_step
+from .plain import allow_values
 from .state import Declarations, Sharing, State, open_state
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,11 @@ class SharedState(Sharing):
         shared = SharedState(app)
         number = shared.counter("visits").increment()
 
-    `init_app` reads this configuration:
+    `init_app` reads this configuration, and what is missing there from environment variables of the same names:
 
-    - ``COUNTER_SERVER_STORE``: the store's URL; default the environment variable of that name, else ``manager://``
-      with the data directory ``COUNTER_SERVER_DATA_DIR``, else ``counter-server`` in the app's instance folder.
+    - ``COUNTER_SERVER_STORE``: the store's URL; default ``manager://``.
+    - ``COUNTER_SERVER_DATA_DIR``: the directory of ``manager://``; default ``counter-server`` in the app's instance
+      folder.
     - ``COUNTER_SERVER_DEADLINE``: seconds that a call may take, at most 60; default 5.
     - ``COUNTER_SERVER_REQUEST_DEADLINE``: seconds that all calls of one request may take together;
       default twice the deadline.
@@ -56,6 +57,10 @@ class SharedState(Sharing):
     - ``COUNTER_SERVER_START``: whether the first use starts a manager if there is none; default True.
     - ``COUNTER_SERVER_DURABILITY``: of a manager that is started: ``"commit"`` (default), ``"process"`` or ``"none"``.
     - ``COUNTER_SERVER_IDLE_TIMEOUT``: seconds without clients after which such a manager exits; default 60.
+    - ``COUNTER_SERVER_LARGEST_VALUE``: bytes that the arguments or the result of a call may have, and the state of a
+      durable object; default 1 MiB. It is of the whole process: the largest value of its apps counts.
+    - ``COUNTER_SERVER_ERROR_HANDLER``: whether an error of shared state that no view handles is answered with 503, 409
+      or 422, and its outcome; default True.
 
     Each app's state is in its `extensions`, so one object serves any number of apps.
     """
@@ -74,10 +79,10 @@ class SharedState(Sharing):
         if _NAME in app.extensions:
             raise RuntimeError("this app has a SharedState already: use it, and call init_app only once")
         state = state_of(app, self.declarations)
-        app.config.setdefault("COUNTER_SERVER_REQUEST_DEADLINE", 2 * app.config["COUNTER_SERVER_DEADLINE"])
-        settings.check_seconds(app.config["COUNTER_SERVER_REQUEST_DEADLINE"], "a request's deadline", inf)
+        if app.config["COUNTER_SERVER_REQUEST_DEADLINE"] is None:
+            app.config["COUNTER_SERVER_REQUEST_DEADLINE"] = 2 * app.config["COUNTER_SERVER_DEADLINE"]
         app.extensions[_NAME] = state
-        if app.config.setdefault("COUNTER_SERVER_TIMING", False):
+        if app.config["COUNTER_SERVER_TIMING"]:
             app.after_request(_report_time)
         app.teardown_appcontext(_give_back)
 
@@ -183,17 +188,17 @@ def _visitor() -> str:
 
 
 def state_of(app: Flask, declarations: Declarations | None = None) -> State:
-    """Return a state as `app` is configured, and set the missing defaults."""
-    app.config.setdefault("COUNTER_SERVER_STORE", os.environ.get(settings.STORE_VARIABLE) or settings.DEFAULT_STORE)
-    app.config.setdefault("COUNTER_SERVER_DEADLINE", settings.DEFAULT_DEADLINE)
-    for name in ("start", "durability", "idle_timeout"):
-        app.config.setdefault(f"COUNTER_SERVER_{name.upper()}", getattr(settings.DEFAULT_STORE_OPTIONS, name))
+    """Return a state as `app` is configured, and complete its configuration."""
+    settings.complete(app.config)
+    if app.config["COUNTER_SERVER_DATA_DIR"] is None:
+        app.config["COUNTER_SERVER_DATA_DIR"] = settings.default_data_dir(app.instance_path)
     config = app.config.get_namespace("COUNTER_SERVER_")
+    allow_values(config["largest_value"])
     options = settings.StoreOptions(
-        instance_path=app.instance_path,
-        start=bool(config["start"]),
-        durability=settings.check_durability(config["durability"]),
-        idle_timeout=settings.check_seconds(config["idle_timeout"], "an idle timeout"),
+        data_dir=config["data_dir"],
+        start=config["start"],
+        durability=config["durability"],
+        idle_timeout=config["idle_timeout"],
     )
     return open_state(config["store"], deadline=config["deadline"], options=options, declarations=declarations)
 

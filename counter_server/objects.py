@@ -25,11 +25,10 @@ from msgspec import Struct
 from .errors import BatchRefused, InvalidRequest, ResultLost, StartupError, Stopped, StorageFull
 from .ledger import Changes, ClientRecord, Clients, Commits, raise_error
 from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
-from .plain import class_name, decode_plain, decode_sealed, encode_plain
+from .plain import check_size, class_name, decode_plain, decode_sealed, encode_plain
 from .settings import LONGEST_DEADLINE
 
 LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still below the frame limit
-LARGEST_STATE = 2**20  # bytes of a durable object's pickle
 _LONGEST_TEXT = 10_000  # bytes of an exception's message, and of its traceback
 _SHORT = reprlib.Repr()  # shortens long arguments in messages
 _PARSING = threading.Lock()
@@ -216,8 +215,7 @@ class HostedObject:
             state = pickle.dumps(self._object, pickle.HIGHEST_PROTOCOL)
         except BaseException as error:
             raise InvalidRequest(f"{self.declaration} is durable but cannot be pickled: {_described(error)}") from error
-        if len(state) > LARGEST_STATE:
-            raise InvalidRequest(f"{self.declaration} has a state of {len(state)} bytes, over {LARGEST_STATE}")
+        check_size(f"the state of {self.declaration}", state)
         return state
 
     def _call(self, operation: object) -> Result:
@@ -228,10 +226,12 @@ class HostedObject:
             if not callable(getattr(type(self._object), operation.method, None)):
                 return Refusal("unsupported", f"{self.declaration} has no public method {operation.method!r}")
             decode = decode_sealed if getattr(type(self._object), "keeps_values_sealed", False) else decode_plain
+            what = f"the arguments of {self.declaration.name}.{operation.method}"
             try:
+                check_size(what, operation.arguments)  # the limit of its process may be another one
                 arguments, keywords = decode(operation.arguments)
             except ValueError as error:
-                return Refusal("invalid", f"the arguments of {self.declaration.name}.{operation.method}: {error}")
+                return Refusal("invalid", f"{what} are not accepted: {error}; the call was not made")
             value = getattr(self._object, operation.method)(*arguments, **keywords)
             try:
                 return Returned(encode_plain(value, f"the result of {self.declaration.qualname}.{operation.method}"))

@@ -18,15 +18,14 @@ from decimal import Decimal
 from enum import Enum, Flag
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from msgspec import Struct, msgpack
 
 from .errors import InvalidRequest
-
-LARGEST_VALUE = 2**20  # bytes of plain data, encoded: the arguments of one call, or its result
+from .settings import LARGEST_VALUE, from_environment
 
 _ENUM, _DATACLASS = 14, 15
 _INTEGER, _DICT = 2, 3
@@ -83,9 +82,33 @@ def encode_plain(value: object, what: str) -> bytes:
         data = _encoder.encode(_pack(value))
     except Exception as error:  # noqa: BLE001 - a class may have any attributes
         raise InvalidRequest(f"{what} cannot be sent: {error}") from None
-    if len(data) > LARGEST_VALUE:
-        raise InvalidRequest(f"{what} has {len(data)} bytes; at most {LARGEST_VALUE} are allowed")
+    check_size(what, data)
     return data
+
+
+_VARIABLE = "COUNTER_SERVER_LARGEST_VALUE"
+_largest_value: int | None = None  # bytes, in this process; None before it was read
+
+
+def largest_value() -> int:
+    """Return the most bytes of one value: as an app of this process is configured, or the environment says."""
+    global _largest_value
+    if _largest_value is None:
+        _largest_value = cast(int, from_environment("LARGEST_VALUE"))
+    return _largest_value
+
+
+def allow_values(size: int) -> None:
+    """Let values in this process have `size` bytes, and in managers that it starts: they have its environment."""
+    global _largest_value
+    _largest_value = max(size, _largest_value or 0)
+    if _largest_value != LARGEST_VALUE or _VARIABLE in os.environ:
+        os.environ[_VARIABLE] = str(_largest_value)
+
+
+def check_size(what: str, data: bytes) -> None:
+    if len(data) > LARGEST_VALUE and len(data) > largest_value():
+        raise InvalidRequest(f"{what} has {len(data)} bytes; at most {largest_value()} are allowed, by {_VARIABLE}")
 
 
 def _pack(value: object) -> object:

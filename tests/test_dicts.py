@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from counter_server import State, open_state
 from counter_server.dicts import BoundedDict, SharedDict
 from counter_server.errors import InvalidRequest, LimitReached
-from counter_server.plain import LARGEST_VALUE
+from counter_server.settings import LARGEST_VALUE
 from tests.load import at_once
 from tests.processes import PATIENCE, eventually
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from flask import Flask
 
-from counter_server import SharedState
+from counter_server import SharedState, plain
 from counter_server.errors import InvalidRequest
 from counter_server.manager.client import StateProxy
 from counter_server.state import Counter
@@ -28,6 +28,8 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the developer has set is not part of these tests."""
     monkeypatch.delenv(STORE, raising=False)
     monkeypatch.delenv(DATA_DIR, raising=False)
+    monkeypatch.setenv("COUNTER_SERVER_LARGEST_VALUE", "")
+    monkeypatch.setattr(plain, "_largest_value", None)  # which an app may raise, for the whole process
 
 
 def make_app(shared: SharedState, **config: object) -> Flask:
@@ -164,6 +166,53 @@ def test_the_configuration_or_the_environment_names_the_data_directory(
 def test_an_invalid_store_or_deadline_is_refused_by_init_app(name: str, value: object, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         make_app(SharedState(), **{name: value})
+
+
+ENVIRONMENT: list[tuple[str, str, object]] = [
+    *(
+        ("DEADLINE", "2.5", 2.5),
+        ("REQUEST_DEADLINE", "7", 7.0),
+        ("IDLE_TIMEOUT", "5", 5.0),
+        ("DURABILITY", "none", "none"),
+    ),
+    *((name, "off", False) for name in ("TIMING", "START", "ERROR_HANDLER")),
+    *(("START", text, True) for text in ("1", "true", "True", "yes", "on")),
+    *(("LARGEST_VALUE", "2097152", 2097152), ("DATA_DIR", "/srv/data", "/srv/data"), ("DEADLINE", "", 5.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "value"), ENVIRONMENT)
+def test_the_environment_sets_what_the_configuration_does_not(
+    name: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = f"COUNTER_SERVER_{name}"
+    monkeypatch.setenv(setting, text)
+    assert make_app(SharedState()).config[setting] == value
+    monkeypatch.setenv(setting, "nonsense")
+    assert make_app(SharedState(), **{setting: value}).config[setting] == value
+    assert setting in (SharedState.__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(
+            (name, "nonsense")
+            for name in ("DEADLINE", "REQUEST_DEADLINE", "IDLE_TIMEOUT", "DURABILITY", "TIMING", "START")
+        ),
+        *(("LARGEST_VALUE", text) for text in ("1000", "1.5", "99999999999")),
+        *(("DEADLINE", "61"), ("DEADLINE", "nan"), ("ERROR_HANDLER", "2")),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line_by_its_name(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = f"COUNTER_SERVER_{name}"
+    for config in ({setting: text}, {}):
+        with pytest.raises(InvalidRequest, match=f"{setting}.*{re.escape(repr(text))}") as refused:
+            make_app(SharedState(), **config)
+        assert "\n" not in str(refused.value)
+        monkeypatch.setenv(setting, text)
 
 
 def test_apps_with_one_manager_share_their_counters(

@@ -19,15 +19,16 @@ import pytest
 from flask import Flask
 from msgspec import msgpack
 
-from counter_server import CounterServerError, SharedState, State, StoreOptions, errors, objects, open_state
+from counter_server import CounterServerError, SharedState, State, StoreOptions, errors, objects, open_state, plain
 from counter_server.cli import examine
 from counter_server.ledger import CLIENT_LIFETIME, Changes, ClientRecord
 from counter_server.manager.server import SLOW_SECONDS
-from counter_server.manager.wire import LARGEST_FRAME
-from counter_server.objects import LARGEST_CALL_BATCH, LARGEST_STATE, Busy, Declaration, HostedObject, declare
+from counter_server.manager.wire import largest_frame
+from counter_server.objects import LARGEST_CALL_BATCH, Busy, Declaration, HostedObject, declare
 from counter_server.operations import Batch, Increment, Invoke, Operation, Refusal, Result, Returned
-from counter_server.plain import LARGEST_VALUE, decode_plain, encode_plain
+from counter_server.plain import decode_plain, encode_plain
 from counter_server.server.web import create_app
+from counter_server.settings import LARGEST_VALUE
 from counter_server.state import SharedObject
 from tests import hosted_classes
 from tests.hosted_classes import (
@@ -137,11 +138,44 @@ def test_arguments_of_a_class_that_the_manager_lacks_are_refused(state: State, t
     assert (refused.value.outcome, toolbox.count()) == ("not_applied", 1)
 
 
+def test_a_setting_lets_values_be_larger_in_the_manager_too(on_demand: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_app(url: str, size: int) -> Flask:
+        app = Flask(__name__)
+        app.config.update(COUNTER_SERVER_STORE=url, COUNTER_SERVER_DEADLINE=PATIENCE, COUNTER_SERVER_LARGEST_VALUE=size)
+        shared.init_app(app)
+        return app
+
+    monkeypatch.setenv("COUNTER_SERVER_LARGEST_VALUE", "")
+    monkeypatch.setattr(plain, "_largest_value", None)
+    shared = SharedState()
+    toolbox = shared.object("toolbox", Toolbox, durable=True)
+    large = "x" * (5 * LARGEST_VALUE)
+    with make_app(f"{on_demand}-small", LARGEST_VALUE).app_context() as context:
+        assert toolbox.count() == 0
+        make_app("memory://", 6 * LARGEST_VALUE)  # in the same process, but this manager was started before
+        with pytest.raises(
+            errors.InvalidRequest, match=r"at most 1048576 .*COUNTER_SERVER_LARGEST_VALUE; the call was"
+        ):
+            toolbox.add(large)
+        assert toolbox.count() == 0
+        context.app.extensions["counter_server"].close()
+    app = make_app(on_demand, 2 * LARGEST_VALUE)
+
+    def echo() -> int:
+        with app.app_context():
+            return len(cast(Any, toolbox).echo(large)[0][0])
+
+    with app.app_context():
+        assert toolbox.add(large) == 1
+    assert at_once(16, echo) == [len(large)] * 16
+    app.extensions["counter_server"].close()
+
+
 def test_many_large_arguments_at_once_fit(toolbox: Any) -> None:
     large = "x" * (LARGEST_VALUE - 100)
     assert at_once(16, lambda: len(toolbox.echo(large)[0][0])) == [len(large)] * 16
     call = Invoke("m" * 255, bytes(LARGEST_VALUE))
-    assert len(msgpack.encode(Batch(b"c" * 16, 2**63, [call] * LARGEST_CALL_BATCH))) < LARGEST_FRAME - 1000
+    assert len(msgpack.encode(Batch(b"c" * 16, 2**63, [call] * LARGEST_CALL_BATCH))) < largest_frame() - 1000
 
 
 def test_errors_of_a_method_reach_its_caller(toolbox: Any) -> None:
@@ -352,12 +386,15 @@ def test_a_call_whose_state_cannot_be_kept_is_made_once_and_undone(tmp_path: Pat
 def test_a_state_may_have_a_megabyte() -> None:
     box = Toolbox()
     box.add("tool", 500_000)
-    room = LARGEST_STATE - len(pickle.dumps(box, pickle.HIGHEST_PROTOCOL)) + 500_000
+    room = LARGEST_VALUE - len(pickle.dumps(box, pickle.HIGHEST_PROTOCOL)) + 500_000
     scene = Scene(Toolbox)
-    assert (scene.call("add", "tool", room), LARGEST_STATE) == (1, 2**20)
+    assert (scene.call("add", "tool", room), LARGEST_VALUE) == (1, 2**20)
     scene = Scene(Toolbox)
     refused = scene.call("add", "tool", room + 1).message
-    assert "has a state of 1048577 bytes, over 1048576; the call was undone" in refused
+    assert (
+        "has 1048577 bytes; at most 1048576 are allowed, by COUNTER_SERVER_LARGEST_VALUE; the call was undone"
+        in refused
+    )
     assert scene.call("add", "tool") == 1
 
 

@@ -36,7 +36,7 @@ from ..status import SlowCall, Status
 from ..store import Applies
 from .client import end_manager
 from .directory import DataDirectory, keep_from_children
-from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
+from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, largest_frame, object_ident
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ class StateServer(Server):
         idle_timeout: float | None,
         supervisor: int | None,
     ) -> None:
+        self._largest_frame = largest_frame()
         super().__init__({}, str(directory.socket), directory.key("manager"), SERIALIZER)
         self._directory = directory
         self.hosted = hosted
@@ -166,7 +167,7 @@ class StateServer(Server):
         try:
             deliver_challenge(conn, self.authkey)
             answer_challenge(conn, self.authkey)
-            call = _decode_call(conn.recv_bytes())
+            call = _decode_call(conn.recv_bytes(self._largest_frame))
             if call.method != "accept_connection":
                 raise PermissionError(f"{call.method!r} is not offered")
             ident, declaration = _decode_greeting(call.arguments)
@@ -218,7 +219,7 @@ class StateServer(Server):
         connection: Connection = conn
         while True:
             connection.await_frame()
-            call = _decode_call(connection.recv_bytes())
+            call = _decode_call(connection.recv_bytes(self._largest_frame))
             try:
                 if call.method == "apply" and call.ident in self.hosted:
                     (batch,) = _decode_batch(call.arguments)
