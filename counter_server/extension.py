@@ -3,13 +3,14 @@
 import logging
 import secrets
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from typing import cast
 
-from flask import Flask, Request, Response, current_app, g, has_request_context, request, session
+from flask import Flask, Request, Response, current_app, g, has_app_context, has_request_context, request, session
 
 from . import settings
 from .dicts import DEFAULT_ENTRIES, BoundedDict, check_entries, check_ttl, within_bounds
@@ -67,6 +68,7 @@ class SharedState(Sharing):
 
     def __init__(self, app: Flask | None = None) -> None:
         self.declarations = Declarations()
+        self._apps: list[weakref.ref[Flask]] = []
         if app is not None:
             self.init_app(app)
 
@@ -82,14 +84,24 @@ class SharedState(Sharing):
         if app.config["COUNTER_SERVER_REQUEST_DEADLINE"] is None:
             app.config["COUNTER_SERVER_REQUEST_DEADLINE"] = 2 * app.config["COUNTER_SERVER_DEADLINE"]
         app.extensions[_NAME] = state
+        self._apps.append(weakref.ref(app))
         if app.config["COUNTER_SERVER_TIMING"]:
             app.after_request(_report_time)
         app.teardown_appcontext(_give_back)
 
     @property
     def state(self) -> State:
-        """The current app's state. It needs an application context, which a request or a Flask command has."""
-        state = current_app.extensions.get(_NAME)
+        """The current app's state. Without an application context, as in a thread, that of the only app it has."""
+        if has_app_context():
+            app = current_app
+        elif len(self._apps) == 1 and (found := self._apps[0]()):
+            app = found
+        else:
+            raise RuntimeError(
+                f"there is no application context here, and this SharedState has {len(self._apps)} apps, not one: use"
+                " it within 'with app.app_context():', also in a thread that a view starts"
+            )
+        state = app.extensions.get(_NAME)
         if not isinstance(state, State):
             raise RuntimeError("this app has no SharedState: call init_app(app) first")
         return state
@@ -106,6 +118,9 @@ class SharedState(Sharing):
     @contextmanager
     def _borrow(self) -> Iterator[tuple[State, float]]:
         """Yield the current app's state, and the seconds that this request may still wait for it."""
+        if not has_app_context():
+            yield self.state, inf
+            return
         borrowed = _borrowed()
         if borrowed is None:
             patience = current_app.config["COUNTER_SERVER_REQUEST_DEADLINE"] if has_request_context() else inf

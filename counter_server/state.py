@@ -6,8 +6,9 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from math import inf
 from typing import Any, Self, TypeVar, cast
 
@@ -54,6 +55,7 @@ Kind = TypeVar("Kind")
 
 _MOST_LOSSES = 10  # in a row for which a forgetful handle repeats a call; it raises the next one
 
+_deadline: ContextVar[float | None] = ContextVar("counter_server_deadline", default=None)  # in a `deadline` block
 _noticing = threading.Lock()  # held while a child finds out that it is one
 _listing = threading.Lock()  # guards the set below
 _states: "weakref.WeakSet[State]" = weakref.WeakSet()
@@ -243,6 +245,25 @@ class Sharing(ABC):
     def invoke(self, name: str, operation: Invoke) -> Result:
         """Call a method of the declared object `name`; see `submit`."""
 
+    @staticmethod
+    @contextmanager
+    def deadline(seconds: float) -> Iterator[None]:
+        """Give each call in a block another deadline, at most 60 seconds; also a decorator.
+
+        ::
+
+            with shared.deadline(0.5):
+                global_obj.query()
+
+        It is for all calls of this thread (or greenlet, or task) in the block, through whichever handle, and instead of
+        their state's deadline. A request's deadline holds as well.
+        """
+        token = _deadline.set(check_seconds(seconds, "a deadline", LONGEST_DEADLINE))
+        try:
+            yield
+        finally:
+            _deadline.reset(token)
+
     def counter(self, name: str) -> Counter:
         """Return the counter `name`, which exists from its first increment on, or raise `InvalidRequest`."""
         return Counter(name, self)
@@ -390,7 +411,8 @@ class State(Sharing):
             with _noticing:
                 if self._process != os.getpid() or self._lock_type is not threading.Lock:
                     self._begin_again()
-        return time.monotonic() + (within if within < self._deadline else self._deadline)
+        seconds = _deadline.get() or self._deadline
+        return time.monotonic() + (within if within < seconds else seconds)
 
     def _begin_again(self) -> None:
         self._opening = threading.Lock()

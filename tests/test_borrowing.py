@@ -185,6 +185,23 @@ class Watched(State):
         return super().invoke(name, operation, within=within)
 
 
+def test_a_block_with_a_deadline_ends_a_call_early_in_a_request(on_demand: str, data_dir: Path) -> None:
+    shared = SharedState()
+    counter, obj = shared.counter("c"), shared.object("obj", SomeObj, 0)
+    app = make_app(shared, COUNTER_SERVER_STORE=on_demand, COUNTER_SERVER_DEADLINE=PATIENCE)
+
+    @app.get("/")
+    def view() -> list[str]:
+        with shared.deadline(0.05):
+            return outcomes(counter.increment, obj.query)
+
+    with app.app_context():
+        assert (counter.increment(), obj.query()) == (1, 1)
+    with frozen(holder(data_dir) or 0):
+        assert app.test_client().get("/").get_json() == ["unknown", "unknown"]
+    app.extensions["counter_server"].close()
+
+
 def test_what_a_call_has_waited_the_next_ones_have_less() -> None:
     shared = SharedState()
     counter, obj = shared.counter("c"), shared.object("obj", SomeObj, 0)

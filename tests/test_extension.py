@@ -16,6 +16,7 @@ from counter_server import SharedState, plain
 from counter_server.errors import InvalidRequest
 from counter_server.manager.client import StateProxy
 from counter_server.state import Counter
+from tests.hosted_classes import SomeObj
 from tests.load import at_once
 from tests.processes import PATIENCE, Manager, open_in
 
@@ -86,11 +87,13 @@ def test_a_second_init_app_is_refused_unless_the_first_failed() -> None:
 
 def test_use_without_an_app_context_or_init_app_is_a_clear_error() -> None:
     shared = SharedState()
-    app = make_app(shared)
+    app, _ = make_app(shared), make_app(shared)
     counter = shared.counter("x")
     for use in (counter.increment, lambda: counter.value, counter.delete, shared.counters, lambda: shared.state):
-        with pytest.raises(RuntimeError, match="application context"):
+        with pytest.raises(RuntimeError, match=r"has 2 apps, not one: use it within 'with app\.app_context\(\):'"):
             use()
+    with pytest.raises(RuntimeError, match="has 0 apps"):
+        SharedState().counter("x").increment()
     with Flask(__name__).app_context(), pytest.raises(RuntimeError, match=r"init_app\(app\)"):
         counter.increment()
     with pytest.raises(InvalidRequest, match="empty"):
@@ -107,6 +110,21 @@ def test_use_without_an_app_context_or_init_app_is_a_clear_error() -> None:
         assert counter.value == 8
 
 
+def test_without_an_application_context_the_only_app_is_meant() -> None:
+    shared = SharedState()
+    counter, obj = shared.counter("x"), shared.object("obj", SomeObj, 0)
+    app = make_app(shared, COUNTER_SERVER_REQUEST_DEADLINE=0.001)
+    numbers: list[object] = []
+
+    @app.get("/")
+    def view() -> str:
+        at_once(4, lambda: numbers.extend((counter.increment(), obj.query(), counter.value > 0)))
+        return str(shared.state is app.extensions["counter_server"])
+
+    assert app.test_client().get("/").text == "True"
+    assert (len(numbers), counter.value, obj.query()) == (12, 4, 5)
+
+
 def test_it_holds_no_reference_to_the_app() -> None:
     shared = SharedState()
     app = make_app(shared)
@@ -117,9 +135,11 @@ def test_it_holds_no_reference_to_the_app() -> None:
     del app
     gc.collect()
     assert (gone(), state()) == (None, None)
+    with pytest.raises(RuntimeError, match="application context"):
+        counter.increment()
     with make_app(shared).app_context():
         assert counter.increment() == 1
-    assert vars(shared) == {"declarations": {}}
+    assert [app() for app in shared._apps] == [None, None]
     assert isinstance(counter, Counter)
 
 
