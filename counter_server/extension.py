@@ -8,13 +8,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import cast
+from typing import Any, cast
 
-from flask import Flask, Request, Response, current_app, g, has_app_context, has_request_context, request, session
+from flask import (
+    Flask,
+    Request,
+    Response,
+    current_app,
+    g,
+    has_app_context,
+    has_request_context,
+    jsonify,
+    request,
+    session,
+)
+from werkzeug.exceptions import default_exceptions
 
 from . import settings
 from .dicts import DEFAULT_ENTRIES, BoundedDict, check_entries, check_ttl, within_bounds
-from .errors import DeadlineExceeded
+from .errors import (
+    AccessDenied,
+    CounterServerError,
+    DeadlineExceeded,
+    KeyReused,
+    LimitReached,
+    NotHosted,
+    Outcome,
+    OutcomeUnknown,
+    StartupError,
+    StateLost,
+    StorageFull,
+)
 from .operations import Invoke, Operation, Result, check_step
 from .plain import allow_values
 from .state import Declarations, Sharing, State, open_state
@@ -25,6 +49,20 @@ VISITOR_TTL = 24 * 3600.0  # seconds without use after which a visitor's number 
 _VISITOR = "_counter_server_visitor"  # in Flask's session
 _NAME = "counter_server"  # in an app's extensions
 _BORROWED = "_counter_server"  # in `g`
+
+
+# The answer to an error that no view handles. Any other is a mistake of the app's: it is 500, as any exception is.
+_STATUS: dict[type[CounterServerError], int] = {
+    LimitReached: 409,
+    KeyReused: 422,
+    **dict.fromkeys((DeadlineExceeded, OutcomeUnknown, StateLost, StorageFull), 503),
+    **dict.fromkeys((AccessDenied, NotHosted, StartupError), 503),
+}
+_UNAVAILABLE = "shared state could not be reached or written"  # an error's own message names directories and commands
+_MEANING: dict[Outcome, str] = {
+    "not_applied": "nothing was counted or changed by this call",
+    "unknown": "this call may have been counted, once at most",
+}
 
 
 @dataclass(slots=True)
@@ -87,6 +125,8 @@ class SharedState(Sharing):
         self._apps.append(weakref.ref(app))
         if app.config["COUNTER_SERVER_TIMING"]:
             app.after_request(_report_time)
+        if app.config["COUNTER_SERVER_ERROR_HANDLER"] and CounterServerError not in app.error_handler_spec[None][None]:
+            app.register_error_handler(CounterServerError, _answer)
         app.teardown_appcontext(_give_back)
 
     @property
@@ -216,6 +256,27 @@ def state_of(app: Flask, declarations: Declarations | None = None) -> State:
         idle_timeout=config["idle_timeout"],
     )
     return open_state(config["store"], deadline=config["deadline"], options=options, declarations=declarations)
+
+
+def _answer(error: CounterServerError) -> Any:
+    """Answer an error that no view handled, unless the app handles every exception, in the way of its HTTP errors."""
+    app = current_app
+    if every := app.error_handler_spec[None][None].get(Exception):
+        return app.ensure_sync(every)(error)
+    status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), None)
+    if status is None:
+        raise error
+    log.warning("%s %s: %s (%s)", request.method, request.path, error, error.outcome)
+    title, detail = type(error).__name__, _UNAVAILABLE if status == 503 else str(error)
+    if request.accept_mimetypes.best_match(("text/plain", "application/json")) == "application/json":
+        response = jsonify(title=title, status=status, detail=detail, outcome=error.outcome)
+    else:
+        text = f"{title}: {detail}\noutcome: {error.outcome} ({_MEANING[error.outcome]})\n"
+        response = Response(text, mimetype="text/plain")
+    response.status_code = status
+    if status == 503:
+        response.headers["Retry-After"] = "1"  # second; a manager is back within two
+    return app.handle_http_exception(default_exceptions[status](detail, response))
 
 
 def _current_request() -> Request | None:

@@ -80,7 +80,7 @@ def test_it_is_given_back_after_an_error_and_missed_by_nobody(returned: Callable
     with app.app_context():
         pass
     assert "Server-Timing" in app.test_client().get("/error").headers
-    for path, status in (("error", 500), ("refused", 500), ("no/ne", 404), ("unused", 200), ("gone", 200)):
+    for path, status in (("error", 500), ("refused", 409), ("no/ne", 404), ("unused", 200), ("gone", 200)):
         assert app.test_client().get(path).status_code == status
     assert returned() == [1, 1, 1]
     with pytest.raises(LimitReached), app.test_request_context():

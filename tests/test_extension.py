@@ -8,12 +8,29 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from flask import Flask
+from werkzeug.exceptions import HTTPException
+from werkzeug.test import TestResponse
 
 from counter_server import SharedState, plain
-from counter_server.errors import InvalidRequest
+from counter_server.errors import (
+    AccessDenied,
+    CounterServerError,
+    DeadlineExceeded,
+    DirectoryHeld,
+    InvalidRequest,
+    KeyReused,
+    LimitReached,
+    NotHosted,
+    OutcomeUnknown,
+    RemoteError,
+    StateLost,
+    StorageFull,
+    Unsupported,
+)
 from counter_server.manager.client import StateProxy
 from counter_server.state import Counter
 from tests.hosted_classes import SomeObj
@@ -123,6 +140,77 @@ def test_without_an_application_context_the_only_app_is_meant() -> None:
 
     assert app.test_client().get("/").text == "True"
     assert (len(numbers), counter.value, obj.query()) == (12, 4, 5)
+
+
+def answer(app: Flask, error: Exception, **headers: str) -> TestResponse:
+    """Return the app's answer to a request whose view raises an error."""
+
+    def view() -> str:
+        raise error
+
+    app.add_url_rule("/fails", view_func=view)
+    return app.test_client().get("/fails", headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        *(
+            (kind("the disk of /srv", "unknown"), 503)
+            for kind in (DeadlineExceeded, StateLost, StorageFull, OutcomeUnknown)
+        ),
+        *((kind("the disk of /srv"), 503) for kind in (DirectoryHeld, AccessDenied, NotHosted)),
+        *((LimitReached("visits: at most 5"), 409), (KeyReused("another request"), 422)),
+        *((InvalidRequest("a name"), 500), (Unsupported("on redis"), 500), (RemoteError("Own", "text", ""), 500)),
+    ],
+    ids=repr,
+)
+def test_an_error_that_no_view_handles_is_answered_with_its_outcome(error: Exception, status: int) -> None:
+    app = make_app(SharedState())
+    response = answer(app, error)
+    assert response.status_code == status
+    assert response.headers.get("Retry-After") == ("1" if status == 503 else None)
+    if status != 500:
+        assert response.mimetype == "text/plain"
+        assert f"outcome: {cast(CounterServerError, error).outcome} (" in response.text
+        assert ("/srv" in response.text, "at most 5" in response.text) == (False, isinstance(error, LimitReached))
+        as_json = app.test_client().get("/fails", headers={"Accept": "application/json"})
+        assert (as_json.status_code, as_json.headers.get("Retry-After")) == (
+            status,
+            response.headers.get("Retry-After"),
+        )
+        body = as_json.get_json()
+        assert (body["title"], body["outcome"]) == (type(error).__name__, cast(CounterServerError, error).outcome)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [(CounterServerError, 200), (StateLost, 200), (Exception, 200), (503, 503), (HTTPException, 503)],
+)
+def test_a_handler_of_the_app_is_left_alone(kind: Any, status: int, *, first: bool) -> None:
+    app = Flask(__name__)
+    app.config[STORE] = "memory://"
+    seen: list[Exception] = []
+
+    def handle(error: Exception) -> tuple[str, int]:
+        seen.append(error)
+        return "of the app", status
+
+    if first:
+        app.register_error_handler(kind, handle)
+    SharedState(app)
+    if not first:
+        app.register_error_handler(kind, handle)
+    error = StateLost("lost")
+    response = answer(app, error)
+    assert (response.status_code, response.text) == (status, "of the app")
+    assert (seen == [error]) is (status == 200)
+
+
+def test_the_error_handler_can_be_switched_off() -> None:
+    app = make_app(SharedState(), COUNTER_SERVER_ERROR_HANDLER=False)
+    assert answer(app, StateLost("lost")).status_code == 500
 
 
 def test_it_holds_no_reference_to_the_app() -> None:
