@@ -35,7 +35,7 @@ from counter_server.manager.client import StateProxy
 from counter_server.state import Counter
 from tests.hosted_classes import SomeObj
 from tests.load import at_once
-from tests.processes import PATIENCE, Manager, open_in
+from tests.processes import PATIENCE, ROOT, Manager, Program, open_in
 
 STORE = "COUNTER_SERVER_STORE"
 DATA_DIR = "COUNTER_SERVER_DATA_DIR"
@@ -345,3 +345,48 @@ def test_apps_with_one_manager_share_their_counters(
         app.extensions["counter_server"].close()
         assert open_in(os.getpid()) <= before
     assert numbers == [1, 2, 3, 4, 5, 6]
+
+
+WARNING = """
+import gc, os, threading, warnings
+from flask import Flask
+from counter_server import SharedState, open_state
+from tests.hosted_classes import SomeObj
+
+app = Flask(__name__)
+shared = SharedState(app)
+obj, entries = shared.object("obj", SomeObj, 0), shared.dict("entries")
+
+@app.get("/")
+def home():
+    entries["a"] = 1
+    thread = threading.Thread(target=shared.counter("c").increment)
+    thread.start()
+    thread.join()
+    return f"{shared.counter('c').increment()} {obj.query()}"
+
+if __name__ == "__main__":
+    client = app.test_client()
+    print(client.get("/").text, flush=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which is this program's
+        child = os.fork()
+    status = os.waitpid(child, 0)[1] if child else 0
+    print(client.get("/").text, status, flush=True)
+    if child:
+        other = open_state(app.config["COUNTER_SERVER_STORE"])
+        other.counter("c").increment()
+        del other
+        gc.collect()
+"""
+
+
+def test_an_app_works_with_warnings_as_errors(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
+    """Neither it nor its child, nor its manager, has anything to warn of, resources left open included."""
+    (tmp_path / "app.py").write_text(WARNING)
+    environment = {STORE: on_demand, "COUNTER_SERVER_DEADLINE": str(PATIENCE), "PYTHONPATH": str(ROOT)}
+    with Program("-X", "dev", "-W", "error", "app.py", cwd=tmp_path, environment=environment) as program:
+        assert program.wait() == 0
+    assert program.errors == []
+    assert program.output == ["2 1", "4 2 0", "6 3 0"]
+    assert (data_dir / "manager.log").read_text() == ""

@@ -31,6 +31,7 @@ from ..journal import Journal, JournalFailed
 from ..ledger import Contents, Ledger
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
+from ..output import bound
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from ..status import SlowCall, Status
 from ..store import Applies
@@ -320,6 +321,7 @@ class StateServer(Server):
                 if str(error) != last_error:
                     log.error("no new client can connect: %s", error)
                 last_error = str(error)
+            bound(str(self._directory.path / "manager.log"))
             slow = self.slow_calls()
             for key in slow.keys() - reported:
                 call = slow[key]
