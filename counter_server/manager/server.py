@@ -32,6 +32,7 @@ from ..ledger import Changes, Clients, Contents, Ledger
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
 from ..os_errors import explain
+from ..output import bound
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from ..status import SlowCall, Status
 from ..store import Applies
@@ -40,7 +41,17 @@ from .client import StateProxy, end_manager
 from .directory import DataDirectory, keep_from_children
 from .hosting import NOTHING, Hosting, Sources, import_classes
 from .snapshot import Kept
-from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Greeting, Listener, object_ident
+from .wire import (
+    ACCEPT_PAUSE,
+    FRAME_SECONDS,
+    SERIALIZER,
+    Call,
+    Connection,
+    Greeting,
+    Listener,
+    largest_frame,
+    object_ident,
+)
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +136,7 @@ class StateServer(Server):
         idle_timeout: float | None,
         supervisor: int | None,
     ) -> None:
+        self._largest_frame = largest_frame()
         super().__init__({}, str(directory.socket), directory.key("manager"), SERIALIZER)
         self._directory = directory
         self.hosted = hosted
@@ -201,7 +213,7 @@ class StateServer(Server):
         try:
             deliver_challenge(conn, self.authkey)
             answer_challenge(conn, self.authkey)
-            call = _decode_call(conn.recv_bytes())
+            call = _decode_call(conn.recv_bytes(self._largest_frame))
             if call.method != "accept_connection":
                 raise PermissionError(f"{call.method!r} is not offered")
             greeting = _decode_greeting(call.arguments)
@@ -267,7 +279,7 @@ class StateServer(Server):
         seen = self._processes[connection.pid].clients
         while True:
             connection.await_frame()
-            call = _decode_call(connection.recv_bytes())
+            call = _decode_call(connection.recv_bytes(self._largest_frame))
             try:
                 if call.method == "apply" and call.ident in self.hosted:
                     (batch,) = _decode_batch(call.arguments)
@@ -398,6 +410,7 @@ class StateServer(Server):
                 if str(error) != last_error:
                     log.error("no new client can connect: %s", error)
                 last_error = str(error)
+            bound(str(self._directory.path / "manager.log"))
             slow = self.slow_calls()
             for key in slow.keys() - reported:
                 call = slow[key]
