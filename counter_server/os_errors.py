@@ -19,12 +19,11 @@ _PASSING = {
 ELSEWHERE = f"name another data directory, with --data-dir or {DATA_DIR_VARIABLE}"
 _NO_LOCKS = f"its file system has no locks: {ELSEWHERE}, on a local file system"
 _CURES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, and start again"),
     errno.ELOOP: f"its symbolic links lead in a circle: repair them, or {ELSEWHERE}",
     errno.ENAMETOOLONG: f"{ELSEWHERE}, with a shorter name",
     errno.EROFS: f"mount it writable, or {ELSEWHERE}",
-    errno.ENOLCK: _NO_LOCKS,
-    errno.ENOSYS: _NO_LOCKS,
-    errno.EOPNOTSUPP: _NO_LOCKS,
+    **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP), _NO_LOCKS),
 }
 
 
