@@ -100,6 +100,11 @@ class DataDirectory:
         """The store URL of the manager of this directory."""
         return "manager://" + quote(os.fsencode(self.path))
 
+    @property
+    def given_url(self) -> str:
+        """The URL of the path as it was given: its links show whether it lies in a release."""
+        return "manager://" + quote(os.fsencode(self.given))
+
     @classmethod
     def from_url(cls, url: str, default: str) -> Self:
         """Return the directory in a `manager://` URL, or `default`; raise `InvalidRequest` for anything else in it."""

@@ -35,6 +35,7 @@ from ..os_errors import explain
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from ..status import SlowCall, Status
 from ..store import Applies
+from . import location
 from .client import end_manager
 from .directory import DataDirectory, keep_from_children
 from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, object_ident
@@ -414,6 +415,7 @@ def serve(
     else:
         keep_from_children(lifeline.fileno())
         threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
+    location.check(directory)
     directory.make()
     starting = ExitStack()  # until this manager is ready, no client starts another one
     if idle_timeout is None:
