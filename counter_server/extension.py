@@ -6,11 +6,11 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import cast
 
-from flask import Flask, Request, Response, current_app, g, has_request_context, request, session
+from flask import Flask, Request, Response, current_app, g, has_app_context, has_request_context, request, session
 
 from . import settings
 from .dicts import DEFAULT_ENTRIES, BoundedDict, check_entries, check_ttl, within_bounds
@@ -196,6 +196,13 @@ def state_of(app: Flask, declarations: Declarations | None = None) -> State:
         idle_timeout=settings.check_seconds(config["idle_timeout"], "an idle timeout"),
     )
     return open_state(config["store"], deadline=config["deadline"], options=options, declarations=declarations)
+
+
+def open_for_app(url: str, *, deadline: float, options: settings.StoreOptions) -> State:
+    """Open a state with the data directory of the current app, if there is one and `url` names none."""
+    if has_app_context():
+        options = replace(options, instance_path=current_app.instance_path)
+    return open_state(url, deadline=deadline, options=options)
 
 
 def _current_request() -> Request | None:

@@ -12,9 +12,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from flask import Flask
 
-from counter_server import State, StoreOptions, errors, open_state
+from counter_server import SharedState, State, StoreOptions, errors, open_state
+from counter_server.caching import ManagerCache
 from counter_server.cli import examine
+from counter_server.limiting import ManagerStorage
 from counter_server.manager import location
 from counter_server.manager.directory import DataDirectory
 from counter_server.os_errors import can_pass, is_absent
@@ -418,3 +421,17 @@ def test_a_containers_layer_is_warned_of_at_the_start_and_by_doctor(tmp_path: Pa
     assert manager.stop() == 0
     found = examine(manager.url, 0.1)[1]
     assert [finding.level for finding in found] == ["problem", "may lose"]
+
+
+def test_an_apps_state_cache_and_limiter_share_a_directory_wherever_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COUNTER_SERVER_DATA_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    cache, storage = ManagerCache(), ManagerStorage("manager://")
+    app = Flask(__name__, instance_path=str(tmp_path / "home" / "instance"))
+    shared = SharedState(app)
+    with app.app_context():
+        stores = {str(found.store) for found in (shared.state, cache._state, vars(storage.storage)["_shared"])}
+    assert stores == {f"manager://{tmp_path}/home/instance/counter-server"}
+    assert str(ManagerCache()._state.store) == f"manager://{tmp_path}/instance/counter-server"  # no app uses it
