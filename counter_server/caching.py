@@ -75,7 +75,7 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
 
     @cached_property
     def _entries(self) -> BoundedDict:
-        return forgetful(self._state.object(self._name, BoundedDict, self._threshold))
+        return forgetful(self._state.object(self._name, BoundedDict, self._threshold, durable=False))
 
     @classmethod
     def factory(cls, app: "Flask", config: dict[str, Any], args: list[Any], kwargs: dict[str, Any]) -> Self:

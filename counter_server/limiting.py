@@ -69,7 +69,7 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
 
         Without a directory in the URI it is opened at its first use, in the app whose directory it takes.
         """
-        return forgetful(self._open().object(self._name, Windows))
+        return forgetful(self._open().object(self._name, Windows, durable=False))
 
     @property
     def base_exceptions(self) -> type[Exception]:

@@ -28,7 +28,7 @@ from counter_server.manager import client as client_module
 from counter_server.manager.client import StateProxy, end_manager
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.server import StateServer
-from counter_server.manager.wire import HANDSHAKE_SECONDS, LARGEST_FRAME, Connection, connect
+from counter_server.manager.wire import HANDSHAKE_SECONDS, LARGEST_FRAME, Connection, Greeting, connect
 from counter_server.objects import Declaration
 from tests.load import at_once, impatient, open_client
 from tests.processes import PATIENCE, Manager, Program, eventually, frozen
@@ -552,8 +552,7 @@ def test_a_greeting_says_why_a_client_is_not_served(monkeypatch: pytest.MonkeyPa
     proxy = proxy_on(None, declaration=declaration)
     for answer, kind, reason in (
         (("#FULL", "it has 5"), errors.Disconnected, "accepts no more clients: it has 5"),
-        (("#AWAY", "it hosts others"), errors.Disconnected, "it hosts others, and ends for one that hosts obj = "),
-        (("#ERROR", "it hosts others"), errors.NotHosted, "it hosts others, and not obj = .* as declared here"),
+        (("#ERROR", "it hosts others"), errors.NotHosted, "obj = .* is not hosted in .*: it hosts others"),
         (EOFError(), errors.Disconnected, "the connection to the manager broke"),
     ):
         made.append(Scripted(answer))
@@ -561,7 +560,7 @@ def test_a_greeting_says_why_a_client_is_not_served(monkeypatch: pytest.MonkeyPa
             proxy.ask("check", (), 5.0)
         assert getattr(error.value, "sent", False) is False
         assert (made[-1].is_closed, proxy._connection) == (True, None)
-        assert made[-1].sent == [(None, "accept_connection", ("object:obj", declaration))]
+        assert made[-1].sent == [(None, "accept_connection", Greeting("object:obj", declaration))]
     for epoch, is_lost in (("one", False), ("one", False), ("two", True), ("two", False)):
         made.append(Scripted(("#RETURN", epoch), ("#RETURN", None)))
         with pytest.raises(errors.StateLost, match="object:obj begins again") if is_lost else nullcontext():

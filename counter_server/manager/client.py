@@ -27,8 +27,9 @@ from ..status import Status
 from ..store import Finding, RoundTrip
 from . import location
 from .directory import DataDirectory
+from .hosting import Hosting, decode_hosting
 from .starter import Starter
-from .wire import SERIALIZER, Connection, connect, object_ident
+from .wire import SERIALIZER, Connection, Greeting, connect, object_ident
 
 _LOOK_SECONDS = 0.01
 
@@ -116,6 +117,10 @@ class StateProxy(BaseProxy):
         problems = (Finding("problem", text) for text in slow)
         return [Finding("ok", manager), _DURABILITY[status.durability], *places, *problems]
 
+    def hosting(self, deadline: float) -> Hosting:
+        """Return what the manager hosts."""
+        return decode_hosting(self._callmethod("hosting", deadline=deadline))
+
     def ask(self, method: str, arguments: tuple[Any, ...], deadline: float) -> Any:
         """Call one of the manager's own methods, and return its answer as plain data.
 
@@ -165,7 +170,7 @@ class StateProxy(BaseProxy):
         return content
 
     def _connect(self, deadline: float) -> Connection:
-        """Return a new connection to the object, and start a manager if needed and allowed.
+        """Return a new connection to the object. Start a manager, or its successor, if needed and allowed.
 
         :raises Disconnected: if there is no manager, or it does not answer.
         :raises StartupError: for a reason that stays.
@@ -180,11 +185,11 @@ class StateProxy(BaseProxy):
                 location.check(self.directory)
                 self._starter.start(self.directory, deadline)
                 connection = self._open(deadline)
-            try:
-                self._greet(connection)
-            except BaseException:
-                connection.close()
-                raise
+            if self._greet(connection, may_succeed=self._starter is not None):
+                assert self._starter is not None
+                self._starter.start(self.directory, deadline)
+                connection = self._open(deadline)
+                self._greet(connection, may_succeed=False)
         except AuthenticationError as error:
             raise AccessDenied(
                 f"the manager of {self.directory} does not accept this key; nothing was counted"
@@ -224,26 +229,33 @@ class StateProxy(BaseProxy):
                 text = f"the connection to the manager broke: {error}"
         return Disconnected(text, sent=sent)
 
-    def _greet(self, connection: Connection) -> None:
-        connection.send((None, "accept_connection", (self._id, self._declaration)))
-        kind, text = connection.recv()
-        match kind:
-            case "#RETURN":
-                known, self._epoch = self._epoch, text
-                if known not in (None, text):
-                    raise StateLost(
-                        f"the manager of {self.directory} has started again without its memory: {self._id} begins again"
-                    )
-            case "#FULL":
-                raise Disconnected(f"the manager of {self.directory} accepts no more clients: {text}", sent=False)
-            case "#AWAY":
-                raise Disconnected(f"{text}, and ends for one that hosts {self._declaration}", sent=False)
-            case _:
-                raise NotHosted(
-                    f"{text}, and not {self._declaration} as declared here: another program started it, or started it"
-                    " before that was declared or changed; end it with"
-                    f" 'counter-server stop --data-dir {self.directory}', or name another data directory"
-                )
+    def _greet(self, connection: Connection, *, may_succeed: bool) -> bool:
+        """Make a connection one to the object; return whether another manager must succeed this one first.
+
+        :param may_succeed: whether this process would start that.
+        """
+        try:
+            connection.send((None, "accept_connection", Greeting(self._id, self._declaration, may_succeed)))
+            kind, text = connection.recv()
+            match kind:
+                case "#RETURN":
+                    known, self._epoch = self._epoch, text
+                    if known not in (None, text):
+                        raise StateLost(
+                            f"the manager of {self.directory} has started again without its memory: {self._id} begins"
+                            " again"
+                        )
+                    return False
+                case "#SUCCEED":
+                    connection.close()
+                    return True
+                case "#FULL":
+                    raise Disconnected(f"the manager of {self.directory} accepts no more clients: {text}", sent=False)
+                case _:
+                    raise NotHosted(f"{self._declaration} is not hosted in {self.directory}: {text}")
+        except BaseException:
+            connection.close()
+            raise
 
     def _drop(self) -> None:
         if self._latest is not None:

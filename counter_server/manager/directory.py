@@ -41,6 +41,11 @@ def keep_from_children(descriptor: int) -> None:
     _own.add(descriptor)
 
 
+def release(descriptor: int) -> None:
+    """Undo `keep_from_children`, as the descriptor is closed."""
+    _own.discard(descriptor)
+
+
 def _after_fork_in_child() -> None:
     # Replace them by one that can be neither written to nor locked: the copy of SQLite in this memory would write to
     # the next file of that number, or believe that it holds the journal's lock.
@@ -87,6 +92,7 @@ class DataDirectory:
         parent, name = os.path.split(os.path.realpath(self.given) if os.path.exists(self.given) else self.given)
         self.path = Path(os.path.realpath(parent), name)
         self.journal = self.path / "journal.sqlite3"
+        self.snapshot = self.path / "manager.snapshot"
         self.runtime = self.path
         if runtime := os.environ.get(RUNTIME_DIR_VARIABLE):
             self.runtime = Path(os.path.realpath(runtime), hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16])
@@ -213,10 +219,13 @@ class DataDirectory:
             yield
 
     @contextmanager
-    def starting(self, seconds: float = 0.0) -> Iterator[bool]:
-        """Yield whether this process may start a manager now, waiting `seconds` for another process that starts one."""
+    def starting(self, seconds: float = 0.0) -> Iterator[int | None]:
+        """Hold the lock of those who start a manager, and yield its descriptor.
+
+        Yield None if another process still has it after `seconds`.
+        """
         with self._lock_file(self.runtime / "starter.lock") as file:
-            yield self._lock(file, deadline=time.monotonic() + seconds)
+            yield file if self._lock(file, deadline=time.monotonic() + seconds) else None
 
     @contextmanager
     def _lock_file(self, path: Path) -> Iterator[int]:

@@ -19,6 +19,7 @@ from typing import Any, cast
 from msgspec import Raw, Struct, msgpack
 
 from ..errors import AccessDenied
+from ..objects import Declaration
 from ..os_errors import not_ours
 from .directory import peer, short_address
 
@@ -49,6 +50,17 @@ class Call(Struct, array_like=True, frozen=True):
     ident: str | None
     method: str
     arguments: Raw
+
+
+class Greeting(Struct, array_like=True, frozen=True):
+    """The arguments of a client's first call: what it wants to reach.
+
+    :param may_succeed: whether the client would start a manager that succeeds this one.
+    """
+
+    ident: str
+    declaration: Declaration | None
+    may_succeed: bool = False
 
 
 class Connection:
