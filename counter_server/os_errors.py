@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .errors import StartupError
-from .settings import DATA_DIR_VARIABLE
+from .settings import DATA_DIR_VARIABLE, RUNTIME_DIR_VARIABLE
 
 _ABSENT = FileNotFoundError, ConnectionRefusedError
 _PASSING = {
@@ -18,6 +18,7 @@ _PASSING = {
 }
 ELSEWHERE = f"name another data directory, with --data-dir or {DATA_DIR_VARIABLE}"
 _NO_LOCKS = f"its file system has no locks: {ELSEWHERE}, on a local file system"
+NO_SOCKETS = f"its file system may have no sockets: name a directory on a local one with {RUNTIME_DIR_VARIABLE}"
 _CURES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, and start again"),
     errno.ELOOP: f"its symbolic links lead in a circle: repair them, or {ELSEWHERE}",
@@ -57,21 +58,22 @@ def _name(uid: int) -> str:
         return f"'#{uid}'"  # as sudo takes it
 
 
-def explain(error: OSError, failure: str, directory: Path, name: str = "") -> StartupError:
+def explain(error: OSError, failure: str, directory: Path, name: str = "", advice: str = "") -> StartupError:
     """Return the error of a system call in one line: the failure, its reason, whose the place is and what to do.
 
     :param name: of the file in the data directory.
+    :param advice: what to do, unless the directory is another user's.
     """
-    return StartupError(f"{failure}: {error.strerror or error}; {_advice(error, directory, name)}")
+    return StartupError(f"{failure}: {error.strerror or error}; {_advice(error, directory, name, advice)}")
 
 
-def _advice(error: OSError, directory: Path, name: str) -> str:
-    advice = _CURES.get(error.errno or 0, ELSEWHERE)
+def _advice(error: OSError, directory: Path, name: str, given: str) -> str:
+    advice = given or _CURES.get(error.errno or 0, ELSEWHERE)
     if error.errno in (errno.EACCES, errno.EPERM):
         place, owner = _lowest_seen(directory / name)
         if owner != os.geteuid():
             return not_ours(owner, place, "" if place.is_relative_to(directory) else "let this user enter and write it")
-        advice = f"{place} belongs to this user: correct its mode or attributes, or {ELSEWHERE}"
+        advice = given or f"{place} belongs to this user: correct its mode or attributes, or {ELSEWHERE}"
     return f"nothing was counted or lost; {advice}"
 
 

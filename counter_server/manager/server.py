@@ -27,11 +27,11 @@ from typing import Any, NamedTuple, NoReturn, cast
 from msgspec import MsgspecError, msgpack
 
 from ..errors import BatchRefused, DirectoryHeld, Disconnected, StartupError, Stopped
-from ..journal import Journal, JournalFailed
+from ..journal import REFUSALS, Journal, JournalFailed
 from ..ledger import Changes, Contents, Ledger
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
-from ..os_errors import explain
+from ..os_errors import NO_SOCKETS, explain
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from ..status import SlowCall, Status
 from ..store import Applies
@@ -514,7 +514,9 @@ def serve(
                 supervisor=os.getppid() if lifeline is not None else None,
             )
         except OSError as error:
-            raise explain(error, f"the socket {directory.socket} cannot be made", directory.path) from error
+            advice = "" if error.errno in REFUSALS else NO_SOCKETS
+            failure = f"the socket {directory.socket} cannot be made"
+            raise explain(error, failure, directory.runtime, advice=advice) from error
         is_ending = threading.Event()
         keeping = threading.Thread(target=server.keep_going, args=(is_held, is_ending), daemon=True)
         keeping.start()
