@@ -44,10 +44,12 @@ def not_ours(uid: int, path: Path, advice: str = "") -> str:
     :param advice: what else helps, if it is not to give `path` to this user.
     """
     owner, own = _name(uid), _name(os.geteuid())
+    if not advice and os.geteuid() != 0:
+        advice = f"let root give it to {own} (chown -R {own} {path})"
     return (
         f"{path} belongs to another user ({owner}, uid {uid}), and this process runs as {own} (uid {os.geteuid()});"
-        f" nothing was counted or lost; run it as {owner} (sudo -u {owner} ...),"
-        f" {advice or f'give the directory to {own} (chown -R {own} {path})'}, or {ELSEWHERE}"
+        f" nothing was counted or lost; run it as {owner} (sudo -u {owner} ...),{advice and f' {advice},'}"
+        f" or {ELSEWHERE}"
     )
 
 
