@@ -1,4 +1,4 @@
-"""What an error of the operating system means on the way to a manager: nobody is there, wait, or tell a person."""
+"""What an error of the operating system means on the way to a manager: start one, wait, or report it at once."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ _CURES = {
 
 
 def is_absent(error: OSError) -> bool:
-    """Return whether nobody is there, so that a manager can be started."""
+    """Return whether no process listens, so that a manager can be started."""
     return isinstance(error, _ABSENT)
 
 

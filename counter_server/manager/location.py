@@ -25,7 +25,7 @@ _OWN_LOCKS_OPTIONS = {"nolock", "local_lock=all", "local_lock=flock", "localfloc
 
 
 def examine(directory: DataDirectory) -> list[Finding]:
-    """Return what can lose numbers there."""
+    """Return the risks of the place of a data directory."""
     kind, options = _file_system(directory.path)
     found = []
     if link := _release(directory):
@@ -55,7 +55,7 @@ def examine(directory: DataDirectory) -> list[Finding]:
 
 
 def check(directory: DataDirectory) -> None:
-    """Log what can lose numbers there, at the start of a manager; raise `StartupError` if none must start."""
+    """Log the risks when a manager starts; raise `StartupError` if two managers could start there."""
     for finding in examine(directory):
         if finding.level == "problem":
             raise StartupError(finding.sentence)
@@ -67,7 +67,7 @@ def _release(directory: DataDirectory) -> str:
     for place in reversed(directory.given.parents):
         if place.is_symlink():  # the outermost link: in a release, others may lead out again
             target = place.resolve()
-            # A link of the system, or to a place for the data alone, is no release's.
+            # A link of the system, or one to a place for the data alone, does not lead to a release.
             leads_to_release = target.is_relative_to(place.parent.resolve()) or place != directory.given.parent
             if directory.path.is_relative_to(target) and place.parent != Path("/") and leads_to_release:
                 return f"the symbolic link {place} leads there"
