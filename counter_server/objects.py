@@ -249,16 +249,22 @@ def _raised(error: BaseException) -> Raised:
     name = built_in or _text(lambda: ".".join(class_name(kind)))
     text = _text(lambda: str(error))
     trace = _text(lambda: "".join(traceback.format_exception(error)), slice(-_LONGEST_TEXT, None))
-    contents: list[Callable[[], object]] = [
-        lambda: (error.args, {name: value for name, value in vars(error).items() if name != "__notes__"}),
-        lambda: (error.args, {}),
-    ]
-    if built_in:
-        contents.append(lambda: ((text,), {}))
-    for content in contents if issubclass(kind, Exception) else ():
+    if issubclass(kind, Exception):
         with suppress(BaseException):  # from the class's own code
-            return Raised(name, text, trace, module, encode_plain(content(), "an error"))
+            arguments = error.args if _is_plain(error.args) else (text,)
+            attributes = {key: value for key, value in vars(error).items() if key != "__notes__" and _is_plain(value)}
+            if not _is_plain((arguments, attributes)):  # together they are too large
+                arguments, attributes = (text,), {}
+            return Raised(name, text, trace, module, encode_plain((arguments, attributes), "an error"))
     return Raised(name, text, trace)
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        encode_plain(value, "a part of an error")
+    except InvalidRequest:
+        return False
+    return True
 
 
 def _described(error: BaseException) -> str:

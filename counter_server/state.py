@@ -174,8 +174,9 @@ def _made_again(raised: Raised) -> Exception:
     if is_known and raised.content is not None:
         with suppress(Exception):  # the class here differs from the class there
             arguments, attributes = decode_plain(raised.content)
-            error = cast(Exception, kind.__new__(kind, *arguments))
-            next(base for base in kind.__mro__ if base.__module__ == "builtins").__init__(error, *arguments)
+            base = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+            error = cast(Exception, base.__new__(kind, *arguments))
+            base.__init__(error, *arguments)
             vars(error).update(attributes)
             error.add_note(f"Raised in the manager process:\n{raised.traceback}")
             return error

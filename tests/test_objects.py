@@ -206,6 +206,7 @@ def test_a_method_whose_error_is_hard_to_tell_was_called_once(state: State) -> N
     kinds: dict[str, Any] = {
         "a place that is none": (SyntaxError, errors.RemoteError),
         "notes that end the program": OwnError,
+        "a message longer than a frame": OwnError,
         "a message that ends the program": hosted_classes.UntellableError,
         "a strange message": hosted_classes.StrangeError,
         "a number too long for str()": KeyError,
@@ -403,8 +404,8 @@ def test_an_error_is_described_in_bounded_text() -> None:
     assert (known.name, decode_plain(known.content or b"")) == ("KeyError", (("x",), {}))
     own = objects._raised(OwnError("x" * 20_000))
     assert (own.name, own.module, len(own.text)) == ("tests.hosted_classes.OwnError", "tests.hosted_classes", 10_000)
-    assert decode_plain(objects._raised(OwnError(object)).content or b"") == ((f"no {object}",), {})
-    assert objects._raised(OwnError("x" * 2**20)).content is None
+    assert decode_plain(objects._raised(OwnError(object)).content or b"") == ((f"no {object}",), {"number": 0})
+    assert decode_plain(objects._raised(OwnError("x" * 2**20)).content or b"") == ((own.text,), {"number": 0})
     assert objects._raised(SystemExit(3)).content is None
     assert decode_plain(objects._raised(ValueError(object)).content or b"") == ((str(object),), {})
 
