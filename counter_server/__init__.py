@@ -9,13 +9,14 @@ number = shared.counter("visits").increment()
 from typing import TYPE_CHECKING, Any
 
 from .errors import CounterServerError
+from .manager.hosting import in_manager
 from .settings import StoreOptions
 from .state import Counter, State, open_state
 
 if TYPE_CHECKING:
     from .extension import SharedState
 
-__all__ = ["Counter", "CounterServerError", "SharedState", "State", "StoreOptions", "open_state"]
+__all__ = ["Counter", "CounterServerError", "SharedState", "State", "StoreOptions", "in_manager", "open_state"]
 
 
 def __getattr__(name: str) -> Any:

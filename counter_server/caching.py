@@ -60,7 +60,7 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
     ) -> None:
         BaseCache.__init__(self, default_timeout, ignore_delete_many_errors)
         self._state = url if isinstance(url, State) else open_state(url, deadline=deadline, options=options)
-        self._entries = forgetful(self._state.object(name, BoundedDict, check_entries(threshold)))
+        self._entries = forgetful(self._state.object(name, BoundedDict, check_entries(threshold), durable=False))
 
     @classmethod
     def factory(cls, app: "Flask", config: dict[str, Any], args: list[Any], kwargs: dict[str, Any]) -> Self:

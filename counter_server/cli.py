@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.core import ParameterSource
@@ -18,14 +18,17 @@ from . import settings
 from .errors import BatchRefused, CounterServerError, DirectoryHeld, Disconnected, InvalidRequest, StartupError
 from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
-from .objects import Declaration
 from .operations import LARGEST_PAGE, Get
+from .os_errors import can_pass
 from .output import LogFormat
 from .server.demo import demo
 from .server.prove import prove
 from .server.settings import ServerSettings
 from .state import State, declared_for, open_state
 from .stores import Finding, open_store
+
+if TYPE_CHECKING:
+    from .manager.hosting import Hosting
 
 Command = Callable[..., None]
 
@@ -195,49 +198,65 @@ def run(data_dir: str | None, store: str | None, *, attach: bool, **options: Any
 @click.option(
     "--hosting", metavar="APP", help="Host the shared objects of an app: module, module:app or module:create_app()."
 )
-@click.option("--host-objects", "piped", is_flag=True, hidden=True, help="Read declarations of objects from stdin.")
 @click.option("--background", is_flag=True, help="Return when clients can connect, and leave the manager running.")
+@click.option("--starter", nargs=2, type=int, hidden=True, help="Descriptors of the client that starts it.")
 def manager(
-    data_dir: str | None, idle: float | None, hosting: str | None, *, background: bool, piped: bool, **options: Any
+    data_dir: str | None,
+    idle: float | None,
+    hosting: str | None,
+    *,
+    background: bool,
+    starter: tuple[int, int] | None,
+    **options: Any,
 ) -> None:
     """Run the manager alone, for any number of applications of this user."""
+    from .manager.hosting import NOTHING, decode_hosting
     from .manager.server import serve
-    from .manager.starter import detach, prepare_to_host
+    from .manager.starter import detach
     from .output import configure
 
+    hosted = decode_hosting(sys.stdin.buffer.read()) if starter else NOTHING
     configure("manager", "text", logging.WARNING)
     directory = _directory(data_dir)
     timeout = None if idle is None else settings.check_seconds(idle, "an idle timeout")
-    declarations = _declared_by(hosting, directory) if hosting else []
-    detached = detach(directory) if background else None
+    if hosting:
+        hosted = _declared_by(hosting, directory)
+    report = detach(directory, starter) if background else None
+    if report and not hosted.declarations:
+        os.chdir("/")  # the file system of the client's directory can be unmounted
 
     def ready() -> None:
-        click.echo(f"Manager ready: {directory.url}")
-        if detached:
-            detached()
+        if report:
+            report.end("ready")
+        else:
+            click.echo(f"Manager ready: {directory.url}")
 
-    if piped:
-        declarations = prepare_to_host(sys.stdin.buffer.read())
-    serve(directory, ready=ready, idle_timeout=timeout, declarations=declarations, **options)
+    try:
+        serve(directory, ready=ready, idle_timeout=timeout, hosting=hosted, **options)
+    except CounterServerError as error:
+        if report:
+            is_passing = isinstance(error, DirectoryHeld) or can_pass(error.__cause__)
+            report.end("later" if is_passing else "error", str(error))
+        raise
 
 
-def _declared_by(module: str, directory: DataDirectory) -> list[Declaration]:
-    """Import an app, from the working directory first, and return the shared objects it declares for a directory."""
+def _declared_by(module: str, directory: DataDirectory) -> "Hosting":
+    """Import an app, from the working directory first, and return what it declares for a directory."""
     from flask.cli import ScriptInfo
 
-    from .manager.starter import begin_to_host
+    from .manager.hosting import Hosting, importing
 
-    begin_to_host()
     sys.path.insert(0, os.getcwd())
     try:
-        ScriptInfo(app_import_path=module).load_app()
+        with importing():
+            ScriptInfo(app_import_path=module).load_app()
     except (Exception, click.ClickException) as error:
         message = error.message if isinstance(error, click.ClickException) else f"{type(error).__name__}: {error}"
         raise StartupError(f"the app {module} cannot be loaded: {message.strip()}") from error
     declarations = declared_for(directory.url)
     if not declarations:
         raise StartupError(f"{module} declares no shared objects for {directory}: does its app use that directory?")
-    return declarations
+    return Hosting.of_this_process(declarations)
 
 
 @main.command()

@@ -30,6 +30,10 @@ class _Entry(NamedTuple):
     expires: float  # by the dict's timer
 
 
+def _expiry(_key: Any, entry: _Entry, _now: float) -> float:
+    return entry.expires
+
+
 class BoundedDict:
     """A dict with a maximum number of entries, each with a time to live. Not thread-safe: `HostedObject` locks it.
 
@@ -41,7 +45,7 @@ class BoundedDict:
 
     def __init__(self, max_entries: float, timer: Callable[[], float] = time.monotonic) -> None:
         self._timer = timer
-        self._entries: TLRUCache[Any, _Entry] = TLRUCache(max_entries, lambda _key, entry, _now: entry.expires, timer)
+        self._entries: TLRUCache[Any, _Entry] = TLRUCache(max_entries, _expiry, timer)
 
     def find(self, key: Any) -> tuple[Any, ...]:
         """Return a tuple of the key's value, or an empty tuple."""

@@ -194,7 +194,7 @@ class SharedState(Sharing):
         :param ttl: seconds without use after which a visitor's number is forgotten.
         """
         check_ttl(ttl)
-        numbers = self.object(f"visitor counter {name}", BoundedDict, check_entries(max_visitors))
+        numbers = self.object(f"visitor counter {name}", BoundedDict, check_entries(max_visitors), durable=False)
         return VisitorCounter(name, numbers, ttl)
 
 

@@ -57,7 +57,8 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
     ) -> None:
         Storage.__init__(self, None, wrap_exceptions)
         # `flask limiter config` shows it by this name.
-        self.storage = forgetful(open_state(uri, deadline=deadline, options=options).object(name, Windows))
+        state = open_state(uri, deadline=deadline, options=options)
+        self.storage = forgetful(state.object(name, Windows, durable=False))
 
     @property
     def base_exceptions(self) -> type[Exception]:

@@ -5,19 +5,23 @@ same transaction as the memory of the call, before the caller gets an answer.
 """
 
 import builtins
-import importlib
-import inspect
+import importlib.util
 import io
+import logging
+import os
 import pickle
 import reprlib
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from hashlib import blake2b
+from importlib.machinery import SourceFileLoader
 from math import inf
 from operator import attrgetter
+from types import ModuleType
 from typing import Any, NoReturn
 
 from msgspec import Struct
@@ -25,13 +29,14 @@ from msgspec import Struct
 from .errors import BatchRefused, InvalidRequest, ResultLost, StartupError, Stopped, StorageFull
 from .ledger import Changes, ClientRecord, Clients, Commits, raise_error
 from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
-from .plain import check_size, class_name, decode_plain, decode_sealed, encode_plain
+from .plain import aliases, check_size, class_name, decode_plain, decode_sealed, encode_plain, largest_value
 from .settings import LONGEST_DEADLINE
+
+log = logging.getLogger(__name__)
 
 LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still below the frame limit
 _LONGEST_TEXT = 10_000  # bytes of an exception's message, and of its traceback
 _SHORT = reprlib.Repr()  # shortens long arguments in messages
-_PARSING = threading.Lock()
 # By identity: the class of an exception may have any name, and a metaclass that raises when it is compared.
 _BUILT_IN = {id(kind): name for name, kind in vars(builtins).items() if isinstance(kind, type)}
 
@@ -43,14 +48,20 @@ class Declaration(Struct, frozen=True, array_like=True):
     module: str
     qualname: str
     arguments: bytes
-    durable: bool = False
-    source: bytes = b""  # digest of the class's source: a changed class makes another object
+    durable: bool = True
+    file: bytes = b""  # of the module; two releases of a program have different ones
+    declared: float = 0.0  # when, in `time.time` seconds: the newest declaration of a name decides
 
     def __str__(self) -> str:
-        positional, keywords = decode_plain(self.arguments)
+        positional, keywords = decode_sealed(self.arguments)
         arguments = [*map(_SHORT.repr, positional), *(f"{key}={_SHORT.repr(keywords[key])}" for key in keywords)]
-        durable = ", durable" if self.durable else ""
-        return f"{self.name} = {self.module}.{self.qualname}({', '.join(arguments)}){durable}"
+        volatile = "" if self.durable else ", durable=False"
+        return f"{self.name} = {self.module}.{self.qualname}({', '.join(arguments)}{volatile})"
+
+    def means(self, other: "Declaration") -> bool:
+        """Return whether both name one class. Its module may have two names, as a main program and as a module."""
+        is_one_module = self.module == other.module or (self.file == other.file != b"")
+        return self.qualname == other.qualname and is_one_module
 
 
 def declare(
@@ -63,25 +74,71 @@ def declare(
     if "<" in cls.__qualname__:
         raise InvalidRequest(f"the manager cannot import {cls.__qualname__}: define it at the top level of a module")
     packed = encode_plain((arguments, keywords), f"the arguments of {cls.__qualname__}")
+    module, file = _place_of(cls)
+    if module != cls.__module__:
+        aliases[cls.__module__] = module
+    return Declaration(name, module, cls.__qualname__, packed, durable, os.fsencode(file), time.time())
+
+
+def _place_of(cls: type) -> tuple[str, str]:
+    """Return the name under which another process finds a class's module, and its file.
+
+    A main program has the name that others import it by, so a class is one class for `python app.py` and `flask shell`.
+    A module that no other process can import by name is loaded from its file.
+    """
+    name = cls.__module__
+    if name.startswith(f"{__package__}.") or name in sys.builtin_module_names:
+        return name, ""
+    module = sys.modules.get(name)
+    file = os.path.realpath(getattr(module, "__file__", None) or "/")
+    if name == "__main__" and (spec := getattr(module, "__spec__", None)) is not None:
+        return spec.name, file  # `python -m`
+    stem = os.path.splitext(os.path.basename(file))[0]
+    for known in [name, stem] if name not in ("__main__", "__mp_main__") else [stem]:
+        if _is_found(known, file):
+            return known, file
+    if getattr(sys, "frozen", False) or not os.path.isfile(file):
+        raise InvalidRequest(
+            f"the manager cannot import {cls.__qualname__}, which is not in a file of a module, but in a notebook, an"
+            " interactive session, standard input or a frozen program: put it into a module (counters and dicts work"
+            " everywhere)"
+        )
+    word = stem if stem.isidentifier() and stem.isascii() else "program"
+    return f"{word}@{blake2b(os.fsencode(file), digest_size=4).hexdigest()}", file
+
+
+def _is_found(name: str, file: str) -> bool:
+    """Return whether another process finds this file if it imports a module by this name."""
+    package = name.partition(".")[0]
+    # Not `importlib.util.find_spec`: a module that is imported already has its name from whatever loaded it.
+    found = (finder.find_spec(package, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    spec = next((spec for spec in found if spec is not None), None)
+    return spec is not None and (name != package or os.path.realpath(spec.origin or "") == file)
+
+
+def _import(module: str, file: bytes) -> ModuleType:
+    """Import a module as `_place_of` named it: a name with an @ stands for its file.
+
+    :raises Exception: whatever the module raises.
+    """
+    if "@" not in module or module in sys.modules:
+        return importlib.import_module(module)
+    path = os.fsdecode(file)
+    spec = importlib.util.spec_from_file_location(module, path, loader=SourceFileLoader(module, path))
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be loaded as a module")
+    loaded = sys.modules[module] = importlib.util.module_from_spec(spec)
     try:
-        source = blake2b(_source(cls).encode(errors="surrogatepass"), digest_size=16).digest()
-    except (OSError, TypeError):  # it has no source
-        source = b""
-    return Declaration(name, cls.__module__, cls.__qualname__, packed, durable, source)
+        spec.loader.exec_module(loaded)
+    except BaseException:
+        del sys.modules[module]
+        raise
+    return loaded
 
 
-def _source(cls: type) -> str:
-    # `inspect` parses the class's module, which Python 3.11 (to 3.11.7) cannot do safely in two threads: a garbage
-    # collection in one breaks the other (CPython's issue gh-106905).
-    with _PARSING:
-        try:
-            return inspect.getsource(cls)
-        except SystemError:  # a thread of the app was parsing
-            return inspect.getsource(cls)
-
-
-def _find(module: str, qualname: str) -> Any:
-    return attrgetter(qualname)(importlib.import_module(module))
+def find_class(declaration: Declaration, qualname: str = "") -> Any:
+    """Import the class of a declaration, or another one of its module. Raise whatever its module raises."""
+    return attrgetter(qualname or declaration.qualname)(_import(declaration.module, declaration.file))
 
 
 class Busy(OSError):
@@ -93,13 +150,13 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, state: bytes, declaration: Declaration) -> None:
         super().__init__(io.BytesIO(state))
-        self._module = declaration.module
+        self._declaration = declaration
 
     def find_class(self, module: str, name: str) -> Any:
         try:
             return super().find_class(module, name)
         except (ImportError, AttributeError):
-            return _find(self._module, name)
+            return find_class(self._declaration, name)
 
 
 class HostedObject:
@@ -107,7 +164,7 @@ class HostedObject:
 
     :param clock: the time of `clients`, in seconds.
     :param journal: makes the changes of a durable object durable.
-    :param state: its pickle, if it existed before.
+    :param state: its pickle, if it existed before. A volatile object has one only from a manager that ended in order.
     :param fail: ends the process, before the next call, after an error that may have separated memory from disk.
     :raises StartupError: if the object cannot be made.
     """
@@ -126,16 +183,16 @@ class HostedObject:
         self.declaration = declaration
         self._clock = clock
         self._journal = journal if declaration.durable else None
-        self._clients = Clients(dict(clients or {}), most_clients, declaration.name)
+        self.remembered = Clients(dict(clients or {}), most_clients, declaration.name)
         self._fail = fail
         self._state = b""
         self.running: tuple[str, float] | None = None  # the method of the current call, and when the call began
         try:
-            if state is not None and self._journal is not None:
+            if state is not None:
                 self._object = self._unpickled(state)
             else:
                 arguments, keywords = decode_plain(declaration.arguments)
-                self._object = _find(declaration.module, declaration.qualname)(*arguments, **keywords)
+                self._object = find_class(declaration)(*arguments, **keywords)
             if self._journal is not None:
                 self._state = state or self._pickled()
                 self._unpickled(self._state)
@@ -148,33 +205,49 @@ class HostedObject:
     def after_fork(self) -> None:
         self._lock = threading.Lock()  # held through a batch of calls and its commit
 
+    def hand_over(self, deadline: float) -> tuple[bytes, dict[bytes, ClientRecord]] | None:
+        """Make no call any more. Return the pickle of a volatile object and its clients, if it can be pickled.
+
+        :param deadline: for the current call, in `time.monotonic` seconds. An object that is still busy is lost.
+        """
+        if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
+            log.error("%s is lost: a call is still busy with it", self.declaration)
+            return None
+        if self._journal is not None:
+            return None
+        try:
+            return self._pickled(inf), self.remembered.records
+        except InvalidRequest as error:
+            log.warning("%s begins again: %s", self.declaration.name, error)
+            return None
+
     def apply(self, batch: Batch, deadline: float = inf, /) -> list[Result]:  # noqa: ARG002 - its caller waits no longer
         """Make a batch's calls, in order, or repeat its answer; see `Store.apply`."""
         if not self._lock.acquire(timeout=LONGEST_DEADLINE):  # no caller waits longer
             raise Busy(f"{self.declaration.name} is still busy with another call; this call was not made")
         try:
             changes = Changes(self._clock())
-            answered = self._clients.answer(batch, changes)
+            answered = self.remembered.answer(batch, changes)
             if isinstance(answered, BatchRefused):
                 raise answered
             if answered is not None:
                 return answered
-            turned_away = self._clients.admit(batch.client, changes) if batch.sequence == 1 else None
+            turned_away = self.remembered.admit(batch.client, changes) if batch.sequence == 1 else None
             if turned_away is not None:
                 return list[Result](turned_away for _ in batch.operations)
-            self._clients.forget(changes)
+            self.remembered.forget(changes)
             results = self._call_all(batch, changes)
-            self._clients.remember(batch, results, changes)
+            self.remembered.remember(batch, results, changes)
             try:
                 if self._journal is not None:
                     self._journal.commit(changes)
             except StorageFull as error:
                 self._object = self._unpickled(self._state)
                 results = list[Result](Refusal("storage_full", str(error)) for _ in batch.operations)
-                self._clients.remember(batch, results, changes)
+                self.remembered.remember(batch, results, changes)
             else:
                 self._state = changes.objects.get(self.declaration.name, self._state)
-            self._clients.merge(changes)
+            self.remembered.merge(changes)
             self.running = None
             return results
         except BatchRefused:
@@ -210,12 +283,20 @@ class HostedObject:
         except BaseException as error:
             raise StartupError(f"{self.declaration} cannot be restored from its state: {_described(error)}") from error
 
-    def _pickled(self) -> bytes:
+    def _pickled(self, largest: float | None = None) -> bytes:
+        largest = largest_value() if largest is None else largest
         try:
             state = pickle.dumps(self._object, pickle.HIGHEST_PROTOCOL)
         except BaseException as error:
-            raise InvalidRequest(f"{self.declaration} is durable but cannot be pickled: {_described(error)}") from error
-        check_size(f"the state of {self.declaration}", state)
+            raise InvalidRequest(
+                f"{self.declaration} cannot be pickled, and so not be durable: {_described(error)}; declare it with"
+                " durable=False"
+            ) from error
+        if len(state) > largest:
+            raise InvalidRequest(
+                f"{self.declaration} has a state of {len(state)} bytes; at most {largest} can be durable, by"
+                " COUNTER_SERVER_LARGEST_VALUE; or declare it with durable=False"
+            )
         return state
 
     def _call(self, operation: object) -> Result:

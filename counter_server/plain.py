@@ -29,6 +29,7 @@ from .settings import LARGEST_VALUE, from_environment
 
 _ENUM, _DATACLASS = 14, 15
 _INTEGER, _DICT = 2, 3
+aliases: dict[str, str] = {}  # the names of modules in this process, with those that a manager imports them by
 _MAIN = ("__main__", "__mp_main__")  # `multiprocessing` names a main program so in other processes
 _BUILT_IN = tuple(kind for kind in vars(builtins).values() if isinstance(kind, type) and kind is not object)
 _encoder = msgpack.Encoder()
@@ -40,15 +41,18 @@ class Sealed(Struct, frozen=True):
     code: int
     data: bytes
 
+    def __repr__(self) -> str:
+        module, qualname, content = decode_sealed(self.data)
+        return f"<{module}.{qualname} {content!r}>"
 
-def find_class(module: str, qualname: str) -> Any:
-    """Return what a module that is already imported has under this name, else None. Nothing is imported or called.
 
-    The main program is known by each of its names: one process runs it, and another imports it.
-    """
-    is_main = module in _MAIN or module == main_name()
-    candidates = (_look_up(name, qualname) for name in ((*_MAIN, module) if is_main else (module,)))
-    return next((found for found in candidates if found is not None), None)
+def known_class(module: str, qualname: str) -> Any:
+    """Return what a module that is already imported has under this name, else None. Nothing is imported or called."""
+    names = [here for here, elsewhere in aliases.items() if elsewhere == module]
+    if module in _MAIN or module == main_name():
+        names += _MAIN
+    found = (_look_up(name, qualname) for name in (*names, module))
+    return next((each for each in found if each is not None), None)
 
 
 def _look_up(module: str, qualname: str) -> Any:
@@ -63,7 +67,8 @@ def _look_up(module: str, qualname: str) -> Any:
 
 def class_name(kind: type) -> tuple[str, str]:
     """Return the module and the qualified name of a class, such that another process finds it."""
-    return (main_name() if kind.__module__ in _MAIN else kind.__module__), kind.__qualname__
+    module = kind.__module__
+    return aliases.get(module) or (main_name() if module in _MAIN else module), kind.__qualname__
 
 
 def main_name() -> str:
@@ -222,7 +227,7 @@ def _decoder(open_named: Callable[[int, memoryview], object]) -> Callable[[bytes
 
 def _open(code: int, data: memoryview) -> object:
     module, qualname, content = decode_plain(data)
-    kind = find_class(module, qualname)
+    kind = known_class(module, qualname)
     if not (isinstance(kind, type) and (issubclass(kind, Enum) if code == _ENUM else is_dataclass(kind))):
         sort = "Enum" if code == _ENUM else "dataclass"
         raise ValueError(f"the {sort} {module}.{qualname} is not found here: import its module in every process first")

@@ -17,6 +17,7 @@ DEFAULT_DURABILITY: Durability = "commit"
 DEFAULT_STORE = "manager://"
 STORE_VARIABLE = "COUNTER_SERVER_STORE"
 DATA_DIR_VARIABLE = "COUNTER_SERVER_DATA_DIR"
+RUNTIME_DIR_VARIABLE = "COUNTER_SERVER_RUNTIME_DIR"  # contains sockets, keys and locks apart from the data
 DEFAULT_DEADLINE = 5.0  # seconds for one call
 LONGEST_DEADLINE = 60.0  # seconds; client records outlive every batch that is sent again
 LARGEST_VALUE = 2**20  # bytes of plain data, encoded: the arguments of one call, its result, a durable object's state

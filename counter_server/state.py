@@ -42,7 +42,7 @@ from .operations import (
     check_name,
     check_step,
 )
-from .plain import decode_plain, encode_plain, find_class
+from .plain import decode_plain, encode_plain, known_class
 from .session import Session
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, LONGEST_DEADLINE, StoreOptions, check_seconds
 from .status import Status
@@ -168,7 +168,7 @@ def _returned(result: Result) -> Any:
 
 def _made_again(raised: Raised) -> Exception:
     """Return a method's exception, without a call of the class's constructor, which may take other arguments."""
-    kind = find_class(raised.module, raised.name.removeprefix(f"{raised.module}."))
+    kind = known_class(raised.module, raised.name.removeprefix(f"{raised.module}."))
     # An error of ours would say what happened to another call.
     is_known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, CounterServerError)
     if is_known and raised.content is not None:
@@ -206,7 +206,8 @@ class Declarations(dict[str, Declaration]):
         if self._unable is not None:
             hosting(self._unable)
         declaration = declare(name, cls, arguments, keywords, durable=durable)
-        if self.setdefault(name, declaration) != declaration:
+        first = self.setdefault(name, declaration)
+        if not first.means(declaration) or str(first) != str(declaration):
             raise InvalidRequest(
                 f"{declaration} cannot be declared, because {self[name]} already has that name: use another one"
             )
@@ -220,7 +221,7 @@ def declared_for(url: str) -> list[Declaration]:
     for state in states:
         if str(state.store) == url:
             for name, declaration in dict(state.declarations).items():
-                if found.setdefault(name, declaration) != declaration:
+                if not found.setdefault(name, declaration).means(declaration):
                     log.warning("two declarations of one name: %s is hosted, and %s is not", found[name], declaration)
     return list(found.values())
 
@@ -273,7 +274,7 @@ class Sharing(ABC):
         """Return at most `limit` counters (at most 1000), in the order of their names, that follow `after`."""
         return expect(Page, self.submit(Scan(after, limit)))
 
-    def object(self, name: str, cls: type[Kind], *arguments: Any, durable: bool = False, **keywords: Any) -> Kind:
+    def object(self, name: str, cls: type[Kind], *arguments: Any, durable: bool = True, **keywords: Any) -> Kind:
         """Declare a shared object, and return a handle that calls its public methods.
 
         ::
@@ -285,7 +286,8 @@ class Sharing(ABC):
         once, and has the state's deadline. Arguments and results are plain data.
 
         :param cls: the class, found by module and qualified name; called as `cls(*arguments, **keywords)`.
-        :param durable: keep the pickled state in the journal, in the same commit as each call.
+        :param durable: keep the pickled state in the journal, in the same commit as each call. Without that, calls are
+            faster, the state need not be picklable, and it is lost if the manager is killed.
         :raises InvalidRequest: if it cannot be hosted, or another object has its name.
         :raises Unsupported: if the store hosts none; for an app that comes later, `init_app` raises this.
         """
@@ -306,7 +308,7 @@ class Sharing(ABC):
         :param ttl: seconds that an entry lives after it was set; None for no expiry.
         """
         check_ttl(ttl)  # before anything is declared
-        return SharedDict(self.object(name, BoundedDict, check_entries(max_entries)), ttl)
+        return SharedDict(self.object(name, BoundedDict, check_entries(max_entries), durable=False), ttl)
 
 
 def open_state(

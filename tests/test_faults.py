@@ -342,7 +342,8 @@ def test_half_open_peers_are_gone_after_the_handshakes_time(
         with suppress(ConnectionResetError):
             while peer.recv(1000):
                 pass
-    eventually(lambda: len(list(threads.iterdir())) <= before, "the end of their threads")
+    # One more may be there: it writes the log if the log's reader is slow.
+    eventually(lambda: len(list(threads.iterdir())) <= before + 1, "the end of their threads")
     assert state.counter("c").increment() == 3
 
 

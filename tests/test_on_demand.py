@@ -170,7 +170,7 @@ def test_the_reason_for_a_failed_start_is_one_line(on_demand: str, data_dir: Pat
         with patient(url) as state, pytest.raises(StartupError, match=reason) as error:
             state.counter("c").increment()
         assert (error.value.outcome, str(error.value).count("\n")) == ("not_applied", 0)
-    assert managers_of(data_dir) == []
+    eventually(lambda: managers_of(data_dir) == [], "the end of the manager")
 
 
 @slow

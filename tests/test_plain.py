@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from msgspec import msgpack
 
-from counter_server.plain import Sealed, decode_plain, decode_sealed, encode_plain, find_class, main_name
+from counter_server.plain import Sealed, decode_plain, decode_sealed, encode_plain, known_class, main_name
 from tests.hosted_classes import Colour, Measured, Point
 
 OURS = ("tests.hosted_classes",)
@@ -22,12 +22,12 @@ def test_a_class_is_found_only_in_modules_that_are_imported(monkeypatch: pytest.
 
     monkeypatch.setitem(sys.modules, "lazy", Lazy("lazy"))
     monkeypatch.delitem(sys.modules, "this", raising=False)
-    assert find_class("tests.hosted_classes", "Colour") is Colour
+    assert known_class("tests.hosted_classes", "Colour") is Colour
     for module, qualname in (
         *(("this", "d"), ("lazy", "Colour"), ("tests.hosted_classes", "Colour.RED.value"), ("tests", "")),
         *(("tests.hosted_classes", "os.path.join"), ("tests.hosted_classes", "Measured.__init__.__globals__")),
     ):
-        assert not isinstance(find_class(module, qualname), type), qualname
+        assert not isinstance(known_class(module, qualname), type), qualname
     assert "this" not in sys.modules
 
 

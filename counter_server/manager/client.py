@@ -9,14 +9,25 @@ from typing import Any
 
 from msgspec import Raw, ValidationError, msgpack
 
-from ..errors import AccessDenied, BatchRefused, DirectoryHeld, Disconnected, NotHosted, StateLost, Unsupported
+from ..errors import (
+    AccessDenied,
+    BatchRefused,
+    DirectoryHeld,
+    Disconnected,
+    NotHosted,
+    StartupError,
+    StateLost,
+    Unsupported,
+)
 from ..objects import Declaration
 from ..operations import Batch, Result
+from ..os_errors import can_pass, explain, is_absent
 from ..status import Status
 from ..store import Finding, RoundTrip
 from .directory import DataDirectory
+from .hosting import Hosting, decode_hosting
 from .starter import Starter
-from .wire import SERIALIZER, Connection, connect, object_ident
+from .wire import SERIALIZER, Connection, Greeting, connect, object_ident
 
 _LOOK_SECONDS = 0.01
 
@@ -99,6 +110,10 @@ class StateProxy(BaseProxy):
         ]
         return [Finding("ok", manager), _DURABILITY[status.durability], *(Finding("problem", text) for text in slow)]
 
+    def hosting(self, deadline: float) -> Hosting:
+        """Return what the manager hosts."""
+        return decode_hosting(self._callmethod("hosting", deadline=deadline))
+
     def ask(self, method: str, arguments: tuple[Any, ...], deadline: float) -> Any:
         """Call one of the manager's own methods, and return its answer as plain data.
 
@@ -148,34 +163,50 @@ class StateProxy(BaseProxy):
         return content
 
     def _connect(self, deadline: float) -> Connection:
-        """Return a new connection to the object, and start a manager if needed and allowed.
+        """Return a new connection to the object. Start a manager, or its successor, if needed and allowed.
 
         :raises Disconnected: if there is no manager, or it does not answer.
+        :raises StartupError: for a reason that stays.
+        :raises AccessDenied: if the manager is another user's, or does not accept the key.
         """
         try:
             try:
                 connection = self._open(deadline)
-            except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-                if self._starter is None:
+            except OSError as error:
+                if self._starter is None or not is_absent(error):
                     raise
                 self._starter.start(self.directory, deadline)
                 connection = self._open(deadline)
-            try:
-                self._greet(connection)
-            except BaseException:
-                connection.close()
-                raise
+            if self._greet(connection, may_succeed=self._starter is not None):
+                assert self._starter is not None
+                self._starter.start(self.directory, deadline)
+                connection = self._open(deadline)
+                self._greet(connection, may_succeed=False)
         except AuthenticationError as error:
             raise AccessDenied(
                 f"the manager of {self.directory} does not accept this key; nothing was counted"
             ) from error
+        except StartupError as error:
+            if not can_pass(error.__cause__):
+                raise
+            raise Disconnected(str(error), sent=False) from error
         except (OSError, EOFError, ValidationError) as error:
+            if isinstance(error, OSError) and not can_pass(error):
+                failure = f"the manager of {self.directory} cannot be reached"
+                raise explain(error, failure, self.directory.path, "manager.key") from error
             raise self._disconnected(error, sent=False) from error
         self._latest = connection
         return connection
 
     def _open(self, deadline: float) -> Connection:
-        return connect(str(self.directory.socket), self.directory.existing_key("manager"), deadline=deadline)
+        try:
+            key = self.directory.existing_key("manager")
+        except FileNotFoundError as error:
+            if self.directory.manager_pid() is None:
+                raise
+            reason = f"the key of {self.directory} was removed, and its manager puts it back"
+            raise Disconnected(reason, sent=False) from error
+        return connect(str(self.directory.socket), key, deadline=deadline)
 
     def _disconnected(self, error: BaseException, *, sent: bool) -> Disconnected:
         match error:
@@ -190,26 +221,33 @@ class StateProxy(BaseProxy):
                 text = f"the connection to the manager broke: {error}"
         return Disconnected(text, sent=sent)
 
-    def _greet(self, connection: Connection) -> None:
-        connection.send((None, "accept_connection", (self._id, self._declaration)))
-        kind, text = connection.recv()
-        match kind:
-            case "#RETURN":
-                known, self._epoch = self._epoch, text
-                if known not in (None, text):
-                    raise StateLost(
-                        f"the manager of {self.directory} has started again without its memory: {self._id} begins again"
-                    )
-            case "#FULL":
-                raise Disconnected(f"the manager of {self.directory} accepts no more clients: {text}", sent=False)
-            case "#AWAY":
-                raise Disconnected(f"{text}, and ends for one that hosts {self._declaration}", sent=False)
-            case _:
-                raise NotHosted(
-                    f"{text}, and not {self._declaration} as declared here: another program started it, or started it"
-                    " before that was declared or changed; end it with"
-                    f" 'counter-server stop --data-dir {self.directory}', or name another data directory"
-                )
+    def _greet(self, connection: Connection, *, may_succeed: bool) -> bool:
+        """Make a connection one to the object; return whether another manager must succeed this one first.
+
+        :param may_succeed: whether this process would start that.
+        """
+        try:
+            connection.send((None, "accept_connection", Greeting(self._id, self._declaration, may_succeed)))
+            kind, text = connection.recv()
+            match kind:
+                case "#RETURN":
+                    known, self._epoch = self._epoch, text
+                    if known not in (None, text):
+                        raise StateLost(
+                            f"the manager of {self.directory} has started again without its memory: {self._id} begins"
+                            " again"
+                        )
+                    return False
+                case "#SUCCEED":
+                    connection.close()
+                    return True
+                case "#FULL":
+                    raise Disconnected(f"the manager of {self.directory} accepts no more clients: {text}", sent=False)
+                case _:
+                    raise NotHosted(f"{self._declaration} is not hosted in {self.directory}: {text}")
+        except BaseException:
+            connection.close()
+            raise
 
     def _drop(self) -> None:
         if self._latest is not None:

@@ -1,6 +1,9 @@
 """The data directory: journal, socket, keys and lock of one manager, in one place."""
 
+import errno
 import fcntl
+import hashlib
+import logging
 import os
 import secrets
 import socket
@@ -9,13 +12,19 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote, unquote_to_bytes
 
+from msgspec import MsgspecError, Struct, json
+
 from ..errors import DirectoryHeld, InvalidRequest, StartupError
+from ..os_errors import ELSEWHERE, explain, not_ours
+from ..settings import RUNTIME_DIR_VARIABLE
+
+log = logging.getLogger(__name__)
 
 _KEY_BYTES = 32
 _CONNECT_SECONDS = 1.0  # a stopped manager accepts no connection when its queue is full
@@ -30,6 +39,11 @@ forking = threading.RLock()  # held while a descriptor is opened that is not yet
 def keep_from_children(descriptor: int) -> None:
     """Close this descriptor in every child that this process forks from now on."""
     _own.add(descriptor)
+
+
+def release(descriptor: int) -> None:
+    """Undo `keep_from_children`, as the descriptor is closed."""
+    _own.discard(descriptor)
 
 
 def _after_fork_in_child() -> None:
@@ -49,8 +63,23 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(before=forking.acquire, after_in_parent=forking.release, after_in_child=_after_fork_in_child)
 
 
+class _Holder(Struct):
+    """What a manager writes into its lock, for a process that finds that locked."""
+
+    host: str
+    boot: str  # differs on another machine
+    runtime: bytes  # the path of the directory of its socket
+
+    @classmethod
+    def here(cls, runtime: Path) -> Self:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return cls(os.uname().nodename, boot, os.fsencode(runtime))
+
+
 class DataDirectory:
-    """The names in a data directory, and the rules for making and holding it. Constructing one touches no file.
+    """The names in a data directory, and the rules for making and holding it. Constructing one changes no file.
+
+    Socket, key and the starters' lock may lie elsewhere (``COUNTER_SERVER_RUNTIME_DIR``), in a directory for this one.
 
     :raises InvalidRequest: if `path` cannot be the name of a directory.
     """
@@ -58,9 +87,16 @@ class DataDirectory:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not os.fspath(path) or "\0" in os.fspath(path):
             raise InvalidRequest(f"{path!r} cannot be the name of a data directory: give another with --data-dir")
-        self.path = Path(os.path.abspath(path))
+        self.given = Path(os.path.abspath(path))
+        # Links are resolved once: a deployment moves them while its manager runs. One that leads nowhere stays.
+        parent, name = os.path.split(os.path.realpath(self.given) if os.path.exists(self.given) else self.given)
+        self.path = Path(os.path.realpath(parent), name)
         self.journal = self.path / "journal.sqlite3"
-        self.socket = self.path / "manager.sock"
+        self.snapshot = self.path / "manager.snapshot"
+        self.runtime = self.path
+        if runtime := os.environ.get(RUNTIME_DIR_VARIABLE):
+            self.runtime = Path(os.path.realpath(runtime), hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16])
+        self.socket = self.runtime / "manager.sock"
 
     def __str__(self) -> str:
         return str(self.path)
@@ -85,21 +121,40 @@ class DataDirectory:
 
         :raises StartupError: if that fails, another user owns it or a file of ours in it, or others can write to it.
         """
+        for path in {self.path, self.runtime}:
+            self._make(path)
+
+    def _make(self, path: Path) -> None:
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = self.path.stat()
+            _make_directory(path)
+            status = path.stat()
+            found = [file for file in path.iterdir() if _is_known(file)] if status.st_uid == os.geteuid() else []
         except OSError as error:
-            raise StartupError(f"the data directory {self} cannot be made: {error.strerror}") from error
+            raise explain(error, f"the data directory {path} cannot be made", path) from error
         if status.st_uid != os.geteuid():
-            raise StartupError(f"the data directory {self} belongs to another user (uid {status.st_uid})")
-        if status.st_mode & 0o022:
-            raise StartupError(
-                f"the data directory {self} can be written by others: give it mode 0700, or name another"
-            )
-        for path in self.path.iterdir():  # refuse files from the time when others could write here
-            if path.suffix == ".key" or path.name.startswith(("journal.sqlite3", "manager.", "starter.", ".")):
-                with suppress(FileNotFoundError):  # removed meanwhile
-                    _check_file(path)
+            below = f"name a directory below it, such as {path}/counter-server" if os.path.ismount(path) else ""
+            raise StartupError(f"the data directory {not_ours(status.st_uid, path, below)}")
+        is_made = any(file.name.endswith(".lock") for file in found)  # and so had our modes
+        if status.st_mode & 0o022 and not (is_made and _is_for_group(status)):
+            raise StartupError(f"the data directory {path} can be written by others: give it mode 0700, or {ELSEWHERE}")
+        for file in found:  # refuse files from the time when others could write here
+            with suppress(FileNotFoundError):  # removed meanwhile
+                _check_file(file)
+        if status.st_mode & 0o020:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """Put our own modes back where a volume's files were given to a group, as Kubernetes does at each mount."""
+        for path in {self.path, self.runtime}:
+            for place in (*filter(_is_known, path.iterdir()), path):
+                status = place.lstat()
+                if status.st_uid == os.geteuid() and _is_for_group(status) and not place.is_symlink():
+                    place.chmod(0o700 if place.is_dir() else 0o600)
+        log.warning(
+            "%s could be read and written by a group, as Kubernetes' fsGroup sets it at each mount: its modes are 0700"
+            " and 0600 again, and nothing was lost",
+            self,
+        )
 
     @contextmanager
     def hold(self) -> Iterator[Callable[[], bool]]:
@@ -107,9 +162,11 @@ class DataDirectory:
 
         Yield a function that returns whether this is still so: the directory may be removed or replaced.
         """
-        with self._lock_file("manager.lock") as file:
-            if not _lock(file):
-                raise DirectoryHeld(f"another manager ({self.holder}) already serves {self}")
+        with self._lock_file(self.path / "manager.lock") as file:
+            if not self._lock(file):
+                raise self._held_by_another(file)
+            with suppress(OSError):  # without room for it, the next manager knows less
+                os.ftruncate(file, os.pwrite(file, json.encode(_Holder.here(self.runtime)), 0))
 
             def is_held() -> bool:
                 try:
@@ -119,33 +176,84 @@ class DataDirectory:
 
             _finders.append(self._opened)
             try:
-                yield is_held
+                with self._kept_from_cleaners():
+                    yield is_held
             finally:
                 _finders.remove(self._opened)
 
-    @contextmanager
-    def starting(self, seconds: float = 0.0) -> Iterator[bool]:
-        """Yield whether this process may start a manager now, waiting `seconds` for another process that starts one."""
-        with self._lock_file("starter.lock") as file:
-            yield _lock(file, deadline=time.monotonic() + seconds)
+    def _held_by_another(self, file: int) -> StartupError:
+        here = _Holder.here(self.runtime)
+        try:
+            holder = json.decode(os.pread(file, 2**16, 0), type=_Holder)
+        except (MsgspecError, OSError):  # it has just begun
+            holder = here
+        if holder.boot != here.boot:
+            return StartupError(
+                f"a manager on another machine ({holder.host}) serves {self}, and this machine cannot reach it;"
+                f" nothing was counted or lost; {ELSEWHERE}, or share the state through Redis or a database"
+            )
+        if holder.runtime != here.runtime:
+            there = os.fsdecode(holder.runtime)
+            return StartupError(
+                f"another manager already serves {self}: its socket is in {there}, and not in {self.runtime};"
+                f" nothing was counted or lost; start both with the same {RUNTIME_DIR_VARIABLE}, or with none"
+            )
+        return DirectoryHeld(f"another manager ({self.holder}) already serves {self}")
 
     @contextmanager
-    def _lock_file(self, name: str) -> Iterator[int]:
+    def _kept_from_cleaners(self) -> Iterator[None]:
+        """Hold a lock on the directories themselves, which systemd-tmpfiles then does not clean."""
+        with ExitStack() as opened:
+            for path in {self.path, self.runtime}:
+                with forking, suppress(OSError):  # it helps, but nothing depends on it
+                    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                    opened.callback(os.close, descriptor)
+                    opened.callback(_own.discard, descriptor)
+                    keep_from_children(descriptor)
+                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            yield
+
+    @contextmanager
+    def starting(self, seconds: float = 0.0) -> Iterator[int | None]:
+        """Hold the lock of those who start a manager, and yield its descriptor.
+
+        Yield None if another process still has it after `seconds`.
+        """
+        with self._lock_file(self.runtime / "starter.lock") as file:
+            yield file if self._lock(file, deadline=time.monotonic() + seconds) else None
+
+    @contextmanager
+    def _lock_file(self, path: Path) -> Iterator[int]:
         with forking:
             try:
-                file = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                keep_from_children(file)
             except OSError as error:
-                raise StartupError(f"the data directory {self} cannot be written to: {error.strerror}") from error
-            keep_from_children(file)
+                failure = f"the data directory {path.parent} cannot be written to"
+                raise explain(error, failure, path.parent, path.name) from error
         try:
+            with suppress(OSError):  # it is root's
+                os.fchmod(file, 0o600)  # whatever the umask
             yield file
         finally:
             _own.discard(file)
             os.close(file)
 
+    def _lock(self, file: int, kind: int = fcntl.LOCK_EX, deadline: float = -inf) -> bool:
+        while True:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_RETRY_SECONDS)
+            except OSError as error:
+                raise explain(error, f"the data directory {self} cannot be locked", self.path) from error
+
     def _opened(self) -> Iterator[int]:
         """Find the manager's descriptors here: files, the listening socket, and connections that came through it."""
-        place = os.path.join(os.path.realpath(self.path), "")
+        place = os.path.join(self.path, "")
         for number in [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]:
             with suppress(OSError):  # the descriptor of the listing itself is closed by now
                 link = os.readlink(f"/proc/self/fd/{number}")
@@ -160,11 +268,14 @@ class DataDirectory:
         """Return whether a manager holds this directory; raise `StartupError` if its lock cannot be read."""
         try:
             with open(self.path / "manager.lock", "rb") as file:
-                return not _lock(file.fileno(), fcntl.LOCK_SH)
+                is_held = not self._lock(file.fileno(), fcntl.LOCK_SH)
+                if is_held and not isinstance(error := self._held_by_another(file.fileno()), DirectoryHeld):
+                    raise error
+                return is_held
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise StartupError(f"the lock of {self} cannot be read: {error}") from error
+            raise explain(error, f"the lock of {self} cannot be read", self.path, "manager.lock") from error
 
     def manager_pid(self) -> int | None:
         """Return the pid of the process that listens here, from the kernel; None without one.
@@ -193,26 +304,52 @@ class DataDirectory:
         try:
             with suppress(FileNotFoundError):
                 return self.existing_key(name)
-            # Write it under another name first, so that no reader sees half a key, and the first of two makers wins.
-            draft = self.path / f".{name}.{secrets.token_hex(8)}"
-            file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(file, secrets.token_hex(_KEY_BYTES).encode())
-                os.fsync(file)
-                with suppress(FileExistsError):
-                    os.link(draft, self.path / f"{name}.key")
-            finally:
-                os.close(file)
-                draft.unlink()
+            self._write_key(name, secrets.token_bytes(_KEY_BYTES))
             return self.existing_key(name)
         except OSError as error:
-            raise StartupError(f"the key {self.path}/{name}.key cannot be made or read: {error.strerror}") from error
+            path = self._key_path(name)
+            raise explain(error, f"the key {path} cannot be made or read", path.parent, path.name) from error
+
+    def restore_key(self, name: str, key: bytes) -> bool:
+        """Put a key back whose file was removed; return whether that was so."""
+        if self._key_path(name).exists():
+            return False
+        self.make()
+        self._write_key(name, key)
+        return True
+
+    def _key_path(self, name: str) -> Path:
+        return (self.runtime if name == "manager" else self.path) / f"{name}.key"
+
+    def _write_key(self, name: str, key: bytes) -> None:
+        # Write it under another name first, so that no reader sees half a key, and the first of two makers wins.
+        path = self._key_path(name)
+        draft = path.with_name(f".{name}.{secrets.token_hex(8)}")
+        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(file, 0o600)  # whatever the umask
+            os.write(file, key.hex().encode())
+            os.fsync(file)
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                draft.rename(path)  # the file system has no hard links: the last of two makers wins
+        finally:
+            os.close(file)
+            draft.unlink(missing_ok=True)
 
     def existing_key(self, name: str) -> bytes:
         """Return the secret of that name if it was made before; raise `OSError` if not, and otherwise as `key` does."""
-        path = self.path / f"{name}.key"
+        path = self._key_path(name)
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_mode & 0o077:
+            status = os.fstat(file.fileno())
+            if status.st_mode & 0o022 and _is_for_group(status) and status.st_uid == os.geteuid():
+                self._take_back()
+            elif status.st_mode & 0o077:
                 raise StartupError(
                     f"the key {path} can be read by others: give it mode 0600, or remove it and start again"
                 )
@@ -230,27 +367,51 @@ class DataDirectory:
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(self.socket.lstat().st_mode):
                 raise StartupError(f"{self.socket} is in the way and is not a socket; it was not changed")
+            if (pid := self.manager_pid()) is not None:
+                raise DirectoryHeld(
+                    f"a process (pid {pid}) answers at {self.socket}, although its lock was removed: it was not"
+                    " disturbed; end it, and start again"
+                )
             self.socket.unlink()
+
+
+def _make_directory(path: Path, mode: int = 0o700) -> None:
+    """Make a directory, and those above it that are missing; this user can use them all, whatever the umask."""
+    try:
+        path.mkdir(mode)
+    except FileNotFoundError:
+        _make_directory(path.parent, 0o777)
+        _make_directory(path, mode)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    else:
+        if mode == 0o700:
+            with suppress(OSError):  # there is none
+                os.removexattr(path, "system.posix_acl_default")  # which the files in it would inherit
+            path.chmod(mode)
+        elif not os.access(path, os.W_OK | os.X_OK):
+            path.chmod(0o700)
+
+
+def _is_known(path: Path) -> bool:
+    names = ("journal.sqlite3", "in-use.", "manager.", "starter.", ".")
+    return path.suffix == ".key" or path.name.startswith(names)
+
+
+def _is_for_group(status: os.stat_result) -> bool:
+    """Return whether a group can use a file, and no one else."""
+    return bool(status.st_mode & 0o070) and not status.st_mode & 0o007
 
 
 def _check_file(path: Path) -> None:
     status = path.lstat()
     # A key has a second name for an instant, while it is made; it is only ever read.
     is_linked = stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and path.suffix in (".sqlite3", ".lock", ".log")
-    if status.st_uid not in (os.geteuid(), 0) or is_linked:
-        whose = "has another name elsewhere" if is_linked else f"belongs to another user (uid {status.st_uid})"
-        raise StartupError(f"{path} {whose}: nothing was read or written; remove it, or name another directory")
-
-
-def _lock(file: int, kind: int = fcntl.LOCK_EX, deadline: float = -inf) -> bool:
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_RETRY_SECONDS)
+    if is_linked:
+        raise StartupError(f"{path} has another name elsewhere: nothing was read or written; remove it, or {ELSEWHERE}")
+    if status.st_uid not in (os.geteuid(), 0):
+        raise StartupError(not_ours(status.st_uid, path))
 
 
 @contextmanager

@@ -14,36 +14,52 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
 from math import inf
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from multiprocessing.managers import Server
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
-from msgspec import MsgspecError, msgpack
+from msgspec import MsgspecError, Struct, field, msgpack
 
-from ..errors import BatchRefused, StartupError, Stopped
+from ..errors import BatchRefused, DirectoryHeld, Disconnected, StartupError, Stopped
 from ..journal import Journal, JournalFailed
-from ..ledger import Contents, Ledger
+from ..ledger import Changes, Clients, Contents, Ledger
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
+from ..os_errors import explain
 from ..output import bound
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from ..status import SlowCall, Status
 from ..store import Applies
-from .client import end_manager
+from . import snapshot
+from .client import StateProxy, end_manager
 from .directory import DataDirectory, keep_from_children
-from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Listener, largest_frame, object_ident
+from .hosting import NOTHING, Hosting, Sources, import_classes
+from .snapshot import Kept
+from .wire import (
+    ACCEPT_PAUSE,
+    FRAME_SECONDS,
+    SERIALIZER,
+    Call,
+    Connection,
+    Greeting,
+    Listener,
+    largest_frame,
+    object_ident,
+)
 
 log = logging.getLogger(__name__)
 
 _MOST_GREETED = 100  # connections above the maximum that get an explanation; others are closed at once
 _SWITCH_SECONDS = 0.0001  # for which a method computes before another thread's turn; Python's default is 5 ms
 _SECONDS_TO_SUCCEED = 10.0  # in which a manager on demand starts or ends
+_SECONDS_TO_HAND_OVER = 5.0  # in which the calls of shared objects finish when a manager ends
+_SECONDS_TO_LEAVE = 30.0  # for which a manager on demand serves its clients after SIGTERM
 _OTHER_DESCRIPTORS = 64  # open beside the connections: its own, and its shared objects
 SLOW_SECONDS = 10.0  # after which a running call of a shared object is reported
 _LOOK_SECONDS = 0.5
@@ -51,13 +67,26 @@ _SECONDS_TO_STOP = 2.0  # for which a commit may hang on the disk when the super
 
 _decode_call = msgpack.Decoder(Call).decode
 _decode_batch = msgpack.Decoder(tuple[Batch]).decode
-_decode_greeting = msgpack.Decoder(tuple[str, Declaration | None]).decode
+_decode_greeting = msgpack.Decoder(Greeting).decode
+
+
+class _Process(Struct):
+    """A process that has connections, and the clients that it was, each by the object that they called."""
+
+    connections: int = 0
+    clients: set[tuple[str, bytes]] = field(default_factory=set)
+
+
+class Remembers(Applies, Protocol):
+    """Applies batches, and remembers the last one of each client."""
+
+    remembered: Clients
 
 
 class Hosted(NamedTuple):
     """An object that proxies reach by its name: the ledger of the counters, or a shared object."""
 
-    applies: Applies
+    applies: Remembers
     epoch: str  # identifies its state: it changes when some of the state is lost
     declaration: Declaration | None = None
 
@@ -67,12 +96,14 @@ class NotMade:
 
     def __init__(self, reason: StartupError) -> None:
         self._refusal = Refusal("not_made", str(reason))
+        self.remembered = Clients({})
 
     def apply(self, batch: Batch, _deadline: float) -> list[Result]:
         return [self._refusal] * len(batch.operations)
 
 
 _OWN: dict[str, msgpack.Decoder[Any]] = {
+    "hosting": msgpack.Decoder(tuple[()]),
     "status": msgpack.Decoder(tuple[()]),
     "check": msgpack.Decoder(tuple[()]),
     "back_up": msgpack.Decoder(tuple[bytes]),
@@ -83,7 +114,7 @@ _OWN: dict[str, msgpack.Decoder[Any]] = {
 class StateServer(Server):
     """The standard library's manager server, with objects by name, typed arguments and time limits.
 
-    A client can call `apply` of the hosted objects, and four methods of the server itself, mostly for its operator.
+    A client can call `apply` of the hosted objects, and five methods of the server itself, mostly for its operator.
     It can create nothing, and reads no traceback. A peer that breaks the rules loses its connection, without a reason.
     """
 
@@ -96,6 +127,8 @@ class StateServer(Server):
         self,
         directory: DataDirectory,
         hosted: dict[str, Hosted],
+        hosting: Hosting,
+        sources: Sources,
         journal: Journal | None,
         durability: Durability,
         *,
@@ -107,6 +140,8 @@ class StateServer(Server):
         super().__init__({}, str(directory.socket), directory.key("manager"), SERIALIZER)
         self._directory = directory
         self.hosted = hosted
+        self._hosting = hosting
+        self._sources = sources
         self._ledger = cast(Ledger, hosted["ledger"].applies)
         self._journal = journal
         self._durability: Durability = durability
@@ -114,9 +149,11 @@ class StateServer(Server):
         self._idle_timeout = idle_timeout
         self._supervisor = supervisor  # pid
         self._connections: set[Connection] = set()
+        self._processes: dict[int, _Process] = {}  # that have these connections, by pid
         self._welcomed = 0  # of these, after the greeting
         self._users: set[Connection] = set()  # of these, to shared objects
         self._idle_since = self._began = time.monotonic()
+        self._leaving = 0.0  # since when it waits for its clients to go, in `time.monotonic` seconds; 0 if it does not
         self._keeps_place = ""  # why it refuses to end for another manager or without clients; empty if it does not
         if idle_timeout is None:
             self._keeps_place = (
@@ -127,20 +164,27 @@ class StateServer(Server):
             self._keeps_place = "its counters are in memory alone: 'counter-server stop' ends it, and they are lost"
 
     def _idle_for(self) -> float:
-        """Return the seconds since the last client, as far as is known.
+        """Return the seconds since the last client, as far as is known; 0 if there is one.
 
         A method that never returns keeps the connection of a client that has gone. Such a connection does not count.
         """
         with self.mutex:
-            if _is_any_there(self._connections):
-                self._idle_since = time.monotonic()
-            return time.monotonic() - self._idle_since
+            if not _is_any_there(self._connections):
+                return time.monotonic() - self._idle_since
+            self._idle_since = time.monotonic()
+            return 0.0
 
     def _remove(self, connection: Connection) -> None:
         """Stop counting a connection, before it is closed: another one may reuse its descriptor."""
         with self.mutex:
             self._connections.discard(connection)
             self._idle_since = time.monotonic()
+            process = self._processes[connection.pid]
+            process.connections -= 1
+            if not process.connections:  # no batch of its clients is on the way any more
+                del self._processes[connection.pid]
+                for ident, client in process.clients:
+                    self.hosted[ident].applies.remembered.leave(client, connection.pid)
 
     def accepter(self) -> None:
         """Accept connections, each for a thread of its own. If no thread can start, the next attempt may succeed."""
@@ -154,6 +198,7 @@ class StateServer(Server):
                 continue
             with self.mutex:
                 self._connections.add(connection)
+                self._processes.setdefault(connection.pid, _Process()).connections += 1
             try:
                 # Not `threading.Thread`: its `start` waits for ever if the new thread dies of a lack of memory.
                 _thread.start_new_thread(self.handle_request, (connection,))
@@ -171,10 +216,12 @@ class StateServer(Server):
             call = _decode_call(conn.recv_bytes(self._largest_frame))
             if call.method != "accept_connection":
                 raise PermissionError(f"{call.method!r} is not offered")
-            ident, declaration = _decode_greeting(call.arguments)
-            hosted = self.hosted.get(ident)
-            if hosted is None or hosted.declaration != declaration:
-                self._turn_away(conn)
+            greeting = _decode_greeting(call.arguments)
+            wanted, hosted = greeting.declaration, self.hosted.get(greeting.ident)
+            if greeting.may_succeed and not self._keeps_place and self._is_outdated(hosted, wanted):
+                conn.send(("#SUCCEED", ""))
+            elif hosted is None or (wanted and hosted.declaration and not hosted.declaration.means(wanted)):
+                conn.send(("#ERROR", self._refusal(hosted)))
             else:
                 self._welcome(conn, hosted)
         except EOFError:
@@ -205,25 +252,38 @@ class StateServer(Server):
                 self._welcomed -= 1
                 self._users.discard(conn)
 
-    def _turn_away(self, conn: Any) -> None:
-        """Report what this manager hosts; if no client uses any of it, make way for another manager."""
-        with self.mutex:
-            makes_way = not self._keeps_place and not _is_any_there(self._users)
+    def _is_outdated(self, hosted: Hosted | None, wanted: Declaration | None) -> bool:
+        """Return whether a client wants an object that this manager does not have, or not in the newest version."""
+        if wanted is None:
+            return False
+        if hosted is None or hosted.declaration is None:
+            return True
+        is_newer = wanted.declared > hosted.declaration.declared
+        if not hosted.declaration.means(wanted):  # a new class under an old name must not end the old one's use
+            with self.mutex:
+                return is_newer and not _is_any_there(self._users)
+        is_another = isinstance(hosted.applies, NotMade) or wanted.file != hosted.declaration.file
+        return (is_newer and is_another) or self._sources.are_changed
+
+    def _refusal(self, hosted: Hosted | None) -> str:
+        who = f"the manager (pid {os.getpid()})"
+        if hosted is not None:
+            return f"{who} hosts {hosted.declaration} under that name, and it is in use: choose another name"
         names = [str(hosted.declaration) for hosted in self.hosted.values() if hosted.declaration]
-        reason = f"the manager (pid {os.getpid()}) hosts {', '.join(names) or 'counters only'}"
-        conn.send(("#AWAY" if makes_way else "#ERROR", reason))
-        if makes_way:
-            _end_main_thread()
+        why = self._keeps_place or "this process may not start a manager that hosts more (COUNTER_SERVER_START)"
+        return f"{who} hosts {', '.join(names) or 'counters only'}; {why}"
 
     def serve_client(self, conn: Any) -> None:
         """Answer calls, one after the other, until the client goes or breaks the rules."""
         connection: Connection = conn
+        seen = self._processes[connection.pid].clients
         while True:
             connection.await_frame()
             call = _decode_call(connection.recv_bytes(self._largest_frame))
             try:
                 if call.method == "apply" and call.ident in self.hosted:
                     (batch,) = _decode_batch(call.arguments)
+                    seen.add((call.ident, batch.client))
                     result: Any = self.hosted[call.ident].applies.apply(batch, inf)
                 elif call.method in _OWN and call.ident == "ledger":
                     result = getattr(self, call.method)(*_OWN[call.method].decode(call.arguments))
@@ -234,6 +294,25 @@ class StateServer(Server):
                 reply = ("#ERROR", str(error))
             connection.set_deadline(time.monotonic() + FRAME_SECONDS)
             connection.send(reply)
+
+    def hosting(self) -> Hosting:
+        """Return what this manager hosts, for its successor; not what it could not make."""
+        made = {
+            hosted.declaration.name
+            for hosted in self.hosted.values()
+            if hosted.declaration and not isinstance(hosted.applies, NotMade)
+        }
+        declarations = [declaration for declaration in self._hosting.declarations if declaration.name in made]
+        return Hosting(declarations, self._hosting.path, self._hosting.argv)
+
+    def hand_over(self) -> dict[str, Kept]:
+        """Make no call of a shared object any more; return those that are not in the journal."""
+        deadline = time.monotonic() + _SECONDS_TO_HAND_OVER
+        kept = {}
+        for hosted in self.hosted.values():
+            if isinstance(hosted.applies, HostedObject) and (left := hosted.applies.hand_over(deadline)):
+                kept[hosted.applies.declaration.name] = Kept(hosted.epoch, *left)
+        return kept
 
     def status(self) -> Status:
         """Return the manager's figures."""
@@ -298,8 +377,23 @@ class StateServer(Server):
         _end_main_thread()
         return True
 
+    def leave(self) -> None:
+        """End when the clients have gone; at once if called again.
+
+        When a service manager stops a service, it signals all processes together. The workers still finish requests,
+        and would start another manager.
+        """
+        if self._leaving:
+            _end_main_thread()
+        self._leaving = time.monotonic()
+
+    def _may_end(self) -> bool:
+        if self._leaving:
+            return self._idle_for() > 0 or time.monotonic() - self._leaving > _SECONDS_TO_LEAVE
+        return self._idle_timeout is not None and not self._keeps_place and self._idle_for() >= self._idle_timeout
+
     def keep_going(self, is_held: Callable[[], bool], is_ending: threading.Event) -> None:
-        """Restore the socket when its file vanishes, log slow calls, and end the manager when it is idle.
+        """Restore the socket and the key when their files vanish, log slow calls, and end the manager when it is idle.
 
         End the process at once when its directory or journal was removed or replaced.
         """
@@ -309,12 +403,7 @@ class StateServer(Server):
             if not is_held():  # another manager may begin with other files
                 fail(StartupError(f"the data directory {self._directory} was removed, or replaced by another"))
             try:
-                if self._journal:
-                    self._journal.look_after_files()
-                if not self.listener.is_found:
-                    self._directory.remove_stale_socket()
-                    self.listener.rebind()
-                    log.warning("the socket %s was removed; a new one is in its place", self._directory.socket)
+                self._restore_files()
             except JournalFailed as error:
                 fail(error)
             except (StartupError, OSError) as error:
@@ -330,9 +419,20 @@ class StateServer(Server):
                     *(call.object, call.method, call.seconds, call.object),
                 )
             reported = set(slow)
-            if self._idle_timeout is not None and not self._keeps_place and self._idle_for() >= self._idle_timeout:
+            if self._may_end():
                 _end_main_thread()  # a client that comes just then starts another manager
                 return
+
+    def _restore_files(self) -> None:
+        """Put back the key and the socket; raise `JournalFailed` if the journal is not in its place."""
+        if self._journal:
+            self._journal.look_after_files()
+        if self._directory.restore_key("manager", self.authkey):
+            log.warning("the key of %s was removed; it is in its place again", self._directory)
+        if not self.listener.is_found:
+            self._directory.remove_stale_socket()
+            self.listener.rebind()
+            log.warning("the socket %s was removed; a new one is in its place", self._directory.socket)
 
 
 def _is_any_there(connections: set[Connection]) -> bool:
@@ -385,7 +485,7 @@ def serve(
     ready: Callable[[], None],
     lifeline: Pipe | None = None,
     idle_timeout: float | None = None,
-    declarations: Sequence[Declaration] = (),
+    hosting: Hosting = NOTHING,
     caps: Caps = DEFAULT_CAPS,
 ) -> NoReturn:
     """Run the manager of `directory` until a signal comes, and end the process.
@@ -395,7 +495,7 @@ def serve(
         signal stops supervisor and children together, the supervisor still has requests to finish.
     :param idle_timeout: seconds without clients after which to end. With durability `none` the manager never ends this
         way, because its counters would be lost.
-    :param declarations: the shared objects to host, beside the counters. No client can add any.
+    :param hosting: the shared objects to host, beside the counters, and beside those of a manager that it succeeds.
     :param caps: the maximum of everything that clients can add.
     :raises StartupError: if the directory, its lock, its journal or its socket cannot be used.
     """
@@ -405,20 +505,25 @@ def serve(
     # An exception in the main thread is the server's own way to end; see Server.serve_forever.
     signal.signal(signal.SIGUSR1, _stop)  # our own threads' way to end the main one
     if lifeline is None:
-        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGTERM, _stop)  # until it serves
         signal.signal(signal.SIGINT, _stop)
     else:
         keep_from_children(lifeline.fileno())
         threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     directory.make()
+    sources = Sources()
+    _check_durability(directory, durability)
     starting = ExitStack()  # until this manager is ready, no client starts another one
     if idle_timeout is None:
         starting.enter_context(directory.starting(_SECONDS_TO_SUCCEED))
-        end_manager(directory, _SECONDS_TO_SUCCEED, for_another=True)
+        import_classes(hosting)
+    else:
+        hosting = _import_all(directory, hosting)
+    end_manager(directory, _SECONDS_TO_SUCCEED, for_another=True)
     with starting, directory.hold() as is_held:
         gc.disable()
         try:
-            journal = _open_journal(directory, durability, caps)
+            journal = Journal(directory.journal, durability, most=caps.journal_bytes) if durability != "none" else None
             contents = journal.load() if journal else Contents()
             if journal:
                 journal.count_start()  # after the check, so that a damaged journal is not changed
@@ -427,13 +532,17 @@ def serve(
             gc.freeze()  # the contents stay: the collector never needs to examine them
             gc.enable()
         hosted = {"ledger": Hosted(ledger, journal.epoch if journal else secrets.token_hex(16))}
-        for declaration in declarations:
-            hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, caps)
+        kept = snapshot.take(directory)
+        for declaration in hosting.declarations:
+            hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, kept, caps)
+        sources.note()
         directory.remove_stale_socket()
         try:
             server = StateServer(
                 directory,
                 hosted,
+                hosting,
+                sources,
                 journal,
                 durability,
                 most_connections=_room_for(caps.connections),
@@ -441,11 +550,13 @@ def serve(
                 supervisor=os.getppid() if lifeline is not None else None,
             )
         except OSError as error:
-            raise StartupError(f"the socket {directory.socket} cannot be made: {error.strerror or error}") from error
+            raise explain(error, f"the socket {directory.socket} cannot be made", directory.path) from error
         is_ending = threading.Event()
         keeping = threading.Thread(target=server.keep_going, args=(is_held, is_ending), daemon=True)
         keeping.start()
         try:
+            if idle_timeout is not None:
+                signal.signal(signal.SIGTERM, lambda _number, _frame: server.leave())
             ready()
             starting.close()
             server.serve_forever()
@@ -456,31 +567,71 @@ def serve(
                 with suppress(FileNotFoundError):
                     directory.socket.unlink()
             server.listener.close()
+            kept |= server.hand_over()
+            if kept:
+                snapshot.write(directory, kept)
             ledger.stop()
             if journal:
                 journal.close()
     raise AssertionError("serve_forever returned")
 
 
-def _host(declaration: Declaration, ledger: Ledger, journal: Journal | None, contents: Contents, caps: Caps) -> Hosted:
-    """Make a shared object, from its content in the journal if it is durable."""
+def _import_all(directory: DataDirectory, hosting: Hosting) -> Hosting:
+    """Import what this manager is to host, and what the manager that it succeeds hosts; return both.
+
+    :raises StartupError: if it cannot import what the other manager could; that one goes on.
+    :raises DirectoryHeld: if the other manager does not answer.
+    """
+    reasons = import_classes(hosting)
+    if directory.manager_pid() is None:
+        return hosting
+    with closing(StateProxy(directory)) as proxy:
+        try:
+            other = proxy.hosting(time.monotonic() + _SECONDS_TO_SUCCEED)
+        except Disconnected as error:
+            raise DirectoryHeld(f"the manager of {directory} ({directory.holder}) does not answer: {error}") from error
+    worse = [reasons[declaration.name] for declaration in other.declarations if declaration.name in reasons]
+    if worse:
+        raise StartupError("; ".join(worse))
+    hosting = hosting.joined(other)
+    import_classes(hosting)  # what only the other one hosts, and cannot be imported any more, is refused by name
+    return hosting
+
+
+def _host(
+    declaration: Declaration,
+    ledger: Ledger,
+    journal: Journal | None,
+    contents: Contents,
+    kept: dict[str, Kept],
+    caps: Caps,
+) -> Hosted:
+    """Make a shared object, from its content in the journal if it is durable, or from what the last manager left."""
     name = declaration.name
-    epoch = journal.epoch if declaration.durable and journal else secrets.token_hex(16)
+    is_durable = declaration.durable and journal is not None
+    state = contents.objects.get(name) if is_durable else None
+    clients = {client: record for client, record in contents.clients.items() if record.object == name}
+    epoch = journal.epoch if journal and is_durable else secrets.token_hex(16)
+    left = kept.get(name) if state is None else None
+    if left is not None:
+        state, clients = left.state, left.clients
+        epoch = epoch if is_durable else left.epoch
+        if journal and is_durable:  # it was not durable before
+            journal.commit(Changes(ledger.now(), objects={name: state}))
     try:
-        if declaration.durable and journal is None:
-            raise StartupError(f"the shared object {declaration} cannot be durable with durability 'none'")
         hosted = HostedObject(
             declaration,
             ledger.now,
             journal=journal,
-            state=contents.objects.get(name),
-            clients={client: record for client, record in contents.clients.items() if record.object == name},
+            state=state,
+            clients=clients,
             most_clients=caps.clients,
             fail=fail,
         )
     except StartupError as error:  # counters and other objects go on
         log.error("%s", error)
         return Hosted(NotMade(error), epoch, declaration)
+    kept.pop(name, None)
     return Hosted(hosted, epoch, declaration)
 
 
@@ -495,11 +646,8 @@ def _room_for(connections: int) -> int:
     return max(wanted - _MOST_GREETED - _OTHER_DESCRIPTORS, 1)
 
 
-def _open_journal(directory: DataDirectory, durability: Durability, caps: Caps) -> Journal | None:
-    if durability != "none":
-        return Journal(directory.journal, durability, most=caps.journal_bytes)
-    if directory.journal.exists():
+def _check_durability(directory: DataDirectory, durability: Durability) -> None:
+    if durability == "none" and directory.journal.exists():
         raise StartupError(
             f"{directory} holds durable counters: durability 'none' would start again at 1; name another data directory"
         )
-    return None

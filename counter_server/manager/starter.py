@@ -1,31 +1,29 @@
 """A manager on demand: the first client that finds none starts one, for all clients that come later."""
 
+import fcntl
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from ast import literal_eval
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.util import module_from_spec, spec_from_file_location
-from multiprocessing import spawn
+from math import inf
 from pathlib import Path
-from types import ModuleType
-from typing import Any
-
-from msgspec import Struct, convert, to_builtins
 
 from ..errors import Disconnected, StartupError
 from ..objects import Declaration
 from ..settings import Durability
-from .directory import DataDirectory, forking
+from .directory import DataDirectory, forking, keep_from_children, release
+from .hosting import Hosting, import_path, in_manager
 
 EXIT_HELD = 75  # EX_TEMPFAIL of sysexits.h: another manager holds the directory, perhaps not for long
 _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
 _POLL_SECONDS = 0.005
-_is_host = False  # whether this process hosts the objects that it imports, and so must not start another manager
+_unfinished: list[subprocess.Popen[bytes]] = []  # of starts that took too long; they are reaped at the next one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,130 +39,134 @@ class Starter:
     declared: Callable[[str], list[Declaration]]
 
     def start(self, directory: DataDirectory, deadline: float) -> None:
-        """Return when clients can connect, or at once if another process is starting a manager.
+        """Return when clients can connect to a new manager. If there is one, it succeeds that.
+
+        If time runs out, the manager goes on starting: later calls find it.
 
         :param deadline: in `time.monotonic` seconds.
         :raises StartupError: if the manager cannot start, for a reason that stays.
-        :raises Disconnected: if it may start later: another manager still holds the directory, or time ran out.
+        :raises Disconnected: if it may start later: another process is starting one, or time ran out.
         """
-        if _is_host:
+        if in_manager():
             raise StartupError(
                 "shared state cannot be used here: the manager imports this module, too, for its shared objects;"
                 " use it in a view, in a command or under if __name__ == '__main__'"
             )
         directory.make()
-        with directory.starting() as may_start:
-            if not may_start:
-                return
+        with directory.starting() as lock:
+            if lock is None:
+                raise Disconnected(f"the manager of {directory} is starting", sent=False)
             declarations = self.declared(directory.url)
-            command = python_command(
-                *("counter_server", "manager", "--background", "--data-dir", str(directory)),
-                *("--durability", self.durability, "--idle-timeout", str(self.idle_timeout)),
-                *(["--host-objects"] if declarations else []),
-            )
             try:
-                status, errors = _run(command, _hosting(declarations), deadline)
+                kind, text = self._run(directory, declarations, lock, deadline)
             except OSError as error:
                 raise StartupError(f"the manager of {directory} could not be started: {error}") from error
-        if status is None:
-            raise Disconnected("the manager was not ready in time; it is still starting", sent=False)
-        if status == EXIT_HELD:
-            raise Disconnected(f"another manager of {directory} is starting or ending", sent=False)
-        if status != 0:
-            raise StartupError(f"the manager of {directory} could not be started: {errors or status}")
+        match kind:
+            case "ready":
+                return
+            case "":
+                raise Disconnected(f"the manager of {directory} is still starting", sent=False)
+            case "later":
+                raise Disconnected(text, sent=False)
+            case _:
+                raise StartupError(f"the manager of {directory} could not be started: {text}")
+
+    def _run(
+        self, directory: DataDirectory, declarations: list[Declaration], lock: int, deadline: float
+    ) -> tuple[str, str]:
+        reader, writer = os.pipe()
+        try:
+            # Files in memory, because a child that this process forks meanwhile would keep pipes open.
+            with open(os.memfd_create("input"), "w+b") as stdin, open(os.memfd_create("errors"), "w+b") as stderr:
+                stdin.write(Hosting.of_this_process(declarations).encode())
+                stdin.seek(0)
+                command = python_command(
+                    *("counter_server", "manager", "--background", "--data-dir", str(directory)),
+                    *("--durability", self.durability, "--idle-timeout", str(self.idle_timeout)),
+                    *("--starter", str(writer), str(lock)),
+                )
+                with forking:
+                    process = subprocess.Popen(
+                        command, stdin=stdin, stdout=stderr, stderr=stderr, env=python_environment(),
+                        pass_fds=(writer, lock),
+                    )  # fmt: skip
+                _unfinished[:] = [each for each in [*_unfinished, process] if each.poll() is None]
+                outcome = follow(reader, lambda: process.poll() is None, deadline)
+                if outcome[0]:  # otherwise the manager holds the lock until it is ready
+                    fcntl.flock(lock, fcntl.LOCK_UN)  # for copies that a fork made without Python's knowledge, too
+                if outcome[0] == "ended":
+                    stderr.seek(0)
+                    said = stderr.read().decode(errors="replace").strip().removeprefix("Error: ")
+                    return "ended", said or f"it ended without a word; see {directory.path}/manager.log"
+                return outcome
+        finally:
+            os.close(reader)
+            os.close(writer)
 
 
-def _run(command: list[str], given: bytes, deadline: float) -> tuple[int | None, str]:
-    """Run a command with `given` as its input; return its status, None if time ran out, and its error messages."""
-    # Files in memory, because a child that this process forks meanwhile would keep pipes open.
-    with open(os.memfd_create("input"), "w+b") as stdin, open(os.memfd_create("errors"), "w+b") as stderr:
-        stdin.write(given)
-        stdin.seek(0)
-        with forking:
-            process = subprocess.Popen(
-                command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr, env=python_environment()
-            )
-        with process:
-            try:
-                while process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(_POLL_SECONDS)  # `wait` sleeps ten times as long
-                status = process.returncode
-            finally:
-                process.kill()  # needed only when time ran out: by now the manager is another process
-        stderr.seek(0)
-        return status, stderr.read().decode(errors="replace").strip().removeprefix("Error: ")
+class Report:
+    """A manager's report of its start, to the process that waits for it.
 
-
-class _Hosting(Struct, array_like=True):
-    declarations: list[Declaration]
-    preparation: dict[str, Any]  # of `multiprocessing.spawn`
-    files: dict[str, str]  # of modules that cannot be imported by name
-
-
-def _hosting(declarations: list[Declaration]) -> bytes:
-    """Return the declarations as bytes, with what another process needs to import their classes as this process did."""
-    data = spawn.get_preparation_data("manager")
-    modules = {declaration.module for declaration in declarations}
-    wanted = {"sys_argv"} | ({"init_main_from_name", "init_main_from_path"} if "__main__" in modules else set())
-    files = {name: file for name in modules - {"__main__"} if (file := _file_of(name))}
-    hosting = _Hosting(declarations, {name: data[name] for name in wanted & set(data)}, files)
-    # A Python literal, because paths and arguments may hold bytes that are not UTF-8.
-    return ascii(to_builtins(hosting, builtin_types=(bytes,))).encode()
-
-
-def _file_of(name: str) -> str | None:
-    """Return the file of a module that was loaded under a name of the loader's own, as `uwsgi --wsgi-file` does."""
-    package = name.partition(".")[0]
-    if any(finder.find_spec(package, None) for finder in sys.meta_path):
-        return None
-    file = getattr(sys.modules[name], "__file__", None)
-    return os.path.abspath(file) if file else None
-
-
-def prepare_to_host(given: bytes) -> list[Declaration]:
-    """Import the classes of the declarations that `_hosting` gave another process, and return the declarations.
-
-    A main program is imported as `multiprocessing` does it: not as `__main__`, so that it does not begin to serve.
+    :param writer: a pipe to that process; it may have given up.
+    :param lock: held until the start is over, so that nobody starts another manager meanwhile.
     """
-    begin_to_host()
-    hosting = convert(literal_eval(given.decode()), _Hosting)
+
+    def __init__(self, writer: int, lock: int | None = None) -> None:
+        self._writer = writer
+        self._lock = lock
+        for descriptor in (writer, lock):
+            if descriptor is not None:
+                os.set_inheritable(descriptor, False)  # noqa: FBT003 - it takes no keyword
+                keep_from_children(descriptor)
+
+    def end(self, kind: str, text: str = "") -> None:
+        """Report the outcome: ``ready``, an ``error``, or ``later``, if another attempt may succeed."""
+        if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            os.close(self._lock)
+            release(self._lock)
+        _send(self._writer, kind, text)
+        os.close(self._writer)
+        release(self._writer)
+
+
+def _send(writer: int, kind: str, text: str) -> None:
+    with suppress(BrokenPipeError):  # the starter has given up
+        os.write(writer, json.dumps([kind, text]).encode() + b"\n")
+
+
+def follow(reader: int, is_starting: Callable[[], bool], deadline: float = inf) -> tuple[str, str]:
+    """Wait for the outcome of a start: its kind, and a text. The kind is ``ended`` after an end without a report.
+
+    It does not wait for the end of the pipe, which a process that the manager starts may keep open.
+
+    :param is_starting: returns whether the first process, which forks the manager, is there.
+    :returns: an empty kind at the deadline.
+    """
+    os.set_blocking(reader, False)
+    received = b""
+    manager: int | None = None  # a descriptor of the process
     try:
-        spawn.prepare(hosting.preparation)
-        for name, file in hosting.files.items():
-            spec = spec_from_file_location(name, file, loader=SourceFileLoader(name, file))
-            if spec is None or spec.loader is None:
-                raise ImportError(f"{file} cannot be loaded as a module")
-            sys.modules[name] = module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[name])
-    except Exception as error:
-        raise StartupError(f"the program that declares the shared objects cannot be imported: {error!r}") from error
-    return hosting.declarations
-
-
-def begin_to_host() -> None:
-    """Turn this process into one that hosts objects: it starts no manager, and imported apps patch nothing."""
-    global _is_host
-    _is_host = True
-    sys.meta_path.insert(0, _PatchingNothing)
-
-
-class _PatchingNothing(SourceFileLoader):
-    """Imports gevent's and eventlet's patching modules without effect: a manager needs real threads."""
-
-    @staticmethod
-    def find_spec(name: str, path: Sequence[str] | None, _target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in ("gevent.monkey", "eventlet.patcher"):
-            return None
-        spec = PathFinder.find_spec(name, path)
-        if spec is not None and spec.origin is not None:
-            spec.loader = _PatchingNothing(name, spec.origin)
-        return spec
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        for name in vars(module):
-            if name.startswith(("patch_", "monkey_patch")):
-                setattr(module, name, lambda *_arguments, **_keywords: None)
+        while True:
+            is_there = is_starting() if manager is None else not select.select([manager], [], [], 0)[0]
+            with suppress(BlockingIOError):
+                received += os.read(reader, 65536)
+            while b"\n" in received:
+                line, _, received = received.partition(b"\n")
+                kind, text = json.loads(line)
+                if kind != "pid":
+                    return kind, text
+                with suppress(ProcessLookupError):
+                    manager = os.pidfd_open(int(text))
+                is_there = True
+            if not is_there:
+                return "ended", ""
+            if time.monotonic() >= deadline:
+                return "", ""
+            time.sleep(_POLL_SECONDS)
+    finally:
+        if manager is not None:
+            os.close(manager)
 
 
 # Runs a module as `-m` does. Until the path is set, only built-in modules are imported.
@@ -185,12 +187,7 @@ def python_command(module: str, *arguments: str) -> list[str]:
 
     `python -m` would put the working directory first, and `PYTHONPATH` would go before the standard library.
     """
-    path = [
-        # An entry that is not a file may be the mark of an import hook, which knows it by its name.
-        os.path.abspath(entry) if not entry or os.path.exists(entry) else entry
-        for entry in sys.path
-        if isinstance(entry, str) and "\0" not in entry
-    ]
+    path = import_path()
     if _PACKAGE_PARENT not in path:
         path.append(_PACKAGE_PARENT)
     values = [os.environ.get("PYTHONPATH", ""), *path]
@@ -206,34 +203,34 @@ def python_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def detach(directory: DataDirectory) -> Callable[[], None]:
+def detach(directory: DataDirectory, starter: tuple[int, int] | None) -> Report:
     """Go on in the background, in a session of its own that no terminal or parent ends.
 
-    The calling process ends with status 0 when the returned function is called, and with an error if it never is. That
-    function also directs messages to `manager.log` in `directory`.
+    The calling process ends: at once if a starter waits for the report, and otherwise with the outcome of the start.
+
+    :param starter: the starter's pipe and its lock.
     """
-    reader, writer = os.pipe()
+    directory.make()
+    reader, *descriptors = (-1, *starter) if starter else os.pipe()
     if child := os.fork():
-        os.close(writer)
-        if os.read(reader, 1):
+        _send(descriptors[0], "pid", str(child))
+        if starter:
             os._exit(0)
-        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or 1)
-    os.close(reader)
+        kind, text = follow(reader, lambda: True)
+        if kind == "ready":
+            print(f"Manager ready: {directory.url}", flush=True)
+        else:
+            print(f"Error: {text or f'it ended; see {directory.path}/manager.log'}", file=sys.stderr, flush=True)
+        os._exit({"ready": 0, "later": EXIT_HELD}.get(kind, 1))
     os.setsid()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the starter may have blocked signals
-
-    def ready() -> None:
-        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            log = os.open(directory.path / "manager.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        except OSError:  # no room for another file: go on without a log
-            log = os.dup(nothing)
-        for descriptor, target in ((nothing, 0), (log, 1), (log, 2)):
-            os.dup2(descriptor, target)
-        os.close(log)
-        os.close(nothing)
-        os.chdir("/")  # the file system of the app's directory can be unmounted
-        os.write(writer, b"1")
-        os.close(writer)
-
-    return ready
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        log = os.open(directory.path / "manager.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError:  # no room for another file: go on without a log
+        log = os.dup(nothing)
+    for descriptor, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(descriptor, target)
+    os.close(log)
+    os.close(nothing)
+    return Report(*descriptors)

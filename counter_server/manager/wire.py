@@ -8,14 +8,19 @@ import os
 import socket
 import struct
 import time
+from contextlib import suppress
 from math import inf
 from multiprocessing import managers
 from multiprocessing.connection import Connection as StandardConnection
 from multiprocessing.connection import answer_challenge, deliver_challenge
+from pathlib import Path
 from typing import Any, cast
 
 from msgspec import Raw, Struct, msgpack
 
+from ..errors import AccessDenied
+from ..objects import Declaration
+from ..os_errors import not_ours
 from ..plain import largest_value
 from .directory import peer, short_address
 
@@ -27,6 +32,7 @@ FRAME_SECONDS = 2.0  # to finish a frame once begun, and to take a frame that wa
 ACCEPT_PAUSE = 0.05  # seconds, while no descriptor is left for a new connection
 _LONGEST_WAIT = 2.0  # seconds in the kernel before the deadline is looked at again
 _CHUNK = 479  # bytes to receive at once: most frames are shorter, and Python allocates larger objects more slowly
+_REFUSED = b"#REFUSED"  # begins the only message to another user
 _BACKLOG = 1024  # the standard library's 16 refuses or blocks a crowd of fresh clients
 
 _encode = msgpack.Encoder().encode
@@ -53,6 +59,17 @@ class Call(Struct, array_like=True, frozen=True):
     arguments: Raw
 
 
+class Greeting(Struct, array_like=True, frozen=True):
+    """The arguments of a client's first call: what it wants to reach.
+
+    :param may_succeed: whether the client would start a manager that succeeds this one.
+    """
+
+    ident: str
+    declaration: Declaration | None
+    may_succeed: bool = False
+
+
 class Connection:
     """A stream socket that carries frames, with the interface of `multiprocessing.connection.Connection`.
 
@@ -62,6 +79,8 @@ class Connection:
     timeouts would cost a `poll` before each call. Only a socket that gevent or eventlet has patched needs them, as it
     never blocks in the kernel.
     """
+
+    pid = 0  # of the process that connected; 0 if it cannot be seen from here
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(None)  # whatever `socket.setdefaulttimeout` says
@@ -131,6 +150,12 @@ class Connection:
         received = self._received
         self._received = received[end:]
         return received[4:end]
+
+    def peek(self) -> bytes:
+        """Return the next message, which the next `recv` returns again."""
+        message = self.recv_bytes()
+        self._received = _pack_length(len(message)) + message + self._received
+        return message
 
     def _receive(self, size: int) -> None:
         """Receive until `_received` has at least `size` bytes."""
@@ -202,10 +227,15 @@ class Listener:
                 raise SystemExit from None  # ends the accepting thread, which would try for ever
             time.sleep(ACCEPT_PAUSE)
             raise
-        if peer(sock)[1] != os.geteuid():
-            sock.close()
+        pid, uid = peer(sock)
+        if uid != os.geteuid():
+            with sock, suppress(OSError):
+                refusal = _REFUSED + f": this manager serves uid {os.geteuid()} alone, and not uid {uid}".encode()
+                sock.send(_pack_length(len(refusal)) + refusal)  # never blocks: it is the first
             raise PermissionError("a connection of another user")
-        return Connection(sock)
+        connection = Connection(sock)
+        connection.pid = pid
+        return connection
 
     def close(self) -> None:
         self._closed = True
@@ -217,6 +247,7 @@ def connect(address: str, authkey: bytes | None = None, *, deadline: float = inf
 
     :param deadline: in `time.monotonic` seconds; the time limit of the handshake holds as well.
     :raises OSError: if no manager accepts or answers in time.
+    :raises AccessDenied: if the manager belongs to another user.
     :raises multiprocessing.AuthenticationError: if the keys differ.
     """
     sock = socket.socket(socket.AF_UNIX)
@@ -226,6 +257,8 @@ def connect(address: str, authkey: bytes | None = None, *, deadline: float = inf
         with short_address(address) as short:
             sock.connect(short)
         if authkey is not None:
+            if connection.peek().startswith(_REFUSED):
+                raise AccessDenied(f"the manager of {not_ours(peer(sock)[1], Path(address).parent)}")
             other = cast(StandardConnection, connection)
             answer_challenge(other, authkey)
             deliver_challenge(other, authkey)

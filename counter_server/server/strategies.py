@@ -259,7 +259,7 @@ JOIN: dict[str, Callable[[Run], Take]] = {
     "cachelib": _cachelib,
     "flask-caching": _flask_caching,
     "stash": _stash,
-    "ours": lambda run: partial(one_step, run.shared.object("global_obj", SomeObj, 0, durable=True).query),
+    "ours": lambda run: partial(one_step, run.shared.object("global_obj", SomeObj, 0).query),
 }
 
 if __name__ == "__main__":

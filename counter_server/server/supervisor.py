@@ -26,6 +26,7 @@ from ..errors import CounterServerError, StartupError
 from ..extension import SharedState
 from ..journal import REFUSALS
 from ..manager.directory import DataDirectory
+from ..manager.hosting import Hosting
 from ..manager.server import serve
 from ..objects import Declaration
 from ..output import configure
@@ -153,8 +154,8 @@ def _main(to_close: Iterable[int], target: Callable[..., None], *arguments: Any)
 
 def _manage(directory: DataDirectory, settings: ServerSettings, hosted: list[Declaration], pipe: Connection) -> None:
     configure("manager", settings.log_format)
-    ready = partial(pipe.send, None)
-    serve(directory, settings.durability, ready=ready, lifeline=pipe, declarations=hosted, caps=settings.caps)
+    ready, hosting = partial(pipe.send, None), Hosting.of_this_process(hosted)
+    serve(directory, settings.durability, ready=ready, lifeline=pipe, hosting=hosting, caps=settings.caps)
 
 
 def _descriptors() -> set[int]:

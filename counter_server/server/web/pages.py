@@ -41,7 +41,7 @@ def init_app(app: Flask, declaring: SharedState) -> None:
     app.register_blueprint(pages)
     app.extensions[_SHARED] = declaring
     try:
-        app.extensions[_RECENT] = forgetful(declaring.object("last visits", Recent, _VISITS_SHOWN))
+        app.extensions[_RECENT] = forgetful(declaring.object("last visits", Recent, _VISITS_SHOWN, durable=False))
         declaring.visitor_counter("session")  # without shared objects, each use raises the error again
     except Unsupported as error:
         log.info("the home page shows no last visits: %s", error)

@@ -80,7 +80,7 @@ def _limiter(shared: SharedState) -> "FixedWindowRateLimiter":
     from limits.strategies import FixedWindowRateLimiter
 
     try:
-        windows = forgetful(shared.object("rate limit", Windows))
+        windows = forgetful(shared.object("rate limit", Windows, durable=False))
     except Unsupported as error:
         raise Unsupported(f"a rate limit cannot be kept: {error}; use manager://, or do without the limit") from None
 

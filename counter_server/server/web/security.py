@@ -80,9 +80,9 @@ def init_app(app: Flask, shared: SharedState) -> None:
                 f"{_TOKEN} is not a token: it must have {_SHORTEST_TOKEN} or more ASCII characters without spaces;"
                 " make one with `openssl rand -hex 32`"
             )
-        attempts = own = open_state("memory://").object("wrong tokens", Attempts)
+        attempts = own = open_state("memory://").object("wrong tokens", Attempts, durable=False)
         try:
-            attempts = forgetful(shared.object("wrong tokens", Attempts))
+            attempts = forgetful(shared.object("wrong tokens", Attempts, durable=False))
         except Unsupported as error:
             log.info("wrong tokens are counted in each process: %s", error)
         app.extensions[_ATTEMPTS] = attempts, own

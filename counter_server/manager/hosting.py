@@ -1,0 +1,178 @@
+"""What a manager hosts: the classes that programs declare, imported here as those programs import them."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from msgspec import Struct, msgpack
+
+from ..errors import StartupError, Stopped
+from ..objects import Declaration, find_class
+
+_hosts = False  # whether this process hosts the objects of modules that it imports
+_importing = 0  # the process that imports such modules now
+
+
+def in_manager() -> bool:
+    """Return whether this process is a manager, which imports an app's module for the classes of its shared objects.
+
+    An app can ask this at import, to start schedulers, threads and servers in its own processes only.
+    """
+    return _hosts
+
+
+class Hosting(Struct, array_like=True):
+    """What the programs of a directory declare, and what a process needs to import their classes as they do."""
+
+    declarations: list[Declaration]
+    path: list[bytes]  # Paths and arguments may hold bytes that are not UTF-8.
+    argv: list[bytes]
+
+    @classmethod
+    def of_this_process(cls, declarations: list[Declaration]) -> "Hosting":
+        return cls(declarations, list(map(os.fsencode, import_path())), list(map(os.fsencode, sys.argv)))
+
+    def encode(self) -> bytes:
+        return msgpack.encode(self)
+
+    def joined(self, other: "Hosting") -> "Hosting":
+        """Return both: of two declarations with one name the newer one, and the path of the newer program first."""
+        declarations = {each.name: each for each in sorted(other.declarations + self.declarations, key=_declared)}
+        older, newer = sorted((other, self), key=lambda each: max(map(_declared, each.declarations), default=0.0))
+        path = list(dict.fromkeys(newer.path + older.path))
+        return Hosting(list(declarations.values()), path, newer.argv)
+
+
+NOTHING = Hosting([], [], [])
+
+
+def _declared(declaration: Declaration) -> float:
+    return declaration.declared
+
+
+decode_hosting = msgpack.Decoder(Hosting).decode
+
+
+def import_path() -> list[str]:
+    """Return this process's import path, for a process in any directory."""
+    return [
+        # An entry that is not a file may be the mark of an import hook, which knows it by its name.
+        os.path.abspath(entry) if not entry or os.path.exists(entry) else entry
+        for entry in sys.path
+        if isinstance(entry, str) and "\0" not in entry
+    ]
+
+
+def import_classes(hosting: Hosting) -> dict[str, str]:
+    """Import the class of each declaration; return the reasons of those that cannot be imported, by object."""
+    if not hosting.declarations:
+        return {}
+    path = list(map(os.fsdecode, hosting.path))
+    sys.path[:] = path + [entry for entry in sys.path if entry not in path]
+    sys.argv[:] = map(os.fsdecode, hosting.argv)
+    reasons = {}
+    with importing():
+        for declaration in hosting.declarations:
+            try:
+                find_class(declaration)
+            except Stopped:
+                raise
+            except BaseException as error:  # noqa: BLE001 - the module's own code may raise anything, such as SystemExit
+                reasons[declaration.name] = f"{declaration} cannot be imported in the manager: {error!r}"
+    return reasons
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Turn this process into one that hosts the objects of modules that are imported while the block runs.
+
+    It starts no manager. The modules patch nothing in it, and open no server. Call this before the process has threads
+    and sockets of its own, in the program's working directory.
+    """
+    global _hosts, _importing
+    _hosts, _importing = True, os.getpid()
+    sys.meta_path.insert(0, _PatchingNothing)
+    sys.addaudithook(_refuse_server)
+    os.environ[_RUNS_NOTHING] = "true"
+    try:
+        yield
+    finally:
+        _importing = 0
+        del os.environ[_RUNS_NOTHING]
+
+
+_RUNS_NOTHING = "FLASK_RUN_FROM_CLI"  # makes `app.run()` do nothing, as when the `flask` command imports an app
+
+
+def _refuse_server(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "socket.bind" and _importing == os.getpid():
+        bound: socket.socket = arguments[0]
+        if bound.family != socket.AF_UNIX and bound.type == socket.SOCK_STREAM:
+            raise StartupError(
+                f"a module that the manager imports for its shared objects opens a server at {arguments[1]!r}: do that"
+                ' under if __name__ == "__main__", or unless counter_server.in_manager()'
+            )
+
+
+class _PatchingNothing(SourceFileLoader):
+    """Imports gevent's and eventlet's patching modules without effect: a manager needs real threads."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None, _target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in ("gevent.monkey", "eventlet.patcher"):
+            return None
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and spec.origin is not None:
+            spec.loader = _PatchingNothing(name, spec.origin)
+        return spec
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        for name in vars(module):
+            if name.startswith(("patch_", "monkey_patch")):
+                setattr(module, name, lambda *_arguments, **_keywords: None)
+
+
+class _Version(NamedTuple):
+    changed: int  # nanoseconds since the epoch
+    size: int
+    inode: int
+
+
+class Sources:
+    """The files of all modules of this process, as they were when it began."""
+
+    def __init__(self) -> None:
+        self._began = time.time_ns()
+        self._versions: dict[str, _Version] = {}
+
+    def note(self) -> None:
+        """Note the files of what is imported by now."""
+        self._versions = {file: version for file in _files() if (version := _version(file)) is not None}
+
+    @property
+    def are_changed(self) -> bool:
+        """Whether a file has changed since it was noted, or, if it was imported later, since this process began."""
+        for file in _files():
+            now, before = _version(file), self._versions.get(file)
+            if now is not None and (now.changed > self._began if before is None else now != before):
+                return True
+        return False
+
+
+def _files() -> list[str]:
+    return [file for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))]
+
+
+def _version(file: str) -> _Version | None:
+    try:
+        status = os.stat(file)
+    except OSError:  # it is being replaced, or is gone: then no other process can import it
+        return None
+    return _Version(status.st_mtime_ns, status.st_size, status.st_ino)

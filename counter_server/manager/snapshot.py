@@ -1,0 +1,57 @@
+"""What a manager that ends in order leaves to the next one: the shared objects that are not in the journal."""
+
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from msgspec import MsgspecError, Struct, msgpack
+
+from ..ledger import ClientRecord
+from .directory import DataDirectory
+
+log = logging.getLogger(__name__)
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Kept(Struct, array_like=True):
+    """One shared object: its pickle, and its memory of calls that may be sent again."""
+
+    epoch: str
+    state: bytes
+    clients: dict[bytes, ClientRecord]
+
+
+class _Snapshot(Struct, array_like=True):
+    boot: str  # of the machine: objects may hold times of its monotonic clock
+    objects: dict[str, Kept]
+
+
+def write(directory: DataDirectory, objects: dict[str, Kept]) -> None:
+    """Leave objects to the next manager. If that fails, say so: then they begin again."""
+    draft = directory.snapshot.with_suffix(".new")
+    try:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(msgpack.encode(_Snapshot(_BOOT.read_text(), objects)))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.rename(directory.snapshot)
+    except OSError as error:
+        log.error("shared objects that are not durable are lost: %s: %s", directory.snapshot, error.strerror)
+        with suppress(OSError):
+            draft.unlink()
+
+
+def take(directory: DataDirectory) -> dict[str, Kept]:
+    """Return what the last manager left, once: it must never be read again after somebody has used it."""
+    try:
+        content = directory.snapshot.read_bytes()
+        directory.snapshot.unlink()
+        snapshot = msgpack.decode(content, type=_Snapshot)
+    except FileNotFoundError:
+        return {}
+    except (OSError, MsgspecError) as error:
+        log.error("shared objects that are not durable begin again: %s: %s", directory.snapshot, error)
+        return {}
+    return snapshot.objects if snapshot.boot == _BOOT.read_text() else {}
