@@ -222,8 +222,10 @@ def manager(
     if hosting:
         hosted = _declared_by(hosting, directory)
     report = detach(directory, starter) if background else None
-    if report and not hosted.declarations:
-        os.chdir("/")  # the file system of the client's directory can be unmounted
+    if report:
+        configure("manager", "text", logging.WARNING)  # again, as this is another process now
+        if not hosted.declarations:
+            os.chdir("/")  # the file system of the client's directory can be unmounted
 
     def ready() -> None:
         if report:

@@ -224,7 +224,7 @@ class StateServer(Server):
                 conn.send(("#ERROR", self._refusal(hosted)))
             else:
                 self._welcome(conn, hosted)
-        except EOFError:
+        except (EOFError, BrokenPipeError, ConnectionResetError):
             log.debug("a client has gone")
         except (OSError, AuthenticationError, AssertionError, MsgspecError, ValueError) as error:
             # The standard handshake raises AssertionError and ValueError if the peer sends nonsense.
