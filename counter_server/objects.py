@@ -144,7 +144,7 @@ class HostedObject:
         except Stopped:
             raise
         except BaseException as error:
-            raise StartupError(f"the shared object {declaration} cannot be made: {_described(error)}") from error
+            raise StartupError(f"the shared object {declaration} cannot be made: {described(error)}") from error
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -226,14 +226,14 @@ class HostedObject:
         try:
             return _Unpickler(state, self.declaration).load()
         except BaseException as error:
-            raise StartupError(f"{self.declaration} cannot be restored from its state: {_described(error)}") from error
+            raise StartupError(f"{self.declaration} cannot be restored from its state: {described(error)}") from error
 
     def _pickled(self, *, is_bounded: bool = True) -> bytes:
         try:
             state = pickle.dumps(self._object, pickle.HIGHEST_PROTOCOL)
         except BaseException as error:
             raise InvalidRequest(
-                f"{self.declaration} cannot be pickled, and so not be durable: {_described(error)}; declare it with"
+                f"{self.declaration} cannot be pickled, and so not be durable: {described(error)}; declare it with"
                 " durable=False"
             ) from error
         if is_bounded:
@@ -289,7 +289,8 @@ def _is_plain(value: object) -> bool:
     return True
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
+    """Return the class and the message of an error of code that is not ours."""
     return f"{_text(lambda: type(error).__name__)}: {_text(lambda: str(error))}"
 
 

@@ -77,7 +77,7 @@ def serve(kind: str, kept: Journal) -> Callable[..., list[Result]]:
     if kind == "counters":
         return Ledger(contents, kept, caps=Caps(), fail=end).apply
     declaration = declare("obj", SomeObj, (0,), {}, durable=True)
-    return server._host(declaration, Ledger(contents), kept, contents, {}, Caps()).applies.apply
+    return server._host(declaration, None, Ledger(contents), kept, contents, {}, Caps()).applies.apply
 
 
 def numbers(results: list[Result]) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct, msgpack
 
 from ..errors import StartupError, Stopped
-from ..objects import Declaration, find_class
+from ..objects import Declaration, described, find_class
 
 _hosts = False  # whether this process hosts the objects of modules that it imports
 _importing = 0  # the process that imports such modules now
@@ -84,7 +84,7 @@ def import_classes(hosting: Hosting) -> dict[str, str]:
             except Stopped:
                 raise
             except BaseException as error:  # noqa: BLE001 - the module's own code may raise anything, such as SystemExit
-                reasons[declaration.name] = f"{declaration} cannot be imported in the manager: {error!r}"
+                reasons[declaration.name] = f"{declaration} cannot be imported in the manager: {described(error)}"
     return reasons
 
 

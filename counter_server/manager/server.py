@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
+from functools import partial
 from math import inf
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection as Pipe
@@ -517,9 +518,9 @@ def serve(
     starting = ExitStack()  # until this manager is ready, no client starts another one
     if idle_timeout is None:
         starting.enter_context(directory.starting(_SECONDS_TO_SUCCEED))
-        import_classes(hosting)
+        reasons = import_classes(hosting)
     else:
-        hosting = _import_all(directory, hosting)
+        hosting, reasons = _import_all(directory, hosting)
     end_manager(directory, _SECONDS_TO_SUCCEED, for_another=True)
     with starting, directory.hold() as is_held:
         gc.disable()
@@ -535,7 +536,9 @@ def serve(
         hosted = {"ledger": Hosted(ledger, journal.epoch if journal else secrets.token_hex(16))}
         kept = snapshot.take(directory)
         for declaration in hosting.declarations:
-            hosted[object_ident(declaration.name)] = _host(declaration, ledger, journal, contents, kept, caps)
+            hosted[object_ident(declaration.name)] = _host(
+                declaration, reasons.get(declaration.name), ledger, journal, contents, kept, caps
+            )
         sources.note()
         directory.remove_stale_socket()
         try:
@@ -579,15 +582,17 @@ def serve(
     raise AssertionError("serve_forever returned")
 
 
-def _import_all(directory: DataDirectory, hosting: Hosting) -> Hosting:
-    """Import what this manager is to host, and what the manager that it succeeds hosts; return both.
+def _import_all(directory: DataDirectory, hosting: Hosting) -> tuple[Hosting, dict[str, str]]:
+    """Import what this manager is to host, and what the manager that it succeeds hosts.
+
+    Return both, and the reasons of what cannot be imported, by object.
 
     :raises StartupError: if it cannot import what the other manager could; that one goes on.
     :raises DirectoryHeld: if the other manager does not answer.
     """
     reasons = import_classes(hosting)
     if directory.manager_pid() is None:
-        return hosting
+        return hosting, reasons
     with closing(StateProxy(directory)) as proxy:
         try:
             other = proxy.hosting(time.monotonic() + _SECONDS_TO_SUCCEED)
@@ -597,19 +602,22 @@ def _import_all(directory: DataDirectory, hosting: Hosting) -> Hosting:
     if worse:
         raise StartupError("; ".join(worse))
     hosting = hosting.joined(other)
-    import_classes(hosting)  # what only the other one hosts, and cannot be imported any more, is refused by name
-    return hosting
+    return hosting, import_classes(hosting)  # what only the other one could import is refused by name
 
 
 def _host(
     declaration: Declaration,
+    reason: str | None,
     ledger: Ledger,
     journal: Journal | None,
     contents: Contents,
     kept: dict[str, Kept],
     caps: Caps,
 ) -> Hosted:
-    """Make a shared object, from its content in the journal if it is durable, or from what the last manager left."""
+    """Make a shared object, from its content in the journal if it is durable, or from what the last manager left.
+
+    :param reason: why its class cannot be imported.
+    """
     name = declaration.name
     is_durable = declaration.durable and journal is not None
     state = contents.objects.get(name) if is_durable else None
@@ -621,16 +629,17 @@ def _host(
         epoch = epoch if is_durable else left.epoch
         if journal and is_durable:  # it was not durable before
             journal.commit(Changes(ledger.now(), objects={name: state}))
+    make = partial(HostedObject, declaration, ledger.now, journal=journal, most_clients=caps.clients, fail=fail)
     try:
-        hosted = HostedObject(
-            declaration,
-            ledger.now,
-            journal=journal,
-            state=state,
-            clients=clients,
-            most_clients=caps.clients,
-            fail=fail,
-        )
+        if reason is not None:
+            raise StartupError(reason)
+        try:
+            hosted = make(state=state, clients=clients)
+        except StartupError as error:
+            if left is None or is_durable:
+                raise
+            log.warning("%s begins again: %s", name, error)
+            hosted, epoch = make(), secrets.token_hex(16)
     except StartupError as error:  # counters and other objects go on
         log.error("%s", error)
         return Hosted(NotMade(error), epoch, declaration)
