@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NAME = "cache"
 FLASK_CACHING_NAME = "flask-caching"  # another one, so that clearing Flask-Caching's cache ends no sessions
+_DEFAULT_PREFIX = "flask_cache_"  # of Flask-Caching
 
 
 class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of two base classes
@@ -79,13 +80,18 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
 
     @classmethod
     def factory(cls, app: "Flask", config: dict[str, Any], args: list[Any], kwargs: dict[str, Any]) -> Self:
-        """Make the cache for Flask-Caching: ``CACHE_ARGS`` and ``CACHE_OPTIONS`` go to the class."""
-        options = {"threshold": config["CACHE_THRESHOLD"], **kwargs}
-        if not args and "url" not in options:
+        """Make the cache for Flask-Caching: ``CACHE_ARGS`` and ``CACHE_OPTIONS`` go to the class.
+
+        ``CACHE_KEY_PREFIX`` gives an app a cache of its own, so that it can clear that and fill only that.
+        """
+        options = {"threshold": config["CACHE_THRESHOLD"], "name": FLASK_CACHING_NAME, **kwargs}
+        options |= zip(("url", "name"), args, strict=False)
+        if "url" not in options:
             options["url"] = state_of(app)
-        if len(args) < 2:
-            options.setdefault("name", FLASK_CACHING_NAME)
-        return cls(*args, **options)
+        prefix = config.get("CACHE_KEY_PREFIX")
+        if prefix and prefix != _DEFAULT_PREFIX:
+            options["name"] += f" {prefix}"
+        return cls(**options)
 
     def _seconds(self, timeout: int | timedelta | None) -> int | None:
         return self._normalize_timeout(timeout) or None

@@ -19,6 +19,7 @@ from .errors import BatchRefused, CounterServerError, DirectoryHeld, Disconnecte
 from .manager.directory import DataDirectory
 from .manager.starter import EXIT_HELD
 from .operations import LARGEST_PAGE, Get
+from .os_errors import can_pass
 from .output import LogFormat
 from .server.demo import demo
 from .server.prove import prove
@@ -75,7 +76,8 @@ def _setting(name: str, said: str, **attributes: Any) -> Callable[[Command], Com
 
 def _web(option: str, name: str, said: str, metavar: str = "NAME", **attributes: Any) -> Callable[[Command], Command]:
     """Make the option for a name in the web application's configuration."""
-    return click.option(option, f"COUNTER_SERVER_{name}", help=said, metavar=metavar, **attributes)
+    name = f"COUNTER_SERVER_{name}"
+    return click.option(option, name, envvar=name, help=said, metavar=metavar, **attributes)
 
 
 _data_dir_option = click.option(
@@ -93,10 +95,17 @@ def _with_state(command: Command) -> Command:
 
     @_data_dir_option
     @_store_option
-    @click.option("--start/--no-start", default=True, help="Start a manager if none is running; it exits when unused.")
+    @click.option(
+        "--start/--no-start",
+        default=True,
+        envvar="COUNTER_SERVER_START",
+        help="Start a manager if none is running; it exits when unused.",
+    )
     @wraps(command)
     def with_state(*, data_dir: str | None, store: str | None, start: bool, **arguments: Any) -> None:
-        command(open_state(_url(store, data_dir), options=replace(_ON_OUR_OWN, start=start)), **arguments)
+        deadline = settings.from_environment("DEADLINE")
+        options = replace(_ON_OUR_OWN, start=start)
+        command(open_state(_url(store, data_dir), deadline=deadline, options=options), **arguments)
 
     return with_state
 
@@ -118,13 +127,20 @@ def _with_manager_options(command: Command) -> Command:
             help=said,
         )(with_caps)
     said = "commit: on disk before the answer; process: survives kill -9, not a power cut; none: in memory only."
-    return _setting("durability", said, type=click.Choice(settings.DURABILITIES))(with_caps)
+    choices = click.Choice(settings.DURABILITIES)
+    return _setting("durability", said, type=choices, envvar="COUNTER_SERVER_DURABILITY")(with_caps)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "auto_envvar_prefix": "COUNTER_SERVER"}
+
+
+@click.group(cls=_Group, context_settings=_CONTEXT)
 @click.version_option(package_name="counter-server")
 def main() -> None:
-    """Shared state for Flask workers: every increment is counted exactly once."""
+    """Shared state for Flask workers: every increment is counted exactly once.
+
+    Each option has an environment variable: COUNTER_SERVER_RUN_PORT is --port of run.
+    """
 
 
 main.add_command(demo)
@@ -219,7 +235,8 @@ def manager(
         serve(directory, ready=ready, idle_timeout=timeout, hosting=hosted, **options)
     except CounterServerError as error:
         if report:
-            report.end("held" if isinstance(error, DirectoryHeld) else "error", str(error))
+            is_passing = isinstance(error, DirectoryHeld) or can_pass(error.__cause__)
+            report.end("later" if is_passing else "error", str(error))
         raise
 
 

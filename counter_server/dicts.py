@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from cachetools import TLRUCache
 
 from .errors import InvalidRequest, LimitReached
-from .operations import encode_plain
+from .plain import encode_plain
 from .settings import check_seconds
 
 DEFAULT_ENTRIES = 10_000
@@ -40,6 +40,8 @@ class BoundedDict:
     An entry is removed exactly when its time to live, `ttl`, is over. If a new entry has no room, it replaces the entry
     that was read or written least recently; expired entries go first, as in `cachetools.TLRUCache`.
     """
+
+    keeps_values_sealed = True  # its manager need not have the classes of its keys and values
 
     def __init__(self, max_entries: float, timer: Callable[[], float] = time.monotonic) -> None:
         self._timer = timer

@@ -6,8 +6,9 @@ Every error carries an `outcome`, which is one of two words:
 - ``"unknown"``: the call was counted at most once. To find out, repeat it with the same idempotency key, or read the
   counter.
 
-`RemoteError` is not a `CounterServerError`: the call was made, once, and the error is its result. `Disconnected` and
-`BatchRefused` are internal to a store and its session; users never see them.
+`RemoteError` is not a `CounterServerError`: the call was made, once, and the error is its result. It has an `outcome`
+too, which is always ``"unknown"``, as only the object's class knows what the method had changed before it raised.
+`Disconnected` and `BatchRefused` are internal to a store and its session; users never see them.
 """
 
 from typing import Literal
@@ -30,7 +31,7 @@ class CounterServerError(Exception):
 
 
 class InvalidRequest(CounterServerError, ValueError):
-    """A name, number, bound or key is not acceptable. Nothing was sent."""
+    """A name, number, bound, key, argument or new state is not acceptable. Nothing was changed."""
 
 
 class LimitReached(CounterServerError):
@@ -74,12 +75,14 @@ class NotHosted(CounterServerError):
 
 
 class RemoteError(Exception):
-    """A method of a shared object raised an exception that is not built in. The method was called once.
+    """A method of a shared object raised an exception whose class this process does not have. The call was made once.
 
     :param name: the exception's type, qualified.
     :param text: its message.
     :param remote_traceback: the traceback in the manager process.
     """
+
+    outcome: Outcome = "unknown"
 
     def __init__(self, name: str, text: str, remote_traceback: str) -> None:
         super().__init__(name, text, remote_traceback)
@@ -89,6 +92,13 @@ class RemoteError(Exception):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.text}"
+
+
+class ResultLost(RemoteError):
+    """The call was made, once, but its result cannot be sent, or not be read here. Do not make it again for that."""
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class StartupError(CounterServerError):

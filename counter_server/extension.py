@@ -1,21 +1,46 @@
 """`SharedState`, the Flask extension: shared counters in any app."""
 
 import logging
-import os
 import secrets
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import inf
-from typing import cast
+from typing import Any, cast
 
-from flask import Flask, Request, Response, current_app, g, has_app_context, has_request_context, request, session
+from flask import (
+    Flask,
+    Request,
+    Response,
+    current_app,
+    g,
+    has_app_context,
+    has_request_context,
+    jsonify,
+    request,
+    session,
+)
+from werkzeug.exceptions import default_exceptions
 
 from . import settings
 from .dicts import DEFAULT_ENTRIES, BoundedDict, check_entries, check_ttl, within_bounds
-from .errors import DeadlineExceeded
+from .errors import (
+    AccessDenied,
+    CounterServerError,
+    DeadlineExceeded,
+    KeyReused,
+    LimitReached,
+    NotHosted,
+    Outcome,
+    OutcomeUnknown,
+    StartupError,
+    StateLost,
+    StorageFull,
+)
 from .operations import Invoke, Operation, Result, check_step
+from .plain import allow_values
 from .state import Declarations, Sharing, State, open_state
 
 log = logging.getLogger(__name__)
@@ -24,6 +49,20 @@ VISITOR_TTL = 24 * 3600.0  # seconds without use after which a visitor's number 
 _VISITOR = "_counter_server_visitor"  # in Flask's session
 _NAME = "counter_server"  # in an app's extensions
 _BORROWED = "_counter_server"  # in `g`
+
+
+# The answer to an error that no view handles. Any other is a mistake of the app's: it is 500, as any exception is.
+_STATUS: dict[type[CounterServerError], int] = {
+    LimitReached: 409,
+    KeyReused: 422,
+    **dict.fromkeys((DeadlineExceeded, OutcomeUnknown, StateLost, StorageFull), 503),
+    **dict.fromkeys((AccessDenied, NotHosted, StartupError), 503),
+}
+_UNAVAILABLE = "shared state could not be reached or written"  # an error's own message names directories and commands
+_MEANING: dict[Outcome, str] = {
+    "not_applied": "nothing was counted or changed by this call",
+    "unknown": "this call may have been counted, once at most",
+}
 
 
 @dataclass(slots=True)
@@ -45,10 +84,11 @@ class SharedState(Sharing):
         shared = SharedState(app)
         number = shared.counter("visits").increment()
 
-    `init_app` reads this configuration:
+    `init_app` reads this configuration, and what is missing there from environment variables of the same names:
 
-    - ``COUNTER_SERVER_STORE``: the store's URL; default the environment variable of that name, else ``manager://``
-      with the data directory ``COUNTER_SERVER_DATA_DIR``, else ``counter-server`` in the app's instance folder.
+    - ``COUNTER_SERVER_STORE``: the store's URL; default ``manager://``.
+    - ``COUNTER_SERVER_DATA_DIR``: the directory of ``manager://``; default ``counter-server`` in the app's instance
+      folder.
     - ``COUNTER_SERVER_DEADLINE``: seconds that a call may take, at most 60; default 5.
     - ``COUNTER_SERVER_REQUEST_DEADLINE``: seconds that all calls of one request may take together;
       default twice the deadline.
@@ -56,12 +96,17 @@ class SharedState(Sharing):
     - ``COUNTER_SERVER_START``: whether the first use starts a manager if there is none; default True.
     - ``COUNTER_SERVER_DURABILITY``: of a manager that is started: ``"commit"`` (default), ``"process"`` or ``"none"``.
     - ``COUNTER_SERVER_IDLE_TIMEOUT``: seconds without clients after which such a manager exits; default 60.
+    - ``COUNTER_SERVER_LARGEST_VALUE``: bytes that the arguments or the result of a call may have, and the state of a
+      durable object; default 1 MiB. It is of the whole process: the largest value of its apps counts.
+    - ``COUNTER_SERVER_ERROR_HANDLER``: whether an error of shared state that no view handles is answered with 503, 409
+      or 422, and its outcome; default True.
 
     Each app's state is in its `extensions`, so one object serves any number of apps.
     """
 
     def __init__(self, app: Flask | None = None) -> None:
         self.declarations = Declarations()
+        self._apps: list[weakref.ref[Flask]] = []
         if app is not None:
             self.init_app(app)
 
@@ -74,17 +119,29 @@ class SharedState(Sharing):
         if _NAME in app.extensions:
             raise RuntimeError("this app has a SharedState already: use it, and call init_app only once")
         state = state_of(app, self.declarations)
-        app.config.setdefault("COUNTER_SERVER_REQUEST_DEADLINE", 2 * app.config["COUNTER_SERVER_DEADLINE"])
-        settings.check_seconds(app.config["COUNTER_SERVER_REQUEST_DEADLINE"], "a request's deadline", inf)
+        if app.config["COUNTER_SERVER_REQUEST_DEADLINE"] is None:
+            app.config["COUNTER_SERVER_REQUEST_DEADLINE"] = 2 * app.config["COUNTER_SERVER_DEADLINE"]
         app.extensions[_NAME] = state
-        if app.config.setdefault("COUNTER_SERVER_TIMING", False):
+        self._apps.append(weakref.ref(app))
+        if app.config["COUNTER_SERVER_TIMING"]:
             app.after_request(_report_time)
+        if app.config["COUNTER_SERVER_ERROR_HANDLER"] and CounterServerError not in app.error_handler_spec[None][None]:
+            app.register_error_handler(CounterServerError, _answer)
         app.teardown_appcontext(_give_back)
 
     @property
     def state(self) -> State:
-        """The current app's state. It needs an application context, which a request or a Flask command has."""
-        state = current_app.extensions.get(_NAME)
+        """The current app's state. Without an application context, as in a thread, that of the only app it has."""
+        if has_app_context():
+            app = current_app
+        elif len(self._apps) == 1 and (found := self._apps[0]()):
+            app = found
+        else:
+            raise RuntimeError(
+                f"there is no application context here, and this SharedState has {len(self._apps)} apps, not one: use"
+                " it within 'with app.app_context():', also in a thread that a view starts"
+            )
+        state = app.extensions.get(_NAME)
         if not isinstance(state, State):
             raise RuntimeError("this app has no SharedState: call init_app(app) first")
         return state
@@ -101,6 +158,9 @@ class SharedState(Sharing):
     @contextmanager
     def _borrow(self) -> Iterator[tuple[State, float]]:
         """Yield the current app's state, and the seconds that this request may still wait for it."""
+        if not has_app_context():
+            yield self.state, inf
+            return
         borrowed = _borrowed()
         if borrowed is None:
             patience = current_app.config["COUNTER_SERVER_REQUEST_DEADLINE"] if has_request_context() else inf
@@ -183,25 +243,48 @@ def _visitor() -> str:
 
 
 def state_of(app: Flask, declarations: Declarations | None = None) -> State:
-    """Return a state as `app` is configured, and set the missing defaults."""
-    app.config.setdefault("COUNTER_SERVER_STORE", os.environ.get(settings.STORE_VARIABLE) or settings.DEFAULT_STORE)
-    app.config.setdefault("COUNTER_SERVER_DEADLINE", settings.DEFAULT_DEADLINE)
-    for name in ("start", "durability", "idle_timeout"):
-        app.config.setdefault(f"COUNTER_SERVER_{name.upper()}", getattr(settings.DEFAULT_STORE_OPTIONS, name))
+    """Return a state as `app` is configured, and complete its configuration."""
+    settings.complete(app.config)
+    if app.config["COUNTER_SERVER_DATA_DIR"] is None:
+        app.config["COUNTER_SERVER_DATA_DIR"] = settings.default_data_dir(app.instance_path)
     config = app.config.get_namespace("COUNTER_SERVER_")
+    allow_values(config["largest_value"])
     options = settings.StoreOptions(
-        instance_path=app.instance_path,
-        start=bool(config["start"]),
-        durability=settings.check_durability(config["durability"]),
-        idle_timeout=settings.check_seconds(config["idle_timeout"], "an idle timeout"),
+        data_dir=config["data_dir"],
+        start=config["start"],
+        durability=config["durability"],
+        idle_timeout=config["idle_timeout"],
     )
     return open_state(config["store"], deadline=config["deadline"], options=options, declarations=declarations)
 
 
+def _answer(error: CounterServerError) -> Any:
+    """Answer an error that no view handled, unless the app handles every exception, in the way of its HTTP errors."""
+    app = current_app
+    if every := app.error_handler_spec[None][None].get(Exception):
+        return app.ensure_sync(every)(error)
+    status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), None)
+    if status is None:
+        raise error
+    log.warning("%s %s: %s (%s)", request.method, request.path, error, error.outcome)
+    title, detail = type(error).__name__, _UNAVAILABLE if status == 503 else str(error)
+    if request.accept_mimetypes.best_match(("text/plain", "application/json")) == "application/json":
+        response = jsonify(title=title, status=status, detail=detail, outcome=error.outcome)
+    else:
+        text = f"{title}: {detail}\noutcome: {error.outcome} ({_MEANING[error.outcome]})\n"
+        response = Response(text, mimetype="text/plain")
+    response.status_code = status
+    if status == 503:
+        response.headers["Retry-After"] = "1"  # second; a manager is back within two
+    return app.handle_http_exception(default_exceptions[status](detail, response))
+
+
 def open_for_app(url: str, *, deadline: float, options: settings.StoreOptions) -> State:
     """Open a state with the data directory of the current app, if there is one and `url` names none."""
-    if has_app_context():
-        options = replace(options, instance_path=current_app.instance_path)
+    if has_app_context() and options.data_dir is None:
+        app = current_app
+        named = app.config.get("COUNTER_SERVER_DATA_DIR")
+        options = replace(options, data_dir=named or settings.default_data_dir(app.instance_path))
     return open_state(url, deadline=deadline, options=options)
 
 

@@ -6,9 +6,11 @@ disk.
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from itertools import islice, takewhile
 from math import inf
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 from msgspec import Struct, field
@@ -106,6 +108,17 @@ def beyond_bounds(operation: Increment, current: int) -> Refusal | None:
     )
 
 
+def has_ended(pid: int) -> bool:
+    """Return whether a process has surely ended; False for 0, a process that cannot be seen from here."""
+    if not pid:
+        return False
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"
+
+
 def no_room(what: str, most: float, option: str) -> Refusal:
     return Refusal(
         "storage_full",
@@ -121,8 +134,8 @@ def raise_error(error: BaseException) -> NoReturn:
 class Clients:
     """Remembers the last batch of each client, in the order of their last use.
 
-    :param most: the maximum number of clients. If there is no room, the client that was idle longest is forgotten, but
-        only if none of its sent batches can still arrive.
+    :param most: the maximum number of clients. If there is no room, a client is forgotten none of whose batches can
+        still arrive: one whose process has ended, else the one that was idle longest.
     :param owner: the shared object that they call; empty for the counters.
     """
 
@@ -133,6 +146,15 @@ class Clients:
         # A refused batch may arrive a second time, over a connection that its client gave up. Applying it then would
         # make the refusal wrong, so rejected clients stay rejected.
         self._turned_away: dict[bytes, None] = {}
+        # Clients whose connection has ended, with their processes. One that still runs may have another connection.
+        self._left: deque[tuple[bytes, int]] = deque(maxlen=None if most == inf else int(most))
+
+    def leave(self, client: bytes, pid: int) -> None:
+        """Note that a connection of a client has ended. Any thread may call this.
+
+        :param pid: of its process; 0 if that cannot be seen from here.
+        """
+        self._left.append((client, pid))
 
     def answer(self, batch: Batch, changes: Changes) -> Answer | None:
         """Apply the rule of sequences: return the answer to this batch, or None if it must be executed."""
@@ -151,6 +173,12 @@ class Clients:
         if client not in self._turned_away:
             if len(self.records) + changes.more_clients < self._most:
                 return None
+            while self._left:
+                gone, pid = self._left.popleft()
+                if gone in self.records and gone not in changes.clients and has_ended(pid):
+                    changes.clients[gone] = None
+                    changes.more_clients -= 1
+                    return None
             for idle, record in self.records.items():
                 if record.used > changes.now - CLIENT_MINIMUM:
                     break
@@ -206,7 +234,7 @@ class Ledger:
         self._counters = contents.counters
         self._names: Any = SortedSet(contents.counters)
         counting = {client: record for client, record in contents.clients.items() if not record.object}
-        self._clients = Clients(counting, caps.clients if caps else inf)
+        self.remembered = Clients(counting, caps.clients if caps else inf)
         self._keys = contents.keys
         used = [record.used for records in (contents.clients, contents.keys) for record in records.values()]
         self._born = time.monotonic() - max(used, default=0.0)
@@ -236,12 +264,12 @@ class Ledger:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """The numbers of counters, clients and idempotency keys."""
-        return len(self._counters), len(self._clients.records), len(self._keys)
+        return len(self._counters), len(self.remembered.records), len(self._keys)
 
     def show(self, to: Callable[[Contents], None]) -> Contents:
         """Call `to` with the contents, while no thread writes; return them."""
         with self._writing:
-            contents = Contents(self._counters, self._clients.records, self._keys)
+            contents = Contents(self._counters, self.remembered.records, self._keys)
             to(contents)
             return contents
 
@@ -295,10 +323,10 @@ class Ledger:
 
         :param refusal: the result of each write, if writes are refused.
         """
-        answered = self._clients.answer(batch, changes)
+        answered = self.remembered.answer(batch, changes)
         if answered is not None:
             return answered
-        turned_away = self._clients.admit(batch.client, changes) if batch.sequence == 1 else None
+        turned_away = self.remembered.admit(batch.client, changes) if batch.sequence == 1 else None
         refusal = refusal or turned_away
         results: list[Result] = []
         for operation in batch.operations:
@@ -309,7 +337,7 @@ class Ledger:
             else:
                 results.append(self._execute(operation, changes))
         if turned_away is None:
-            self._clients.remember(batch, results, changes)
+            self.remembered.remember(batch, results, changes)
         return results
 
     def _execute(self, operation: Operation, changes: Changes) -> Result:
@@ -374,7 +402,7 @@ class Ledger:
     def _forget(self, changes: Changes) -> None:
         """Add the removal of expired records: they stand in the order of their last use."""
         self._next_forgetting = changes.now + _FORGET_EVERY
-        more = self._clients.forget(changes)
+        more = self.remembered.forget(changes)
         keys = _expired(self._keys, changes.now - KEY_LIFETIME)
         changes.keys.update(dict.fromkeys(keys))
         if more or len(keys) == _FORGET_AT_ONCE:
@@ -389,7 +417,7 @@ class Ledger:
                 if name not in self._counters:
                     self._names.add(name)
                 self._counters[name] = value
-        self._clients.merge(changes)
+        self.remembered.merge(changes)
         if changes.keys:
             _merge(self._keys, changes.keys)
 

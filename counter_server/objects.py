@@ -5,35 +5,32 @@ same transaction as the memory of the call, before the caller gets an answer.
 """
 
 import builtins
-import importlib.util
 import io
 import logging
 import os
 import pickle
 import reprlib
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
-from importlib.machinery import SourceFileLoader
+from contextlib import suppress
 from math import inf
 from operator import attrgetter
-from types import ModuleType
 from typing import Any, NoReturn
 
 from msgspec import Struct
 
-from .errors import BatchRefused, InvalidRequest, StartupError, Stopped, StorageFull
+from .errors import BatchRefused, InvalidRequest, ResultLost, StartupError, Stopped, StorageFull
 from .ledger import Changes, ClientRecord, Clients, Commits, raise_error
-from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name, decode_plain, encode_plain
+from .modules import import_from, is_everywhere, place_of
+from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
+from .plain import check_size, class_name, decode_plain, decode_sealed, encode_plain
 from .settings import LONGEST_DEADLINE
 
 log = logging.getLogger(__name__)
 
 LARGEST_CALL_BATCH = 15  # calls; with arguments or results of full size still below the frame limit
-LARGEST_STATE = 2**20  # bytes of a durable object's pickle
 _LONGEST_TEXT = 10_000  # bytes of an exception's message, and of its traceback
 _SHORT = reprlib.Repr()  # shortens long arguments in messages
 # By identity: the class of an exception may have any name, and a metaclass that raises when it is compared.
@@ -73,69 +70,20 @@ def declare(
     if "<" in cls.__qualname__:
         raise InvalidRequest(f"the manager cannot import {cls.__qualname__}: define it at the top level of a module")
     packed = encode_plain((arguments, keywords), f"the arguments of {cls.__qualname__}")
-    module, file = _place_of(cls)
-    return Declaration(name, module, cls.__qualname__, packed, durable, os.fsencode(file), time.time())
-
-
-def _place_of(cls: type) -> tuple[str, str]:
-    """Return the name under which another process finds a class's module, and its file.
-
-    A main program has the name that others import it by, so a class is one class for `python app.py` and `flask shell`.
-    A module that no other process can import by name is loaded from its file.
-    """
-    name = cls.__module__
-    if name.startswith(f"{__package__}.") or name in sys.builtin_module_names:
-        return name, ""
-    module = sys.modules.get(name)
-    file = os.path.realpath(getattr(module, "__file__", None) or "/")
-    if name == "__main__" and (spec := getattr(module, "__spec__", None)) is not None:
-        return spec.name, file  # `python -m`
-    stem = os.path.splitext(os.path.basename(file))[0]
-    for known in [name, stem] if name not in ("__main__", "__mp_main__") else [stem]:
-        if _is_found(known, file):
-            return known, file
-    if getattr(sys, "frozen", False) or not os.path.isfile(file):
+    module, file = place_of(cls.__module__)
+    if not file and not is_everywhere(module):
         raise InvalidRequest(
             f"the manager cannot import {cls.__qualname__}, which is not in a file of a module, but in a notebook, an"
             " interactive session, standard input or a frozen program: put it into a module (counters and dicts work"
             " everywhere)"
         )
-    word = stem if stem.isidentifier() and stem.isascii() else "program"
-    return f"{word}@{blake2b(os.fsencode(file), digest_size=4).hexdigest()}", file
-
-
-def _is_found(name: str, file: str) -> bool:
-    """Return whether another process finds this file if it imports a module by this name."""
-    package = name.partition(".")[0]
-    # Not `importlib.util.find_spec`: a module that is imported already has its name from whatever loaded it.
-    found = (finder.find_spec(package, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
-    spec = next((spec for spec in found if spec is not None), None)
-    return spec is not None and (name != package or os.path.realpath(spec.origin or "") == file)
-
-
-def _import(module: str, file: bytes) -> ModuleType:
-    """Import a module as `_place_of` named it: a name with an @ stands for its file.
-
-    :raises Exception: whatever the module raises.
-    """
-    if "@" not in module or module in sys.modules:
-        return importlib.import_module(module)
-    path = os.fsdecode(file)
-    spec = importlib.util.spec_from_file_location(module, path, loader=SourceFileLoader(module, path))
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be loaded as a module")
-    loaded = sys.modules[module] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(loaded)
-    except BaseException:
-        del sys.modules[module]
-        raise
-    return loaded
+    return Declaration(name, module, cls.__qualname__, packed, durable, os.fsencode(file), time.time())
 
 
 def find_class(declaration: Declaration, qualname: str = "") -> Any:
     """Import the class of a declaration, or another one of its module. Raise whatever its module raises."""
-    return attrgetter(qualname or declaration.qualname)(_import(declaration.module, declaration.file))
+    module = import_from(declaration.module, os.fsdecode(declaration.file))
+    return attrgetter(qualname or declaration.qualname)(module)
 
 
 class Busy(OSError):
@@ -180,7 +128,7 @@ class HostedObject:
         self.declaration = declaration
         self._clock = clock
         self._journal = journal if declaration.durable else None
-        self._clients = Clients(dict(clients or {}), most_clients, declaration.name)
+        self.remembered = Clients(dict(clients or {}), most_clients, declaration.name)
         self._fail = fail
         self._state = b""
         self.running: tuple[str, float] | None = None  # the method of the current call, and when the call began
@@ -213,7 +161,7 @@ class HostedObject:
         if self._journal is not None:
             return None
         try:
-            return self._pickled(inf), self._clients.records
+            return self._pickled(is_bounded=False), self.remembered.records
         except InvalidRequest as error:
             log.warning("%s begins again: %s", self.declaration.name, error)
             return None
@@ -224,27 +172,27 @@ class HostedObject:
             raise Busy(f"{self.declaration.name} is still busy with another call; this call was not made")
         try:
             changes = Changes(self._clock())
-            answered = self._clients.answer(batch, changes)
+            answered = self.remembered.answer(batch, changes)
             if isinstance(answered, BatchRefused):
                 raise answered
             if answered is not None:
                 return answered
-            turned_away = self._clients.admit(batch.client, changes) if batch.sequence == 1 else None
+            turned_away = self.remembered.admit(batch.client, changes) if batch.sequence == 1 else None
             if turned_away is not None:
                 return list[Result](turned_away for _ in batch.operations)
-            self._clients.forget(changes)
+            self.remembered.forget(changes)
             results = self._call_all(batch, changes)
-            self._clients.remember(batch, results, changes)
+            self.remembered.remember(batch, results, changes)
             try:
                 if self._journal is not None:
                     self._journal.commit(changes)
             except StorageFull as error:
                 self._object = self._unpickled(self._state)
                 results = list[Result](Refusal("storage_full", str(error)) for _ in batch.operations)
-                self._clients.remember(batch, results, changes)
+                self.remembered.remember(batch, results, changes)
             else:
                 self._state = changes.objects.get(self.declaration.name, self._state)
-            self._clients.merge(changes)
+            self.remembered.merge(changes)
             self.running = None
             return results
         except BatchRefused:
@@ -280,7 +228,7 @@ class HostedObject:
         except BaseException as error:
             raise StartupError(f"{self.declaration} cannot be restored from its state: {_described(error)}") from error
 
-    def _pickled(self, largest: float = LARGEST_STATE) -> bytes:
+    def _pickled(self, *, is_bounded: bool = True) -> bytes:
         try:
             state = pickle.dumps(self._object, pickle.HIGHEST_PROTOCOL)
         except BaseException as error:
@@ -288,11 +236,8 @@ class HostedObject:
                 f"{self.declaration} cannot be pickled, and so not be durable: {_described(error)}; declare it with"
                 " durable=False"
             ) from error
-        if len(state) > largest:
-            raise InvalidRequest(
-                f"{self.declaration} has a state of {len(state)} bytes; at most {largest} can be durable: declare it"
-                " with durable=False"
-            )
+        if is_bounded:
+            check_size(f"the state of {self.declaration}", state)
         return state
 
     def _call(self, operation: object) -> Result:
@@ -302,12 +247,18 @@ class HostedObject:
         try:
             if not callable(getattr(type(self._object), operation.method, None)):
                 return Refusal("unsupported", f"{self.declaration} has no public method {operation.method!r}")
-            arguments, keywords = decode_plain(operation.arguments)
+            decode = decode_sealed if getattr(type(self._object), "keeps_values_sealed", False) else decode_plain
+            what = f"the arguments of {self.declaration.name}.{operation.method}"
+            try:
+                check_size(what, operation.arguments)  # the limit of its process may be another one
+                arguments, keywords = decode(operation.arguments)
+            except ValueError as error:
+                return Refusal("invalid", f"{what} are not accepted: {error}; the call was not made")
             value = getattr(self._object, operation.method)(*arguments, **keywords)
             try:
                 return Returned(encode_plain(value, f"the result of {self.declaration.qualname}.{operation.method}"))
             except InvalidRequest as error:
-                raise InvalidRequest(f"{error}; the call was made, and its result is lost") from None
+                raise ResultLost("ResultLost", f"{error}; the call was made, and its result is lost", "") from None
         except BaseException as error:  # noqa: BLE001 - any error belongs to the method's caller
             return _raised(error)
 
@@ -316,16 +267,26 @@ def _raised(error: BaseException) -> Raised:
     # Nothing may fail here: the call was made, and has to be remembered.
     kind = type(error)
     built_in = _BUILT_IN.get(id(kind))
-    name = built_in or _text(lambda: f"{kind.__module__}.{kind.__qualname__}")
+    module = "builtins" if built_in else _text(lambda: class_name(kind)[0])
+    name = built_in or _text(lambda: ".".join(class_name(kind)))
     text = _text(lambda: str(error))
     trace = _text(lambda: "".join(traceback.format_exception(error)), slice(-_LONGEST_TEXT, None))
-    arguments = None
-    if built_in and isinstance(error, Exception):
-        try:
-            arguments = encode_plain(error.args, "an error")
-        except InvalidRequest:
-            arguments = encode_plain((text,), "an error")
-    return Raised(name, text, trace, arguments)
+    if issubclass(kind, Exception):
+        with suppress(BaseException):  # from the class's own code
+            arguments = error.args if _is_plain(error.args) else (text,)
+            attributes = {key: value for key, value in vars(error).items() if key != "__notes__" and _is_plain(value)}
+            if not _is_plain((arguments, attributes)):  # together they are too large
+                arguments, attributes = (text,), {}
+            return Raised(name, text, trace, module, encode_plain((arguments, attributes), "an error"))
+    return Raised(name, text, trace)
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        encode_plain(value, "a part of an error")
+    except InvalidRequest:
+        return False
+    return True
 
 
 def _described(error: BaseException) -> str:

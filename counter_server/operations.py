@@ -6,12 +6,11 @@ of a socket has to trust the other.
 """
 
 import unicodedata
-from collections.abc import Callable
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Annotated, Any
+from typing import Annotated
 
-from msgspec import Meta, MsgspecError, Struct, msgpack, structs
+from msgspec import Meta, Struct, msgpack, structs
 
 from .errors import CounterServerError, InvalidRequest, KeyReused, LimitReached, StartupError, StorageFull, Unsupported
 
@@ -21,7 +20,6 @@ LONGEST_NAME = 255  # bytes of UTF-8
 LONGEST_KEY = 255  # characters
 LARGEST_PAGE = 1000  # counters
 LARGEST_BATCH = 1000  # operations; with names and keys of full length still below the frame limit
-LARGEST_VALUE = 2**20  # bytes of plain data, encoded: the arguments of one call, or its result
 
 Integer = Annotated[int, Meta(ge=SMALLEST, le=LARGEST)]
 _ONE = 1
@@ -198,12 +196,17 @@ class Returned(Struct, frozen=True, array_like=True, gc=False, tag="returned"):
 
 
 class Raised(Struct, frozen=True, array_like=True, gc=False, tag="raised"):
-    """The exception of a method. `arguments` are its encoded `args`, if it is built in and they are plain data."""
+    """The exception of a method.
+
+    `name` begins with `module`, unless the exception is built in. `content` is encoded plain data: a tuple of the
+    exception's `args` and a dict of its attributes. Without it, the exception cannot be made again.
+    """
 
     name: str
     text: str
     traceback: str
-    arguments: bytes | None = None
+    module: str = ""
+    content: bytes | None = None
 
 
 class Refusal(Struct, frozen=True, array_like=True, gc=False, tag="refusal"):
@@ -247,53 +250,3 @@ class Batch(Struct, frozen=True, array_like=True):
         may_write = self.sequence > 0 and (count == 1 or Scan not in map(type, self.operations))
         if not (may_write or _READ_TYPES.issuperset(map(type, self.operations))):
             raise InvalidRequest("a batch with writes needs a sequence, and must not contain a scan")
-
-
-# Plain data is None, bool, int of any size, float, str, bytes, list, tuple and dict, nested: bytes of it can name no
-# code. MessagePack lacks tuples, integers over 64 bits and some keys of dicts, which become extension types.
-_TUPLE, _INTEGER, _DICT = 1, 2, 3
-_encoder = msgpack.Encoder()
-
-
-def encode_plain(value: object, what: str) -> bytes:
-    """Encode plain data. Raise `InvalidRequest` about `what` if `value` is something else, or too large."""
-    try:
-        data = _encoder.encode(_pack(value, what))
-    except (RecursionError, UnicodeEncodeError, MsgspecError) as error:
-        raise InvalidRequest(f"{what} cannot be sent: {error}") from None
-    if len(data) > LARGEST_VALUE:
-        raise InvalidRequest(f"{what} has {len(data)} bytes; at most {LARGEST_VALUE} are allowed")
-    return data
-
-
-def _pack(value: object, what: str) -> object:
-    kind = type(value)  # a subclass of a plain type is not plain data
-    if value is None or kind in (bool, float, str, bytes):
-        return value
-    if isinstance(value, int) and kind is int:
-        return value if -(2**63) <= value < 2**64 else msgpack.Ext(_INTEGER, f"{value:x}".encode())
-    if isinstance(value, list) and kind is list:
-        return [_pack(item, what) for item in value]
-    if isinstance(value, tuple) and kind is tuple:
-        return msgpack.Ext(_TUPLE, _encoder.encode([_pack(item, what) for item in value]))
-    if isinstance(value, dict) and kind is dict:
-        if all(type(key) is str for key in value):
-            return {key: _pack(item, what) for key, item in value.items()}
-        return msgpack.Ext(_DICT, _encoder.encode([_pack(part, what) for pair in value.items() for part in pair]))
-    raise InvalidRequest(
-        f"{what}: {kind.__qualname__} is not plain data (None, bool, int, float, str, bytes, list, tuple, dict)"
-    )
-
-
-def _unpack(code: int, data: memoryview) -> object:
-    if code == _TUPLE:
-        return tuple(decode_plain(data))
-    if code == _INTEGER:
-        return int(bytes(data), 16)
-    if code == _DICT:
-        parts = decode_plain(data)
-        return dict(zip(parts[::2], parts[1::2], strict=True))
-    raise ValueError(f"an extension of type {code}")
-
-
-decode_plain: Callable[[bytes | memoryview], Any] = msgpack.Decoder(ext_hook=_unpack).decode  # raises ValueError

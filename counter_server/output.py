@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 LogFormat = Literal["text", "json"]
 _MAX_QUEUED_BYTES = 2**20
+_LARGEST_LOG = 2**20  # bytes of a log that is bounded
+_KEPT_LOG = 2**18  # bytes of it, the last, that stay when it is cut
 _DRAIN_SECONDS = 1.0
 _STANDARD_ATTRIBUTES = {*vars(logging.makeLogRecord({})), "asctime", "message", "taskName"}  # of a log record
 
@@ -42,6 +44,33 @@ def configure(process: str, form: LogFormat, level: int = logging.INFO) -> None:
     text = _Text(f"%(asctime)s {place} %(levelname)s %(message)s")
     handler.setFormatter(_JSON(process) if form == "json" else text)
     logging.basicConfig(level=level, handlers=[handler], force=True)  # a fork has its parent's handlers
+
+
+_is_bounded = False  # whether standard output and standard error write a log that must stay small
+
+
+def bound(log_file: str) -> None:
+    """Keep a log below a MiB, if it is what standard error writes: cut it now, and from now on before each line.
+
+    Call it regularly: lines of a child process make the log longer too.
+    """
+    global _is_bounded
+    with suppress(OSError):
+        _is_bounded = os.path.samestat(os.fstat(2), os.stat(log_file))
+    if _is_bounded:
+        _cut(0)
+
+
+def _cut(more: int) -> None:
+    """Keep the last lines of the log, in the same file, if it would grow over a MiB by `more` bytes."""
+    if os.fstat(2).st_size + more <= _LARGEST_LOG:
+        return
+    last = b""
+    with suppress(OSError), open("/proc/self/fd/2", "rb") as log_file:  # also if its name was removed
+        log_file.seek(-_KEPT_LOG, os.SEEK_END)
+        _, _, last = log_file.read(_KEPT_LOG).partition(b"\n")
+    os.ftruncate(2, 0)
+    os.write(2, b"(earlier lines were removed)\n" + last)  # to the end, as each write to it
 
 
 class _JSON(logging.Formatter):
@@ -154,6 +183,9 @@ class _Output(io.FileIO):
 
     def _write_now(self, line: bytes) -> bool:
         try:
+            if _is_bounded:
+                line = line[-_KEPT_LOG:]
+                _cut(len(line))
             while line:
                 line = line[os.write(self.fileno(), line) :]
         except OSError:  # the disk is full, or the reader is gone

@@ -1,18 +1,29 @@
 """What a program opens and holds: a state, and through it the counters and shared objects of one store."""
 
-import builtins
 import logging
 import os
 import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from math import inf
 from typing import Any, Self, TypeVar, cast
 
 from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
-from .errors import DeadlineExceeded, Disconnected, InvalidRequest, NotHosted, RemoteError, StateLost, Unsupported
+from .errors import (
+    CounterServerError,
+    DeadlineExceeded,
+    Disconnected,
+    InvalidRequest,
+    NotHosted,
+    RemoteError,
+    ResultLost,
+    StateLost,
+    Unsupported,
+)
 from .objects import LARGEST_CALL_BATCH, Declaration, declare
 from .operations import (
     LARGEST_BATCH,
@@ -30,9 +41,8 @@ from .operations import (
     Set,
     check_name,
     check_step,
-    decode_plain,
-    encode_plain,
 )
+from .plain import decode_plain, encode_plain, find_class
 from .session import Session
 from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, LONGEST_DEADLINE, StoreOptions, check_seconds
 from .status import Status
@@ -45,6 +55,7 @@ Kind = TypeVar("Kind")
 
 _MOST_LOSSES = 10  # in a row for which a forgetful handle repeats a call; it raises the next one
 
+_deadline: ContextVar[float | None] = ContextVar("counter_server_deadline", default=None)  # in a `deadline` block
 _noticing = threading.Lock()  # held while a child finds out that it is one
 _listing = threading.Lock()  # guards the set below
 _states: "weakref.WeakSet[State]" = weakref.WeakSet()
@@ -146,20 +157,30 @@ def forgetful(handle: Kind) -> Kind:
 
 
 def _returned(result: Result) -> Any:
-    """Return what a method returned, or raise its exception, in its own type if that is built in."""
+    """Return what a method returned, or raise its exception, in its own class if this process has that."""
     if isinstance(result, Returned):
-        return decode_plain(result.value)
-    raised = expect(Raised, result)
-    remote = RemoteError(raised.name, raised.text, raised.traceback)
-    kind = getattr(builtins, raised.name, None)
-    if raised.arguments is None or not (isinstance(kind, type) and issubclass(kind, Exception)):
-        raise remote
-    try:
-        error = kind(*decode_plain(raised.arguments))
-    except Exception:  # noqa: BLE001 - its constructor does not accept its own `args`
-        raise remote from None
-    error.add_note(f"Raised in the manager process:\n{raised.traceback}")
-    raise error
+        try:
+            return decode_plain(result.value)
+        except ValueError as error:
+            raise ResultLost("ResultLost", f"{error}; the call was made, and its result is lost", "") from error
+    raise _made_again(expect(Raised, result))
+
+
+def _made_again(raised: Raised) -> Exception:
+    """Return a method's exception, without a call of the class's constructor, which may take other arguments."""
+    kind = find_class(raised.module, raised.name.removeprefix(f"{raised.module}."))
+    # An error of ours would say what happened to another call.
+    is_known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, CounterServerError)
+    if is_known and raised.content is not None:
+        with suppress(Exception):  # the class here differs from the class there
+            arguments, attributes = decode_plain(raised.content)
+            base = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+            error = cast(Exception, base.__new__(kind, *arguments))
+            base.__init__(error, *arguments)
+            vars(error).update(attributes)
+            error.add_note(f"Raised in the manager process:\n{raised.traceback}")
+            return error
+    return RemoteError(raised.name, raised.text, raised.traceback)
 
 
 def expect(kind: type[Kind], result: object) -> Kind:
@@ -225,6 +246,25 @@ class Sharing(ABC):
     @abstractmethod
     def invoke(self, name: str, operation: Invoke) -> Result:
         """Call a method of the declared object `name`; see `submit`."""
+
+    @staticmethod
+    @contextmanager
+    def deadline(seconds: float) -> Iterator[None]:
+        """Give each call in a block another deadline, at most 60 seconds; also a decorator.
+
+        ::
+
+            with shared.deadline(0.5):
+                global_obj.query()
+
+        It is for all calls of this thread (or greenlet, or task) in the block, through whichever handle, and instead of
+        their state's deadline. A request's deadline holds as well.
+        """
+        token = _deadline.set(check_seconds(seconds, "a deadline", LONGEST_DEADLINE))
+        try:
+            yield
+        finally:
+            _deadline.reset(token)
 
     def counter(self, name: str) -> Counter:
         """Return the counter `name`, which exists from its first increment on, or raise `InvalidRequest`."""
@@ -374,7 +414,8 @@ class State(Sharing):
             with _noticing:
                 if self._process != os.getpid() or self._lock_type is not threading.Lock:
                     self._begin_again()
-        return time.monotonic() + (within if within < self._deadline else self._deadline)
+        seconds = _deadline.get() or self._deadline
+        return time.monotonic() + (within if within < seconds else seconds)
 
     def _begin_again(self) -> None:
         self._opening = threading.Lock()

@@ -4,7 +4,55 @@ import os
 import sys
 import threading
 import time
+from collections import OrderedDict
+from dataclasses import InitVar, dataclass, field, replace
+from enum import Enum, Flag, IntEnum, StrEnum
 from typing import Any, cast
+
+from counter_server.errors import InvalidRequest
+
+
+class Colour(Enum):
+    RED = ("red", object())
+    BLUE = ("blue", object())
+
+
+class Level(IntEnum):
+    LOW = 1
+
+
+class Word(StrEnum):
+    YES = "yes"
+
+
+class Access(Flag):
+    READ = 1
+    WRITE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    x: int
+    colour: Colour = Colour.RED
+    seen: list[str] = field(default_factory=list, compare=False)
+
+
+@dataclass
+class Measured:
+    """A dataclass whose constructor takes other than its fields, and counts."""
+
+    made = 0
+    unit: InitVar[str]
+    text: str = field(init=False)
+
+    def __post_init__(self, unit: str) -> None:
+        Measured.made += 1
+        self.text = f"5 {unit}"
+
+
+@dataclass
+class Entries(dict[str, int]):
+    """Not plain data, as it is more than its fields."""
 
 
 class SomeObj:
@@ -19,13 +67,22 @@ class SomeObj:
 
 
 class OwnError(Exception):
-    """An exception that is not built in."""
+    """An exception that is not built in, whose constructor takes other arguments than it keeps."""
+
+    def __init__(self, item: object, *, number: int = 0) -> None:
+        super().__init__(f"no {item}")
+        self.item, self.number = item, number
+
+
+class OtherError(Exception):
+    pass
 
 
 class Toolbox:
     """An object with one method for each possible outcome of a call."""
 
     kind = "toolbox"
+    word, error = Word.YES, OtherError
 
     def __init__(self) -> None:
         self.items: list[object] = []
@@ -47,10 +104,26 @@ class Toolbox:
         raise KeyError("no such tool", 7)
 
     def fail_in_its_own_way(self) -> None:
-        raise OwnError("with a message")
+        raise OwnError("tool", number=5)
 
     def give(self) -> object:
-        return {1, 2}
+        """Return what cannot be sent."""
+        self.items.append("given")
+        return OrderedDict()
+
+    def give_word(self) -> Word:
+        self.items.append("given")
+        return self.word
+
+    def fail_in_another_way(self) -> None:
+        raise self.error("with a message")
+
+    def fail_as_this_package(self) -> None:
+        raise InvalidRequest("of another call")
+
+    def change(self, point: "Point") -> "Point":
+        """Return another point, if this one has arrived as what it was sent as."""
+        return replace(point, colour=Colour.BLUE if point.colour is Colour.RED else Colour.RED)
 
     def break_pickle(self) -> None:
         self.items.append(threading.Lock())

@@ -443,6 +443,15 @@ def test_workers_share_cached_views_and_sessions(shared_manager: str, stack: Exi
     assert (visitor.get("/inc").text, one.get("/inc").text, calls) == ("4", "1", ["one", "other"])
 
 
+def test_a_key_prefix_keeps_two_apps_of_one_manager_apart(on_demand: str, stack: ExitStack) -> None:
+    caches = [caching(make_app(on_demand), stack, CACHE_KEY_PREFIX=prefix) for prefix in ("one_", "other_", "other_")]
+    one, other, same = (cache.cache for cache in caches)
+    assert one.set_many({"key": "one"}) + other.set_many({"key": "other", "more": 1}) == ["key", "key", "more"]
+    assert [cache.get("key") for cache in (one, other, same)] == ["one", "other", "other"]
+    assert other.clear() is True
+    assert [cache.get("key") for cache in (one, other, same)] == ["one", None, None]
+
+
 OWN = {"deadline": PATIENCE, "threshold": 1, "default_timeout": 0}
 
 
@@ -454,6 +463,9 @@ OWN = {"deadline": PATIENCE, "threshold": 1, "default_timeout": 0}
         ({"CACHE_ARGS": ["memory://"], "CACHE_OPTIONS": OWN}, "flask-caching", 1),
         ({"CACHE_ARGS": ["memory://", "mine"], "CACHE_OPTIONS": OWN}, "mine", 1),
         ({"CACHE_OPTIONS": {"url": "memory://", **OWN}}, "flask-caching", 1),
+        ({"CACHE_KEY_PREFIX": "shop_"}, "flask-caching shop_", 500),
+        ({"CACHE_ARGS": ["memory://", "mine"], "CACHE_KEY_PREFIX": "shop_", "CACHE_OPTIONS": OWN}, "mine shop_", 1),
+        ({"CACHE_KEY_PREFIX": ""}, "flask-caching", 500),
     ],
 )
 def test_the_configuration_of_flask_caching_is_used(

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -20,6 +22,7 @@ from counter_server.manager.wire import connect
 from counter_server.objects import HostedObject, declare
 from counter_server.operations import Batch, Get, Increment, Invoke, Operation, Refusal, Replayed, Result, Set
 from counter_server.settings import Caps
+from counter_server.status import Status
 from counter_server.stores import open_store
 from tests.hosted_classes import Toolbox
 from tests.load import open_client
@@ -115,6 +118,50 @@ def test_the_client_that_is_idle_longest_makes_room_for_another(clock: SimpleNam
     assert apply(ledger, Increment("a"), client=late, sequence=2) == [4]
     assert apply(ledger, Increment("a"), client=new, sequence=2) == [5]
     assert isinstance(ledger.perform([Batch(early, 2, [Increment("a")])])[0], BatchRefused)
+
+
+def test_a_client_whose_process_has_ended_makes_room_at_once(clock: SimpleNamespace) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    ledger = capped(clock, clients=2)
+    for number, client in enumerate((ANN, BOB), 1):
+        assert apply(ledger, Increment("a"), client=client) == [number]
+    for pid in (os.getpid(), 0):  # one that runs, and one that cannot be seen from here
+        ledger.remembered.leave(ANN, pid)
+        assert apply(ledger, Increment("a"), client=os.urandom(16)) == [CLIENT]
+    assert apply(ledger, Increment("a"), client=ANN, sequence=1) == [1]  # sent again
+    for client in (ANN, os.urandom(16), ANN):
+        ledger.remembered.leave(client, ended.pid)
+    assert apply(ledger, Increment("a"), client=CYD) == [3]
+    assert apply(ledger, Increment("a"), client=os.urandom(16)) == [CLIENT]
+    assert apply(ledger, Increment("a"), client=BOB, sequence=2) == [4]
+
+
+def test_a_process_for_each_request_is_never_one_too_many(start_manager: StartManager, data_dir: Path) -> None:
+    """A process that has ended sends nothing again, and one whose parent has not reaped it yet has ended too."""
+    start_manager("--max-clients", "2")
+
+    url = DataDirectory(data_dir).url
+    reader, writer = os.pipe()
+    pids = []
+    try:
+        for number in range(1, 7):
+            with open_client(url) as state:
+                eventually(lambda: cast(Status, state.status()).connections == 1, "the end of the other connections")
+            pids.append(os.fork())
+            if not pids[-1]:
+                try:
+                    with open_client(url) as state:
+                        os.write(writer, b"%d\n" % state.counter("c").increment())
+                finally:
+                    os._exit(0)
+            assert os.read(reader, 100) == b"%d\n" % number
+            os.waitid(os.P_PID, pids[-1], os.WEXITED | os.WNOWAIT)
+    finally:
+        os.close(reader)
+        os.close(writer)
+        for pid in pids:
+            os.waitpid(pid, 0)
 
 
 def test_a_shared_object_has_the_cap_of_clients_too() -> None:

@@ -158,6 +158,39 @@ def test_options_and_variables_name_the_store(cli: Cli, manager: Manager, state:
         assert cli("increment", "x", *options, **named) == (0, f"{expected}\n", "")
 
 
+@pytest.mark.parametrize(
+    ("variable", "text", "arguments", "expected"),
+    [
+        ("COUNTER_SERVER_INCREMENT_BY", "5", ["increment", "by"], "5"),
+        ("COUNTER_SERVER_DEADLINE", "nonsense", ["get", "x"], "COUNTER_SERVER_DEADLINE"),
+        ("COUNTER_SERVER_RUN_PORT", "nonsense", ["run"], "--port"),
+        ("COUNTER_SERVER_RUN_WORKERS", "0", ["run"], "--workers"),
+        ("COUNTER_SERVER_DURABILITY", "nonsense", ["run"], "--durability"),
+        ("COUNTER_SERVER_DURABILITY", "nonsense", ["manager"], "--durability"),
+        ("COUNTER_SERVER_TRUSTED_PROXIES", "nonsense", ["run"], "--trusted-proxy"),
+        ("COUNTER_SERVER_PORT", "tcp://10.0.0.1:80", ["increment", "port"], "1"),  # Kubernetes sets this for a service
+    ],
+)
+def test_the_environment_has_options_too(
+    cli: Cli, manager: Manager, variable: str, text: str, arguments: list[str], expected: str
+) -> None:
+    result = cli(*arguments, **{variable: text, "COUNTER_SERVER_STORE": manager.url})
+    if expected.isdigit():
+        assert result == (0, f"{expected}\n", "")
+    else:
+        assert expected in refused(result)
+
+
+def test_the_environment_of_a_manager_is_checked_at_its_start(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COUNTER_SERVER_LARGEST_VALUE", "nonsense")
+    assert "COUNTER_SERVER_LARGEST_VALUE" in refused(launch("manager", "--data-dir", cwd / "data"))
+
+
+def test_with_no_start_in_the_environment_nothing_is_started(cli: Cli, cwd: Path) -> None:
+    assert "no manager is running" in refused(cli("get", "x", COUNTER_SERVER_START="0", COUNTER_SERVER_DEADLINE="0.1"))
+    assert list(cwd.iterdir()) == []
+
+
 def test_the_command_and_the_module_are_the_same_program(manager: Manager, state: State) -> None:
     (found,) = entry_points(group="console_scripts", name="counter-server")
     assert found.load() is main

@@ -20,18 +20,8 @@ from counter_server.journal import Journal
 from counter_server.ledger import Ledger
 from counter_server.manager import server
 from counter_server.objects import declare
-from counter_server.operations import (
-    Batch,
-    Increment,
-    Invoke,
-    Operation,
-    Raised,
-    Refusal,
-    Result,
-    Returned,
-    decode_plain,
-    encode_plain,
-)
+from counter_server.operations import Batch, Increment, Invoke, Operation, Raised, Refusal, Result, Returned
+from counter_server.plain import decode_plain, encode_plain
 from counter_server.settings import Caps
 from tests.hosted_classes import SomeObj
 

@@ -28,7 +28,7 @@ from counter_server.manager import client as client_module
 from counter_server.manager.client import StateProxy, end_manager
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.server import StateServer
-from counter_server.manager.wire import HANDSHAKE_SECONDS, LARGEST_FRAME, Connection, Greeting, connect
+from counter_server.manager.wire import HANDSHAKE_SECONDS, Connection, Greeting, connect, largest_frame
 from counter_server.objects import Declaration
 from tests.load import at_once, impatient, open_client
 from tests.processes import PATIENCE, Manager, Program, eventually, frozen
@@ -364,7 +364,7 @@ BATCHES += [(b"x" * 16, 1, [operation]) for operation in (("increment", "c", 0),
         *((ident, "apply", (), {}) for ident in (None, "7f0000000000")),
         *(("ledger", "_commit", ([],), {}), ("ledger", "apply", ("no batch",), {})),
         *(("ledger", "apply", (batch,), {}) for batch in BATCHES),
-        *("not a call", 17, bytes(LARGEST_FRAME + 1)),
+        *("not a call", 17, bytes(largest_frame() + 1)),
     ],
     ids=lambda call: repr(call)[:60],
 )

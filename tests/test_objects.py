@@ -2,37 +2,51 @@
 
 import pickle
 import time
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import make_dataclass
+from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import time as time_of_day
+from decimal import Decimal
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, cast
+from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import pytest
 from flask import Flask
 from msgspec import msgpack
 
-from counter_server import CounterServerError, SharedState, State, StoreOptions, errors, objects, open_state
+from counter_server import CounterServerError, SharedState, State, StoreOptions, errors, objects, open_state, plain
 from counter_server.cli import examine
 from counter_server.ledger import CLIENT_LIFETIME, Changes, ClientRecord
 from counter_server.manager.server import SLOW_SECONDS
-from counter_server.manager.wire import LARGEST_FRAME
-from counter_server.objects import LARGEST_CALL_BATCH, LARGEST_STATE, Busy, Declaration, HostedObject, declare
-from counter_server.operations import (
-    LARGEST_VALUE,
-    Batch,
-    Increment,
-    Invoke,
-    Operation,
-    Refusal,
-    Result,
-    Returned,
-    decode_plain,
-    encode_plain,
-)
+from counter_server.manager.wire import largest_frame
+from counter_server.objects import LARGEST_CALL_BATCH, Busy, Declaration, HostedObject, declare
+from counter_server.operations import Batch, Increment, Invoke, Operation, Refusal, Result, Returned
+from counter_server.plain import decode_plain, encode_plain
 from counter_server.server.web import create_app
+from counter_server.settings import LARGEST_VALUE
 from counter_server.state import SharedObject
 from tests import hosted_classes
-from tests.hosted_classes import OneWay, OwnError, Refusing, Slow, SomeObj, Spoiled, Toolbox
+from tests.hosted_classes import (
+    Access,
+    Colour,
+    Entries,
+    Level,
+    Measured,
+    OneWay,
+    OwnError,
+    Point,
+    Refusing,
+    Slow,
+    SomeObj,
+    Spoiled,
+    Toolbox,
+    Word,
+)
 from tests.load import at_once
 from tests.processes import PATIENCE, ROOT, Program, end_manager, eventually, holder
 
@@ -50,6 +64,23 @@ def toolbox(state: State) -> Any:
     return state.object("toolbox", Toolbox)
 
 
+NOT_PLAIN: list[Any] = [
+    *(
+        object(),
+        Toolbox,
+        1j,
+        [1j],
+        {"a": {1j}},
+        "\ud800",
+        OrderedDict(),
+        defaultdict(int),
+        type("Number", (int,), {})(1),
+    ),
+    *(cast(Any, namedtuple("Pair", "a b"))(1, 2), Entries(), Point, Colour, make_dataclass("Local", ["x"])(1)),
+    Enum("Local", "ONE").ONE,  # type: ignore[attr-defined]
+]
+
+
 def patient(url: str, **options: Any) -> State:
     return open_state(url, deadline=PATIENCE, options=StoreOptions(**options))
 
@@ -61,21 +92,90 @@ def test_plain_data_is_returned_unchanged_and_other_data_refused(toolbox: Any) -
     plain: list[Any] = [None, True, -1, 2**64, -(2**200), "é", b"\x00\xff", [1, [2]], (), (1, (2,)), {"a": (1,)}]
     for value in (*plain, {1: 2, None: 3, (1, 2): [4], b"x": 5.0}):
         assert repr(toolbox.echo(value, word=value)) == repr(((value,), {"word": value}))
-    for value in ({1}, object(), Toolbox, 1j, [{1}], {"a": {1}}, "\ud800"):
-        with pytest.raises(errors.InvalidRequest, match=r"the arguments of toolbox\.add"):
+    for value in NOT_PLAIN:
+        with pytest.raises(errors.InvalidRequest, match=r"the arguments of toolbox\.add cannot be sent"):
             toolbox.add(value)
     with pytest.raises(errors.InvalidRequest, match="at most"):
         toolbox.add("x" * (LARGEST_VALUE + 1))
     assert toolbox.count() == 0
-    with pytest.raises(errors.RemoteError, match=r"set is not plain data.*; the call was made, and its result is lost"):
+
+
+def test_values_of_known_classes_are_returned_as_what_they_were(toolbox: Any) -> None:
+    measured, made = Measured("m"), Measured.made
+    zones = UTC, timezone(timedelta(hours=5), "five"), ZoneInfo("Europe/Berlin")
+    values: list[Any] = [
+        *(datetime(2026, 1, 1, 5, tzinfo=zone, fold=1) for zone in (None, *zones)),
+        *(date(2026, 1, 1), time_of_day(5, 6, 7, 8), time_of_day(5, tzinfo=zones[1], fold=1), timedelta(-1, 2, 3)),
+        *(Decimal("1.50"), Decimal("NaN"), UUID(int=7), {(2,)}, frozenset({UUID(int=1)}), set()),
+        *(Level.LOW, Word.YES, Access.READ, Access.READ | Access.WRITE, Access(0)),
+        *({Level.LOW: [{date(2026, 1, 1)}], Point(1): Point(2, seen=["a"])}, measured),
+    ]
+    for value in values:
+        (returned,), words = toolbox.echo(value, word=value)
+        assert (repr(returned), repr(words["word"]), type(returned)) == (repr(value), repr(value), type(value))
+    assert toolbox.echo(Colour.RED, {1, "a", None}) == ((Colour.RED, {1, "a", None}), {})
+    assert toolbox.change(toolbox.change(Point(1))) == Point(1)
+    assert Measured.made == made  # nothing calls a constructor again
+
+
+def test_a_result_that_cannot_be_sent_or_read_says_that_the_call_was_made(
+    toolbox: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(errors.ResultLost, match=r"OrderedDict is not plain data.*; the call was made, and its") as lost:
         toolbox.give()
+    assert (lost.value.outcome, toolbox.count()) == ("unknown", 1)
+    monkeypatch.delattr(hosted_classes, "Word")  # from this process
+    with pytest.raises(errors.ResultLost, match="the call was made"):
+        toolbox.give_word()
+    assert toolbox.count() == 2
+
+
+def test_arguments_of_a_class_that_the_manager_lacks_are_refused(state: State, toolbox: Any) -> None:
+    packed = encode_plain(((Level.LOW,), {}), "arguments")
+    state.invoke("toolbox", Invoke("add", packed))
+    with pytest.raises(errors.InvalidRequest, match=r"hosted_classes\.Lofty is not found here") as refused:
+        state.invoke("toolbox", Invoke("add", packed.replace(b"Level", b"Lofty")))
+    assert (refused.value.outcome, toolbox.count()) == ("not_applied", 1)
+
+
+def test_a_setting_lets_values_be_larger_in_the_manager_too(on_demand: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_app(url: str, size: int) -> Flask:
+        app = Flask(__name__)
+        app.config.update(COUNTER_SERVER_STORE=url, COUNTER_SERVER_DEADLINE=PATIENCE, COUNTER_SERVER_LARGEST_VALUE=size)
+        shared.init_app(app)
+        return app
+
+    monkeypatch.setenv("COUNTER_SERVER_LARGEST_VALUE", "")
+    monkeypatch.setattr(plain, "_largest_value", None)
+    shared = SharedState()
+    toolbox = shared.object("toolbox", Toolbox, durable=True)
+    large = "x" * (5 * LARGEST_VALUE)
+    with make_app(f"{on_demand}-small", LARGEST_VALUE).app_context() as context:
+        assert toolbox.count() == 0
+        make_app("memory://", 6 * LARGEST_VALUE)  # in the same process, but this manager was started before
+        with pytest.raises(
+            errors.InvalidRequest, match=r"at most 1048576 .*COUNTER_SERVER_LARGEST_VALUE; the call was"
+        ):
+            toolbox.add(large)
+        assert toolbox.count() == 0
+        context.app.extensions["counter_server"].close()
+    app = make_app(on_demand, 2 * LARGEST_VALUE)
+
+    def echo() -> int:
+        with app.app_context():
+            return len(cast(Any, toolbox).echo(large)[0][0])
+
+    with app.app_context():
+        assert toolbox.add(large) == 1
+    assert at_once(16, echo) == [len(large)] * 16
+    app.extensions["counter_server"].close()
 
 
 def test_many_large_arguments_at_once_fit(toolbox: Any) -> None:
     large = "x" * (LARGEST_VALUE - 100)
     assert at_once(16, lambda: len(toolbox.echo(large)[0][0])) == [len(large)] * 16
     call = Invoke("m" * 255, bytes(LARGEST_VALUE))
-    assert len(msgpack.encode(Batch(b"c" * 16, 2**63, [call] * LARGEST_CALL_BATCH))) < LARGEST_FRAME - 1000
+    assert len(msgpack.encode(Batch(b"c" * 16, 2**63, [call] * LARGEST_CALL_BATCH))) < largest_frame() - 1000
 
 
 def test_errors_of_a_method_reach_its_caller(toolbox: Any) -> None:
@@ -84,19 +184,35 @@ def test_errors_of_a_method_reach_its_caller(toolbox: Any) -> None:
     assert error.value.args == ("no such tool", 7)
     assert "hosted_classes.py" in error.value.__notes__[0]
     assert toolbox.count() == 1  # it was called once
-    with pytest.raises(errors.RemoteError) as other:
+    with pytest.raises(OwnError) as own:
         toolbox.fail_in_its_own_way()
-    assert (other.value.name, other.value.text) == (f"{OwnError.__module__}.OwnError", "with a message")
-    assert not isinstance(other.value, CounterServerError)  # it has no outcome
+    assert (str(own.value), own.value.item, own.value.number) == ("no tool", "tool", 5)
+    assert "hosted_classes.py" in own.value.__notes__[0]
+
+
+def test_an_error_of_a_class_that_is_not_known_here_is_remote(toolbox: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(hosted_classes, "OtherError")
+    with pytest.raises(errors.RemoteError) as other:
+        toolbox.fail_in_another_way()
+    assert (other.value.name, other.value.text) == (f"{hosted_classes.__name__}.OtherError", "with a message")
+    assert (isinstance(other.value, CounterServerError), other.value.outcome) == (False, "unknown")
     assert "hosted_classes.py" in other.value.remote_traceback
+    with pytest.raises(errors.RemoteError, match="InvalidRequest: of another call"):  # it would say nothing was sent
+        toolbox.fail_as_this_package()
 
 
 def test_a_method_whose_error_is_hard_to_tell_was_called_once(state: State) -> None:
     awkward = state.object("awkward", hosted_classes.Awkward)
-    kinds: dict[str, Any] = dict.fromkeys(
-        ["a message that cannot be encoded", "arguments longer than a frame"], ValueError
-    )
-    kinds |= {"a number too long for str()": KeyError, "a place that is none": (SyntaxError, errors.RemoteError)}
+    kinds: dict[str, Any] = {
+        "a place that is none": (SyntaxError, errors.RemoteError),
+        "notes that end the program": OwnError,
+        "a message longer than a frame": OwnError,
+        "a message that ends the program": hosted_classes.UntellableError,
+        "a strange message": hosted_classes.StrangeError,
+        "a number too long for str()": KeyError,
+        "a message that cannot be encoded": ValueError,
+        "arguments longer than a frame": ValueError,
+    }
     for number, how in enumerate(hosted_classes.awkward_errors(), 1):
         with pytest.raises(kinds.get(how, errors.RemoteError)):
             awkward.fail(how)
@@ -262,22 +378,27 @@ def test_a_call_whose_state_cannot_be_kept_is_made_once_and_undone(tmp_path: Pat
 def test_a_state_may_have_a_megabyte() -> None:
     box = Toolbox()
     box.add("tool", 500_000)
-    room = LARGEST_STATE - len(pickle.dumps(box, pickle.HIGHEST_PROTOCOL)) + 500_000
+    room = LARGEST_VALUE - len(pickle.dumps(box, pickle.HIGHEST_PROTOCOL)) + 500_000
     scene = Scene(Toolbox)
-    assert (scene.call("add", "tool", room), LARGEST_STATE) == (1, 2**20)
+    assert (scene.call("add", "tool", room), LARGEST_VALUE) == (1, 2**20)
     scene = Scene(Toolbox)
     refused = scene.call("add", "tool", room + 1).message
-    assert "has a state of 1048577 bytes; at most 1048576 can be durable" in refused
+    assert (
+        "has 1048577 bytes; at most 1048576 are allowed, by COUNTER_SERVER_LARGEST_VALUE; the call was undone"
+        in refused
+    )
     assert scene.call("add", "tool") == 1
 
 
 def test_an_error_is_described_in_bounded_text() -> None:
     known = objects._raised(KeyError("x"))
-    assert (known.name, decode_plain(known.arguments or b"")) == ("KeyError", ("x",))
+    assert (known.name, decode_plain(known.content or b"")) == ("KeyError", (("x",), {}))
     own = objects._raised(OwnError("x" * 20_000))
-    assert (own.name, len(own.text), own.arguments) == ("tests.hosted_classes.OwnError", 10_000, None)
-    assert objects._raised(SystemExit(3)).arguments is None
-    assert decode_plain(objects._raised(ValueError(object)).arguments or b"") == (str(object),)
+    assert (own.name, own.module, len(own.text)) == ("tests.hosted_classes.OwnError", "tests.hosted_classes", 10_000)
+    assert decode_plain(objects._raised(OwnError(object)).content or b"") == ((f"no {object}",), {"number": 0})
+    assert decode_plain(objects._raised(OwnError("x" * 2**20)).content or b"") == ((own.text,), {"number": 0})
+    assert objects._raised(SystemExit(3)).content is None
+    assert decode_plain(objects._raised(ValueError(object)).content or b"") == ((str(object),), {})
 
 
 def test_a_busy_object_makes_no_call_and_an_end_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A slow or dead reader stops nothing: neither of the log, of standard output, nor of service notifications."""
 
+import importlib
 import json
 import os
 import pty
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from counter_server import open_state
 from counter_server.manager.directory import DataDirectory
 from tests.load import open_client
 from tests.processes import PATIENCE, Program, Server, eventually, holder
@@ -209,3 +211,35 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
     eventually(lambda: not any(child.startswith("sh)") for child in children_of(server.pid)), "the orphans' end")
     eventually(lambda: not any(child.endswith(" Z") for child in children_of(server.pid)), "no zombies")
     assert server.stop() == 0
+
+
+CHATTY = """
+import os, sys
+class Chatty:
+    def say(self, size, times):
+        for number in range(times):
+            print(f"{number:7}" + "x" * size)
+    def have_a_child_say(self, size):
+        os.system(f"head -c {size} /dev/zero >&2; echo; echo from the child")
+"""
+
+
+def test_the_log_of_a_manager_on_demand_stays_small(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
+    """Its class prints for ever, long lines too, and so does a child process."""
+    (tmp_path / "chatty.py").write_text(CHATTY)
+    with pytest.MonkeyPatch.context() as patch, open_state(on_demand, deadline=PATIENCE) as state:
+        patch.syspath_prepend(tmp_path)
+        chatty = state.object("chatty", importlib.import_module("chatty").Chatty)
+        chatty.say(2**18, 5)
+        log, most = data_dir / "manager.log", 2**20
+        eventually(lambda: log.stat().st_size <= most, "the manager's first look")
+        for size, times in ((200, 50_000), (2**19, 10), (50, 1000)):
+            chatty.say(size, times)
+            assert log.stat().st_size <= most
+        assert f"{999:7}" in log.read_text()[-100:]
+        chatty.have_a_child_say(2**22)
+        last = b"from the child\n"
+        eventually(lambda: log.stat().st_size <= most and log.read_bytes().endswith(last), "the manager's next look")
+        log.unlink()
+        chatty.say(2**18, 50)  # to no end, but nothing fails
+        sys.modules.pop("chatty")

@@ -5,11 +5,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -208,3 +208,47 @@ def test_a_child_works_though_a_thread_of_the_parent_held_a_lock(state: State, c
     with state.store._writing:
         assert in_child(lambda: b"%d %d %d" % (counter.increment(), counter.increment(), counter.value)) == b"1 2 2"
     assert counter.increment() == 1
+
+
+class Timed(MemoryStore):
+    """A store that remembers the deadline of its last call."""
+
+    deadline = 0.0
+
+    def apply(self, batch: Batch, deadline: float = inf, /) -> list[Result]:
+        self.deadline = deadline
+        return super().apply(batch, deadline)
+
+
+def test_a_block_gives_its_calls_another_deadline() -> None:
+    store = Timed()
+    state = State(store, deadline=5)
+
+    def seconds() -> tuple[float, float]:
+        """Make a call; return bounds of the seconds that it might take."""
+        began = time.monotonic()
+        state.counter("c").increment()
+        return store.deadline - time.monotonic(), store.deadline - began
+
+    def assert_deadline(wanted: float) -> None:
+        least, most = seconds()
+        assert least <= wanted <= most
+
+    @state.deadline(7)
+    def decorated() -> None:
+        assert_deadline(7)
+
+    assert_deadline(5)
+    with state.deadline(0.5):
+        assert_deadline(0.5)
+        with suppress(KeyError), state.deadline(60):  # it may be later, too
+            assert_deadline(60)
+            decorated()
+            raise KeyError
+        assert_deadline(0.5)
+        at_once(2, lambda: assert_deadline(5))  # other threads are not in the block
+    assert_deadline(5)
+    wrong: list[Any] = [0, 61, None, "1"]
+    for value in wrong:
+        with pytest.raises(InvalidRequest, match="deadline"), state.deadline(value):
+            pass

@@ -23,6 +23,7 @@ BASKET = "_counter_server_visitor"  # the session's key
 def make_app(**config: object) -> tuple[Flask, SharedState]:
     app = Flask(__name__)
     app.config.update({"TESTING": True, "SECRET_KEY": "of this test", "COUNTER_SERVER_STORE": "memory://", **config})
+    app.config["COUNTER_SERVER_ERROR_HANDLER"] = False  # errors reach the test
     return app, SharedState(app)
 
 

@@ -22,16 +22,17 @@ from multiprocessing.connection import Connection as Pipe
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from multiprocessing.managers import Server
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
-from msgspec import MsgspecError, msgpack
+from msgspec import MsgspecError, Struct, field, msgpack
 
 from ..errors import BatchRefused, DirectoryHeld, Disconnected, StartupError, Stopped
 from ..journal import REFUSALS, Journal, JournalFailed
-from ..ledger import Changes, Contents, Ledger
+from ..ledger import Changes, Clients, Contents, Ledger
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
 from ..os_errors import NO_SOCKETS, explain
+from ..output import bound
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from ..status import SlowCall, Status
 from ..store import Applies
@@ -40,7 +41,17 @@ from .client import StateProxy, end_manager
 from .directory import DataDirectory, keep_from_children
 from .hosting import NOTHING, Hosting, Sources, import_classes
 from .snapshot import Kept
-from .wire import ACCEPT_PAUSE, FRAME_SECONDS, SERIALIZER, Call, Connection, Greeting, Listener, object_ident
+from .wire import (
+    ACCEPT_PAUSE,
+    FRAME_SECONDS,
+    SERIALIZER,
+    Call,
+    Connection,
+    Greeting,
+    Listener,
+    largest_frame,
+    object_ident,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +70,23 @@ _decode_batch = msgpack.Decoder(tuple[Batch]).decode
 _decode_greeting = msgpack.Decoder(Greeting).decode
 
 
+class _Process(Struct):
+    """A process that has connections, and the clients that it was, each by the object that they called."""
+
+    connections: int = 0
+    clients: set[tuple[str, bytes]] = field(default_factory=set)
+
+
+class Remembers(Applies, Protocol):
+    """Applies batches, and remembers the last one of each client."""
+
+    remembered: Clients
+
+
 class Hosted(NamedTuple):
     """An object that proxies reach by its name: the ledger of the counters, or a shared object."""
 
-    applies: Applies
+    applies: Remembers
     epoch: str  # identifies its state: it changes when some of the state is lost
     declaration: Declaration | None = None
 
@@ -72,6 +96,7 @@ class NotMade:
 
     def __init__(self, reason: StartupError) -> None:
         self._refusal = Refusal("not_made", str(reason))
+        self.remembered = Clients({})
 
     def apply(self, batch: Batch, _deadline: float) -> list[Result]:
         return [self._refusal] * len(batch.operations)
@@ -111,6 +136,7 @@ class StateServer(Server):
         idle_timeout: float | None,
         supervisor: int | None,
     ) -> None:
+        self._largest_frame = largest_frame()
         super().__init__({}, str(directory.socket), directory.key("manager"), SERIALIZER)
         self._directory = directory
         self.hosted = hosted
@@ -123,6 +149,7 @@ class StateServer(Server):
         self._idle_timeout = idle_timeout
         self._supervisor = supervisor  # pid
         self._connections: set[Connection] = set()
+        self._processes: dict[int, _Process] = {}  # that have these connections, by pid
         self._welcomed = 0  # of these, after the greeting
         self._users: set[Connection] = set()  # of these, to shared objects
         self._idle_since = self._began = time.monotonic()
@@ -152,6 +179,12 @@ class StateServer(Server):
         with self.mutex:
             self._connections.discard(connection)
             self._idle_since = time.monotonic()
+            process = self._processes[connection.pid]
+            process.connections -= 1
+            if not process.connections:  # no batch of its clients is on the way any more
+                del self._processes[connection.pid]
+                for ident, client in process.clients:
+                    self.hosted[ident].applies.remembered.leave(client, connection.pid)
 
     def accepter(self) -> None:
         """Accept connections, each for a thread of its own. If no thread can start, the next attempt may succeed."""
@@ -165,6 +198,7 @@ class StateServer(Server):
                 continue
             with self.mutex:
                 self._connections.add(connection)
+                self._processes.setdefault(connection.pid, _Process()).connections += 1
             try:
                 # Not `threading.Thread`: its `start` waits for ever if the new thread dies of a lack of memory.
                 _thread.start_new_thread(self.handle_request, (connection,))
@@ -179,7 +213,7 @@ class StateServer(Server):
         try:
             deliver_challenge(conn, self.authkey)
             answer_challenge(conn, self.authkey)
-            call = _decode_call(conn.recv_bytes())
+            call = _decode_call(conn.recv_bytes(self._largest_frame))
             if call.method != "accept_connection":
                 raise PermissionError(f"{call.method!r} is not offered")
             greeting = _decode_greeting(call.arguments)
@@ -242,12 +276,14 @@ class StateServer(Server):
     def serve_client(self, conn: Any) -> None:
         """Answer calls, one after the other, until the client goes or breaks the rules."""
         connection: Connection = conn
+        seen = self._processes[connection.pid].clients
         while True:
             connection.await_frame()
-            call = _decode_call(connection.recv_bytes())
+            call = _decode_call(connection.recv_bytes(self._largest_frame))
             try:
                 if call.method == "apply" and call.ident in self.hosted:
                     (batch,) = _decode_batch(call.arguments)
+                    seen.add((call.ident, batch.client))
                     result: Any = self.hosted[call.ident].applies.apply(batch, inf)
                 elif call.method in _OWN and call.ident == "ledger":
                     result = getattr(self, call.method)(*_OWN[call.method].decode(call.arguments))
@@ -374,6 +410,7 @@ class StateServer(Server):
                 if str(error) != last_error:
                     log.error("no new client can connect: %s", error)
                 last_error = str(error)
+            bound(str(self._directory.path / "manager.log"))
             slow = self.slow_calls()
             for key in slow.keys() - reported:
                 call = slow[key]

@@ -66,8 +66,8 @@ class Starter:
                 return
             case "":
                 raise Disconnected(f"the manager of {directory} is still starting", sent=False)
-            case "held":
-                raise Disconnected(f"another manager of {directory} is starting or ending", sent=False)
+            case "later":
+                raise Disconnected(text, sent=False)
             case _:
                 raise StartupError(f"the manager of {directory} could not be started: {text}")
 
@@ -120,7 +120,7 @@ class Report:
                 keep_from_children(descriptor)
 
     def end(self, kind: str, text: str = "") -> None:
-        """Report the outcome: ``ready``, ``held`` by another manager, or an ``error``."""
+        """Report the outcome: ``ready``, an ``error``, or ``later``, if another attempt may succeed."""
         if self._lock is not None:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
@@ -221,7 +221,7 @@ def detach(directory: DataDirectory, starter: tuple[int, int] | None) -> Report:
             print(f"Manager ready: {directory.url}", flush=True)
         else:
             print(f"Error: {text or f'it ended; see {directory.path}/manager.log'}", file=sys.stderr, flush=True)
-        os._exit({"ready": 0, "held": EXIT_HELD}.get(kind, 1))
+        os._exit({"ready": 0, "later": EXIT_HELD}.get(kind, 1))
     os.setsid()
     os.umask(0o077)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the starter may have blocked signals

@@ -21,10 +21,12 @@ from msgspec import Raw, Struct, msgpack
 from ..errors import AccessDenied
 from ..objects import Declaration
 from ..os_errors import not_ours
+from ..plain import largest_value
 from .directory import peer, short_address
 
 SERIALIZER = "counter_server"
-LARGEST_FRAME = 2**24  # bytes; a batch of the largest calls of shared objects is smaller
+_FRAME_VALUES = 16  # of the largest; a batch of the largest calls of shared objects is smaller
+_LARGEST_CHUNK = 2**20  # bytes to receive at once
 HANDSHAKE_SECONDS = 2.0  # for all of it: a silent peer holds a thread no longer
 FRAME_SECONDS = 2.0  # to finish a frame once begun, and to take a frame that was sent; not less than _LONGEST_WAIT
 ACCEPT_PAUSE = 0.05  # seconds, while no descriptor is left for a new connection
@@ -37,6 +39,11 @@ _encode = msgpack.Encoder().encode
 _decode = msgpack.Decoder().decode
 _pack_length = struct.Struct(">I").pack
 _unpack_length = struct.Struct(">I").unpack_from
+
+
+def largest_frame() -> int:
+    """Return the most bytes of a frame that a manager accepts. Its clients accept any answer of it."""
+    return _FRAME_VALUES * largest_value()
 
 
 def object_ident(name: str) -> str:
@@ -73,6 +80,8 @@ class Connection:
     never blocks in the kernel.
     """
 
+    pid = 0  # of the process that connected; 0 if it cannot be seen from here
+
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(None)  # whatever `socket.setdefaulttimeout` says
         self._is_patched = not os.get_blocking(sock.fileno())
@@ -108,12 +117,16 @@ class Connection:
         self.send_bytes(_encode(message))
 
     def send_bytes(self, message: bytes) -> None:
-        frame = _pack_length(len(message)) + message
-        while frame:
+        frame: bytes | memoryview = _pack_length(len(message)) + message
+        while True:
             try:
-                frame = frame[self._socket.send(frame) :]
+                sent = self._socket.send(frame)
             except (BlockingIOError, TimeoutError):
                 self._wait_again()
+            else:
+                if sent == len(frame):
+                    return
+                frame = memoryview(frame)[sent:]  # a slice of bytes would copy them again and again
 
     def await_frame(self) -> None:
         """Wait without limit for the next frame to begin; it then has `FRAME_SECONDS` to arrive."""
@@ -125,7 +138,7 @@ class Connection:
     def recv(self) -> Any:
         return _decode(self.recv_bytes())
 
-    def recv_bytes(self, maxlength: int = LARGEST_FRAME) -> bytes:
+    def recv_bytes(self, maxlength: int = 2**32) -> bytes:
         """Return the next message; raise `EOFError` after the peer's last, `OSError` beyond `maxlength` bytes."""
         if len(self._received) < 4:
             self._receive(4)
@@ -146,16 +159,20 @@ class Connection:
 
     def _receive(self, size: int) -> None:
         """Receive until `_received` has at least `size` bytes."""
+        chunks = [self._received]
+        missing = size - len(self._received)
         while True:
             try:
-                chunk = self._socket.recv(max(_CHUNK, size - len(self._received)))
+                chunk = self._socket.recv(min(max(_CHUNK, missing), _LARGEST_CHUNK))
             except (BlockingIOError, TimeoutError):
                 self._wait_again()
                 continue
             if not chunk:
                 raise EOFError("the other end has closed the connection")
-            self._received += chunk
-            if len(self._received) >= size:
+            chunks.append(chunk)
+            missing -= len(chunk)
+            if missing <= 0:
+                self._received = b"".join(chunks)
                 return
             if time.monotonic() > self._deadline:
                 raise TimeoutError("a frame that came too slowly")
@@ -210,13 +227,15 @@ class Listener:
                 raise SystemExit from None  # ends the accepting thread, which would try for ever
             time.sleep(ACCEPT_PAUSE)
             raise
-        uid = peer(sock)[1]
+        pid, uid = peer(sock)
         if uid != os.geteuid():
             with sock, suppress(OSError):
                 refusal = _REFUSED + f": this manager serves uid {os.geteuid()} alone, and not uid {uid}".encode()
                 sock.send(_pack_length(len(refusal)) + refusal)  # never blocks: it is the first
             raise PermissionError("a connection of another user")
-        return Connection(sock)
+        connection = Connection(sock)
+        connection.pid = pid
+        return connection
 
     def close(self) -> None:
         self._closed = True

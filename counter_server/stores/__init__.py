@@ -29,7 +29,7 @@ def open_store(
             starter = None
             if options.start:
                 starter = Starter(durability=options.durability, idle_timeout=options.idle_timeout, declared=declared)
-            return StateProxy(DataDirectory.from_url(url, default_data_dir(options.instance_path)), starter)
+            return StateProxy(DataDirectory.from_url(url, options.data_dir or default_data_dir()), starter)
         case "redis" | "rediss" | "valkey" | "valkeys" | "unix":
             from .redis import RedisStore
 

@@ -24,7 +24,6 @@ from ...dicts import SharedDict
 from ...errors import InvalidRequest, StartupError, Unsupported
 from ...extension import SharedState
 from ...manager.directory import DataDirectory
-from ...settings import default_data_dir
 from ..strategies import JOIN, STRATEGIES, Run, Take
 from .security import is_loopback
 
@@ -42,7 +41,6 @@ def init_app(app: Flask, shared: SharedState) -> None:
 
     ``COUNTER_SERVER_LAB`` says whether it is on; by default it is if only this machine can connect.
     """
-    app.config.setdefault("COUNTER_SERVER_DATA_DIR", default_data_dir(app.instance_path))
     wanted = app.config.get("COUNTER_SERVER_LAB")
     lab = Blueprint("lab", __name__, url_prefix="/lab")
     if is_loopback(app) if wanted is None else wanted:

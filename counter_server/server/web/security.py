@@ -31,7 +31,6 @@ from ...errors import NotHosted, StartupError, StorageFull, Unsupported
 from ...extension import SharedState
 from ...journal import sync
 from ...manager.directory import DataDirectory
-from ...settings import default_data_dir
 from ...state import forgetful, open_state
 from ...windows import Attempts
 from .rate_limit import client
@@ -88,7 +87,7 @@ def init_app(app: Flask, shared: SharedState) -> None:
             log.info("wrong tokens are counted in each process: %s", error)
         app.extensions[_ATTEMPTS] = attempts, own
     app.context_processor(lambda: {"may_operate": may_operate, "why_not": why_not})
-    store, data_dir = app.config["COUNTER_SERVER_STORE"], default_data_dir(app.instance_path)
+    store, data_dir = app.config["COUNTER_SERVER_STORE"], app.config["COUNTER_SERVER_DATA_DIR"]
     app.session_interface = Sessions()
     directory = _directory(store, data_dir)
     app.extensions[_ENDED] = set() if directory is None else directory.path / "signed-out"
