@@ -378,6 +378,17 @@ def test_a_directory_in_a_release_is_warned_of(tmp_path: Path, given: str, expec
     assert all(re.search(expected, sentence) for sentence in found)
 
 
+def test_a_release_is_known_by_the_shells_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "current").symlink_to("1")
+    monkeypatch.chdir(tmp_path / "current")
+    monkeypatch.setenv("PWD", str(tmp_path / "1"))
+    assert location.examine(DataDirectory("instance/data")) == []
+    monkeypatch.setenv("PWD", str(tmp_path / "current"))
+    assert [finding.level for finding in location.examine(DataDirectory("instance/data"))] == ["may lose"]
+    assert location.examine(DataDirectory(tmp_path / "data")) == []
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "level"),
     [

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from counter_server import Counter, State, open_state
-from counter_server.errors import StartupError, StorageFull
+from counter_server.errors import DeadlineExceeded, StorageFull
 from counter_server.history import assert_exactly_once
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
@@ -212,7 +212,7 @@ def test_stopped_in_order_it_starts_on_a_full_disk_or_says_why_not(stack: ExitSt
         else:
             says_no_room(small_disk, "manager_process.py")
             says_no_room(small_disk, "run.py", "--port", "0")
-            with pytest.raises(StartupError, match="No space left on device"):
+            with pytest.raises(DeadlineExceeded, match="No space left on device"):  # it waited for room
                 stack.enter_context(open_state(manager.url)).counter("c").increment()
         for program in ("manager_process.py", "run.py"):
             says_no_room(small_disk, program, place="first")

@@ -126,7 +126,7 @@ class DataDirectory:
 
         :raises StartupError: if that fails, another user owns it or a file of ours in it, or others can write to it.
         """
-        for path in {self.path, self.runtime}:
+        for path in dict.fromkeys((self.path, self.runtime)):
             self._make(path)
 
     def _make(self, path: Path) -> None:
@@ -169,7 +169,9 @@ class DataDirectory:
         """
         with self._lock_file(self.path / "manager.lock") as file:
             if not self._lock(file):
-                raise self._held_by_another(file)
+                raise self._held_elsewhere(file) or DirectoryHeld(
+                    f"another manager ({self.holder}) already serves {self}"
+                )
             with suppress(OSError):  # without room for it, the next manager knows less
                 os.ftruncate(file, os.pwrite(file, json.encode(_Holder.here(self.runtime)), 0))
 
@@ -186,7 +188,8 @@ class DataDirectory:
             finally:
                 _finders.remove(self._opened)
 
-    def _held_by_another(self, file: int) -> StartupError:
+    def _held_elsewhere(self, file: int) -> StartupError | None:
+        """Return why processes like this one cannot reach the manager that holds the lock; None if they can."""
         here = _Holder.here(self.runtime)
         try:
             holder = json.decode(os.pread(file, 2**16, 0), type=_Holder)
@@ -203,7 +206,7 @@ class DataDirectory:
                 f"another manager already serves {self}: its socket is in {there}, and not in {self.runtime};"
                 f" nothing was counted or lost; start both with the same {RUNTIME_DIR_VARIABLE}, or with none"
             )
-        return DirectoryHeld(f"another manager ({self.holder}) already serves {self}")
+        return None
 
     @contextmanager
     def _kept_from_cleaners(self) -> Iterator[None]:
@@ -274,7 +277,7 @@ class DataDirectory:
         try:
             with open(self.path / "manager.lock", "rb") as file:
                 is_held = not self._lock(file.fileno(), fcntl.LOCK_SH)
-                if is_held and not isinstance(error := self._held_by_another(file.fileno()), DirectoryHeld):
+                if is_held and (error := self._held_elsewhere(file.fileno())):
                     raise error
                 return is_held
         except FileNotFoundError:

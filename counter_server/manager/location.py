@@ -1,6 +1,7 @@
 """Where a data directory lies: in a release, on a container's layer, or on a network file system."""
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -64,14 +65,18 @@ def check(directory: DataDirectory) -> None:
 
 def _release(directory: DataDirectory) -> str:
     """Return why a directory seems to belong to one release of a program; an empty string if it does not."""
-    for place in reversed(directory.given.parents):
-        if place.is_symlink():  # the outermost link: in a release, others may lead out again
-            target = place.resolve()
-            # A link of the system, or one to a place for the data alone, does not lead to a release.
-            leads_to_release = target.is_relative_to(place.parent.resolve()) or place != directory.given.parent
-            if directory.path.is_relative_to(target) and place.parent != Path("/") and leads_to_release:
-                return f"the symbolic link {place} leads there"
-            break
+    given = [directory.given]
+    shell = Path(os.environ.get("PWD", "/nowhere"))  # the working directory with its links, as a shell knows it
+    if directory.path.is_relative_to(shell.resolve()):
+        given.append(shell / directory.path.relative_to(shell.resolve()))
+    for path in given:
+        link = next((place for place in reversed(path.parents) if place.is_symlink()), None)
+        if link is None or link.parent == Path("/"):  # those at the root are the system's
+            continue
+        target = link.resolve()
+        leads_to_release = link != path.parent or target.is_relative_to(link.parent.resolve())  # not to data alone
+        if leads_to_release and directory.path.is_relative_to(target):  # no link below leads out again
+            return f"the symbolic link {link} leads there"
     for place in directory.path.parents:
         if place.name == "releases":
             return f"below {place}"
