@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .errors import CounterServerError
-from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, StoreOptions
+from .settings import StoreOptions
 from .state import forgetful, open_state
 from .windows import Windows as Windows
 
@@ -52,8 +52,8 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
         wrap_exceptions: bool = False,  # noqa: FBT001, FBT002 - as in the interface
         *,
         name: str = "limits",
-        deadline: float = DEFAULT_DEADLINE,
-        options: StoreOptions = DEFAULT_STORE_OPTIONS,
+        deadline: float | None = None,
+        options: StoreOptions | None = None,
     ) -> None:
         Storage.__init__(self, None, wrap_exceptions)
         # `flask limiter config` shows it by this name.

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from msgspec import msgpack
 
-from counter_server.plain import Sealed, decode_plain, decode_sealed, encode_plain, known_class, main_name
+from counter_server.plain import Sealed, aliases, decode_plain, decode_sealed, encode_plain, known_class, main_name
 from tests.hosted_classes import Colour, Measured, Point
 
 OURS = ("tests.hosted_classes",)
@@ -66,6 +66,16 @@ def test_what_is_sealed_is_kept_as_it_came() -> None:
     assert sealed == decode_sealed(encode_plain(values, "values"))
     assert decode_plain(encode_plain(sealed, "sealed")) == values
     assert encode_plain(set("abcdefg"), "a set") == encode_plain(set("gfedcba"), "a set")
+
+
+def test_a_module_that_a_manager_imports_by_another_name_is_known_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(aliases, "tests.hosted_classes", "hosted@12345678")
+    data = encode_plain(Colour.RED, "a colour")
+    assert b"hosted@12345678" in data
+    assert decode_plain(data) is Colour.RED
+    monkeypatch.delitem(aliases, "tests.hosted_classes")
+    monkeypatch.setitem(sys.modules, "hosted@12345678", sys.modules["tests.hosted_classes"])  # as in the manager
+    assert decode_plain(data) is Colour.RED
 
 
 class OfMain(Enum):
