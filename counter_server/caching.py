@@ -5,12 +5,13 @@
 
 import pickle
 from datetime import timedelta
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Self
 
 from .dicts import BoundedDict, check_entries
-from .extension import state_of
+from .extension import open_for_app, state_of
 from .settings import DEFAULT_STORE, StoreOptions
-from .state import State, forgetful, open_state
+from .state import State, forgetful
 
 try:
     from cachelib.base import BaseCache
@@ -37,7 +38,8 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
     recently; expired entries go first. If the manager is killed, the cache is empty. Values are pickled by `serializer`
     in this process; only integers and floats are sent as they are, for the manager to add to.
 
-    :param url: `manager:///absolute/data/directory`; or a `State`, with its connections, deadline and options.
+    :param url: `manager:///absolute/data/directory`; without a directory, that of the app that first uses it; or a
+        `State`, with its connections, deadline and options.
     :param name: caches with the same name share their entries.
     :param threshold: the maximum number of entries.
     :param default_timeout: seconds, or a `timedelta`; 0 means forever.
@@ -59,8 +61,22 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
         options: StoreOptions | None = None,
     ) -> None:
         BaseCache.__init__(self, default_timeout, ignore_delete_many_errors)
-        self._state = url if isinstance(url, State) else open_state(url, deadline=deadline, options=options)
-        self._entries = forgetful(self._state.object(name, BoundedDict, check_entries(threshold), durable=False))
+        self._name, self._threshold = name, check_entries(threshold)
+        if isinstance(url, State):
+            self._state = url
+        else:
+            self._open = partial(open_for_app, url, deadline=deadline, options=options)
+        if url != DEFAULT_STORE:
+            _ = self._entries  # reports a wrong URL now
+
+    @cached_property
+    def _state(self) -> State:
+        """The state; without a directory in the URL opened at its first use, in the app whose directory it takes."""
+        return self._open()
+
+    @cached_property
+    def _entries(self) -> BoundedDict:
+        return forgetful(self._state.object(self._name, BoundedDict, self._threshold, durable=False))
 
     @classmethod
     def factory(cls, app: "Flask", config: dict[str, Any], args: list[Any], kwargs: dict[str, Any]) -> Self:

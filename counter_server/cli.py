@@ -65,7 +65,7 @@ def _url(store: str | None, data_dir: str | None) -> str:
         return store or os.environ.get(settings.STORE_VARIABLE) or settings.DEFAULT_STORE
     if store not in (None, settings.DEFAULT_STORE):
         raise InvalidRequest("--data-dir names a manager's directory, and --store something else: give one of them")
-    return DataDirectory(data_dir).url
+    return DataDirectory(data_dir).given_url
 
 
 def _setting(name: str, said: str, **attributes: Any) -> Callable[[Command], Command]:

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, cast
 
@@ -277,6 +277,16 @@ def _answer(error: CounterServerError) -> Any:
     if status == 503:
         response.headers["Retry-After"] = "1"  # second; a manager is back within two
     return app.handle_http_exception(default_exceptions[status](detail, response))
+
+
+def open_for_app(url: str, *, deadline: float | None, options: settings.StoreOptions | None) -> State:
+    """Open a state with the data directory of the current app, if there is one and `url` names none."""
+    options = options or settings.StoreOptions()
+    if has_app_context() and options.data_dir is None:
+        app = current_app
+        named = app.config.get("COUNTER_SERVER_DATA_DIR")
+        options = replace(options, data_dir=named or settings.default_data_dir(app.instance_path))
+    return open_state(url, deadline=deadline, options=options)
 
 
 def _current_request() -> Request | None:

@@ -27,6 +27,7 @@ from msgspec import msgpack
 from .errors import StartupError, StorageFull
 from .ledger import Changes, ClientRecord, Contents, KeyRecord
 from .operations import LARGEST, Result
+from .os_errors import explain
 from .settings import Caps
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ class Journal:
 
     def _open(self, synchronous: str, most: int, *, is_rolled_back: bool) -> None:
         execute = self._connection.execute
+        execute("PRAGMA temp_store = MEMORY")  # there may be no directory for temporary files
         execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner: no shared-memory file, no locks for each commit
         _recognise(self._connection, self.path)  # again, for a file that could not be read before
         execute("PRAGMA journal_mode = WAL")
@@ -366,6 +368,9 @@ def _naming(path: Path) -> Iterator[None]:
     """Raise the errors of a file that cannot be read or made as `StartupError`, caused by `OSError` if it may pass."""
     try:
         yield
+    except PermissionError as error:
+        name = os.path.basename(error.filename or path)
+        raise explain(error, f"the journal {path} cannot be used", path.parent, name) from error
     except (sqlite3.Error, OSError, ValueError) as error:
         refused = refusal(error, path)
         reason = error if refused is None else refused.strerror

@@ -6,11 +6,13 @@ Importing this module registers the scheme: ``RATELIMIT_STORAGE_URI = "manager:/
 
 import logging
 from collections.abc import Callable
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from .errors import CounterServerError
-from .settings import StoreOptions
-from .state import forgetful, open_state
+from .extension import open_for_app
+from .settings import DEFAULT_STORE, StoreOptions
+from .state import forgetful
 from .windows import Windows as Windows
 
 try:
@@ -37,7 +39,7 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
 
     If the manager is killed, all windows begin again. Setting the system's clock moves none of them.
 
-    :param uri: `manager:///absolute/data/directory`.
+    :param uri: `manager:///absolute/data/directory`; without a directory, that of the app that first uses it.
     :param wrap_exceptions: raise `limits.errors.StorageError` instead of `CounterServerError`.
     :param name: storages with the same name share their budgets.
     :param deadline: seconds that each call may take.
@@ -56,9 +58,18 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
         options: StoreOptions | None = None,
     ) -> None:
         Storage.__init__(self, None, wrap_exceptions)
-        # `flask limiter config` shows it by this name.
-        state = open_state(uri, deadline=deadline, options=options)
-        self.storage = forgetful(state.object(name, Windows, durable=False))
+        self._open = partial(open_for_app, uri, deadline=deadline, options=options)
+        self._name = name
+        if uri != DEFAULT_STORE:
+            _ = self.storage  # reports a wrong URI now
+
+    @cached_property
+    def storage(self) -> Windows:
+        """The shared object; `flask limiter config` shows it by this name.
+
+        Without a directory in the URI it is opened at its first use, in the app whose directory it takes.
+        """
+        return forgetful(self._open().object(self._name, Windows, durable=False))
 
     @property
     def base_exceptions(self) -> type[Exception]:

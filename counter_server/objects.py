@@ -5,31 +5,27 @@ same transaction as the memory of the call, before the caller gets an answer.
 """
 
 import builtins
-import importlib.util
 import io
 import logging
 import os
 import pickle
 import reprlib
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from hashlib import blake2b
-from importlib.machinery import SourceFileLoader
 from math import inf
 from operator import attrgetter
-from types import ModuleType
 from typing import Any, NoReturn
 
 from msgspec import Struct
 
 from .errors import BatchRefused, InvalidRequest, ResultLost, StartupError, Stopped, StorageFull
 from .ledger import Changes, ClientRecord, Clients, Commits, raise_error
+from .modules import import_from, is_everywhere, place_of
 from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
-from .plain import aliases, check_size, class_name, decode_plain, decode_sealed, encode_plain, largest_value
+from .plain import check_size, class_name, decode_plain, decode_sealed, encode_plain
 from .settings import LONGEST_DEADLINE
 
 log = logging.getLogger(__name__)
@@ -53,7 +49,7 @@ class Declaration(Struct, frozen=True, array_like=True):
     declared: float = 0.0  # when, in `time.time` seconds: the newest declaration of a name decides
 
     def __str__(self) -> str:
-        positional, keywords = decode_sealed(self.arguments)
+        positional, keywords = decode_plain(self.arguments)
         arguments = [*map(_SHORT.repr, positional), *(f"{key}={_SHORT.repr(keywords[key])}" for key in keywords)]
         volatile = "" if self.durable else ", durable=False"
         return f"{self.name} = {self.module}.{self.qualname}({', '.join(arguments)}{volatile})"
@@ -74,71 +70,20 @@ def declare(
     if "<" in cls.__qualname__:
         raise InvalidRequest(f"the manager cannot import {cls.__qualname__}: define it at the top level of a module")
     packed = encode_plain((arguments, keywords), f"the arguments of {cls.__qualname__}")
-    module, file = _place_of(cls)
-    if module != cls.__module__:
-        aliases[cls.__module__] = module
-    return Declaration(name, module, cls.__qualname__, packed, durable, os.fsencode(file), time.time())
-
-
-def _place_of(cls: type) -> tuple[str, str]:
-    """Return the name under which another process finds a class's module, and its file.
-
-    A main program has the name that others import it by, so a class is one class for `python app.py` and `flask shell`.
-    A module that no other process can import by name is loaded from its file.
-    """
-    name = cls.__module__
-    if name.startswith(f"{__package__}.") or name in sys.builtin_module_names:
-        return name, ""
-    module = sys.modules.get(name)
-    file = os.path.realpath(getattr(module, "__file__", None) or "/")
-    if name == "__main__" and (spec := getattr(module, "__spec__", None)) is not None:
-        return spec.name, file  # `python -m`
-    stem = os.path.splitext(os.path.basename(file))[0]
-    for known in [name, stem] if name not in ("__main__", "__mp_main__") else [stem]:
-        if _is_found(known, file):
-            return known, file
-    if getattr(sys, "frozen", False) or not os.path.isfile(file):
+    module, file = place_of(cls.__module__)
+    if not file and not is_everywhere(module):
         raise InvalidRequest(
             f"the manager cannot import {cls.__qualname__}, which is not in a file of a module, but in a notebook, an"
             " interactive session, standard input or a frozen program: put it into a module (counters and dicts work"
             " everywhere)"
         )
-    word = stem if stem.isidentifier() and stem.isascii() else "program"
-    return f"{word}@{blake2b(os.fsencode(file), digest_size=4).hexdigest()}", file
-
-
-def _is_found(name: str, file: str) -> bool:
-    """Return whether another process finds this file if it imports a module by this name."""
-    package = name.partition(".")[0]
-    # Not `importlib.util.find_spec`: a module that is imported already has its name from whatever loaded it.
-    found = (finder.find_spec(package, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
-    spec = next((spec for spec in found if spec is not None), None)
-    return spec is not None and (name != package or os.path.realpath(spec.origin or "") == file)
-
-
-def _import(module: str, file: bytes) -> ModuleType:
-    """Import a module as `_place_of` named it: a name with an @ stands for its file.
-
-    :raises Exception: whatever the module raises.
-    """
-    if "@" not in module or module in sys.modules:
-        return importlib.import_module(module)
-    path = os.fsdecode(file)
-    spec = importlib.util.spec_from_file_location(module, path, loader=SourceFileLoader(module, path))
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be loaded as a module")
-    loaded = sys.modules[module] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(loaded)
-    except BaseException:
-        del sys.modules[module]
-        raise
-    return loaded
+    return Declaration(name, module, cls.__qualname__, packed, durable, os.fsencode(file), time.time())
 
 
 def find_class(declaration: Declaration, qualname: str = "") -> Any:
     """Import the class of a declaration, or another one of its module. Raise whatever its module raises."""
-    return attrgetter(qualname or declaration.qualname)(_import(declaration.module, declaration.file))
+    module = import_from(declaration.module, os.fsdecode(declaration.file))
+    return attrgetter(qualname or declaration.qualname)(module)
 
 
 class Busy(OSError):
@@ -216,7 +161,7 @@ class HostedObject:
         if self._journal is not None:
             return None
         try:
-            return self._pickled(inf), self.remembered.records
+            return self._pickled(is_bounded=False), self.remembered.records
         except InvalidRequest as error:
             log.warning("%s begins again: %s", self.declaration.name, error)
             return None
@@ -283,8 +228,7 @@ class HostedObject:
         except BaseException as error:
             raise StartupError(f"{self.declaration} cannot be restored from its state: {_described(error)}") from error
 
-    def _pickled(self, largest: float | None = None) -> bytes:
-        largest = largest_value() if largest is None else largest
+    def _pickled(self, *, is_bounded: bool = True) -> bytes:
         try:
             state = pickle.dumps(self._object, pickle.HIGHEST_PROTOCOL)
         except BaseException as error:
@@ -292,11 +236,8 @@ class HostedObject:
                 f"{self.declaration} cannot be pickled, and so not be durable: {_described(error)}; declare it with"
                 " durable=False"
             ) from error
-        if len(state) > largest:
-            raise InvalidRequest(
-                f"{self.declaration} has a state of {len(state)} bytes; at most {largest} can be durable, by"
-                " COUNTER_SERVER_LARGEST_VALUE; or declare it with durable=False"
-            )
+        if is_bounded:
+            check_size(f"the state of {self.declaration}", state)
         return state
 
     def _call(self, operation: object) -> Result:

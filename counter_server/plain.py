@@ -10,7 +10,6 @@ imported, and calls neither a constructor nor a descriptor of the class.
 
 import builtins
 import os
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import date, datetime, time, timedelta, timezone
@@ -25,12 +24,11 @@ from zoneinfo import ZoneInfo
 from msgspec import Struct, msgpack
 
 from .errors import InvalidRequest
+from .modules import imported, place_of
 from .settings import LARGEST_VALUE, from_environment
 
 _ENUM, _DATACLASS = 14, 15
 _INTEGER, _DICT = 2, 3
-aliases: dict[str, str] = {}  # the names of modules in this process, with those that a manager imports them by
-_MAIN = ("__main__", "__mp_main__")  # `multiprocessing` names a main program so in other processes
 _BUILT_IN = tuple(kind for kind in vars(builtins).values() if isinstance(kind, type) and kind is not object)
 _encoder = msgpack.Encoder()
 
@@ -41,22 +39,10 @@ class Sealed(Struct, frozen=True):
     code: int
     data: bytes
 
-    def __repr__(self) -> str:
-        module, qualname, content = decode_sealed(self.data)
-        return f"<{module}.{qualname} {content!r}>"
 
-
-def known_class(module: str, qualname: str) -> Any:
+def find_class(module: str, qualname: str) -> Any:
     """Return what a module that is already imported has under this name, else None. Nothing is imported or called."""
-    names = [here for here, elsewhere in aliases.items() if elsewhere == module]
-    if module in _MAIN or module == main_name():
-        names += _MAIN
-    found = (_look_up(name, qualname) for name in (*names, module))
-    return next((each for each in found if each is not None), None)
-
-
-def _look_up(module: str, qualname: str) -> Any:
-    found: Any = sys.modules.get(module)
+    found: Any = imported(module)
     for name in qualname.split("."):
         if isinstance(found, ModuleType):
             found = object.__getattribute__(found, "__dict__").get(name)  # a lazy module would import itself
@@ -67,18 +53,7 @@ def _look_up(module: str, qualname: str) -> Any:
 
 def class_name(kind: type) -> tuple[str, str]:
     """Return the module and the qualified name of a class, such that another process finds it."""
-    module = kind.__module__
-    return aliases.get(module) or (main_name() if module in _MAIN else module), kind.__qualname__
-
-
-def main_name() -> str:
-    """Return the name by which other processes import the main program; ``"__main__"`` if there is none."""
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    if spec is not None:  # python -m
-        return str(spec.name)
-    name, extension = os.path.splitext(os.path.basename(getattr(main, "__file__", None) or ""))
-    return name if extension == ".py" and name.isidentifier() else "__main__"
+    return place_of(kind.__module__)[0], kind.__qualname__
 
 
 def encode_plain(value: object, what: str) -> bytes:
@@ -177,7 +152,7 @@ _TAKEN_APART: dict[type, tuple[int, Callable[[Any], list[object]]]] = {
 
 
 def _named(kind: type) -> tuple[str, str]:
-    if _look_up(kind.__module__, kind.__qualname__) is not kind:
+    if find_class(kind.__module__, kind.__qualname__) is not kind:
         raise TypeError(f"{kind.__qualname__} is not found by its name: define it at the top level of a module")
     return class_name(kind)
 
@@ -227,7 +202,7 @@ def _decoder(open_named: Callable[[int, memoryview], object]) -> Callable[[bytes
 
 def _open(code: int, data: memoryview) -> object:
     module, qualname, content = decode_plain(data)
-    kind = known_class(module, qualname)
+    kind = find_class(module, qualname)
     if not (isinstance(kind, type) and (issubclass(kind, Enum) if code == _ENUM else is_dataclass(kind))):
         sort = "Enum" if code == _ENUM else "dataclass"
         raise ValueError(f"the {sort} {module}.{qualname} is not found here: import its module in every process first")

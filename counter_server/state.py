@@ -42,7 +42,7 @@ from .operations import (
     check_name,
     check_step,
 )
-from .plain import decode_plain, encode_plain, known_class
+from .plain import decode_plain, encode_plain, find_class
 from .session import Session
 from .settings import DEFAULT_DEADLINE, LONGEST_DEADLINE, StoreOptions, check_seconds, from_environment
 from .status import Status
@@ -168,7 +168,7 @@ def _returned(result: Result) -> Any:
 
 def _made_again(raised: Raised) -> Exception:
     """Return a method's exception, without a call of the class's constructor, which may take other arguments."""
-    kind = known_class(raised.module, raised.name.removeprefix(f"{raised.module}."))
+    kind = find_class(raised.module, raised.name.removeprefix(f"{raised.module}."))
     # An error of ours would say what happened to another call.
     is_known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, CounterServerError)
     if is_known and raised.content is not None:

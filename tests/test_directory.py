@@ -6,13 +6,19 @@ import os
 import re
 import socket
 import struct
+import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from flask import Flask
 
-from counter_server import State, StoreOptions, errors, open_state
+from counter_server import SharedState, State, StoreOptions, errors, open_state
+from counter_server.caching import ManagerCache
+from counter_server.cli import examine
+from counter_server.limiting import ManagerStorage
+from counter_server.manager import location
 from counter_server.manager.directory import DataDirectory
 from counter_server.os_errors import can_pass, is_absent
 from tests.processes import PATIENCE, Manager, end_manager
@@ -343,3 +349,89 @@ def test_socket_key_and_lock_may_lie_apart_from_the_journal(
     said = refusal(data_dir)
     assert f"its socket is in {own}" in said
     assert "COUNTER_SERVER_RUNTIME_DIR" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("current/instance/counter-server", "current leads there"),
+        ("current/data", "current leads there"),
+        ("away/instance/counter-server", "away leads there"),
+        ("releases/1/data", "below .*/releases"),
+        ("shared/data", ""),
+        ("link/data", ""),  # a link for the data alone
+        ("current/shared/data", ""),  # leads out of the release again
+        ("data", ""),
+        ("volume", ""),
+    ],
+)
+def test_a_directory_in_a_release_is_warned_of(tmp_path: Path, given: str, expected: str) -> None:
+    for name in ("app/builds/1", "app/releases/1", "shared", "elsewhere/1"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "app" / "current").symlink_to("builds/1")
+    (tmp_path / "app" / "builds" / "1" / "shared").symlink_to(tmp_path / "shared")
+    (tmp_path / "app" / "away").symlink_to(tmp_path / "elsewhere" / "1")
+    (tmp_path / "app" / "link").symlink_to(tmp_path / "shared")
+    (tmp_path / "app" / "volume").symlink_to(tmp_path / "shared")
+    found = [finding.sentence for finding in location.examine(DataDirectory(tmp_path / "app" / given))]
+    assert len(found) == bool(expected)
+    assert all(re.search(expected, sentence) for sentence in found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "level"),
+    [
+        ("ext4", "rw", None),
+        ("overlay", "rw", "may lose"),
+        ("nfs4", "rw,local_lock=none", "may lose"),
+        ("nfs", "rw,nolock", "problem"),
+        ("nfs", "rw,local_lock=flock", "problem"),
+        ("lustre", "rw,localflock", "problem"),
+        ("cifs", "rw,nobrl", "problem"),
+        ("fuse.sshfs", "rw", "problem"),
+        ("9p", "rw", "may lose"),
+    ],
+)
+def test_a_file_system_that_can_lose_numbers_is_warned_of_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: str, level: str | None
+) -> None:
+    place = str(tmp_path / "a b").replace(" ", r"\040")
+    mounts = f"1 0 8:1 / / rw - ext4 /dev/x rw\n2 1 0:5 / {place} rw shared:1 - {kind} x {options}"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: mounts)
+    found = location.examine(DataDirectory(tmp_path / "a b" / "data"))
+    assert [finding.level for finding in found] == ([level] if level else [])
+    assert all(kind in finding.sentence for finding in found)
+    assert location.examine(DataDirectory(tmp_path / "a")) == []
+
+
+@needs_root
+@pytest.mark.slow
+def test_a_containers_layer_is_warned_of_at_the_start_and_by_doctor(tmp_path: Path, stack: ExitStack) -> None:
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    layers = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    mount = ["mount", "-t", "overlay", "overlay", "-o", layers, str(tmp_path / "merged")]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("overlayfs cannot be mounted here")
+    stack.callback(subprocess.run, ["umount", "--lazy", str(tmp_path / "merged")])
+    manager = stack.enter_context(Manager(tmp_path / "merged" / "data"))
+    assert any("container's own layer" in line for line in manager.errors)
+    found = examine(manager.url, PATIENCE)[1]
+    assert [finding.level for finding in found] == ["ok", "ok", "may lose"]
+    assert manager.stop() == 0
+    found = examine(manager.url, 0.1)[1]
+    assert [finding.level for finding in found] == ["problem", "may lose"]
+
+
+def test_an_apps_state_cache_and_limiter_share_a_directory_wherever_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COUNTER_SERVER_DATA_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    cache, storage = ManagerCache(), ManagerStorage("manager://")
+    app = Flask(__name__, instance_path=str(tmp_path / "home" / "instance"))
+    shared = SharedState(app)
+    with app.app_context():
+        stores = {str(found.store) for found in (shared.state, cache._state, vars(storage.storage)["_shared"])}
+    assert stores == {f"manager://{tmp_path}/home/instance/counter-server"}
+    assert str(ManagerCache()._state.store) == f"manager://{tmp_path}/instance/counter-server"  # no app uses it

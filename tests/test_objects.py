@@ -383,7 +383,10 @@ def test_a_state_may_have_a_megabyte() -> None:
     assert (scene.call("add", "tool", room), LARGEST_VALUE) == (1, 2**20)
     scene = Scene(Toolbox)
     refused = scene.call("add", "tool", room + 1).message
-    assert "has a state of 1048577 bytes; at most 1048576 can be durable, by COUNTER_SERVER_LARGEST_VALUE" in refused
+    assert (
+        "has 1048577 bytes; at most 1048576 are allowed, by COUNTER_SERVER_LARGEST_VALUE; the call was undone"
+        in refused
+    )
     assert scene.call("add", "tool") == 1
 
 

@@ -1,15 +1,18 @@
 """What is encoded as plain data can name no code: a class is found only where it is imported already."""
 
+import re
 import sys
-from collections.abc import Callable
 from enum import Enum
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 import pytest
 from msgspec import msgpack
 
-from counter_server.plain import Sealed, aliases, decode_plain, decode_sealed, encode_plain, known_class, main_name
+from counter_server.modules import place_of
+from counter_server.plain import Sealed, decode_plain, decode_sealed, encode_plain, find_class
 from tests.hosted_classes import Colour, Measured, Point
 
 OURS = ("tests.hosted_classes",)
@@ -22,12 +25,12 @@ def test_a_class_is_found_only_in_modules_that_are_imported(monkeypatch: pytest.
 
     monkeypatch.setitem(sys.modules, "lazy", Lazy("lazy"))
     monkeypatch.delitem(sys.modules, "this", raising=False)
-    assert known_class("tests.hosted_classes", "Colour") is Colour
+    assert find_class("tests.hosted_classes", "Colour") is Colour
     for module, qualname in (
         *(("this", "d"), ("lazy", "Colour"), ("tests.hosted_classes", "Colour.RED.value"), ("tests", "")),
         *(("tests.hosted_classes", "os.path.join"), ("tests.hosted_classes", "Measured.__init__.__globals__")),
     ):
-        assert not isinstance(known_class(module, qualname), type), qualname
+        assert not isinstance(find_class(module, qualname), type), qualname
     assert "this" not in sys.modules
 
 
@@ -68,16 +71,6 @@ def test_what_is_sealed_is_kept_as_it_came() -> None:
     assert encode_plain(set("abcdefg"), "a set") == encode_plain(set("gfedcba"), "a set")
 
 
-def test_a_module_that_a_manager_imports_by_another_name_is_known_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(aliases, "tests.hosted_classes", "hosted@12345678")
-    data = encode_plain(Colour.RED, "a colour")
-    assert b"hosted@12345678" in data
-    assert decode_plain(data) is Colour.RED
-    monkeypatch.delitem(aliases, "tests.hosted_classes")
-    monkeypatch.setitem(sys.modules, "hosted@12345678", sys.modules["tests.hosted_classes"])  # as in the manager
-    assert decode_plain(data) is Colour.RED
-
-
 class OfMain(Enum):
     ONE = 1
 
@@ -85,20 +78,26 @@ class OfMain(Enum):
 @pytest.mark.parametrize(
     ("file", "spec", "name"),
     [
-        ("/srv/app.py", None, "app"),
-        ("/srv/app.py", "package.app", "package.app"),
-        ("/srv/my-app.py", None, "__main__"),
+        ("app.py", None, "app"),
+        ("package/app.py", "package.app", "package.app"),  # python -m package.app
+        ("elsewhere/app.py", None, "app@[0-9a-f]{8}"),
+        ("elsewhere/my-program.py", None, "program@[0-9a-f]{8}"),
         (None, None, "__main__"),
     ],
 )
-def test_a_class_of_the_main_program_is_found_by_all_its_names(
-    file: str | None, spec: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+def test_a_class_of_the_main_program_is_one_class_in_all_processes(
+    file: str | None, spec: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name_of_directory in ("elsewhere", "package"):
+        (tmp_path / name_of_directory).mkdir()
+
     def as_program(main: str, *others: str) -> None:
         module: Any = ModuleType(main)
         module.OfMain = OfMain
         if file:
-            module.__file__ = file
+            module.__file__ = str(tmp_path / file)
+            (tmp_path / file).touch()
         if spec:
             module.__spec__ = type("Spec", (), {"name": spec})
         for other in ("__main__", "__mp_main__", "app", "package.app"):
@@ -107,15 +106,20 @@ def test_a_class_of_the_main_program_is_found_by_all_its_names(
         for other in (main, *others):
             monkeypatch.setitem(sys.modules, other, module)
         monkeypatch.setattr(OfMain, "__module__", main)
+        place_of.cache_clear()
 
-    sides: list[Callable[[], None]] = [lambda: as_program("__main__"), lambda: as_program("__mp_main__", "__main__")]
-    if name != "__main__":
-        sides.append(lambda: as_program(name))  # imported by another program
+    as_program("__main__")
+    known, place = place_of("__main__")
+    assert re.fullmatch(name, known)
+    assert place == (str(tmp_path / file) if file else "")
+    # The last one is another program, which imports the module.
+    names = [("__main__",), *([] if spec else [("__mp_main__", "__main__")]), *([(known,)] if file else [])]
+    sides = [partial(as_program, *each) for each in names]
     for sender in sides:
         sender()
         data = encode_plain(OfMain.ONE, "a member")
         for receiver in sides:
             receiver()
             assert decode_plain(data) is OfMain.ONE
-    sides[0]()
-    assert main_name() == name
+    monkeypatch.undo()
+    place_of.cache_clear()

@@ -231,7 +231,7 @@ def test_a_manager_without_room_to_start_is_tried_again_until_there_is(stack: Ex
     with no_room(small_disk, "files"):
         data_dir.rename(moved)  # which ends the manager, and the next one has to make another
         error = f"Error: the data directory {data_dir} cannot be made: No space left on device"
-        eventually(lambda: server.errors.count(error) > 2, "the tries to start")
+        eventually(lambda: sum(line.startswith(error) for line in server.errors) > 2, "the tries to start")
         moved.rename(data_dir)
     assert state.counter("c").increment() == 2
     tries = [line[:23].replace(",", ".") for line in server.errors if "ended with status 73; starting another" in line]

@@ -12,6 +12,7 @@ from msgspec import Raw, ValidationError, msgpack
 from ..errors import (
     AccessDenied,
     BatchRefused,
+    CounterServerError,
     DirectoryHeld,
     Disconnected,
     NotHosted,
@@ -24,6 +25,7 @@ from ..operations import Batch, Result
 from ..os_errors import can_pass, explain, is_absent
 from ..status import Status
 from ..store import Finding, RoundTrip
+from . import location
 from .directory import DataDirectory
 from .hosting import Hosting, decode_hosting
 from .starter import Starter
@@ -99,7 +101,11 @@ class StateProxy(BaseProxy):
 
     def findings(self, deadline: float) -> list[Finding]:
         """See `Store`."""
-        status = self.status(deadline)
+        places = location.examine(self.directory)
+        try:
+            status = self.status(deadline)
+        except (CounterServerError, Disconnected) as error:
+            return [Finding("problem", str(error)), *places]
         manager = (
             f"the manager, pid {status.pid}, epoch {status.epoch}, has {status.counters} counters in {self.directory}"
         )
@@ -108,7 +114,8 @@ class StateProxy(BaseProxy):
             " manager"
             for call in status.slow_calls
         ]
-        return [Finding("ok", manager), _DURABILITY[status.durability], *(Finding("problem", text) for text in slow)]
+        problems = (Finding("problem", text) for text in slow)
+        return [Finding("ok", manager), _DURABILITY[status.durability], *places, *problems]
 
     def hosting(self, deadline: float) -> Hosting:
         """Return what the manager hosts."""
@@ -175,6 +182,7 @@ class StateProxy(BaseProxy):
             except OSError as error:
                 if self._starter is None or not is_absent(error):
                     raise
+                location.check(self.directory)
                 self._starter.start(self.directory, deadline)
                 connection = self._open(deadline)
             if self._greet(connection, may_succeed=self._starter is not None):

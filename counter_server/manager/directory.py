@@ -79,7 +79,7 @@ class _Holder(Struct):
 class DataDirectory:
     """The names in a data directory, and the rules for making and holding it. Constructing one changes no file.
 
-    Socket, key and the starters' lock may lie elsewhere (``COUNTER_SERVER_RUNTIME_DIR``), in a directory for this one.
+    With ``COUNTER_SERVER_RUNTIME_DIR``, the socket, its key and the starters' lock lie there, in a subdirectory.
 
     :raises InvalidRequest: if `path` cannot be the name of a directory.
     """
@@ -105,6 +105,11 @@ class DataDirectory:
     def url(self) -> str:
         """The store URL of the manager of this directory."""
         return "manager://" + quote(os.fsencode(self.path))
+
+    @property
+    def given_url(self) -> str:
+        """The URL of the path with its links, which show whether it lies in a release."""
+        return "manager://" + quote(os.fsencode(self.given))
 
     @classmethod
     def from_url(cls, url: str, default: str) -> Self:

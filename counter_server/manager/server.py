@@ -27,16 +27,16 @@ from typing import Any, NamedTuple, NoReturn, Protocol, cast
 from msgspec import MsgspecError, Struct, field, msgpack
 
 from ..errors import BatchRefused, DirectoryHeld, Disconnected, StartupError, Stopped
-from ..journal import Journal, JournalFailed
+from ..journal import REFUSALS, Journal, JournalFailed
 from ..ledger import Changes, Clients, Contents, Ledger
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
-from ..os_errors import explain
+from ..os_errors import NO_SOCKETS, explain
 from ..output import bound
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from ..status import SlowCall, Status
 from ..store import Applies
-from . import snapshot
+from . import location, snapshot
 from .client import StateProxy, end_manager
 from .directory import DataDirectory, keep_from_children
 from .hosting import NOTHING, Hosting, Sources, import_classes
@@ -510,6 +510,7 @@ def serve(
     else:
         keep_from_children(lifeline.fileno())
         threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
+    location.check(directory)
     directory.make()
     sources = Sources()
     _check_durability(directory, durability)
@@ -550,7 +551,9 @@ def serve(
                 supervisor=os.getppid() if lifeline is not None else None,
             )
         except OSError as error:
-            raise explain(error, f"the socket {directory.socket} cannot be made", directory.path) from error
+            advice = "" if error.errno in REFUSALS else NO_SOCKETS
+            failure = f"the socket {directory.socket} cannot be made"
+            raise explain(error, failure, directory.runtime, advice=advice) from error
         is_ending = threading.Event()
         keeping = threading.Thread(target=server.keep_going, args=(is_held, is_ending), daemon=True)
         keeping.start()

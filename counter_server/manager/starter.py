@@ -223,6 +223,7 @@ def detach(directory: DataDirectory, starter: tuple[int, int] | None) -> Report:
             print(f"Error: {text or f'it ended; see {directory.path}/manager.log'}", file=sys.stderr, flush=True)
         os._exit({"ready": 0, "later": EXIT_HELD}.get(kind, 1))
     os.setsid()
+    os.umask(0o077)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the starter may have blocked signals
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:

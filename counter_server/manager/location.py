@@ -1,0 +1,96 @@
+"""Where a data directory lies: in a release, on a container's layer, or on a network file system."""
+
+import logging
+import re
+from pathlib import Path
+
+from ..errors import StartupError
+from ..os_errors import ELSEWHERE
+from ..store import Finding
+from .directory import DataDirectory
+
+log = logging.getLogger(__name__)
+
+_LAYERS = {"overlay", "aufs", "fuse.fuse-overlayfs"}
+_NETWORKS = {
+    *("nfs", "nfs4", "cifs", "smb3", "afs", "9p", "virtiofs", "vboxsf", "prl_fs"),
+    *("ceph", "lustre", "gfs2", "ocfs2", "gpfs", "beegfs", "fuse.ceph", "fuse.ceph-fuse", "fuse.glusterfs"),
+}
+# On these, `flock` holds on one machine only.
+_OWN_LOCKS = {
+    *("fuse.sshfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse", "fuse.goofys", "fuse.mountpoint-s3"),
+    *("fuse.blobfuse", "fuse.blobfuse2", "fuse.davfs", "fuse.curlftpfs"),
+}
+_OWN_LOCKS_OPTIONS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nobrl"}
+
+
+def examine(directory: DataDirectory) -> list[Finding]:
+    """Return the risks of the place of a data directory."""
+    kind, options = _file_system(directory.path)
+    found = []
+    if link := _release(directory):
+        found.append(
+            f"{directory} lies in a release ({link}): the next release begins again at 1; {ELSEWHERE}, which all"
+            " releases share"
+        )
+    if kind in _LAYERS:
+        found.append(
+            f"{directory} lies on a container's own layer ({kind}), and is lost with the container: mount a volume"
+            f" there, or {ELSEWHERE}"
+        )
+    if kind in _OWN_LOCKS or (kind in _NETWORKS and options & _OWN_LOCKS_OPTIONS):
+        return [
+            Finding(
+                "problem",
+                f"{directory} lies on a network file system ({kind}) on which each machine has its own locks, so two"
+                f" managers could return the same numbers; nothing was counted or lost; {ELSEWHERE}, on a local disk",
+            )
+        ]
+    if kind in _NETWORKS:
+        found.append(
+            f"{directory} lies on a network file system ({kind}): only the processes of one machine can share it, and"
+            f" its locks and syncs may promise too much; {ELSEWHERE}, on a local disk"
+        )
+    return [Finding("may lose", sentence) for sentence in found]
+
+
+def check(directory: DataDirectory) -> None:
+    """Log the risks when a manager starts; raise `StartupError` if two managers could start there."""
+    for finding in examine(directory):
+        if finding.level == "problem":
+            raise StartupError(finding.sentence)
+        log.warning("%s", finding.sentence)
+
+
+def _release(directory: DataDirectory) -> str:
+    """Return why a directory seems to belong to one release of a program; an empty string if it does not."""
+    for place in reversed(directory.given.parents):
+        if place.is_symlink():  # the outermost link: in a release, others may lead out again
+            target = place.resolve()
+            # A link of the system, or one to a place for the data alone, does not lead to a release.
+            leads_to_release = target.is_relative_to(place.parent.resolve()) or place != directory.given.parent
+            if directory.path.is_relative_to(target) and place.parent != Path("/") and leads_to_release:
+                return f"the symbolic link {place} leads there"
+            break
+    for place in directory.path.parents:
+        if place.name == "releases":
+            return f"below {place}"
+    return ""
+
+
+def _file_system(path: Path) -> tuple[str, set[str]]:
+    """Return the type of the file system of `path`, and its mount's options; see proc_pid_mountinfo(5)."""
+    found: tuple[str, set[str]] = "", set()
+    deepest = -1
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        place = Path(re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), before.split()[4]))
+        if path.is_relative_to(place) and len(place.parts) >= deepest:  # a later mount hides an earlier one
+            deepest = len(place.parts)
+            kind, _, options = after.split()[:3]
+            found = kind, {*options.split(","), *before.split()[5].split(",")}
+    return found
