@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .dicts import BoundedDict, check_entries
 from .extension import open_for_app, state_of
-from .settings import DEFAULT_DEADLINE, DEFAULT_STORE, DEFAULT_STORE_OPTIONS, StoreOptions
+from .settings import DEFAULT_STORE, StoreOptions
 from .state import State, forgetful
 
 try:
@@ -57,8 +57,8 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
         threshold: int = 10_000,
         default_timeout: int | timedelta = 300,
         ignore_delete_many_errors: bool = True,
-        deadline: float = DEFAULT_DEADLINE,
-        options: StoreOptions = DEFAULT_STORE_OPTIONS,
+        deadline: float | None = None,
+        options: StoreOptions | None = None,
     ) -> None:
         BaseCache.__init__(self, default_timeout, ignore_delete_many_errors)
         self._name, self._threshold = name, check_entries(threshold)

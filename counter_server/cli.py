@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 
 _DEFAULTS = ServerSettings()
-_ON_OUR_OWN = settings.StoreOptions(idle_timeout=1.0)  # an app may soon want a manager that hosts its objects
+_IDLE_SECONDS = 1.0  # of a manager that a command starts; an app may soon want one that hosts its objects
 _SECONDS_TO_STOP = 10.0
 _SECONDS_OF_UPKEEP = 3600.0  # for the manager to read or copy all its data
 _SMALLEST_JOURNAL = 2**20  # bytes
@@ -103,9 +102,8 @@ def _with_state(command: Command) -> Command:
     )
     @wraps(command)
     def with_state(*, data_dir: str | None, store: str | None, start: bool, **arguments: Any) -> None:
-        deadline = settings.from_environment("DEADLINE")
-        options = replace(_ON_OUR_OWN, start=start)
-        command(open_state(_url(store, data_dir), deadline=deadline, options=options), **arguments)
+        options = settings.StoreOptions(idle_timeout=_IDLE_SECONDS, start=start)
+        command(open_state(_url(store, data_dir), options=options), **arguments)
 
     return with_state
 

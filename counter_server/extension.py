@@ -279,8 +279,9 @@ def _answer(error: CounterServerError) -> Any:
     return app.handle_http_exception(default_exceptions[status](detail, response))
 
 
-def open_for_app(url: str, *, deadline: float, options: settings.StoreOptions) -> State:
+def open_for_app(url: str, *, deadline: float | None, options: settings.StoreOptions | None) -> State:
     """Open a state with the data directory of the current app, if there is one and `url` names none."""
+    options = options or settings.StoreOptions()
     if has_app_context() and options.data_dir is None:
         app = current_app
         named = app.config.get("COUNTER_SERVER_DATA_DIR")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CounterServerError
 from .extension import open_for_app
-from .settings import DEFAULT_DEADLINE, DEFAULT_STORE, DEFAULT_STORE_OPTIONS, StoreOptions
+from .settings import DEFAULT_STORE, StoreOptions
 from .state import forgetful
 from .windows import Windows as Windows
 
@@ -54,8 +54,8 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
         wrap_exceptions: bool = False,  # noqa: FBT001, FBT002 - as in the interface
         *,
         name: str = "limits",
-        deadline: float = DEFAULT_DEADLINE,
-        options: StoreOptions = DEFAULT_STORE_OPTIONS,
+        deadline: float | None = None,
+        options: StoreOptions | None = None,
     ) -> None:
         Storage.__init__(self, None, wrap_exceptions)
         self._open = partial(open_for_app, uri, deadline=deadline, options=options)

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -116,15 +116,16 @@ def default_data_dir(instance_path: str = "instance") -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
-    """How to reach a store, and whether and how to start its manager on demand."""
+    """How to reach a store, and whether and how to start its manager on demand. The environment has the defaults.
+
+    :raises InvalidRequest: if a setting in the environment is wrong.
+    """
 
     data_dir: str | None = None  # the data directory, if the URL names none; None: `default_data_dir()`
-    start: bool = True  # whether to start a manager on demand
-    durability: Durability = DEFAULT_DURABILITY  # of a manager started on demand
-    idle_timeout: float = 60.0  # seconds without clients after which such a manager exits
-
-
-DEFAULT_STORE_OPTIONS = StoreOptions()
+    start: bool = field(default_factory=partial(from_environment, "START"))  # whether to start a manager on demand
+    durability: Durability = field(default_factory=partial(from_environment, "DURABILITY"))  # of such a manager
+    # Seconds without clients after which it exits.
+    idle_timeout: float = field(default_factory=partial(from_environment, "IDLE_TIMEOUT"))
 
 
 @dataclass(frozen=True, kw_only=True)

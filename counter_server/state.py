@@ -44,7 +44,7 @@ from .operations import (
 )
 from .plain import decode_plain, encode_plain, find_class
 from .session import Session
-from .settings import DEFAULT_DEADLINE, DEFAULT_STORE_OPTIONS, LONGEST_DEADLINE, StoreOptions, check_seconds
+from .settings import DEFAULT_DEADLINE, LONGEST_DEADLINE, StoreOptions, check_seconds, from_environment
 from .status import Status
 from .store import HostsObjects, ReportsStatus, Store
 from .stores import open_store
@@ -314,20 +314,21 @@ class Sharing(ABC):
 def open_state(
     url: str,
     *,
-    deadline: float = DEFAULT_DEADLINE,
-    options: StoreOptions = DEFAULT_STORE_OPTIONS,
+    deadline: float | None = None,
+    options: StoreOptions | None = None,
     declarations: Declarations | None = None,
 ) -> "State":
     """Return the shared state at `url`, for any program. In a Flask app, use `SharedState`.
 
     It connects at the first call, and may be used by any thread, and after a fork.
 
-    :param deadline: seconds that each call may take, at most 60.
+    :param deadline: seconds that each call may take, at most 60; by default from the environment, else 5.
     :param options: whether and how to start a manager if there is none.
     :param declarations: the shared objects, if several states have the same ones.
     :raises InvalidRequest: if there is no such store or the deadline is not valid.
     """
-    return State(open_store(url, options, declared_for), deadline=deadline, declarations=declarations)
+    seconds = from_environment("DEADLINE") if deadline is None else deadline
+    return State(open_store(url, options, declared_for), deadline=seconds, declarations=declarations)
 
 
 def _close(counters: Session, objects: dict[str, Session]) -> None:

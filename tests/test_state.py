@@ -9,12 +9,13 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 
-from counter_server import open_state
+from counter_server import StoreOptions, open_state
 from counter_server.errors import InvalidRequest, KeyReused, LimitReached
+from counter_server.manager.client import StateProxy
 from counter_server.manager.directory import DataDirectory
 from counter_server.operations import LARGEST, SMALLEST, Batch, Get, Page, Result
 from counter_server.state import Counter, State
@@ -208,6 +209,19 @@ def test_a_child_works_though_a_thread_of_the_parent_held_a_lock(state: State, c
     with state.store._writing:
         assert in_child(lambda: b"%d %d %d" % (counter.increment(), counter.increment(), counter.value)) == b"1 2 2"
     assert counter.increment() == 1
+
+
+def test_the_environment_has_the_defaults_of_a_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, text in {"DEADLINE": "7", "START": "0", "DURABILITY": "process", "IDLE_TIMEOUT": "9"}.items():
+        monkeypatch.setenv(f"COUNTER_SERVER_{name}", text)
+    state = open_state(f"manager://{tmp_path}/data")
+    assert (state._deadline, cast(StateProxy, state.store)._starter) == (7, None)
+    given = StoreOptions(start=True, durability="none")
+    assert (given.start, given.durability, given.idle_timeout) == (True, "none", 9)
+    assert open_state("memory://", deadline=3)._deadline == 3
+    monkeypatch.setenv("COUNTER_SERVER_START", "perhaps")
+    with pytest.raises(InvalidRequest, match="COUNTER_SERVER_START is 'perhaps'"):
+        open_state(f"manager://{tmp_path}/data")
 
 
 class Timed(MemoryStore):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ..errors import InvalidRequest
 from ..objects import Declaration
-from ..settings import DEFAULT_STORE_OPTIONS, StoreOptions, default_data_dir
+from ..settings import StoreOptions, default_data_dir
 from ..store import Finding, HostsObjects, ReportsStatus, Store
 
 __all__ = ["Finding", "HostsObjects", "ReportsStatus", "Store", "open_store"]
@@ -12,7 +12,7 @@ __all__ = ["Finding", "HostsObjects", "ReportsStatus", "Store", "open_store"]
 
 def open_store(
     url: str,
-    options: StoreOptions = DEFAULT_STORE_OPTIONS,
+    options: StoreOptions | None = None,
     declared: Callable[[str], list[Declaration]] = lambda _url: [],
 ) -> Store:
     """Return the store of `url`, which connects at its first use, or raise `InvalidRequest`.
@@ -26,7 +26,7 @@ def open_store(
             from ..manager.directory import DataDirectory
             from ..manager.starter import Starter
 
-            starter = None
+            options, starter = options or StoreOptions(), None
             if options.start:
                 starter = Starter(durability=options.durability, idle_timeout=options.idle_timeout, declared=declared)
             return StateProxy(DataDirectory.from_url(url, options.data_dir or default_data_dir()), starter)
