@@ -121,8 +121,10 @@ class Disconnected(Exception):
     """The connection to the store broke, or could not be made.
 
     :param sent: whether any part of the batch may have left this process.
+    :param is_vague: whether the reason of an earlier attempt says more.
     """
 
-    def __init__(self, message: str, *, sent: bool) -> None:
+    def __init__(self, message: str, *, sent: bool, is_vague: bool = False) -> None:
         super().__init__(message)
         self.sent = sent
+        self.is_vague = is_vague

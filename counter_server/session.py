@@ -120,8 +120,9 @@ class Session:
     def _pause(self, exchange: _Exchange, broken: Disconnected, deadline: float) -> None:
         """Wait before a batch is resent, or raise at the deadline."""
         now = time.monotonic()
-        if now < deadline or now - exchange.began > _LONGEST_PAUSE or not exchange.reason:
-            exchange.reason = str(broken)  # else the deadline cut this attempt short, and the earlier reason says more
+        is_cut_short = now >= deadline and now - exchange.began <= _LONGEST_PAUSE
+        if not exchange.reason or not (is_cut_short or broken.is_vague):
+            exchange.reason = str(broken)  # else the earlier reason says more
         if now >= deadline:
             if exchange.sent and exchange.batch.sequence:
                 raise DeadlineExceeded(

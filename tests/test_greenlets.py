@@ -97,7 +97,9 @@ def test_greenlets_keep_their_deadline_while_the_store_is_frozen(
         assert seconds < 10  # of a deadline of one
     go.unlink()
     numbers = json.loads(program.expect("numbers"))
-    assert sorted(numbers) == list(range(min(numbers), min(numbers) + 20))
+    assert len(set(numbers)) == 20
+    if store != "memcached":  # it may count calls of the frozen time meanwhile, as their outcome is unknown
+        assert max(numbers) == min(numbers) + 19
 
 
 _APP = """

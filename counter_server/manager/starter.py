@@ -55,7 +55,7 @@ class Starter:
         directory.make()
         with directory.starting() as lock:
             if lock is None:
-                raise Disconnected(f"the manager of {directory} is starting", sent=False)
+                raise Disconnected(f"the manager of {directory} is starting", sent=False, is_vague=True)
             declarations = self.declared(directory.url)
             try:
                 kind, text = self._run(directory, declarations, lock, deadline)
@@ -65,7 +65,7 @@ class Starter:
             case "ready":
                 return
             case "":
-                raise Disconnected(f"the manager of {directory} is still starting", sent=False)
+                raise Disconnected(f"the manager of {directory} is still starting", sent=False, is_vague=True)
             case "later":
                 raise Disconnected(text, sent=False)
             case _:
