@@ -200,6 +200,25 @@ def test_a_process_that_the_module_starts_holds_up_no_start(script: Callable[...
     assert time.monotonic() - began < PATIENCE
 
 
+@pytest.mark.slow
+def test_a_program_without_standard_streams_or_a_working_directory_starts_a_manager(
+    on_demand: str, tmp_path: Path
+) -> None:
+    (tmp_path / "module.py").write_text(HEAD + CLASS.replace("sys.argv[1]", "sys.argv[2]"))
+    (tmp_path / "gone").mkdir()
+    text = "import os, sys\nsys.path.insert(1, sys.argv[1])\nfor number in range(3):\n    os.close(number)\n"
+    text += "os.rmdir('../gone')\nfrom module import obj\nopen(sys.argv[1] + '/shown', 'w').write(str(obj.query()))\n"
+    with Program("-c", text, tmp_path, on_demand, cwd=tmp_path / "gone") as program:
+        assert program.wait() == 0, program.errors
+    assert (tmp_path / "shown").read_text() == "1"
+
+
+@pytest.mark.slow
+def test_a_start_leaves_no_child_and_warns_of_none(script: Callable[..., str]) -> None:
+    children = "    import pathlib; print(pathlib.Path(f'/proc/self/task/{os.getpid()}/children').read_text())\n"
+    assert script(HEAD + CLASS + SHOWN + children, "app.py", "-W", "error") == "1\n"
+
+
 # The app's module in the manager
 
 

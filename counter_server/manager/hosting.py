@@ -5,7 +5,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -61,12 +61,13 @@ decode_hosting = msgpack.Decoder(Hosting).decode
 
 def import_path() -> list[str]:
     """Return this process's import path, for a process in any directory."""
-    return [
-        # An entry that is not a file may be the mark of an import hook, which knows it by its name.
-        os.path.abspath(entry) if not entry or os.path.exists(entry) else entry
-        for entry in sys.path
-        if isinstance(entry, str) and "\0" not in entry
-    ]
+    path = []
+    for entry in sys.path:
+        if isinstance(entry, str) and "\0" not in entry:
+            with suppress(FileNotFoundError):  # of the working directory: nothing can be imported from there
+                # An entry that is not a file may be the mark of an import hook, which knows it by its name.
+                path.append(os.path.abspath(entry) if not entry or os.path.exists(entry) else entry)
+    return path
 
 
 def import_classes(hosting: Hosting) -> dict[str, str]:
@@ -104,7 +105,7 @@ def importing() -> Iterator[None]:
         yield
     finally:
         _importing = 0
-        del os.environ[_RUNS_NOTHING]
+        os.environ.pop(_RUNS_NOTHING, None)  # a module may have removed it
 
 
 _RUNS_NOTHING = "FLASK_RUN_FROM_CLI"  # makes `app.run()` do nothing, as when the `flask` command imports an app
