@@ -156,7 +156,8 @@ class HostedObject:
         :param deadline: for the current call, in `time.monotonic` seconds. An object that is still busy is lost.
         """
         if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
-            log.error("%s is lost: a call is still busy with it", self.declaration)
+            if self._journal is None:
+                log.error("%s is lost: a call is still busy with it", self.declaration)
             return None
         if self._journal is not None:
             return None
@@ -225,6 +226,8 @@ class HostedObject:
         # It was pickled here, or by an earlier manager into a file of this user alone.
         try:
             return _Unpickler(state, self.declaration).load()
+        except Stopped:
+            raise
         except BaseException as error:
             raise StartupError(f"{self.declaration} cannot be restored from its state: {described(error)}") from error
 

@@ -11,10 +11,11 @@ import pytest
 
 from counter_server import errors, in_manager
 from counter_server.manager import snapshot
+from counter_server.manager.client import end_manager as stop_manager
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.hosting import Sources
 from counter_server.state import State
-from tests.hosted_classes import OneWay, SomeObj
+from tests.hosted_classes import Gated, OneWay, Slow, SomeObj
 from tests.load import impatient
 from tests.processes import PATIENCE, Program, end_manager, eventually, holder
 from tests.test_on_demand import managers_of, patient
@@ -97,16 +98,26 @@ def test_an_object_that_nobody_asks_for_is_kept_until_somebody_does(on_demand: s
         assert state.object("obj", SomeObj, 0, durable=False).query() == 2
 
 
-def test_a_snapshot_is_taken_once_and_only_whole(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_snapshot_is_used_once_and_only_whole(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = DataDirectory(data_dir)
     directory.make()
-    assert snapshot.take(directory) == {}
+    assert snapshot.read(directory) == {}
     objects = {"obj": snapshot.Kept("epoch", b"state", {})}
     snapshot.write(directory, objects)
-    assert (snapshot.take(directory), snapshot.take(directory)) == (objects, {})
+    assert (snapshot.read(directory), snapshot.read(directory)) == (objects, objects)
+    snapshot.remove(directory)
+    assert snapshot.read(directory) == {}
     directory.snapshot.write_bytes(b"damaged")
-    assert (snapshot.take(directory), directory.snapshot.exists()) == ({}, False)
+    assert snapshot.read(directory) == {}
     assert "not durable begin again" in caplog.text
+
+
+def test_a_snapshot_that_cannot_be_removed_is_not_used(data_dir: Path) -> None:
+    directory = DataDirectory(data_dir)
+    directory.make()
+    directory.snapshot.mkdir()
+    with pytest.raises(errors.StartupError, match=r"manager.snapshot cannot be removed"):
+        snapshot.remove(directory)
 
 
 def test_a_snapshot_of_another_boot_is_not_used(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +126,7 @@ def test_a_snapshot_of_another_boot_is_not_used(data_dir: Path, monkeypatch: pyt
     snapshot.write(directory, {"obj": snapshot.Kept("epoch", b"state", {})})
     (data_dir / "boot").write_text("another")
     monkeypatch.setattr(snapshot, "_BOOT", data_dir / "boot")
-    assert snapshot.take(directory) == {}
+    assert snapshot.read(directory) == {}
 
 
 def test_a_manager_without_room_for_a_snapshot_says_what_is_lost(
@@ -148,6 +159,87 @@ def test_after_sigterm_a_manager_serves_its_clients_and_ends_without_them(on_dem
             os.kill(manager, signal.SIGTERM)
             time.sleep(0.05)
         assert state.counter("c").increment() == 5
+
+
+@pytest.fixture
+def gates(tmp_path: Path) -> Callable[[str], Path]:
+    """Return a function that closes a gate of the class `Gated`. Without its file, the gate is open."""
+
+    def close(name: str) -> Path:
+        gate = tmp_path / f"gated.{name}"
+        gate.touch()
+        return gate
+
+    return close
+
+
+def waits(gate: Path) -> None:
+    eventually(gate.with_name(f"{gate.name}.waits").exists, f"somebody at {gate}")
+
+
+@pytest.mark.slow
+def test_no_signal_interrupts_the_end_of_a_manager(
+    on_demand: str, data_dir: Path, tmp_path: Path, gates: Callable[[str], Path]
+) -> None:
+    with patient(on_demand) as state:
+        obj = state.object("obj", Gated, str(tmp_path / "gated"), durable=False)
+        assert obj.query() == 1
+        manager, gate = holder(data_dir), gates("pickling")
+        assert manager is not None
+        os.kill(manager, signal.SIGINT)
+        waits(gate)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(manager, number)
+        gate.unlink()
+        assert obj.query() == 2
+        assert holder(data_dir) != manager
+
+
+@pytest.mark.slow
+def test_a_manager_that_is_ended_while_it_starts_keeps_what_it_was_left(
+    on_demand: str, data_dir: Path, tmp_path: Path, gates: Callable[[str], Path]
+) -> None:
+    with patient(on_demand) as state:
+        obj = state.object("obj", Gated, str(tmp_path / "gated"), durable=False)
+        assert obj.query() == 1
+        stop_manager(DataDirectory(data_dir), PATIENCE)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            gate = gates("loading")
+            with impatient(state, 0.5), pytest.raises(errors.DeadlineExceeded):
+                obj.query()
+            waits(gate)
+            manager = holder(data_dir)
+            assert manager is not None
+            os.kill(manager, number)
+            eventually(lambda: not managers_of(data_dir), "its end")
+            gate.unlink()
+            gate.with_name(f"{gate.name}.waits").unlink()
+        assert obj.query() == 2
+
+
+@pytest.mark.slow
+def test_an_object_that_is_stuck_loses_no_other_when_a_manager_ends(
+    on_demand: str, data_dir: Path, tmp_path: Path, gates: Callable[[str], Path]
+) -> None:
+    with patient(on_demand) as state:
+        busy, gated, obj = (
+            state.object("busy", Slow, durable=False),
+            state.object("gated", Gated, str(tmp_path / "gated"), durable=False),
+            state.object("obj", SomeObj, 0, durable=False),
+        )
+        with impatient(state, 0.5), pytest.raises(errors.DeadlineExceeded):
+            busy.wait_for("/never")
+        assert (gated.query(), obj.query()) == (1, 1)
+        manager, gate = holder(data_dir), gates("pickling")
+        stop_manager(DataDirectory(data_dir), PATIENCE)
+        gate.unlink()
+        assert obj.query() == 2
+        assert holder(data_dir) != manager
+        with pytest.raises(errors.StateLost):
+            gated.query()
+    log = (data_dir / "manager.log").read_text()
+    assert "Slow(durable=False) is lost: a call is still busy with it" in log.replace("(, ", "(")
+    assert "is lost: it takes too long to pickle" in log
 
 
 # The start
@@ -271,6 +363,17 @@ def test_a_class_without_a_file_is_refused_where_it_is_declared(on_demand: str, 
     number, refused = program.output
     assert number == "1"
     assert refused.startswith("InvalidRequest the manager cannot import Obj, which is not in a file of a module")
+
+
+@pytest.mark.slow
+def test_a_thread_of_a_module_holds_up_no_end(script: Callable[..., str], data_dir: Path) -> None:
+    thread = "import threading, time\nif in_manager():\n"
+    thread += f"    threading.Thread(target=time.sleep, args=({2 * PATIENCE},)).start()\n"
+    assert script(HEAD + thread + CLASS + SHOWN) == "1"
+    manager = holder(data_dir)
+    assert manager is not None
+    assert stop_manager(DataDirectory(data_dir), PATIENCE) == manager
+    eventually(lambda: not Path(f"/proc/{manager}").exists(), "its end")
 
 
 # The newest version

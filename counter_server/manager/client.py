@@ -239,8 +239,8 @@ class StateProxy(BaseProxy):
             kind, text = connection.recv()
             match kind:
                 case "#RETURN":
-                    known, self._epoch = self._epoch, text
-                    if known not in (None, text):
+                    known, self._epoch = self._epoch, text or self._epoch
+                    if known not in (None, self._epoch):
                         raise StateLost(
                             f"the manager of {self.directory} has started again without its memory: {self._id} begins"
                             " again"

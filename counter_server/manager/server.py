@@ -59,12 +59,14 @@ log = logging.getLogger(__name__)
 _MOST_GREETED = 100  # connections above the maximum that get an explanation; others are closed at once
 _SWITCH_SECONDS = 0.0001  # for which a method computes before another thread's turn; Python's default is 5 ms
 _SECONDS_TO_SUCCEED = 10.0  # in which a manager on demand starts or ends
-_SECONDS_TO_HAND_OVER = 5.0  # in which the calls of shared objects finish when a manager ends
+_SECONDS_TO_HAND_OVER = 3.0  # in which the calls of shared objects finish when a manager ends; others wait for it
 _SECONDS_TO_LEAVE = 30.0  # for which a manager on demand serves its clients after SIGTERM
 _OTHER_DESCRIPTORS = 64  # open beside the connections: its own, and its shared objects
 SLOW_SECONDS = 10.0  # after which a running call of a shared object is reported
 _LOOK_SECONDS = 0.5
-_SECONDS_TO_STOP = 2.0  # for which a commit may hang on the disk when the supervisor has gone
+_SECONDS_TO_STOP = 2.0  # for which threads of others, or a commit on the disk, may hold up an end
+
+_STOPPING = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT
 
 _decode_call = msgpack.Decoder(Call).decode
 _decode_batch = msgpack.Decoder(tuple[Batch]).decode
@@ -88,7 +90,7 @@ class Hosted(NamedTuple):
     """An object that proxies reach by its name: the ledger of the counters, or a shared object."""
 
     applies: Remembers
-    epoch: str  # identifies its state: it changes when some of the state is lost
+    epoch: str  # identifies its state: it changes when some of the state is lost; empty without a state
     declaration: Declaration | None = None
 
 
@@ -310,10 +312,23 @@ class StateServer(Server):
         """Make no call of a shared object any more; return those that are not in the journal."""
         deadline = time.monotonic() + _SECONDS_TO_HAND_OVER
         kept = {}
-        for hosted in self.hosted.values():
-            if isinstance(hosted.applies, HostedObject) and (left := hosted.applies.hand_over(deadline)):
-                kept[hosted.applies.declaration.name] = Kept(hosted.epoch, *left)
-        return kept
+
+        def keep(hosted: Hosted, applies: HostedObject) -> None:
+            if left := applies.hand_over(deadline):
+                kept[applies.declaration.name] = Kept(hosted.epoch, *left)
+
+        # Each in a thread, as a method or a pickling that never returns must not make others be lost.
+        objects = [
+            (hosted, hosted.applies) for hosted in self.hosted.values() if isinstance(hosted.applies, HostedObject)
+        ]
+        threads = [threading.Thread(target=keep, args=each, daemon=True) for each in objects]
+        for thread in threads:
+            thread.start()
+        for (_, applies), thread in zip(objects, threads, strict=True):
+            thread.join(max(deadline + _LOOK_SECONDS - time.monotonic(), 0.0))
+            if thread.is_alive():
+                log.error("%s is lost: it takes too long to pickle", applies.declaration)
+        return dict(kept)
 
     def status(self) -> Status:
         """Return the manager's figures."""
@@ -348,6 +363,16 @@ class StateServer(Server):
                     name = hosted.applies.declaration.name
                     found[name, began] = SlowCall(name, method, now - began)
         return found
+
+    def disconnect(self) -> None:
+        """Close all connections, and make sure that the process ends, although an app's module may have threads in it.
+
+        Then no client waits for it: another manager can begin.
+        """
+        with self.mutex:
+            for connection in self._connections:
+                connection.shutdown()
+        threading.Thread(target=_exit_later, args=(0,), name="exit", daemon=True).start()
 
     def check(self) -> tuple[int, int, int]:
         """Compare the whole journal with memory; return how many counters, clients and keys there are."""
@@ -465,6 +490,12 @@ def _stop(_number: int, _frame: object) -> NoReturn:
     raise Stopped(0)
 
 
+def _stop_once(number: int, frame: object) -> NoReturn:
+    for each in _STOPPING:  # another one would interrupt the end
+        signal.signal(each, signal.SIG_IGN)
+    _stop(number, frame)
+
+
 def _end_main_thread() -> None:
     """End the main thread in order, as a signal from outside does."""
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
@@ -475,8 +506,12 @@ def _end_with(lifeline: Pipe) -> None:
     with suppress(EOFError, OSError):
         lifeline.recv()
     _end_main_thread()
+    _exit_later(1)  # a commit that hangs is on the disk or is not, and no client waits for it
+
+
+def _exit_later(status: int) -> None:
     time.sleep(_SECONDS_TO_STOP)
-    os._exit(1)  # a commit that hangs is on the disk or is not, and no client waits for it
+    os._exit(status)
 
 
 def serve(
@@ -522,7 +557,7 @@ def serve(
     else:
         hosting, reasons = _import_all(directory, hosting)
     end_manager(directory, _SECONDS_TO_SUCCEED, for_another=True)
-    with starting, directory.hold() as is_held:
+    with ExitStack() as last, starting, directory.hold() as is_held:
         gc.disable()
         try:
             journal = Journal(directory.journal, durability, most=caps.journal_bytes) if durability != "none" else None
@@ -534,7 +569,7 @@ def serve(
             gc.freeze()  # the contents stay: the collector never needs to examine them
             gc.enable()
         hosted = {"ledger": Hosted(ledger, journal.epoch if journal else secrets.token_hex(16))}
-        kept = snapshot.take(directory)
+        kept = snapshot.read(directory)
         for declaration in hosting.declarations:
             hosted[object_ident(declaration.name)] = _host(
                 declaration, reasons.get(declaration.name), ledger, journal, contents, kept, caps
@@ -557,12 +592,17 @@ def serve(
             advice = "" if error.errno in REFUSALS else NO_SOCKETS
             failure = f"the socket {directory.socket} cannot be made"
             raise explain(error, failure, directory.runtime, advice=advice) from error
+        last.callback(server.disconnect)
         is_ending = threading.Event()
         keeping = threading.Thread(target=server.keep_going, args=(is_held, is_ending), daemon=True)
         keeping.start()
         try:
+            for number in _STOPPING:
+                if signal.getsignal(number) is _stop:
+                    signal.signal(number, _stop_once)
             if idle_timeout is not None:
                 signal.signal(signal.SIGTERM, lambda _number, _frame: server.leave())
+            snapshot.remove(directory)
             ready()
             starting.close()
             server.serve_forever()
@@ -574,8 +614,7 @@ def serve(
                     directory.socket.unlink()
             server.listener.close()
             kept |= server.hand_over()
-            if kept:
-                snapshot.write(directory, kept)
+            snapshot.write(directory, kept)
             ledger.stop()
             if journal:
                 journal.close()
@@ -642,7 +681,7 @@ def _host(
             hosted, epoch = make(), secrets.token_hex(16)
     except StartupError as error:  # counters and other objects go on
         log.error("%s", error)
-        return Hosted(NotMade(error), epoch, declaration)
+        return Hosted(NotMade(error), "", declaration)
     kept.pop(name, None)
     return Hosted(hosted, epoch, declaration)
 
