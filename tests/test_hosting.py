@@ -1,11 +1,15 @@
 """What managers host: the modules of apps, imported beside them, in the newest version, with nothing lost between."""
 
+import gc
 import os
 import signal
+import subprocess
 import sys
 import time
+import zipapp
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -422,13 +426,13 @@ def test_a_new_version_takes_over_with_the_state_and_the_old_handles(
         assert (second.query(), first.query(), holder(data_dir)) == (32, 42, successor)
 
 
-def test_sources_are_changed_by_a_new_size_time_or_file(changing: Path) -> None:
+def test_sources_are_older_than_a_program_that_began_after_a_change(changing: Path) -> None:
     changing.write_text("a = 1\n")
     sources = Sources()
     import changing as module  # noqa: F401 - it is looked at
 
     sources.note()
-    assert not sources.are_changed
+    assert not sources.are_older(time.time())
     status = changing.stat()
     for change in (
         lambda: changing.write_text("a = 12\n"),
@@ -436,8 +440,157 @@ def test_sources_are_changed_by_a_new_size_time_or_file(changing: Path) -> None:
         lambda: (changing.rename(changing.with_name("before")), changing.write_text("a = 1\n")),
     ):
         change()
-        assert sources.are_changed
+        assert sources.are_older(time.time())
+        assert not sources.are_older(status.st_ctime - 1.0), "a program that began before has the old version"
+        sources = Sources()
+        later(changing)
         sources.note()
-        assert not sources.are_changed
+        assert sources.are_older(time.time()), "it changed after the import began"
+        sources = Sources()
+        sources.note()
+        assert not sources.are_older(time.time())
     changing.unlink()
-    assert not sources.are_changed, "what is gone cannot be imported by another process either"
+    assert not sources.are_older(time.time()), "what is gone cannot be imported by another process either"
+
+
+def later(file: Path) -> None:
+    """Change the time of a file to now. The kernel's clock is coarse."""
+    now = time.time_ns()
+    while file.stat().st_ctime_ns < now:
+        file.chmod(0o600)
+
+
+def test_sources_in_an_archive_are_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "archived.py").write_text("")
+    (tmp_path / "program" / "__main__.py").write_text("")
+    archive = tmp_path / "program.pyz"
+    zipapp.create_archive(tmp_path / "program", archive)
+    sources = Sources()
+    monkeypatch.syspath_prepend(archive)
+    import archived  # type: ignore[import-not-found]  # noqa: F401 - it is looked at
+
+    sources.note()
+    assert not sources.are_older(time.time())
+    zipapp.create_archive(tmp_path / "program", archive, compressed=True)
+    assert sources.are_older(time.time())
+    sys.modules.pop("archived")
+
+
+@pytest.mark.slow
+def test_the_main_program_of_a_directory_or_archive_is_found_in_its_releases(
+    on_demand: str, data_dir: Path, tmp_path: Path
+) -> None:
+    number = 0
+    for release in ("1", "2"):
+        place = tmp_path / release / "program"
+        place.mkdir(parents=True)
+        (place / "__main__.py").write_text(HEAD + CLASS + SHOWN)
+        zipapp.create_archive(place, place.with_suffix(".pyz"))
+        (place.parent / "script").write_text(HEAD + CLASS + SHOWN)
+        for program in (place, place.with_suffix(".pyz")):
+            with Program(program, on_demand, cwd=tmp_path) as shown:
+                shown.wait()
+                number += 1
+                assert shown.output == [str(number)], shown.errors
+    assert holder(data_dir) is not None
+
+
+MOVED = """
+from counter_server import open_state
+import sys
+{source}
+state = open_state(sys.argv[1], deadline=30)
+obj = state.object("obj", Obj{options})
+if __name__ == "__main__":
+    print(obj.query(), flush=True)
+    if sys.stdin.readline():
+        print(obj.query(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_class_moves_to_another_module_under_its_users(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
+    def run(source: str, stdin: Any = subprocess.DEVNULL, options: str = "") -> subprocess.Popen[str]:
+        (tmp_path / "app.py").write_text(MOVED.format(source=source, options=options))
+        return subprocess.Popen(
+            [sys.executable, tmp_path / "app.py", on_demand], stdin=stdin, stdout=subprocess.PIPE, text=True
+        )
+
+    with run(SOURCE.format(step=1), subprocess.PIPE) as old:
+        try:
+            assert old.stdout is not None
+            assert old.stdout.readline() == "1\n"
+            (tmp_path / "models.py").write_text(SOURCE.format(step=10))
+            with run("from models import Obj") as new:
+                assert new.communicate(timeout=PATIENCE)[0] == "11\n"
+            assert old.communicate("again\n", timeout=PATIENCE)[0] == "21\n"
+        finally:
+            old.kill()
+
+
+@pytest.mark.slow
+def test_what_the_newest_version_cannot_load_is_refused_and_the_old_one_goes_on(
+    on_demand: str, data_dir: Path, changing: Path
+) -> None:
+    changing.write_text("class Part:\n    pass\n" + SOURCE.format(step=1) + "    part = None\n")
+    with patient(on_demand) as old, patient(on_demand) as new, patient(on_demand) as other:
+        first = declared(old)
+        old.object("late", sys.modules["changing"].Obj)
+        part = "    def query(self):\n        self.part = Part()\n"
+        changing.write_text(changing.read_text().replace("    def query(self):\n", part))
+        first = declared(new)
+        assert first.query() == 1
+        manager = holder(data_dir)
+        changing.write_text(SOURCE.format(step=10))
+        with pytest.raises(errors.StartupError, match=r"cannot be restored from its state: .* no attribute 'Part'"):
+            declared(other).query()
+        assert (first.query(), holder(data_dir)) == (2, manager)
+
+
+@pytest.mark.slow
+def test_an_old_program_goes_on_beside_a_new_version_that_cannot_be_imported(
+    on_demand: str, data_dir: Path, changing: Path
+) -> None:
+    changing.write_text(SOURCE.format(step=1))
+    with patient(on_demand) as old, patient(on_demand) as older:
+        first, second = declared(old), declared(older)
+        assert first.query() == 1
+        manager = holder(data_dir)
+        later(changing)
+        changing.write_text("raise RuntimeError('half a deploy')\n")
+        assert (second.query(), holder(data_dir)) == (2, manager)
+
+
+@pytest.mark.slow
+def test_another_class_does_not_get_the_state_of_an_old_one(on_demand: str, changing: Path) -> None:
+    changing.write_text(SOURCE.format(step=1) + SOURCE.format(step=100).replace("Obj", "Other"))
+    with patient(on_demand) as state:
+        assert declared(state).query() == 1
+    del state
+    gc.collect()  # it would go on declaring it
+    with patient(on_demand) as state:
+        obj: SomeObj = state.object("obj", sys.modules["changing"].Other)
+        with pytest.raises(errors.StartupError, match="it is of another class, Obj: declare this one under a new"):
+            obj.query()
+
+
+@pytest.mark.slow
+def test_an_object_becomes_durable_or_volatile_with_its_state(on_demand: str, data_dir: Path) -> None:
+    with patient(on_demand) as first, patient(on_demand) as second:
+        old, obj = first.object("obj", SomeObj, 0, durable=False), second.object("obj", SomeObj, 0)
+        assert (old.query(), obj.query(), old.query()) == (1, 2, 3)  # nothing was lost
+        end_manager(data_dir / "manager.lock")
+        assert (obj.query(), old.query()) == (4, 5)
+        stop_manager(DataDirectory(data_dir), PATIENCE)
+    del first, second, old, obj
+    gc.collect()  # they would go on declaring it
+    with patient(on_demand) as state:
+        obj = state.object("obj", SomeObj, 0, durable=False)
+        assert obj.query() == 6
+        stop_manager(DataDirectory(data_dir), PATIENCE)
+        assert obj.query() == 7
+        end_manager(data_dir / "manager.lock")
+        with pytest.raises(errors.StateLost):
+            obj.query()
+        assert obj.query() == 1

@@ -30,7 +30,7 @@ from msgspec import MsgspecError, Struct, field, msgpack
 from ..errors import BatchRefused, DirectoryHeld, Disconnected, StartupError, Stopped
 from ..journal import REFUSALS, Journal, JournalFailed
 from ..ledger import Changes, Clients, Contents, Ledger
-from ..objects import Declaration, HostedObject
+from ..objects import Declaration, HostedObject, is_moved, unpickled
 from ..operations import Batch, Refusal, Result
 from ..os_errors import NO_SOCKETS, explain
 from ..output import bound
@@ -90,7 +90,9 @@ class Hosted(NamedTuple):
     """An object that proxies reach by its name: the ledger of the counters, or a shared object."""
 
     applies: Remembers
-    epoch: str  # identifies its state: it changes when some of the state is lost; empty without a state
+    # Identifies its state: it changes when some of the state is lost. It is empty without a state. A second word is the
+    # epoch of the same state when it was not durable yet.
+    epoch: str
     declaration: Declaration | None = None
 
 
@@ -107,6 +109,7 @@ class NotMade:
 
 _OWN: dict[str, msgpack.Decoder[Any]] = {
     "hosting": msgpack.Decoder(tuple[()]),
+    "saved": msgpack.Decoder(tuple[str]),
     "status": msgpack.Decoder(tuple[()]),
     "check": msgpack.Decoder(tuple[()]),
     "back_up": msgpack.Decoder(tuple[bytes]),
@@ -117,7 +120,7 @@ _OWN: dict[str, msgpack.Decoder[Any]] = {
 class StateServer(Server):
     """The standard library's manager server, with objects by name, typed arguments and time limits.
 
-    A client can call `apply` of the hosted objects, and five methods of the server itself, mostly for its operator.
+    A client can call `apply` of the hosted objects, and six methods of the server itself, mostly for its operator.
     It can create nothing, and reads no traceback. A peer that breaks the rules loses its connection, without a reason.
     """
 
@@ -263,10 +266,14 @@ class StateServer(Server):
             return True
         is_newer = wanted.declared > hosted.declaration.declared
         if not hosted.declaration.means(wanted):  # a new class under an old name must not end the old one's use
-            with self.mutex:
-                return is_newer and not _is_any_there(self._users)
-        is_another = isinstance(hosted.applies, NotMade) or wanted.file != hosted.declaration.file
-        return (is_newer and is_another) or self._sources.are_changed
+            is_perhaps_moved = hosted.declaration.qualname == wanted.qualname
+            return is_newer and (is_perhaps_moved or not self._is_used())
+        is_another = (
+            isinstance(hosted.applies, NotMade)
+            or wanted.file != hosted.declaration.file
+            or wanted.durable > hosted.declaration.durable
+        )
+        return (is_newer and is_another) or self._sources.are_older(wanted.declared)
 
     def _refusal(self, hosted: Hosted | None) -> str:
         who = f"the manager (pid {os.getpid()})"
@@ -306,7 +313,16 @@ class StateServer(Server):
             if hosted.declaration and not isinstance(hosted.applies, NotMade)
         }
         declarations = [declaration for declaration in self._hosting.declarations if declaration.name in made]
-        return Hosting(declarations, self._hosting.path, self._hosting.argv)
+        return Hosting(declarations, self._hosting.path, self._hosting.argv, self._is_used())
+
+    def saved(self, name: str) -> bytes:
+        """Return the state of a durable object, for a successor that tries whether it can load it."""
+        hosted = self.hosted.get(object_ident(name))
+        return hosted.applies.saved if hosted and isinstance(hosted.applies, HostedObject) else b""
+
+    def _is_used(self) -> bool:
+        with self.mutex:
+            return _is_any_there(self._users)
 
     def hand_over(self) -> dict[str, Kept]:
         """Make no call of a shared object any more; return those that are not in the journal."""
@@ -490,10 +506,22 @@ def _stop(_number: int, _frame: object) -> NoReturn:
     raise Stopped(0)
 
 
-def _stop_once(number: int, frame: object) -> NoReturn:
-    for each in _STOPPING:  # another one would interrupt the end
-        signal.signal(each, signal.SIG_IGN)
-    _stop(number, frame)
+def _stop_in_order(leave: Callable[[], None] | None) -> None:
+    """Let the first signal end the main thread, and no other one interrupt that.
+
+    :param leave: called for SIGTERM instead.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        if leave is not None and number == signal.SIGTERM:
+            return leave()
+        for each in _STOPPING:
+            signal.signal(each, signal.SIG_IGN)
+        _stop(number, frame)
+
+    for number in _STOPPING:
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, stop)
 
 
 def _end_main_thread() -> None:
@@ -597,12 +625,9 @@ def serve(
         keeping = threading.Thread(target=server.keep_going, args=(is_held, is_ending), daemon=True)
         keeping.start()
         try:
-            for number in _STOPPING:
-                if signal.getsignal(number) is _stop:
-                    signal.signal(number, _stop_once)
-            if idle_timeout is not None:
-                signal.signal(signal.SIGTERM, lambda _number, _frame: server.leave())
+            _stop_in_order(server.leave if idle_timeout is not None else None)
             snapshot.remove(directory)
+            _forget_volatile(journal, contents, hosting, ledger.now())
             ready()
             starting.close()
             server.serve_forever()
@@ -626,22 +651,38 @@ def _import_all(directory: DataDirectory, hosting: Hosting) -> tuple[Hosting, di
 
     Return both, and the reasons of what cannot be imported, by object.
 
-    :raises StartupError: if it cannot import what the other manager could; that one goes on.
+    :raises StartupError: if it cannot import or load what the other manager could; that one goes on.
     :raises DirectoryHeld: if the other manager does not answer.
     """
     reasons = import_classes(hosting)
     if directory.manager_pid() is None:
         return hosting, reasons
+    deadline = time.monotonic() + _SECONDS_TO_SUCCEED
     with closing(StateProxy(directory)) as proxy:
         try:
-            other = proxy.hosting(time.monotonic() + _SECONDS_TO_SUCCEED)
+            other = proxy.hosting(deadline)
+            saved = {each.name: proxy.saved(each.name, deadline) for each in other.declarations}
         except Disconnected as error:
             raise DirectoryHeld(f"the manager of {directory} ({directory.holder}) does not answer: {error}") from error
     worse = [reasons[declaration.name] for declaration in other.declarations if declaration.name in reasons]
     if worse:
         raise StartupError("; ".join(worse))
     hosting = hosting.joined(other)
-    return hosting, import_classes(hosting)  # what only the other one could import is refused by name
+    reasons = import_classes(hosting)  # what only the other one could import is refused by name
+    hosted = {declaration.name: declaration for declaration in hosting.declarations}
+    for older in other.declarations:
+        newer = hosted[older.name]
+        if newer.means(older):
+            continue
+        if is_moved(older, newer):
+            hosted[older.name] = newer.after(older)
+        elif other.is_used:
+            raise StartupError(f"{older} is hosted under that name, and it is in use: choose another name")
+    hosting.declarations[:] = hosted.values()
+    for declaration in hosting.declarations:
+        if saved.get(declaration.name) and declaration.name not in reasons:
+            unpickled(saved[declaration.name], declaration)
+    return hosting, reasons
 
 
 def _host(
@@ -659,15 +700,16 @@ def _host(
     """
     name = declaration.name
     is_durable = declaration.durable and journal is not None
-    state = contents.objects.get(name) if is_durable else None
-    clients = {client: record for client, record in contents.clients.items() if record.object == name}
-    epoch = journal.epoch if journal and is_durable else secrets.token_hex(16)
-    left = kept.get(name) if state is None else None
-    if left is not None:
+    state, clients = contents.objects.get(name), {}
+    epoch = secrets.token_hex(16)
+    if journal and (is_durable or state is not None):  # or it was durable before
+        epoch = journal.epoch
+        clients = {client: record for client, record in contents.clients.items() if record.object == name}
+    if left := kept.get(name):
         state, clients = left.state, left.clients
-        epoch = epoch if is_durable else left.epoch
+        epoch = f"{epoch} {left.epoch}" if is_durable else left.epoch
         if journal and is_durable:  # it was not durable before
-            journal.commit(Changes(ledger.now(), objects={name: state}))
+            journal.commit(Changes(ledger.now(), clients=dict(clients), objects={name: state}))
     make = partial(HostedObject, declaration, ledger.now, journal=journal, most_clients=caps.clients, fail=fail)
     try:
         if reason is not None:
@@ -675,7 +717,7 @@ def _host(
         try:
             hosted = make(state=state, clients=clients)
         except StartupError as error:
-            if left is None or is_durable:
+            if state is None or is_durable:
                 raise
             log.warning("%s begins again: %s", name, error)
             hosted, epoch = make(), secrets.token_hex(16)
@@ -684,6 +726,13 @@ def _host(
         return Hosted(NotMade(error), "", declaration)
     kept.pop(name, None)
     return Hosted(hosted, epoch, declaration)
+
+
+def _forget_volatile(journal: Journal | None, contents: Contents, hosting: Hosting, now: float) -> None:
+    """Remove objects from the journal that were durable before: their states are in memory alone from now on."""
+    names = [each.name for each in hosting.declarations if not each.durable and each.name in contents.objects]
+    if journal and names:
+        journal.commit(Changes(now, objects=dict.fromkeys(names)))
 
 
 def _room_for(connections: int) -> int:
