@@ -78,7 +78,7 @@ class Changes(Struct):
     counters: dict[str, int | None] = field(default_factory=dict)
     clients: dict[bytes, ClientRecord | None] = field(default_factory=dict)
     keys: dict[str, KeyRecord | None] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)
+    objects: dict[str, bytes | None] = field(default_factory=dict)
     # Net numbers of records that this commit adds. Expired records are not subtracted: their room is free afterwards.
     more_counters: int = 0
     more_clients: int = 0
