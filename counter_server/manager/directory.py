@@ -63,17 +63,30 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(before=forking.acquire, after_in_parent=forking.release, after_in_child=_after_fork_in_child)
 
 
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_id() -> str:
+    """Return what identifies this start of this machine; an empty string where the kernel's file is hidden.
+
+    systemd hides it by ``ProcSubset=pid``.
+    """
+    try:
+        return _BOOT.read_text().strip()
+    except OSError:
+        return ""
+
+
 class _Holder(Struct):
     """What a manager writes into its lock, for a process that finds that locked."""
 
     host: str
-    boot: str  # differs on another machine
+    boot: str  # differs on another machine; empty if it is not known
     runtime: bytes  # the path of the directory of its socket
 
     @classmethod
     def here(cls, runtime: Path) -> Self:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return cls(os.uname().nodename, boot, os.fsencode(runtime))
+        return cls(os.uname().nodename, boot_id(), os.fsencode(runtime))
 
 
 class DataDirectory:
@@ -195,7 +208,7 @@ class DataDirectory:
             holder = json.decode(os.pread(file, 2**16, 0), type=_Holder)
         except (MsgspecError, OSError):  # it has just begun
             holder = here
-        if holder.boot != here.boot:
+        if holder.boot != here.boot and holder.boot and here.boot:
             return StartupError(
                 f"a manager on another machine ({holder.host}) serves {self}, and this machine cannot reach it;"
                 f" nothing was counted or lost; {ELSEWHERE}, or share the state through Redis or a database"

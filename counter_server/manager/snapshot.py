@@ -3,16 +3,13 @@
 import logging
 import os
 from contextlib import suppress
-from pathlib import Path
 
 from msgspec import MsgspecError, Struct, msgpack
 
 from ..ledger import ClientRecord
-from .directory import DataDirectory
+from .directory import DataDirectory, boot_id
 
 log = logging.getLogger(__name__)
-
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Kept(Struct, array_like=True):
@@ -33,7 +30,7 @@ def write(directory: DataDirectory, objects: dict[str, Kept]) -> None:
     draft = directory.snapshot.with_suffix(".new")
     try:
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(msgpack.encode(_Snapshot(_BOOT.read_text(), objects)))
+            file.write(msgpack.encode(_Snapshot(boot_id(), objects)))
             file.flush()
             os.fsync(file.fileno())
         draft.rename(directory.snapshot)
@@ -54,4 +51,6 @@ def take(directory: DataDirectory) -> dict[str, Kept]:
     except (OSError, MsgspecError) as error:
         log.error("shared objects that are not durable begin again: %s: %s", directory.snapshot, error)
         return {}
-    return snapshot.objects if snapshot.boot == _BOOT.read_text() else {}
+    if not snapshot.boot:
+        log.error("shared objects that are not durable begin again: whether the machine has restarted is not known")
+    return snapshot.objects if snapshot.boot and snapshot.boot == boot_id() else {}
