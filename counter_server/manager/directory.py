@@ -83,10 +83,15 @@ class _Holder(Struct):
     host: str
     boot: str  # differs on another machine; empty if it is not known
     runtime: bytes  # the path of the directory of its socket
+    device: int = 0  # of that directory, if it is apart from the data: each container has its own
 
     @classmethod
-    def here(cls, runtime: Path) -> Self:
-        return cls(os.uname().nodename, boot_id(), os.fsencode(runtime))
+    def of(cls, directory: "DataDirectory") -> Self:
+        device = 0
+        if directory.runtime != directory.path:
+            with suppress(OSError):
+                device = os.stat(directory.runtime).st_dev
+        return cls(os.uname().nodename, boot_id(), os.fsencode(directory.runtime), device)
 
 
 class DataDirectory:
@@ -139,10 +144,11 @@ class DataDirectory:
 
         :raises StartupError: if that fails, another user owns it or a file of ours in it, or others can write to it.
         """
-        for path in dict.fromkeys((self.path, self.runtime)):
-            self._make(path)
+        if any([self._make(path) for path in dict.fromkeys((self.path, self.runtime))]):
+            self._take_back()
 
-    def _make(self, path: Path) -> None:
+    def _make(self, path: Path) -> bool:
+        """Make one of the directories, or check it; return whether a group can write to it."""
         try:
             _make_directory(path)
             status = path.stat()
@@ -158,8 +164,7 @@ class DataDirectory:
         for file in found:  # refuse files from the time when others could write here
             with suppress(FileNotFoundError):  # removed meanwhile
                 _check_file(file)
-        if status.st_mode & 0o020:
-            self._take_back()
+        return bool(status.st_mode & 0o020)
 
     def _take_back(self) -> None:
         """Put our own modes back where a volume's files were given to a group, as Kubernetes does at each mount."""
@@ -186,7 +191,7 @@ class DataDirectory:
                     f"another manager ({self.holder}) already serves {self}"
                 )
             with suppress(OSError):  # without room for it, the next manager knows less
-                os.ftruncate(file, os.pwrite(file, json.encode(_Holder.here(self.runtime)), 0))
+                os.ftruncate(file, os.pwrite(file, json.encode(_Holder.of(self)), 0))
 
             def is_held() -> bool:
                 try:
@@ -203,7 +208,7 @@ class DataDirectory:
 
     def _held_elsewhere(self, file: int) -> StartupError | None:
         """Return why processes like this one cannot reach the manager that holds the lock; None if they can."""
-        here = _Holder.here(self.runtime)
+        here = _Holder.of(self)
         try:
             holder = json.decode(os.pread(file, 2**16, 0), type=_Holder)
         except (MsgspecError, OSError):  # it has just begun
@@ -212,6 +217,12 @@ class DataDirectory:
             return StartupError(
                 f"a manager on another machine ({holder.host}) serves {self}, and this machine cannot reach it;"
                 f" nothing was counted or lost; {ELSEWHERE}, or share the state through Redis or a database"
+            )
+        if holder.runtime == here.runtime and holder.device and here.device and holder.device != here.device:
+            return StartupError(
+                f"another manager already serves {self}, in another container: {self.runtime} is not the same directory"
+                " there; nothing was counted or lost; run one container on this directory, or share the state through"
+                " Redis or a database"
             )
         if holder.runtime != here.runtime:
             there = os.fsdecode(holder.runtime)
