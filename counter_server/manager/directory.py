@@ -144,7 +144,8 @@ class DataDirectory:
 
         :raises StartupError: if that fails, another user owns it or a file of ours in it, or others can write to it.
         """
-        if any([self._make(path) for path in dict.fromkeys((self.path, self.runtime))]):
+        are_open = [self._make(path) for path in dict.fromkeys((self.path, self.runtime))]
+        if any(are_open):
             self._take_back()
 
     def _make(self, path: Path) -> bool:
