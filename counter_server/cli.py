@@ -262,7 +262,7 @@ def _declared_by(module: str, directory: DataDirectory) -> "Hosting":
 @main.command()
 @_data_dir_option
 def stop(data_dir: str | None) -> None:
-    """Stop a directory's manager cleanly. Durable data is kept, and the next use starts another manager."""
+    """Stop a directory's manager cleanly. All its data is kept, and the next use starts another manager."""
     from .manager.client import end_manager
 
     directory = _directory(data_dir)

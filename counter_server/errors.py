@@ -71,7 +71,7 @@ class Unsupported(CounterServerError):
 
 
 class NotHosted(CounterServerError):
-    """The running manager was started without this object, or with another one under its name."""
+    """The manager was started by hand without this object, or another class has its name."""
 
 
 class RemoteError(Exception):

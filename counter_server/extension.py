@@ -192,6 +192,8 @@ class SharedState(Sharing):
             basket = shared.visitor_counter("basket")
             basket.increment()        # in a view: 1, 2, 3, … for each browser
 
+        The manager keeps the numbers in memory, as an `object` with ``durable=False``.
+
         :param max_visitors: beyond this number, a new visitor replaces the longest idle one.
         :param ttl: seconds without use after which a visitor's number is forgotten.
         """

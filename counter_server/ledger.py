@@ -4,6 +4,7 @@ Durable changes go through a `Journal`. Memory changes after its commit has retu
 disk.
 """
 
+import os
 import threading
 import time
 from collections import deque
@@ -113,10 +114,12 @@ def has_ended(pid: int) -> bool:
     if not pid:
         return False
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+        os.kill(pid, 0)  # not `/proc`, which may hide processes that are there
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX"
+    except ProcessLookupError:
         return True
-    return stat.rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return False
 
 
 def no_room(what: str, most: float, option: str) -> Refusal:

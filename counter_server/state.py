@@ -284,12 +284,14 @@ class Sharing(ABC):
             global_obj = shared.object("global_obj", SomeObj, 0)
             global_obj.query()        # in a view: 1, 2, 3, … across all workers
 
-        Declare it at import time, as a manager is started with the list of objects. Each call is atomic, made exactly
-        once, and has the state's deadline. Arguments and results are plain data.
+        Declare it at import time, so that every process knows it before its first call. Each call is atomic, made
+        exactly once, and has the state's deadline. Arguments and results are plain data.
 
-        :param cls: the class, found by module and qualified name; called as `cls(*arguments, **keywords)`.
-        :param durable: keep the pickled state in the journal, in the same commit as each call. Without that, calls are
-            faster, the state need not be picklable, and it is lost if the manager is killed.
+        :param cls: the class, at the top level of a module, which the manager imports; called there as
+            `cls(*arguments, **keywords)`.
+        :param durable: keep the pickled state on the disk, in the same commit as each call. Without that, calls are
+            faster, and the object need not be picklable. It is kept when the manager ends in order, and lost if the
+            manager is killed or the machine restarts: each process that used it then gets `StateLost` once.
         :raises InvalidRequest: if it cannot be hosted, or another object has its name.
         :raises Unsupported: if the store hosts none; for an app that comes later, `init_app` raises this.
         """
@@ -304,7 +306,7 @@ class Sharing(ABC):
             carts = shared.dict("carts", max_entries=10_000, ttl=3600)
             carts.set("anna", ["tea"])
 
-        The manager keeps it in memory, not on the disk.
+        The manager keeps it in memory, as an `object` with ``durable=False``.
 
         :param max_entries: beyond this number, a new entry replaces the least recently used one.
         :param ttl: seconds that an entry lives after it was set; None for no expiry.

@@ -1,5 +1,6 @@
 """Permissions: every way to set and delete, with and without permission, and the counters afterwards."""
 
+import re
 import time
 from collections.abc import Iterator
 from http.cookies import Morsel, SimpleCookie
@@ -411,6 +412,27 @@ def test_only_headers_of_declared_proxies_are_trusted() -> None:
         assert client.post(f"{COUNTER}/increment", headers=own).status_code == (200 if secure else 403)
     client = make_app(host="127.0.0.1").test_client()
     assert_refused(client.get(COUNTER, headers={"Host": "evil.example", **forwarded(host="localhost")}), 421)
+
+
+def test_below_a_url_prefix_every_link_form_and_cookie_begins_with_it() -> None:
+    """Links in scripts come from these pages, in `data-` attributes."""
+    headers = forwarded(prefix="/counting")
+    client = make_app(token=TOKEN, trusted_proxies=1, lab=True).test_client()
+    for path in ("/", "/lab", "/counters", "/session", "/docs", "/sign-in"):
+        page = client.get(path, headers=headers).text
+        links = re.findall(r'(?:href|src|action|data-live|data-runs)="([^"#][^"]*)"', page)
+        assert len(links) > 5
+        assert [link for link in links if not link.startswith("/counting/")] == []
+    (sign_in,) = re.findall(r'href="(/counting/sign-in\?[^"]+)"', client.get("/counters?q=x", headers=headers).text)
+    assert "next=/counting/counters?q%3Dx" in sign_in
+    done = client.post("/sign-in", data={"token": TOKEN}, headers=headers)
+    assert (done.location, cookie_of(done)["path"]) == ("/counting/", "/counting")
+    assert client.get("/openapi.json", headers=headers).get_json()["servers"] == [{"url": "/counting"}]
+    # Without a declared proxy the header means nothing, and no proxy leads to another site.
+    unknown = make_app(host="127.0.0.1").test_client().get("/", headers=headers).text
+    assert "/counting" not in unknown
+    for prefix in ("//evil.example", "/\\evil.example", "https://evil.example"):
+        assert_refused(client.get("/api/v1/counters", headers=forwarded(prefix=prefix)), 400)
 
 
 def test_requests_from_other_sites_change_nothing() -> None:

@@ -235,6 +235,18 @@ def test_files_that_a_mount_gave_to_a_group_are_taken_back_with_one_warning(
     assert [record.message.count("fsGroup") for record in caplog.records] == [1]
 
 
+def test_files_that_a_mount_gave_to_a_group_are_taken_back_though_the_runtime_directory_is_new(
+    on_demand: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new pod has an empty directory for sockets."""
+    for number in (1, 2):
+        monkeypatch.setenv("COUNTER_SERVER_RUNTIME_DIR", str(tmp_path / f"run-{number}"))
+        with client(data_dir) as state:
+            assert state.counter("c").increment() == number
+        end_manager(data_dir / "manager.lock")
+        as_fsgroup_does(data_dir)
+
+
 @needs_root
 def test_a_volume_of_another_user_at_the_directory_itself_names_one_below(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
@@ -355,6 +367,23 @@ def test_a_lock_that_no_manager_holds_is_told_at_once(
         assert (error.value.outcome, "\n" in str(error.value)) == ("not_applied", False)
     with open_state(on_demand, deadline=PATIENCE) as state:
         assert state.counter("c").increment() == (1 if is_new else 2)
+
+
+def test_a_manager_of_another_container_on_the_same_volume_is_told_at_once(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directories of their sockets have one name, but lie on two file systems."""
+    monkeypatch.setenv("COUNTER_SERVER_RUNTIME_DIR", str(tmp_path / "run"))
+    directory = DataDirectory(data_dir)
+    directory.make()
+    with directory.hold():
+        with pytest.raises(errors.DirectoryHeld):  # this one's socket could be there
+            DataDirectory(data_dir).hold().__enter__()
+        lock = data_dir / "manager.lock"
+        lock.write_bytes(re.sub(rb'"device":\d+', b'"device":1', lock.read_bytes()))
+        with pytest.raises(errors.StartupError, match="in another container") as error:
+            DataDirectory(data_dir).hold().__enter__()
+        assert not isinstance(error.value, errors.DirectoryHeld)
 
 
 def test_socket_key_and_lock_may_lie_apart_from_the_journal(

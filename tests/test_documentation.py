@@ -21,7 +21,7 @@ DOCUMENTS = [*(ROOT / name for name in BESIDE), *sorted((ROOT / "docs").glob("*.
 
 def examples(document: Path) -> list[str]:
     """Return the indented blocks of a document."""
-    blocks = re.findall(r"(?:^ {4}.*\n(?:\n(?= {4}))?)+", document.read_text(), re.MULTILINE)
+    blocks = re.findall(r"(?:^ {4}.*\n(?:\n{1,2}(?= {4}))?)+", document.read_text(), re.MULTILINE)
     return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in blocks]
 
 

@@ -129,8 +129,23 @@ def test_a_snapshot_of_another_boot_is_not_used(data_dir: Path, monkeypatch: pyt
     directory.make()
     snapshot.write(directory, {"obj": snapshot.Kept("epoch", b"state", {})})
     (data_dir / "boot").write_text("another")
-    monkeypatch.setattr(snapshot, "_BOOT", data_dir / "boot")
+    monkeypatch.setattr("counter_server.manager.directory._BOOT", data_dir / "boot")
     assert snapshot.read(directory) == {}
+
+
+def test_where_the_kernel_hides_its_boot_a_manager_starts_and_says_what_is_not_kept(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`ProcSubset=pid` of systemd hides all of /proc but processes."""
+    directory = DataDirectory(data_dir)
+    directory.make()
+    with directory.hold():  # by a process that knows it
+        monkeypatch.setattr("counter_server.manager.directory._BOOT", data_dir / "hidden")
+        assert directory.is_held()
+    with directory.hold():
+        snapshot.write(directory, {"obj": snapshot.Kept("epoch", b"state", {})})
+    assert snapshot.read(directory) == {}
+    assert "whether the machine has restarted is not known" in caplog.text
 
 
 def test_a_manager_without_room_for_a_snapshot_says_what_is_lost(

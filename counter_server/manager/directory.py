@@ -65,20 +65,39 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(before=forking.acquire, after_in_parent=forking.release, after_in_child=_after_fork_in_child)
 
 
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_id() -> str:
+    """Return what identifies this start of this machine; an empty string where the kernel's file is hidden.
+
+    systemd hides it by ``ProcSubset=pid``.
+    """
+    try:
+        return _BOOT.read_text().strip()
+    except OSError:
+        return ""
+
+
 class _Holder(Struct):
     """What a manager writes into its lock, for a process that finds that locked."""
 
     host: str
-    boot: str  # differs on another machine
+    boot: str  # differs on another machine; empty if it is not known
     runtime: bytes  # the path of the directory of its socket
+    device: int = 0  # of that directory, if it is apart from the data: each container has its own
     pid: int = 0
     namespace: int = 0  # in which the pid means this process
 
     @classmethod
-    def here(cls, runtime: Path) -> Self:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    def of(cls, directory: "DataDirectory") -> Self:
+        device = 0
+        if directory.runtime != directory.path:
+            with suppress(OSError):
+                device = os.stat(directory.runtime).st_dev
         namespace = os.stat("/proc/self/ns/pid").st_ino
-        return cls(os.uname().nodename, boot, os.fsencode(runtime), os.getpid(), namespace)
+        runtime = os.fsencode(directory.runtime)
+        return cls(os.uname().nodename, boot_id(), runtime, device, os.getpid(), namespace)
 
 
 class DataDirectory:
@@ -131,10 +150,12 @@ class DataDirectory:
 
         :raises StartupError: if that fails, another user owns it or a file of ours in it, or others can write to it.
         """
-        for path in dict.fromkeys((self.path, self.runtime)):
-            self._make(path)
+        are_open = [self._make(path) for path in dict.fromkeys((self.path, self.runtime))]
+        if any(are_open):
+            self._take_back()
 
-    def _make(self, path: Path) -> None:
+    def _make(self, path: Path) -> bool:
+        """Make one of the directories, or check it; return whether a group can write to it."""
         try:
             _make_directory(path)
             status = path.stat()
@@ -150,8 +171,7 @@ class DataDirectory:
         for file in found:  # refuse files from the time when others could write here
             with suppress(FileNotFoundError):  # removed meanwhile
                 _check_file(file)
-        if status.st_mode & 0o020:
-            self._take_back()
+        return bool(status.st_mode & 0o020)
 
     def _take_back(self) -> None:
         """Put our own modes back where a volume's files were given to a group, as Kubernetes does at each mount."""
@@ -178,7 +198,7 @@ class DataDirectory:
                     f"another manager ({self.holder}) already serves {self}"
                 )
             with suppress(OSError):  # without room for it, the next manager knows less
-                os.ftruncate(file, os.pwrite(file, json.encode(_Holder.here(self.runtime)), 0))
+                os.ftruncate(file, os.pwrite(file, json.encode(_Holder.of(self)), 0))
 
             def is_held() -> bool:
                 try:
@@ -195,16 +215,22 @@ class DataDirectory:
 
     def _held_elsewhere(self, file: int) -> StartupError | None:
         """Return why processes like this one cannot reach the manager that holds the lock; None if they can."""
-        here = _Holder.here(self.runtime)
+        here = _Holder.of(self)
         try:
             holder = json.decode(os.pread(file, 2**16, 0), type=_Holder)
         except (MsgspecError, OSError):
             is_new = time.time() - os.fstat(file).st_mtime < _SECONDS_TO_WRITE
             holder = structs.replace(here, pid=here.pid if is_new else 0)
-        if holder.boot != here.boot:
+        if holder.boot != here.boot and holder.boot and here.boot:
             return StartupError(
                 f"a manager on another machine ({holder.host}) serves {self}, and this machine cannot reach it;"
                 f" nothing was counted or lost; {ELSEWHERE}, or share the state through Redis or a database"
+            )
+        if holder.runtime == here.runtime and holder.device and here.device and holder.device != here.device:
+            return StartupError(
+                f"another manager already serves {self}, in another container: {self.runtime} is not the same directory"
+                " there; nothing was counted or lost; run one container on this directory, or share the state through"
+                " Redis or a database"
             )
         if holder.runtime != here.runtime:
             there = os.fsdecode(holder.runtime)

@@ -3,17 +3,14 @@
 import logging
 import os
 from contextlib import suppress
-from pathlib import Path
 
 from msgspec import MsgspecError, Struct, msgpack
 
 from ..ledger import ClientRecord
 from ..os_errors import explain
-from .directory import DataDirectory
+from .directory import DataDirectory, boot_id
 
 log = logging.getLogger(__name__)
-
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Kept(Struct, array_like=True):
@@ -36,7 +33,7 @@ def write(directory: DataDirectory, objects: dict[str, Kept]) -> None:
     draft = directory.snapshot.with_suffix(".new")
     try:
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(msgpack.encode(_Snapshot(_BOOT.read_text(), objects)))  # no fsync: it serves this boot only
+            file.write(msgpack.encode(_Snapshot(boot_id(), objects)))  # no fsync: it serves this boot only
         draft.rename(directory.snapshot)
     except OSError as error:
         log.error("shared objects that are not durable are lost: %s: %s", directory.snapshot, error.strerror)
@@ -53,7 +50,9 @@ def read(directory: DataDirectory) -> dict[str, Kept]:
     except (OSError, MsgspecError) as error:
         log.error("shared objects that are not durable begin again: %s: %s", directory.snapshot, error)
         return {}
-    return snapshot.objects if snapshot.boot == _BOOT.read_text() else {}
+    if not snapshot.boot:
+        log.error("shared objects that are not durable begin again: whether the machine has restarted is not known")
+    return snapshot.objects if snapshot.boot and snapshot.boot == boot_id() else {}
 
 
 def remove(directory: DataDirectory) -> None:

@@ -22,7 +22,7 @@ from urllib.parse import quote
 from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, session, url_for
 from flask.sessions import SecureCookieSessionInterface
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import Forbidden, MisdirectedRequest, TooManyRequests, Unauthorized
+from werkzeug.exceptions import BadRequest, Forbidden, MisdirectedRequest, TooManyRequests, Unauthorized
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.sansio.utils import host_is_trusted
 from werkzeug.wrappers import Response as AnyResponse
@@ -45,7 +45,8 @@ _SHORTEST_TOKEN = 16  # characters: long enough to resist guessing over a networ
 _CLOCK_JUMP = 48 * 3600  # seconds by which the clock may be set back without reviving an ended sign-in
 _HOST = re.compile(r"\.?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?|\[?[0-9a-f]*:[0-9a-f:]+\]?", re.ASCII)
 # A path on this site. Some browsers take a backslash for a slash, and "//" starts the name of another host.
-_LOCAL_PATH = re.compile(r"/(?![/\\])[!-\[\]-~]*")
+_ON_THIS_SITE = re.compile(r"/(?![/\\])")
+_LOCAL_PATH = re.compile(_ON_THIS_SITE.pattern + r"[!-\[\]-~]*")
 _HEADERS = {
     # Scripts, styles and pictures are our own files: nothing inline, nothing from other sites, no frames.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
@@ -65,12 +66,13 @@ _VERDICT = "counter_server.right_token"
 
 
 def init_app(app: Flask, shared: SharedState) -> None:
-    """Protect `app`, and give its templates `may_operate` and `why_not`.
+    """Protect `app`, and give its templates `may_operate`, `why_not` and `way_back`.
 
     :raises StartupError: if the configuration is invalid, or the data directory cannot be written.
     """
     _configure_hosts(app)
     app.before_request(_refuse_other_hosts)
+    app.before_request(_refuse_other_prefixes)
     app.before_request(_refuse_other_sites)
     app.after_request(_add_headers)
     token = app.config.setdefault(_TOKEN, os.environ.get(_TOKEN))  # not an option: command lines are public
@@ -86,7 +88,7 @@ def init_app(app: Flask, shared: SharedState) -> None:
         except Unsupported as error:
             log.info("wrong tokens are counted in each process: %s", error)
         app.extensions[_ATTEMPTS] = attempts, own
-    app.context_processor(lambda: {"may_operate": may_operate, "why_not": why_not})
+    app.context_processor(lambda: {"may_operate": may_operate, "why_not": why_not, "way_back": way_back})
     store, data_dir = app.config["COUNTER_SERVER_STORE"], app.config["COUNTER_SERVER_DATA_DIR"]
     app.session_interface = Sessions()
     directory = _directory(store, data_dir)
@@ -113,7 +115,8 @@ def _configure_hosts(app: Flask) -> None:
     if not isinstance(proxies, int) or isinstance(proxies, bool) or proxies < 0:
         raise StartupError(f"COUNTER_SERVER_TRUSTED_PROXIES must be a number of proxies, 0 or more, not {proxies!r}")
     if proxies:
-        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=proxies, x_proto=proxies, x_host=proxies)  # type: ignore[method-assign]
+        headers = dict.fromkeys(("x_for", "x_proto", "x_host", "x_prefix"), proxies)
+        app.wsgi_app = ProxyFix(app.wsgi_app, **headers)  # type: ignore[method-assign]
 
 
 def is_loopback(app: Flask) -> bool:
@@ -144,6 +147,12 @@ def _refuse_other_hosts() -> None:
         raise MisdirectedRequest(
             "the Host header names another server: to allow this name, start with --allow-host NAME"
         )
+
+
+def _refuse_other_prefixes() -> None:
+    """Check that the URL prefix that a proxy declares leads to this site: links and redirects begin with it."""
+    if request.script_root and not _ON_THIS_SITE.match(request.script_root):
+        raise BadRequest("X-Forwarded-Prefix must be a path that begins with one slash")
 
 
 def _own_origin() -> str:
@@ -213,7 +222,7 @@ def operators_only(view: Callable[..., Any]) -> Callable[..., Any]:
         if _bearer() is not None:
             raise _wrong_token()
         if wants_page():
-            return redirect(url_for("sign_in.page", next=_way_back()), 303)
+            return redirect(url_for("sign_in.page", next=way_back()), 303)
         raise Unauthorized(why_not(), www_authenticate=WWWAuthenticate("bearer", {"realm": "counter_server"}))
 
     return guarded
@@ -255,7 +264,7 @@ def _wrong_token() -> Unauthorized:
     return Unauthorized("that is not this server's token", www_authenticate=challenge)
 
 
-def _way_back() -> str | None:
+def way_back() -> str | None:
     """Return the path of this page, or of the page with the form that was sent."""
     if request.method == "GET":
         query = quote(request.query_string, safe="&=+%/")
@@ -325,7 +334,13 @@ def _proof() -> str:
 
 
 class Sessions(SecureCookieSessionInterface):
-    """Flask's sessions, whose cookie is Secure if the request came by https, as it may through a proxy."""
+    """Flask's sessions. The cookie is Secure if the request came by https, and its path is the URL prefix.
+
+    Below a prefix, another app of the same host has a cookie of the same name.
+    """
+
+    def get_cookie_path(self, app: Flask) -> str:
+        return request.script_root or super().get_cookie_path(app)
 
     def get_cookie_secure(self, app: Flask) -> bool:
         return super().get_cookie_secure(app) or request.is_secure
