@@ -55,6 +55,12 @@ def injected(pid: int, call: str, fault: str) -> Iterator[None]:
         eventually(traced, "strace to watch every thread")
         yield
     finally:
-        with suppress(ProcessLookupError):
-            tracer.send_signal(signal.SIGINT)  # strace detaches
-        tracer.wait(PATIENCE)
+        # strace detaches at SIGINT, which it has missed once.
+        eventually(lambda: _has_ended(tracer), "the end of strace")
+
+
+def _has_ended(tracer: subprocess.Popen[bytes]) -> bool:
+    tracer.send_signal(signal.SIGINT)  # to a process that was waited for, this does nothing
+    with suppress(subprocess.TimeoutExpired):
+        tracer.wait(1)
+    return tracer.poll() is not None
