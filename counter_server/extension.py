@@ -98,6 +98,8 @@ class SharedState(Sharing):
     - ``COUNTER_SERVER_IDLE_TIMEOUT``: seconds without clients after which such a manager exits; default 60.
     - ``COUNTER_SERVER_LARGEST_VALUE``: bytes that the arguments or the result of a call may have, and the state of a
       durable object; default 1 MiB. It is of the whole process: the largest value of its apps counts.
+    - ``COUNTER_SERVER_LOG``: the log of such a manager: ``"file"`` (default), which is `manager.log` in the data
+      directory, or ``"stderr"``, the app's standard error.
     - ``COUNTER_SERVER_ERROR_HANDLER``: whether an error of shared state that no view handles is answered with 503, 409
       or 422, and its outcome; default True.
 
@@ -256,6 +258,7 @@ def state_of(app: Flask, declarations: Declarations | None = None) -> State:
         start=config["start"],
         durability=config["durability"],
         idle_timeout=config["idle_timeout"],
+        log=config["log"],
     )
     return open_state(config["store"], deadline=config["deadline"], options=options, declarations=declarations)
 

@@ -44,6 +44,12 @@ def check_flag(flag: object) -> bool:
     return bool(flag)
 
 
+def check_log(log: object) -> str:
+    if not isinstance(log, str) or log not in ("file", "stderr"):
+        raise InvalidRequest(f"a log is file or stderr, not {log!r}")
+    return log
+
+
 def check_largest_value(size: object) -> int:
     if isinstance(size, int) and LARGEST_VALUE <= size <= _MOST_LARGEST_VALUE:
         return size
@@ -76,6 +82,7 @@ _IN_APP = {  # without COUNTER_SERVER_
     "DURABILITY": Setting(DEFAULT_DURABILITY, check_durability),
     "IDLE_TIMEOUT": Setting(60.0, partial(check_seconds, what="an idle timeout"), float),
     "LARGEST_VALUE": Setting(LARGEST_VALUE, check_largest_value, int),
+    "LOG": Setting("file", check_log),
     "ERROR_HANDLER": _flag(default=True),
 }
 
@@ -126,6 +133,8 @@ class StoreOptions:
     durability: Durability = field(default_factory=partial(from_environment, "DURABILITY"))  # of such a manager
     # Seconds without clients after which it exits.
     idle_timeout: float = field(default_factory=partial(from_environment, "IDLE_TIMEOUT"))
+    # Where it reports: "file" is manager.log in the data directory, "stderr" is the standard error of this process.
+    log: str = field(default_factory=partial(from_environment, "LOG"))
 
 
 @dataclass(frozen=True, kw_only=True)

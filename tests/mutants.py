@@ -32,8 +32,8 @@ FIRST = {
     "session": ["session", "state"],
     "ledger": ["ledger", "caps"],
     "journal": ["journal", "ledger", "refused_writes"],
-    "objects": ["objects", "caps", "dicts", "children"],
-    "manager/client": ["manager", "on_demand", "borrowing", "children"],
+    "objects": ["objects", "plain", "hosting", "caps", "dicts", "children"],
+    "manager/client": ["manager", "hosting", "on_demand", "borrowing", "children", "directory"],
 }
 
 SECONDS = 120  # A change that makes a test wait for so long is noticed too.
@@ -139,12 +139,13 @@ class Copy:
 @click.option("--sample", type=int, help="Try only this many changes of each module.")
 @click.option("--seed", default=0, show_default=True, help="Chooses the sample.")
 @click.option("--own", is_flag=True, help="Run the tests of the module itself only.")
+@click.option("--jobs", default=2, show_default=True, help="Try this many changes at a time.")
 @click.option("--all", "everything", is_flag=True, help="Let survivors meet the slow tests too.")
-def main(modules: tuple[str, ...], sample: int | None, seed: int, *, own: bool, everything: bool) -> None:
+def main(modules: tuple[str, ...], sample: int | None, seed: int, jobs: int, *, own: bool, everything: bool) -> None:
     """Change MODULES (by default all), and list the changes that no test notices."""
-    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(jobs) as pool:
         copies: SimpleQueue[Copy] = SimpleQueue()
-        for number in range(2):
+        for number in range(jobs):
             copies.put(Copy(Path(directory) / str(number)))
 
         stages = {"own": True, "fast": not own, "all": everything}

@@ -175,8 +175,11 @@ class Program:
             try:
                 line = self._lines.get(timeout=0.05)
             except Empty:
-                if self._process.poll() is not None and self._lines.empty():
+                if not any(reader.is_alive() for reader in self._readers) and self._lines.empty():
                     break
+                if not self.running:  # its last words are on their way
+                    for reader in self._readers:
+                        reader.join(1)
                 continue
             if line.startswith(start):
                 return line[len(start) :].strip()

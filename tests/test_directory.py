@@ -361,6 +361,31 @@ def test_a_manager_of_another_container_on_the_same_volume_is_told_at_once(
         assert not isinstance(error.value, errors.DirectoryHeld)
 
 
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_lock_that_no_manager_holds_is_told_at_once(
+    on_demand: str,
+    data_dir: Path,
+    is_new: bool,  # noqa: FBT001 - a parameter
+) -> None:
+    """As where another machine holds it, whose locks are seen here but not its processes."""
+    if not is_new:
+        with open_state(on_demand, deadline=PATIENCE) as state:
+            assert state.counter("c").increment() == 1
+        end_manager(data_dir / "manager.lock")
+    DataDirectory(data_dir).make()
+    with open(data_dir / "manager.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.utime(lock.fileno(), (0, 0))
+        with (
+            open_state(on_demand, deadline=PATIENCE) as state,
+            pytest.raises(errors.StartupError, match="no manager holds the lock") as error,
+        ):
+            state.counter("c").increment()
+        assert (error.value.outcome, "\n" in str(error.value)) == ("not_applied", False)
+    with open_state(on_demand, deadline=PATIENCE) as state:
+        assert state.counter("c").increment() == (1 if is_new else 2)
+
+
 def test_socket_key_and_lock_may_lie_apart_from_the_journal(
     on_demand: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

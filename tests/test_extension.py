@@ -285,7 +285,12 @@ ENVIRONMENT: list[tuple[str, str, object]] = [
     ),
     *((name, "off", False) for name in ("TIMING", "START", "ERROR_HANDLER")),
     *(("START", text, True) for text in ("1", "true", "True", "yes", "on")),
-    *(("LARGEST_VALUE", "2097152", 2097152), ("DATA_DIR", "/srv/data", "/srv/data"), ("DEADLINE", "", 5.0)),
+    *(
+        ("LARGEST_VALUE", "2097152", 2097152),
+        ("DATA_DIR", "/srv/data", "/srv/data"),
+        ("LOG", "stderr", "stderr"),
+        ("DEADLINE", "", 5.0),
+    ),
 ]
 
 
@@ -309,7 +314,7 @@ def test_the_environment_sets_what_the_configuration_does_not(
             for name in ("DEADLINE", "REQUEST_DEADLINE", "IDLE_TIMEOUT", "DURABILITY", "TIMING", "START")
         ),
         *(("LARGEST_VALUE", text) for text in ("1000", "1.5", "99999999999")),
-        *(("DEADLINE", "61"), ("DEADLINE", "nan"), ("ERROR_HANDLER", "2")),
+        *(("DEADLINE", "61"), ("DEADLINE", "nan"), ("ERROR_HANDLER", "2"), ("LOG", "syslog")),
     ],
 )
 def test_a_wrong_setting_is_refused_in_one_line_by_its_name(

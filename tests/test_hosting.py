@@ -14,7 +14,7 @@ from counter_server.manager import snapshot
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.hosting import Sources
 from counter_server.state import State
-from tests.hosted_classes import OneWay, SomeObj
+from tests.hosted_classes import OneWay, Refusing, SomeObj
 from tests.load import impatient
 from tests.processes import PATIENCE, Program, end_manager, eventually, holder
 from tests.test_on_demand import managers_of, patient
@@ -215,6 +215,17 @@ def test_a_process_that_the_module_starts_holds_up_no_start(script: Callable[...
     assert time.monotonic() - began < PATIENCE
 
 
+def test_a_manager_reports_to_the_standard_error_of_its_app_if_that_is_set(
+    on_demand: str, data_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with patient(on_demand, log="stderr") as state:
+        with pytest.raises(errors.StartupError, match="not today"):
+            state.object("refusing", Refusing).anything()
+        assert state.counter("c").increment() == 1
+    assert "ERROR the shared object refusing" in capfd.readouterr().err
+    assert not (data_dir / "manager.log").exists()
+
+
 # The app's module in the manager
 
 
@@ -296,7 +307,10 @@ SOURCE = "class Obj:\n    n = 0\n    def query(self):\n        self.n += {step}\
 @pytest.mark.slow
 @pytest.mark.parametrize("durable", [True, False])
 def test_a_new_version_takes_over_with_the_state_and_the_old_handles(
-    on_demand: str, data_dir: Path, changing: Path, durable: bool
+    on_demand: str,
+    data_dir: Path,
+    changing: Path,
+    durable: bool,  # noqa: FBT001 - a parameter
 ) -> None:
     changing.write_text(SOURCE.format(step=1))
     with patient(on_demand) as old, patient(on_demand) as new, patient(on_demand) as third:

@@ -228,7 +228,11 @@ def test_a_batch_is_resent_until_its_deadline(first: Disconnected, clock: Clock)
     ],
 )
 def test_an_attempt_cut_short_by_the_deadline_is_not_the_reason(
-    first: list[str], deadline: float, is_vague: bool, reason: str, clock: Clock
+    first: list[str],
+    deadline: float,
+    is_vague: bool,  # noqa: FBT001 - a parameter
+    reason: str,
+    clock: Clock,
 ) -> None:
     def wait() -> Disconnected:
         clock.now = START + deadline

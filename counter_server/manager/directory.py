@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import quote, unquote_to_bytes
 
-from msgspec import MsgspecError, Struct, json
+from msgspec import MsgspecError, Struct, json, structs
 
 from ..errors import DirectoryHeld, InvalidRequest, StartupError
+from ..ledger import has_ended
 from ..os_errors import ELSEWHERE, explain, not_ours
 from ..settings import RUNTIME_DIR_VARIABLE
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 _KEY_BYTES = 32
 _CONNECT_SECONDS = 1.0  # a stopped manager accepts no connection when its queue is full
 _RETRY_SECONDS = 0.01
+_SECONDS_TO_WRITE = 1.0  # in which a manager has written into its lock
 _LONGEST_ADDRESS = 107  # bytes of an AF_UNIX path on Linux
 
 _own: set[int] = set()  # descriptors that a child of a fork must not keep: its copy would hold a lock or a pipe
@@ -83,15 +85,19 @@ class _Holder(Struct):
     host: str
     boot: str  # differs on another machine; empty if it is not known
     runtime: bytes  # the path of the directory of its socket
-    device: int = 0  # of that directory, if it is apart from the data: each container has its own
+    pid: int = 0
+    namespace: int = 0  # in which the pid means this process
+    device: int = 0  # of the directory of its socket, if that is apart from the data: each container has its own
 
     @classmethod
     def of(cls, directory: "DataDirectory") -> Self:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
         device = 0
         if directory.runtime != directory.path:
             with suppress(OSError):
                 device = os.stat(directory.runtime).st_dev
-        return cls(os.uname().nodename, boot_id(), os.fsencode(directory.runtime), device)
+        runtime = os.fsencode(directory.runtime)
+        return cls(os.uname().nodename, boot_id(), runtime, os.getpid(), namespace, device)
 
 
 class DataDirectory:
@@ -212,8 +218,9 @@ class DataDirectory:
         here = _Holder.of(self)
         try:
             holder = json.decode(os.pread(file, 2**16, 0), type=_Holder)
-        except (MsgspecError, OSError):  # it has just begun
-            holder = here
+        except (MsgspecError, OSError):
+            is_new = time.time() - os.fstat(file).st_mtime < _SECONDS_TO_WRITE
+            holder = structs.replace(here, pid=here.pid if is_new else 0)
         if holder.boot != here.boot and holder.boot and here.boot:
             return StartupError(
                 f"a manager on another machine ({holder.host}) serves {self}, and this machine cannot reach it;"
@@ -230,6 +237,12 @@ class DataDirectory:
             return StartupError(
                 f"another manager already serves {self}: its socket is in {there}, and not in {self.runtime};"
                 f" nothing was counted or lost; start both with the same {RUNTIME_DIR_VARIABLE}, or with none"
+            )
+        is_gone = holder.namespace == here.namespace and (not holder.pid or has_ended(holder.pid))
+        if is_gone and self.manager_pid() is None:
+            return StartupError(
+                f"a process that is no manager holds the lock {self.path}/manager.lock, perhaps on another machine;"
+                f" nothing was counted or lost; end that process (`lslocks` may name it), or {ELSEWHERE}"
             )
         return None
 

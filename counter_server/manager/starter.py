@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import Disconnected, StartupError
 from ..objects import Declaration
-from ..settings import Durability
+from ..settings import StoreOptions, from_environment
 from .directory import DataDirectory, forking, keep_from_children, release
 from .hosting import Hosting, import_path, in_manager
 
@@ -26,16 +26,14 @@ _POLL_SECONDS = 0.005
 _unfinished: list[subprocess.Popen[bytes]] = []  # of starts that took too long; they are reaped at the next one
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Starter:
     """Starts managers, each in a process of its own that outlives this process.
 
-    :param idle_timeout: seconds without a client after which a manager ends.
     :param declared: returns the shared objects that a manager of a store URL has to host.
     """
 
-    durability: Durability
-    idle_timeout: float
+    options: StoreOptions
     declared: Callable[[str], list[Declaration]]
 
     def start(self, directory: DataDirectory, deadline: float) -> None:
@@ -82,13 +80,13 @@ class Starter:
                 stdin.seek(0)
                 command = python_command(
                     *("counter_server", "manager", "--background", "--data-dir", str(directory)),
-                    *("--durability", self.durability, "--idle-timeout", str(self.idle_timeout)),
+                    *("--durability", self.options.durability, "--idle-timeout", str(self.options.idle_timeout)),
                     *("--starter", str(writer), str(lock)),
                 )
                 with forking:
                     process = subprocess.Popen(
-                        command, stdin=stdin, stdout=stderr, stderr=stderr, env=python_environment(),
-                        pass_fds=(writer, lock),
+                        command, stdin=stdin, stdout=stderr if self.options.log == "file" else 2, stderr=stderr,
+                        env={**python_environment(), "COUNTER_SERVER_LOG": self.options.log}, pass_fds=(writer, lock),
                     )  # fmt: skip
                 _unfinished[:] = [each for each in [*_unfinished, process] if each.poll() is None]
                 outcome = follow(reader, lambda: process.poll() is None, deadline)
@@ -227,7 +225,10 @@ def detach(directory: DataDirectory, starter: tuple[int, int] | None) -> Report:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the starter may have blocked signals
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
-        log = os.open(directory.path / "manager.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        if from_environment("LOG") == "file":
+            log = os.open(directory.path / "manager.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        else:
+            log = os.dup(1 if starter else 2)  # a starter gives its standard error as the first, to read the second
     except OSError:  # no room for another file: go on without a log
         log = os.dup(nothing)
     for descriptor, target in ((nothing, 0), (log, 1), (log, 2)):

@@ -28,7 +28,7 @@ def open_store(
 
             options, starter = options or StoreOptions(), None
             if options.start:
-                starter = Starter(durability=options.durability, idle_timeout=options.idle_timeout, declared=declared)
+                starter = Starter(options, declared)
             return StateProxy(DataDirectory.from_url(url, options.data_dir or default_data_dir()), starter)
         case "redis" | "rediss" | "valkey" | "valkeys" | "unix":
             from .redis import RedisStore
