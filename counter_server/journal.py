@@ -487,7 +487,10 @@ def _statements(changes: Changes) -> Iterator[tuple[str, tuple[object, ...]]]:
             row = _sealed(key, known.fingerprint, known.value, float(known.used))
             yield "REPLACE INTO keys VALUES (?, ?, ?, ?, ?)", row
     for name, state in changes.objects.items():
-        yield "REPLACE INTO objects VALUES (?, ?, ?)", _sealed(name, state)
+        if state is None:
+            yield "DELETE FROM objects WHERE name = ?", (name,)
+        else:
+            yield "REPLACE INTO objects VALUES (?, ?, ?)", _sealed(name, state)
 
 
 def _sealed(*values: object) -> tuple[object, ...]:

@@ -4,6 +4,7 @@ Durable changes go through a `Journal`. Memory changes after its commit has retu
 disk.
 """
 
+import os
 import threading
 import time
 from collections import deque
@@ -78,7 +79,7 @@ class Changes(Struct):
     counters: dict[str, int | None] = field(default_factory=dict)
     clients: dict[bytes, ClientRecord | None] = field(default_factory=dict)
     keys: dict[str, KeyRecord | None] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)
+    objects: dict[str, bytes | None] = field(default_factory=dict)
     # Net numbers of records that this commit adds. Expired records are not subtracted: their room is free afterwards.
     more_counters: int = 0
     more_clients: int = 0
@@ -113,10 +114,12 @@ def has_ended(pid: int) -> bool:
     if not pid:
         return False
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+        os.kill(pid, 0)  # not `/proc`, which may hide processes that are there
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX"
+    except ProcessLookupError:
         return True
-    return stat.rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return False
 
 
 def no_room(what: str, most: float, option: str) -> Refusal:

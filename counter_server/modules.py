@@ -8,6 +8,7 @@ from functools import cache
 from hashlib import blake2b
 from importlib.machinery import SourceFileLoader
 from types import ModuleType
+from zipimport import zipimporter
 
 _MAIN = ("__main__", "__mp_main__")  # `multiprocessing` names a main program so in other processes
 
@@ -23,20 +24,32 @@ def place_of(name: str) -> tuple[str, str]:
     if is_everywhere(name):
         return name, ""
     module = sys.modules.get(name)
-    path = getattr(module, "__file__", None)
-    if not path or getattr(sys, "frozen", False):
+    file = file_of(module)
+    if not file or getattr(sys, "frozen", False):
         return ("__main__" if name in _MAIN else name), ""
-    file = os.path.realpath(path)
-    if name == "__main__" and (spec := getattr(module, "__spec__", None)) is not None:
+    spec = getattr(module, "__spec__", None)
+    if name == "__main__" and spec is not None and spec.name not in _MAIN:
         return spec.name, file  # `python -m`
     stem = os.path.splitext(os.path.basename(file))[0]
     for known in (stem,) if name in _MAIN else (name, stem):
-        if _is_found(known, file):
+        if known not in _MAIN and _is_found(known, file):
             return known, file
-    if not os.path.isfile(file):
+    if not os.path.isfile(file) and stem not in _MAIN:
         return name, ""
-    word = stem if stem.isidentifier() and stem.isascii() else "program"
+    word = stem if stem.isidentifier() and stem.isascii() and stem not in _MAIN else "program"
     return f"{word}@{blake2b(os.fsencode(file), digest_size=4).hexdigest()}", file
+
+
+def file_of(module: ModuleType | None) -> str:
+    """Return the path of a module's file, without links; empty if it has none."""
+    path = getattr(module, "__file__", None)
+    return os.path.realpath(path) if path else ""
+
+
+def name_of(name: str, file: bytes) -> str:
+    """Return a module's name, by which its other releases are known, too."""
+    word, at, _ = name.partition("@")
+    return f"{word}@{os.fsdecode(os.path.basename(file))}" if at else name
 
 
 def is_everywhere(name: str) -> bool:
@@ -57,7 +70,8 @@ def import_from(name: str, file: str) -> ModuleType:
     """Import a module from its place. Raise whatever it raises."""
     if "@" not in name or name in sys.modules:
         return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(name, file, loader=SourceFileLoader(name, file))
+    loader = (SourceFileLoader if os.path.isfile(file) else _ArchiveLoader)(name, file)
+    spec = importlib.util.spec_from_file_location(name, file, loader=loader)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} cannot be loaded as a module")
     loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -67,6 +81,14 @@ def import_from(name: str, file: str) -> ModuleType:
         del sys.modules[name]
         raise
     return loaded
+
+
+class _ArchiveLoader(SourceFileLoader):
+    """Loads the main program of a zip archive."""
+
+    def get_data(self, path: str | bytes) -> bytes:
+        name = os.fsdecode(path)
+        return zipimporter(os.path.dirname(name)).get_data(name)
 
 
 def imported(name: str) -> ModuleType | None:

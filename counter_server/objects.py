@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import reprlib
+import sys
 import threading
 import time
 import traceback
@@ -20,10 +21,11 @@ from operator import attrgetter
 from typing import Any, NoReturn
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from .errors import BatchRefused, InvalidRequest, ResultLost, StartupError, Stopped, StorageFull
 from .ledger import Changes, ClientRecord, Clients, Commits, raise_error
-from .modules import import_from, is_everywhere, place_of
+from .modules import file_of, import_from, is_everywhere, name_of, place_of
 from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
 from .plain import check_size, class_name, decode_plain, decode_sealed, encode_plain
 from .settings import LONGEST_DEADLINE
@@ -47,6 +49,7 @@ class Declaration(Struct, frozen=True, array_like=True):
     durable: bool = True
     file: bytes = b""  # of the module; two releases of a program have different ones
     declared: float = 0.0  # when, in `time.time` seconds: the newest declaration of a name decides
+    before: tuple[tuple[str, bytes], ...] = ()  # the modules, with their files, that had the class in older versions
 
     def __str__(self) -> str:
         positional, keywords = decode_plain(self.arguments)
@@ -55,9 +58,18 @@ class Declaration(Struct, frozen=True, array_like=True):
         return f"{self.name} = {self.module}.{self.qualname}({', '.join(arguments)}{volatile})"
 
     def means(self, other: "Declaration") -> bool:
-        """Return whether both name one class. Its module may have two names, as a main program and as a module."""
-        is_one_module = self.module == other.module or (self.file == other.file != b"")
-        return self.qualname == other.qualname and is_one_module
+        """Return whether both name one class. Its module may have two names, as a main program and as a module.
+
+        A module of one name in another file is of another release.
+        """
+        places = (self.module, self.file), *self.before
+        name = name_of(other.module, other.file)
+        is_place = any(name_of(module, file) == name or file == other.file != b"" for module, file in places)
+        return self.qualname == other.qualname and is_place
+
+    def after(self, older: "Declaration") -> "Declaration":
+        """Return this declaration of a class that was moved from the module of an older one."""
+        return replace(self, before=(*self.before, *older.before, (older.module, older.file)))
 
 
 def declare(
@@ -86,12 +98,39 @@ def find_class(declaration: Declaration, qualname: str = "") -> Any:
     return attrgetter(qualname or declaration.qualname)(module)
 
 
+def is_moved(older: Declaration, newer: Declaration) -> bool:
+    """Return whether the class of an older declaration, in the sources as they are now, is that of a newer one."""
+    if older.qualname != newer.qualname:
+        return False
+    try:
+        return find_class(older) is find_class(newer)
+    except (ImportError, AttributeError):  # the old place does not have it any more
+        return True
+    except Exception:  # noqa: BLE001 - of the module
+        return False
+
+
+def unpickled(state: bytes, declaration: Declaration) -> Any:
+    """Return a shared object from its pickle, which was made by a manager; raise `StartupError` if it cannot be."""
+    try:
+        loaded = _Unpickler(state, declaration).load()
+        cls = find_class(declaration)
+        # A class whose `__new__` is its own may make anything.
+        if not isinstance(loaded, cls) and cls.__new__ is object.__new__:
+            raise TypeError(f"it is of another class, {type(loaded).__qualname__}: declare this one under a new name")
+    except Stopped:
+        raise
+    except BaseException as error:
+        raise StartupError(f"{declaration} cannot be restored from its state: {described(error)}") from error
+    return loaded
+
+
 class Busy(OSError):
     """An object was busy with another call until every caller had given up. Nothing was called."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds a class in its declared module if it is not in its pickled module: `__main__`, or before a move."""
+    """Finds a class in its declared module if that has another name than when it was pickled, as after a move."""
 
     def __init__(self, state: bytes, declaration: Declaration) -> None:
         super().__init__(io.BytesIO(state))
@@ -99,9 +138,12 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return super().find_class(module, name)
+            found = super().find_class(module, name)
         except (ImportError, AttributeError):
             return find_class(self._declaration, name)
+        if name == self._declaration.qualname and file_of(sys.modules[module]) == os.fsdecode(self._declaration.file):
+            return find_class(self._declaration)
+        return found
 
 
 class HostedObject:
@@ -150,13 +192,19 @@ class HostedObject:
     def after_fork(self) -> None:
         self._lock = threading.Lock()  # held through a batch of calls and its commit
 
+    @property
+    def saved(self) -> bytes:
+        """The pickle that is in the journal; empty for a volatile object."""
+        return self._state
+
     def hand_over(self, deadline: float) -> tuple[bytes, dict[bytes, ClientRecord]] | None:
         """Make no call any more. Return the pickle of a volatile object and its clients, if it can be pickled.
 
         :param deadline: for the current call, in `time.monotonic` seconds. An object that is still busy is lost.
         """
         if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
-            log.error("%s is lost: a call is still busy with it", self.declaration)
+            if self._journal is None:
+                log.error("%s is lost: a call is still busy with it", self.declaration)
             return None
         if self._journal is not None:
             return None
@@ -191,7 +239,7 @@ class HostedObject:
                 results = list[Result](Refusal("storage_full", str(error)) for _ in batch.operations)
                 self.remembered.remember(batch, results, changes)
             else:
-                self._state = changes.objects.get(self.declaration.name, self._state)
+                self._state = changes.objects.get(self.declaration.name) or self._state
             self.remembered.merge(changes)
             self.running = None
             return results
@@ -222,11 +270,7 @@ class HostedObject:
         return results
 
     def _unpickled(self, state: bytes) -> Any:
-        # It was pickled here, or by an earlier manager into a file of this user alone.
-        try:
-            return _Unpickler(state, self.declaration).load()
-        except BaseException as error:
-            raise StartupError(f"{self.declaration} cannot be restored from its state: {described(error)}") from error
+        return unpickled(state, self.declaration)
 
     def _pickled(self, *, is_bounded: bool = True) -> bytes:
         try:

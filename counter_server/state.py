@@ -223,6 +223,8 @@ def declared_for(url: str) -> list[Declaration]:
             for name, declaration in dict(state.declarations).items():
                 if not found.setdefault(name, declaration).means(declaration):
                     log.warning("two declarations of one name: %s is hosted, and %s is not", found[name], declaration)
+                elif declaration.durable:
+                    found[name] = declaration
     return list(found.values())
 
 

@@ -244,6 +244,33 @@ class OneWay:
     def query(self) -> None: ...
 
 
+class Gated:
+    """An object whose pickling and unpickling each wait while a file exists, and say so with another one."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.number = 0
+
+    def query(self) -> int:
+        self.number += 1
+        return self.number
+
+    def _pass(self, gate: str) -> None:
+        if os.path.exists(f"{self.path}.{gate}"):
+            with open(f"{self.path}.{gate}.waits", "w"):
+                pass
+        while os.path.exists(f"{self.path}.{gate}"):
+            time.sleep(0.005)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._pass("pickling")
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._pass("loading")
+
+
 class Slow:
     """An object whose method waits until a file exists. Its manager may report calls after other than 10 seconds."""
 

@@ -344,23 +344,6 @@ def test_a_manager_of_another_machine_is_told_at_once(tmp_path: Path) -> None:
             DataDirectory(tmp_path).hold().__enter__()
 
 
-def test_a_manager_of_another_container_on_the_same_volume_is_told_at_once(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The directories of their sockets have one name, but lie on two file systems."""
-    monkeypatch.setenv("COUNTER_SERVER_RUNTIME_DIR", str(tmp_path / "run"))
-    directory = DataDirectory(data_dir)
-    directory.make()
-    with directory.hold():
-        with pytest.raises(errors.DirectoryHeld):  # this one's socket could be there
-            DataDirectory(data_dir).hold().__enter__()
-        lock = data_dir / "manager.lock"
-        lock.write_bytes(re.sub(rb'"device":\d+', b'"device":1', lock.read_bytes()))
-        with pytest.raises(errors.StartupError, match="in another container") as error:
-            DataDirectory(data_dir).hold().__enter__()
-        assert not isinstance(error.value, errors.DirectoryHeld)
-
-
 @pytest.mark.parametrize("is_new", [False, True])
 def test_a_lock_that_no_manager_holds_is_told_at_once(
     on_demand: str,
@@ -384,6 +367,23 @@ def test_a_lock_that_no_manager_holds_is_told_at_once(
         assert (error.value.outcome, "\n" in str(error.value)) == ("not_applied", False)
     with open_state(on_demand, deadline=PATIENCE) as state:
         assert state.counter("c").increment() == (1 if is_new else 2)
+
+
+def test_a_manager_of_another_container_on_the_same_volume_is_told_at_once(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directories of their sockets have one name, but lie on two file systems."""
+    monkeypatch.setenv("COUNTER_SERVER_RUNTIME_DIR", str(tmp_path / "run"))
+    directory = DataDirectory(data_dir)
+    directory.make()
+    with directory.hold():
+        with pytest.raises(errors.DirectoryHeld):  # this one's socket could be there
+            DataDirectory(data_dir).hold().__enter__()
+        lock = data_dir / "manager.lock"
+        lock.write_bytes(re.sub(rb'"device":\d+', b'"device":1', lock.read_bytes()))
+        with pytest.raises(errors.StartupError, match="in another container") as error:
+            DataDirectory(data_dir).hold().__enter__()
+        assert not isinstance(error.value, errors.DirectoryHeld)
 
 
 def test_socket_key_and_lock_may_lie_apart_from_the_journal(

@@ -1,20 +1,25 @@
 """What managers host: the modules of apps, imported beside them, in the newest version, with nothing lost between."""
 
+import gc
 import os
 import signal
+import subprocess
 import sys
 import time
+import zipapp
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from counter_server import errors, in_manager
 from counter_server.manager import snapshot
+from counter_server.manager.client import end_manager as stop_manager
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.hosting import Sources
 from counter_server.state import State
-from tests.hosted_classes import OneWay, Refusing, SomeObj
+from tests.hosted_classes import Gated, OneWay, Refusing, Slow, SomeObj
 from tests.load import impatient
 from tests.processes import PATIENCE, Program, end_manager, eventually, holder
 from tests.test_on_demand import managers_of, patient
@@ -97,16 +102,26 @@ def test_an_object_that_nobody_asks_for_is_kept_until_somebody_does(on_demand: s
         assert state.object("obj", SomeObj, 0, durable=False).query() == 2
 
 
-def test_a_snapshot_is_taken_once_and_only_whole(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_snapshot_is_used_once_and_only_whole(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = DataDirectory(data_dir)
     directory.make()
-    assert snapshot.take(directory) == {}
+    assert snapshot.read(directory) == {}
     objects = {"obj": snapshot.Kept("epoch", b"state", {})}
     snapshot.write(directory, objects)
-    assert (snapshot.take(directory), snapshot.take(directory)) == (objects, {})
+    assert (snapshot.read(directory), snapshot.read(directory)) == (objects, objects)
+    snapshot.remove(directory)
+    assert snapshot.read(directory) == {}
     directory.snapshot.write_bytes(b"damaged")
-    assert (snapshot.take(directory), directory.snapshot.exists()) == ({}, False)
+    assert snapshot.read(directory) == {}
     assert "not durable begin again" in caplog.text
+
+
+def test_a_snapshot_that_cannot_be_removed_is_not_used(data_dir: Path) -> None:
+    directory = DataDirectory(data_dir)
+    directory.make()
+    directory.snapshot.mkdir()
+    with pytest.raises(errors.StartupError, match=r"manager.snapshot cannot be removed"):
+        snapshot.remove(directory)
 
 
 def test_a_snapshot_of_another_boot_is_not_used(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +130,7 @@ def test_a_snapshot_of_another_boot_is_not_used(data_dir: Path, monkeypatch: pyt
     snapshot.write(directory, {"obj": snapshot.Kept("epoch", b"state", {})})
     (data_dir / "boot").write_text("another")
     monkeypatch.setattr("counter_server.manager.directory._BOOT", data_dir / "boot")
-    assert snapshot.take(directory) == {}
+    assert snapshot.read(directory) == {}
 
 
 def test_where_the_kernel_hides_its_boot_a_manager_starts_and_says_what_is_not_kept(
@@ -129,7 +144,7 @@ def test_where_the_kernel_hides_its_boot_a_manager_starts_and_says_what_is_not_k
         assert directory.is_held()
     with directory.hold():
         snapshot.write(directory, {"obj": snapshot.Kept("epoch", b"state", {})})
-    assert snapshot.take(directory) == {}
+    assert snapshot.read(directory) == {}
     assert "whether the machine has restarted is not known" in caplog.text
 
 
@@ -163,6 +178,87 @@ def test_after_sigterm_a_manager_serves_its_clients_and_ends_without_them(on_dem
             os.kill(manager, signal.SIGTERM)
             time.sleep(0.05)
         assert state.counter("c").increment() == 5
+
+
+@pytest.fixture
+def gates(tmp_path: Path) -> Callable[[str], Path]:
+    """Return a function that closes a gate of the class `Gated`. Without its file, the gate is open."""
+
+    def close(name: str) -> Path:
+        gate = tmp_path / f"gated.{name}"
+        gate.touch()
+        return gate
+
+    return close
+
+
+def waits(gate: Path) -> None:
+    eventually(gate.with_name(f"{gate.name}.waits").exists, f"somebody at {gate}")
+
+
+@pytest.mark.slow
+def test_no_signal_interrupts_the_end_of_a_manager(
+    on_demand: str, data_dir: Path, tmp_path: Path, gates: Callable[[str], Path]
+) -> None:
+    with patient(on_demand) as state:
+        obj = state.object("obj", Gated, str(tmp_path / "gated"), durable=False)
+        assert obj.query() == 1
+        manager, gate = holder(data_dir), gates("pickling")
+        assert manager is not None
+        os.kill(manager, signal.SIGINT)
+        waits(gate)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(manager, number)
+        gate.unlink()
+        assert obj.query() == 2
+        assert holder(data_dir) != manager
+
+
+@pytest.mark.slow
+def test_a_manager_that_is_ended_while_it_starts_keeps_what_it_was_left(
+    on_demand: str, data_dir: Path, tmp_path: Path, gates: Callable[[str], Path]
+) -> None:
+    with patient(on_demand) as state:
+        obj = state.object("obj", Gated, str(tmp_path / "gated"), durable=False)
+        assert obj.query() == 1
+        stop_manager(DataDirectory(data_dir), PATIENCE)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            gate = gates("loading")
+            with impatient(state, 0.5), pytest.raises(errors.DeadlineExceeded):
+                obj.query()
+            waits(gate)
+            manager = holder(data_dir)
+            assert manager is not None
+            os.kill(manager, number)
+            eventually(lambda: not managers_of(data_dir), "its end")
+            gate.unlink()
+            gate.with_name(f"{gate.name}.waits").unlink()
+        assert obj.query() == 2
+
+
+@pytest.mark.slow
+def test_an_object_that_is_stuck_loses_no_other_when_a_manager_ends(
+    on_demand: str, data_dir: Path, tmp_path: Path, gates: Callable[[str], Path]
+) -> None:
+    with patient(on_demand) as state:
+        busy, gated, obj = (
+            state.object("busy", Slow, durable=False),
+            state.object("gated", Gated, str(tmp_path / "gated"), durable=False),
+            state.object("obj", SomeObj, 0, durable=False),
+        )
+        with impatient(state, 0.5), pytest.raises(errors.DeadlineExceeded):
+            busy.wait_for("/never")
+        assert (gated.query(), obj.query()) == (1, 1)
+        manager, gate = holder(data_dir), gates("pickling")
+        stop_manager(DataDirectory(data_dir), PATIENCE)
+        gate.unlink()
+        assert obj.query() == 2
+        assert holder(data_dir) != manager
+        with pytest.raises(errors.StateLost):
+            gated.query()
+    log = (data_dir / "manager.log").read_text()
+    assert "Slow(durable=False) is lost: a call is still busy with it" in log.replace("(, ", "(")
+    assert "is lost: it takes too long to pickle" in log
 
 
 # The start
@@ -226,6 +322,25 @@ def test_a_manager_reports_to_the_standard_error_of_its_app_if_that_is_set(
     assert not (data_dir / "manager.log").exists()
 
 
+@pytest.mark.slow
+def test_a_program_without_standard_streams_or_a_working_directory_starts_a_manager(
+    on_demand: str, tmp_path: Path
+) -> None:
+    (tmp_path / "module.py").write_text(HEAD + CLASS.replace("sys.argv[1]", "sys.argv[2]"))
+    (tmp_path / "gone").mkdir()
+    text = "import os, sys\nsys.path.insert(1, sys.argv[1])\nfor number in range(3):\n    os.close(number)\n"
+    text += "os.rmdir('../gone')\nfrom module import obj\nopen(sys.argv[1] + '/shown', 'w').write(str(obj.query()))\n"
+    with Program("-c", text, tmp_path, on_demand, cwd=tmp_path / "gone") as program:
+        assert program.wait() == 0, program.errors
+    assert (tmp_path / "shown").read_text() == "1"
+
+
+@pytest.mark.slow
+def test_a_start_leaves_no_child_and_warns_of_none(script: Callable[..., str]) -> None:
+    children = "    import pathlib; print(pathlib.Path(f'/proc/self/task/{os.getpid()}/children').read_text())\n"
+    assert script(HEAD + CLASS + SHOWN + children, "app.py", "-W", "error") == "1\n"
+
+
 # The app's module in the manager
 
 
@@ -280,6 +395,17 @@ def test_a_class_without_a_file_is_refused_where_it_is_declared(on_demand: str, 
     assert refused.startswith("InvalidRequest the manager cannot import Obj, which is not in a file of a module")
 
 
+@pytest.mark.slow
+def test_a_thread_of_a_module_holds_up_no_end(script: Callable[..., str], data_dir: Path) -> None:
+    thread = "import threading, time\nif in_manager():\n"
+    thread += f"    threading.Thread(target=time.sleep, args=({2 * PATIENCE},)).start()\n"
+    assert script(HEAD + thread + CLASS + SHOWN) == "1"
+    manager = holder(data_dir)
+    assert manager is not None
+    assert stop_manager(DataDirectory(data_dir), PATIENCE) == manager
+    eventually(lambda: not Path(f"/proc/{manager}").exists(), "its end")
+
+
 # The newest version
 
 
@@ -329,13 +455,13 @@ def test_a_new_version_takes_over_with_the_state_and_the_old_handles(
         assert (second.query(), first.query(), holder(data_dir)) == (32, 42, successor)
 
 
-def test_sources_are_changed_by_a_new_size_time_or_file(changing: Path) -> None:
+def test_sources_are_older_than_a_program_that_began_after_a_change(changing: Path) -> None:
     changing.write_text("a = 1\n")
     sources = Sources()
     import changing as module  # noqa: F401 - it is looked at
 
     sources.note()
-    assert not sources.are_changed
+    assert not sources.are_older(time.time())
     status = changing.stat()
     for change in (
         lambda: changing.write_text("a = 12\n"),
@@ -343,8 +469,157 @@ def test_sources_are_changed_by_a_new_size_time_or_file(changing: Path) -> None:
         lambda: (changing.rename(changing.with_name("before")), changing.write_text("a = 1\n")),
     ):
         change()
-        assert sources.are_changed
+        assert sources.are_older(time.time())
+        assert not sources.are_older(status.st_ctime - 1.0), "a program that began before has the old version"
+        sources = Sources()
+        later(changing)
         sources.note()
-        assert not sources.are_changed
+        assert sources.are_older(time.time()), "it changed after the import began"
+        sources = Sources()
+        sources.note()
+        assert not sources.are_older(time.time())
     changing.unlink()
-    assert not sources.are_changed, "what is gone cannot be imported by another process either"
+    assert not sources.are_older(time.time()), "what is gone cannot be imported by another process either"
+
+
+def later(file: Path) -> None:
+    """Change the time of a file to now. The kernel's clock is coarse."""
+    now = time.time_ns()
+    while file.stat().st_ctime_ns < now:
+        file.chmod(0o600)
+
+
+def test_sources_in_an_archive_are_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "archived.py").write_text("")
+    (tmp_path / "program" / "__main__.py").write_text("")
+    archive = tmp_path / "program.pyz"
+    zipapp.create_archive(tmp_path / "program", archive)
+    sources = Sources()
+    monkeypatch.syspath_prepend(archive)
+    import archived  # type: ignore[import-not-found]  # noqa: F401 - it is looked at
+
+    sources.note()
+    assert not sources.are_older(time.time())
+    zipapp.create_archive(tmp_path / "program", archive, compressed=True)
+    assert sources.are_older(time.time())
+    sys.modules.pop("archived")
+
+
+@pytest.mark.slow
+def test_the_main_program_of_a_directory_or_archive_is_found_in_its_releases(
+    on_demand: str, data_dir: Path, tmp_path: Path
+) -> None:
+    number = 0
+    for release in ("1", "2"):
+        place = tmp_path / release / "program"
+        place.mkdir(parents=True)
+        (place / "__main__.py").write_text(HEAD + CLASS + SHOWN)
+        zipapp.create_archive(place, place.with_suffix(".pyz"))
+        (place.parent / "script").write_text(HEAD + CLASS + SHOWN)
+        for program in (place, place.with_suffix(".pyz")):
+            with Program(program, on_demand, cwd=tmp_path) as shown:
+                shown.wait()
+                number += 1
+                assert shown.output == [str(number)], shown.errors
+    assert holder(data_dir) is not None
+
+
+MOVED = """
+from counter_server import open_state
+import sys
+{source}
+state = open_state(sys.argv[1], deadline=30)
+obj = state.object("obj", Obj{options})
+if __name__ == "__main__":
+    print(obj.query(), flush=True)
+    if sys.stdin.readline():
+        print(obj.query(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_class_moves_to_another_module_under_its_users(on_demand: str, data_dir: Path, tmp_path: Path) -> None:
+    def run(source: str, stdin: Any = subprocess.DEVNULL, options: str = "") -> subprocess.Popen[str]:
+        (tmp_path / "app.py").write_text(MOVED.format(source=source, options=options))
+        return subprocess.Popen(
+            [sys.executable, tmp_path / "app.py", on_demand], stdin=stdin, stdout=subprocess.PIPE, text=True
+        )
+
+    with run(SOURCE.format(step=1), subprocess.PIPE) as old:
+        try:
+            assert old.stdout is not None
+            assert old.stdout.readline() == "1\n"
+            (tmp_path / "models.py").write_text(SOURCE.format(step=10))
+            with run("from models import Obj") as new:
+                assert new.communicate(timeout=PATIENCE)[0] == "11\n"
+            assert old.communicate("again\n", timeout=PATIENCE)[0] == "21\n"
+        finally:
+            old.kill()
+
+
+@pytest.mark.slow
+def test_what_the_newest_version_cannot_load_is_refused_and_the_old_one_goes_on(
+    on_demand: str, data_dir: Path, changing: Path
+) -> None:
+    changing.write_text("class Part:\n    pass\n" + SOURCE.format(step=1) + "    part = None\n")
+    with patient(on_demand) as old, patient(on_demand) as new, patient(on_demand) as other:
+        first = declared(old)
+        old.object("late", sys.modules["changing"].Obj)
+        part = "    def query(self):\n        self.part = Part()\n"
+        changing.write_text(changing.read_text().replace("    def query(self):\n", part))
+        first = declared(new)
+        assert first.query() == 1
+        manager = holder(data_dir)
+        changing.write_text(SOURCE.format(step=10))
+        with pytest.raises(errors.StartupError, match=r"cannot be restored from its state: .* no attribute 'Part'"):
+            declared(other).query()
+        assert (first.query(), holder(data_dir)) == (2, manager)
+
+
+@pytest.mark.slow
+def test_an_old_program_goes_on_beside_a_new_version_that_cannot_be_imported(
+    on_demand: str, data_dir: Path, changing: Path
+) -> None:
+    changing.write_text(SOURCE.format(step=1))
+    with patient(on_demand) as old, patient(on_demand) as older:
+        first, second = declared(old), declared(older)
+        assert first.query() == 1
+        manager = holder(data_dir)
+        later(changing)
+        changing.write_text("raise RuntimeError('half a deploy')\n")
+        assert (second.query(), holder(data_dir)) == (2, manager)
+
+
+@pytest.mark.slow
+def test_another_class_does_not_get_the_state_of_an_old_one(on_demand: str, changing: Path) -> None:
+    changing.write_text(SOURCE.format(step=1) + SOURCE.format(step=100).replace("Obj", "Other"))
+    with patient(on_demand) as state:
+        assert declared(state).query() == 1
+    del state
+    gc.collect()  # it would go on declaring it
+    with patient(on_demand) as state:
+        obj: SomeObj = state.object("obj", sys.modules["changing"].Other)
+        with pytest.raises(errors.StartupError, match="it is of another class, Obj: declare this one under a new"):
+            obj.query()
+
+
+@pytest.mark.slow
+def test_an_object_becomes_durable_or_volatile_with_its_state(on_demand: str, data_dir: Path) -> None:
+    with patient(on_demand) as first, patient(on_demand) as second:
+        old, obj = first.object("obj", SomeObj, 0, durable=False), second.object("obj", SomeObj, 0)
+        assert (old.query(), obj.query(), old.query()) == (1, 2, 3)  # nothing was lost
+        end_manager(data_dir / "manager.lock")
+        assert (obj.query(), old.query()) == (4, 5)
+        stop_manager(DataDirectory(data_dir), PATIENCE)
+    del first, second, old, obj
+    gc.collect()  # they would go on declaring it
+    with patient(on_demand) as state:
+        obj = state.object("obj", SomeObj, 0, durable=False)
+        assert obj.query() == 6
+        stop_manager(DataDirectory(data_dir), PATIENCE)
+        assert obj.query() == 7
+        end_manager(data_dir / "manager.lock")
+        with pytest.raises(errors.StateLost):
+            obj.query()
+        assert obj.query() == 1

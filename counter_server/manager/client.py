@@ -41,6 +41,7 @@ _DURABILITY = {
 
 _decode_results = msgpack.Decoder(list[Result]).decode
 _decode_status = msgpack.Decoder(Status).decode
+_decode_bytes = msgpack.Decoder(bytes).decode
 _decode = msgpack.Decoder().decode
 _decode_reply = msgpack.Decoder(tuple[str, Raw]).decode
 
@@ -120,6 +121,10 @@ class StateProxy(BaseProxy):
     def hosting(self, deadline: float) -> Hosting:
         """Return what the manager hosts."""
         return decode_hosting(self._callmethod("hosting", deadline=deadline))
+
+    def saved(self, name: str, deadline: float) -> bytes:
+        """Return the state of a durable object as its manager saved it; nothing for any other object."""
+        return _decode_bytes(self._callmethod("saved", (name,), deadline=deadline))
 
     def ask(self, method: str, arguments: tuple[Any, ...], deadline: float) -> Any:
         """Call one of the manager's own methods, and return its answer as plain data.
@@ -239,8 +244,9 @@ class StateProxy(BaseProxy):
             kind, text = connection.recv()
             match kind:
                 case "#RETURN":
-                    known, self._epoch = self._epoch, text
-                    if known not in (None, text):
+                    known, epochs = self._epoch, text.split()
+                    self._epoch = next(iter(epochs), known)
+                    if known not in (None, self._epoch, *epochs):
                         raise StateLost(
                             f"the manager of {self.directory} has started again without its memory: {self._id} begins"
                             " again"

@@ -85,19 +85,19 @@ class _Holder(Struct):
     host: str
     boot: str  # differs on another machine; empty if it is not known
     runtime: bytes  # the path of the directory of its socket
+    device: int = 0  # of that directory, if it is apart from the data: each container has its own
     pid: int = 0
     namespace: int = 0  # in which the pid means this process
-    device: int = 0  # of the directory of its socket, if that is apart from the data: each container has its own
 
     @classmethod
     def of(cls, directory: "DataDirectory") -> Self:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
         device = 0
         if directory.runtime != directory.path:
             with suppress(OSError):
                 device = os.stat(directory.runtime).st_dev
+        namespace = os.stat("/proc/self/ns/pid").st_ino
         runtime = os.fsencode(directory.runtime)
-        return cls(os.uname().nodename, boot_id(), runtime, os.getpid(), namespace, device)
+        return cls(os.uname().nodename, boot_id(), runtime, device, os.getpid(), namespace)
 
 
 class DataDirectory:

@@ -5,7 +5,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ class Hosting(Struct, array_like=True):
     declarations: list[Declaration]
     path: list[bytes]  # Paths and arguments may hold bytes that are not UTF-8.
     argv: list[bytes]
+    is_used: bool = False  # whether clients have connections to objects
 
     @classmethod
     def of_this_process(cls, declarations: list[Declaration]) -> "Hosting":
@@ -61,12 +62,13 @@ decode_hosting = msgpack.Decoder(Hosting).decode
 
 def import_path() -> list[str]:
     """Return this process's import path, for a process in any directory."""
-    return [
-        # An entry that is not a file may be the mark of an import hook, which knows it by its name.
-        os.path.abspath(entry) if not entry or os.path.exists(entry) else entry
-        for entry in sys.path
-        if isinstance(entry, str) and "\0" not in entry
-    ]
+    path = []
+    for entry in sys.path:
+        if isinstance(entry, str) and "\0" not in entry:
+            with suppress(FileNotFoundError):  # of the working directory: nothing can be imported from there
+                # An entry that is not a file may be the mark of an import hook, which knows it by its name.
+                path.append(os.path.abspath(entry) if not entry or os.path.exists(entry) else entry)
+    return path
 
 
 def import_classes(hosting: Hosting) -> dict[str, str]:
@@ -104,7 +106,7 @@ def importing() -> Iterator[None]:
         yield
     finally:
         _importing = 0
-        del os.environ[_RUNS_NOTHING]
+        os.environ.pop(_RUNS_NOTHING, None)  # a module may have removed it
 
 
 _RUNS_NOTHING = "FLASK_RUN_FROM_CLI"  # makes `app.run()` do nothing, as when the `flask` command imports an app
@@ -140,7 +142,7 @@ class _PatchingNothing(SourceFileLoader):
 
 
 class _Version(NamedTuple):
-    changed: int  # nanoseconds since the epoch
+    modified: int  # nanoseconds since the epoch
     size: int
     inode: int
 
@@ -150,19 +152,25 @@ class Sources:
 
     def __init__(self) -> None:
         self._began = time.time_ns()
-        self._versions: dict[str, _Version] = {}
+        self._versions: dict[str, _Version | None] = {}
 
     def note(self) -> None:
         """Note the files of what is imported by now."""
-        self._versions = {file: version for file in _files() if (version := _version(file)) is not None}
+        found = ((file, status) for file in _files() if (status := _status(file)))
+        # Of a file that changed after this process began, an earlier version may have been imported.
+        self._versions = {file: _version(each) if each.st_ctime_ns < self._began else None for file, each in found}
 
-    @property
-    def are_changed(self) -> bool:
-        """Whether a file has changed since it was noted, or, if it was imported later, since this process began."""
+    def are_older(self, seconds: float) -> bool:
+        """Return whether a file has changed since it was noted, and before this time.
+
+        A file that was imported later is compared with when this process began.
+        """
         for file in _files():
-            now, before = _version(file), self._versions.get(file)
-            if now is not None and (now.changed > self._began if before is None else now != before):
-                return True
+            status = _status(file)
+            if status is not None and status.st_ctime <= seconds:
+                is_late = file not in self._versions
+                if status.st_ctime_ns >= self._began if is_late else _version(status) != self._versions[file]:
+                    return True
         return False
 
 
@@ -170,9 +178,14 @@ def _files() -> list[str]:
     return [file for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))]
 
 
-def _version(file: str) -> _Version | None:
+def _status(file: str) -> os.stat_result | None:
     try:
-        status = os.stat(file)
+        return os.stat(file)
+    except NotADirectoryError:
+        return _status(os.path.dirname(file))  # of the archive that it is in
     except OSError:  # it is being replaced, or is gone: then no other process can import it
         return None
+
+
+def _version(status: os.stat_result) -> _Version:
     return _Version(status.st_mtime_ns, status.st_size, status.st_ino)

@@ -30,7 +30,7 @@ from msgspec import MsgspecError, Struct, field, msgpack
 from ..errors import BatchRefused, DirectoryHeld, Disconnected, StartupError, Stopped
 from ..journal import REFUSALS, Journal, JournalFailed
 from ..ledger import Changes, Clients, Contents, Ledger
-from ..objects import Declaration, HostedObject
+from ..objects import Declaration, HostedObject, is_moved, unpickled
 from ..operations import Batch, Refusal, Result
 from ..os_errors import NO_SOCKETS, explain
 from ..output import bound
@@ -59,12 +59,14 @@ log = logging.getLogger(__name__)
 _MOST_GREETED = 100  # connections above the maximum that get an explanation; others are closed at once
 _SWITCH_SECONDS = 0.0001  # for which a method computes before another thread's turn; Python's default is 5 ms
 _SECONDS_TO_SUCCEED = 10.0  # in which a manager on demand starts or ends
-_SECONDS_TO_HAND_OVER = 5.0  # in which the calls of shared objects finish when a manager ends
+_SECONDS_TO_HAND_OVER = 3.0  # in which the calls of shared objects finish when a manager ends; others wait for it
 _SECONDS_TO_LEAVE = 30.0  # for which a manager on demand serves its clients after SIGTERM
 _OTHER_DESCRIPTORS = 64  # open beside the connections: its own, and its shared objects
 SLOW_SECONDS = 10.0  # after which a running call of a shared object is reported
 _LOOK_SECONDS = 0.5
-_SECONDS_TO_STOP = 2.0  # for which a commit may hang on the disk when the supervisor has gone
+_SECONDS_TO_STOP = 2.0  # for which threads of others, or a commit on the disk, may hold up an end
+
+_STOPPING = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT
 
 _decode_call = msgpack.Decoder(Call).decode
 _decode_batch = msgpack.Decoder(tuple[Batch]).decode
@@ -88,7 +90,9 @@ class Hosted(NamedTuple):
     """An object that proxies reach by its name: the ledger of the counters, or a shared object."""
 
     applies: Remembers
-    epoch: str  # identifies its state: it changes when some of the state is lost
+    # Identifies its state: it changes when some of the state is lost. It is empty without a state. A second word is the
+    # epoch of the same state when it was not durable yet.
+    epoch: str
     declaration: Declaration | None = None
 
 
@@ -105,6 +109,7 @@ class NotMade:
 
 _OWN: dict[str, msgpack.Decoder[Any]] = {
     "hosting": msgpack.Decoder(tuple[()]),
+    "saved": msgpack.Decoder(tuple[str]),
     "status": msgpack.Decoder(tuple[()]),
     "check": msgpack.Decoder(tuple[()]),
     "back_up": msgpack.Decoder(tuple[bytes]),
@@ -115,7 +120,7 @@ _OWN: dict[str, msgpack.Decoder[Any]] = {
 class StateServer(Server):
     """The standard library's manager server, with objects by name, typed arguments and time limits.
 
-    A client can call `apply` of the hosted objects, and five methods of the server itself, mostly for its operator.
+    A client can call `apply` of the hosted objects, and six methods of the server itself, mostly for its operator.
     It can create nothing, and reads no traceback. A peer that breaks the rules loses its connection, without a reason.
     """
 
@@ -261,10 +266,14 @@ class StateServer(Server):
             return True
         is_newer = wanted.declared > hosted.declaration.declared
         if not hosted.declaration.means(wanted):  # a new class under an old name must not end the old one's use
-            with self.mutex:
-                return is_newer and not _is_any_there(self._users)
-        is_another = isinstance(hosted.applies, NotMade) or wanted.file != hosted.declaration.file
-        return (is_newer and is_another) or self._sources.are_changed
+            is_perhaps_moved = hosted.declaration.qualname == wanted.qualname
+            return is_newer and (is_perhaps_moved or not self._is_used())
+        is_another = (
+            isinstance(hosted.applies, NotMade)
+            or wanted.file != hosted.declaration.file
+            or wanted.durable > hosted.declaration.durable
+        )
+        return (is_newer and is_another) or self._sources.are_older(wanted.declared)
 
     def _refusal(self, hosted: Hosted | None) -> str:
         who = f"the manager (pid {os.getpid()})"
@@ -304,16 +313,38 @@ class StateServer(Server):
             if hosted.declaration and not isinstance(hosted.applies, NotMade)
         }
         declarations = [declaration for declaration in self._hosting.declarations if declaration.name in made]
-        return Hosting(declarations, self._hosting.path, self._hosting.argv)
+        return Hosting(declarations, self._hosting.path, self._hosting.argv, self._is_used())
+
+    def saved(self, name: str) -> bytes:
+        """Return the state of a durable object, for a successor that tries whether it can load it."""
+        hosted = self.hosted.get(object_ident(name))
+        return hosted.applies.saved if hosted and isinstance(hosted.applies, HostedObject) else b""
+
+    def _is_used(self) -> bool:
+        with self.mutex:
+            return _is_any_there(self._users)
 
     def hand_over(self) -> dict[str, Kept]:
         """Make no call of a shared object any more; return those that are not in the journal."""
         deadline = time.monotonic() + _SECONDS_TO_HAND_OVER
         kept = {}
-        for hosted in self.hosted.values():
-            if isinstance(hosted.applies, HostedObject) and (left := hosted.applies.hand_over(deadline)):
-                kept[hosted.applies.declaration.name] = Kept(hosted.epoch, *left)
-        return kept
+
+        def keep(hosted: Hosted, applies: HostedObject) -> None:
+            if left := applies.hand_over(deadline):
+                kept[applies.declaration.name] = Kept(hosted.epoch, *left)
+
+        # Each in a thread, as a method or a pickling that never returns must not make others be lost.
+        objects = [
+            (hosted, hosted.applies) for hosted in self.hosted.values() if isinstance(hosted.applies, HostedObject)
+        ]
+        threads = [threading.Thread(target=keep, args=each, daemon=True) for each in objects]
+        for thread in threads:
+            thread.start()
+        for (_, applies), thread in zip(objects, threads, strict=True):
+            thread.join(max(deadline + _LOOK_SECONDS - time.monotonic(), 0.0))
+            if thread.is_alive():
+                log.error("%s is lost: it takes too long to pickle", applies.declaration)
+        return dict(kept)
 
     def status(self) -> Status:
         """Return the manager's figures."""
@@ -348,6 +379,16 @@ class StateServer(Server):
                     name = hosted.applies.declaration.name
                     found[name, began] = SlowCall(name, method, now - began)
         return found
+
+    def disconnect(self) -> None:
+        """Close all connections, and make sure that the process ends, although an app's module may have threads in it.
+
+        Then no client waits for it: another manager can begin.
+        """
+        with self.mutex:
+            for connection in self._connections:
+                connection.shutdown()
+        threading.Thread(target=_exit_later, args=(0,), name="exit", daemon=True).start()
 
     def check(self) -> tuple[int, int, int]:
         """Compare the whole journal with memory; return how many counters, clients and keys there are."""
@@ -465,6 +506,24 @@ def _stop(_number: int, _frame: object) -> NoReturn:
     raise Stopped(0)
 
 
+def _stop_in_order(leave: Callable[[], None] | None) -> None:
+    """Let the first signal end the main thread, and no other one interrupt that.
+
+    :param leave: called for SIGTERM instead.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        if leave is not None and number == signal.SIGTERM:
+            return leave()
+        for each in _STOPPING:
+            signal.signal(each, signal.SIG_IGN)
+        _stop(number, frame)
+
+    for number in _STOPPING:
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, stop)
+
+
 def _end_main_thread() -> None:
     """End the main thread in order, as a signal from outside does."""
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
@@ -475,8 +534,12 @@ def _end_with(lifeline: Pipe) -> None:
     with suppress(EOFError, OSError):
         lifeline.recv()
     _end_main_thread()
+    _exit_later(1)  # a commit that hangs is on the disk or is not, and no client waits for it
+
+
+def _exit_later(status: int) -> None:
     time.sleep(_SECONDS_TO_STOP)
-    os._exit(1)  # a commit that hangs is on the disk or is not, and no client waits for it
+    os._exit(status)
 
 
 def serve(
@@ -522,7 +585,7 @@ def serve(
     else:
         hosting, reasons = _import_all(directory, hosting)
     end_manager(directory, _SECONDS_TO_SUCCEED, for_another=True)
-    with starting, directory.hold() as is_held:
+    with ExitStack() as last, starting, directory.hold() as is_held:
         gc.disable()
         try:
             journal = Journal(directory.journal, durability, most=caps.journal_bytes) if durability != "none" else None
@@ -534,7 +597,7 @@ def serve(
             gc.freeze()  # the contents stay: the collector never needs to examine them
             gc.enable()
         hosted = {"ledger": Hosted(ledger, journal.epoch if journal else secrets.token_hex(16))}
-        kept = snapshot.take(directory)
+        kept = snapshot.read(directory)
         for declaration in hosting.declarations:
             hosted[object_ident(declaration.name)] = _host(
                 declaration, reasons.get(declaration.name), ledger, journal, contents, kept, caps
@@ -557,12 +620,14 @@ def serve(
             advice = "" if error.errno in REFUSALS else NO_SOCKETS
             failure = f"the socket {directory.socket} cannot be made"
             raise explain(error, failure, directory.runtime, advice=advice) from error
+        last.callback(server.disconnect)
         is_ending = threading.Event()
         keeping = threading.Thread(target=server.keep_going, args=(is_held, is_ending), daemon=True)
         keeping.start()
         try:
-            if idle_timeout is not None:
-                signal.signal(signal.SIGTERM, lambda _number, _frame: server.leave())
+            _stop_in_order(server.leave if idle_timeout is not None else None)
+            snapshot.remove(directory)
+            _forget_volatile(journal, contents, hosting, ledger.now())
             ready()
             starting.close()
             server.serve_forever()
@@ -574,8 +639,7 @@ def serve(
                     directory.socket.unlink()
             server.listener.close()
             kept |= server.hand_over()
-            if kept:
-                snapshot.write(directory, kept)
+            snapshot.write(directory, kept)
             ledger.stop()
             if journal:
                 journal.close()
@@ -587,22 +651,38 @@ def _import_all(directory: DataDirectory, hosting: Hosting) -> tuple[Hosting, di
 
     Return both, and the reasons of what cannot be imported, by object.
 
-    :raises StartupError: if it cannot import what the other manager could; that one goes on.
+    :raises StartupError: if it cannot import or load what the other manager could; that one goes on.
     :raises DirectoryHeld: if the other manager does not answer.
     """
     reasons = import_classes(hosting)
     if directory.manager_pid() is None:
         return hosting, reasons
+    deadline = time.monotonic() + _SECONDS_TO_SUCCEED
     with closing(StateProxy(directory)) as proxy:
         try:
-            other = proxy.hosting(time.monotonic() + _SECONDS_TO_SUCCEED)
+            other = proxy.hosting(deadline)
+            saved = {each.name: proxy.saved(each.name, deadline) for each in other.declarations}
         except Disconnected as error:
             raise DirectoryHeld(f"the manager of {directory} ({directory.holder}) does not answer: {error}") from error
     worse = [reasons[declaration.name] for declaration in other.declarations if declaration.name in reasons]
     if worse:
         raise StartupError("; ".join(worse))
     hosting = hosting.joined(other)
-    return hosting, import_classes(hosting)  # what only the other one could import is refused by name
+    reasons = import_classes(hosting)  # what only the other one could import is refused by name
+    hosted = {declaration.name: declaration for declaration in hosting.declarations}
+    for older in other.declarations:
+        newer = hosted[older.name]
+        if newer.means(older):
+            continue
+        if is_moved(older, newer):
+            hosted[older.name] = newer.after(older)
+        elif other.is_used:
+            raise StartupError(f"{older} is hosted under that name, and it is in use: choose another name")
+    hosting.declarations[:] = hosted.values()
+    for declaration in hosting.declarations:
+        if saved.get(declaration.name) and declaration.name not in reasons:
+            unpickled(saved[declaration.name], declaration)
+    return hosting, reasons
 
 
 def _host(
@@ -620,15 +700,16 @@ def _host(
     """
     name = declaration.name
     is_durable = declaration.durable and journal is not None
-    state = contents.objects.get(name) if is_durable else None
-    clients = {client: record for client, record in contents.clients.items() if record.object == name}
-    epoch = journal.epoch if journal and is_durable else secrets.token_hex(16)
-    left = kept.get(name) if state is None else None
-    if left is not None:
+    state, clients = contents.objects.get(name), {}
+    epoch = secrets.token_hex(16)
+    if journal and (is_durable or state is not None):  # or it was durable before
+        epoch = journal.epoch
+        clients = {client: record for client, record in contents.clients.items() if record.object == name}
+    if left := kept.get(name):
         state, clients = left.state, left.clients
-        epoch = epoch if is_durable else left.epoch
+        epoch = f"{epoch} {left.epoch}" if is_durable else left.epoch
         if journal and is_durable:  # it was not durable before
-            journal.commit(Changes(ledger.now(), objects={name: state}))
+            journal.commit(Changes(ledger.now(), clients=dict(clients), objects={name: state}))
     make = partial(HostedObject, declaration, ledger.now, journal=journal, most_clients=caps.clients, fail=fail)
     try:
         if reason is not None:
@@ -636,15 +717,22 @@ def _host(
         try:
             hosted = make(state=state, clients=clients)
         except StartupError as error:
-            if left is None or is_durable:
+            if state is None or is_durable:
                 raise
             log.warning("%s begins again: %s", name, error)
             hosted, epoch = make(), secrets.token_hex(16)
     except StartupError as error:  # counters and other objects go on
         log.error("%s", error)
-        return Hosted(NotMade(error), epoch, declaration)
+        return Hosted(NotMade(error), "", declaration)
     kept.pop(name, None)
     return Hosted(hosted, epoch, declaration)
+
+
+def _forget_volatile(journal: Journal | None, contents: Contents, hosting: Hosting, now: float) -> None:
+    """Remove objects from the journal that were durable before: their states are in memory alone from now on."""
+    names = [each.name for each in hosting.declarations if not each.durable and each.name in contents.objects]
+    if journal and names:
+        journal.commit(Changes(now, objects=dict.fromkeys(names)))
 
 
 def _room_for(connections: int) -> int:

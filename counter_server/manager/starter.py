@@ -50,6 +50,7 @@ class Starter:
                 "shared state cannot be used here: the manager imports this module, too, for its shared objects;"
                 " use it in a view, in a command or under if __name__ == '__main__'"
             )
+        _open_standard_streams()
         directory.make()
         with directory.starting() as lock:
             if lock is None:
@@ -91,6 +92,7 @@ class Starter:
                 _unfinished[:] = [each for each in [*_unfinished, process] if each.poll() is None]
                 outcome = follow(reader, lambda: process.poll() is None, deadline)
                 if outcome[0]:  # otherwise the manager holds the lock until it is ready
+                    process.wait()  # it has forked the manager, and leaves no zombie
                     fcntl.flock(lock, fcntl.LOCK_UN)  # for copies that a fork made without Python's knowledge, too
                 if outcome[0] == "ended":
                     stderr.seek(0)
@@ -100,6 +102,13 @@ class Starter:
         finally:
             os.close(reader)
             os.close(writer)
+
+
+def _open_standard_streams() -> None:
+    """Open those of this process's standard streams that are closed: no pipe or lock may get the number of one."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 class Report:
@@ -208,6 +217,7 @@ def detach(directory: DataDirectory, starter: tuple[int, int] | None) -> Report:
 
     :param starter: the starter's pipe and its lock.
     """
+    _open_standard_streams()
     directory.make()
     reader, *descriptors = (-1, *starter) if starter else os.pipe()
     if child := os.fork():

@@ -180,6 +180,11 @@ class Connection:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def shutdown(self) -> None:
+        """End the connection, from any thread: a wait for the other end is over."""
+        with suppress(OSError):  # the other end was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._socket.close()
 
