@@ -54,8 +54,8 @@ class Declaration(Struct, frozen=True, array_like=True):
     def __str__(self) -> str:
         positional, keywords = decode_plain(self.arguments)
         arguments = [*map(_SHORT.repr, positional), *(f"{key}={_SHORT.repr(keywords[key])}" for key in keywords)]
-        volatile = "" if self.durable else ", durable=False"
-        return f"{self.name} = {self.module}.{self.qualname}({', '.join(arguments)}{volatile})"
+        arguments += [] if self.durable else ["durable=False"]
+        return f"{self.name} = {self.module}.{self.qualname}({', '.join(arguments)})"
 
     def means(self, other: "Declaration") -> bool:
         """Return whether both name one class. Its module may have two names, as a main program and as a module.

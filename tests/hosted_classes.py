@@ -245,7 +245,7 @@ class OneWay:
 
 
 class Gated:
-    """An object whose pickling and unpickling each wait while a file exists, and say so with another one."""
+    """An object whose `wait`, pickling and unpickling each wait while a file exists, and say so with another one."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -254,6 +254,9 @@ class Gated:
     def query(self) -> int:
         self.number += 1
         return self.number
+
+    def wait(self) -> None:
+        self._pass("method")
 
     def _pass(self, gate: str) -> None:
         if os.path.exists(f"{self.path}.{gate}"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import PATIENCE, Program, eventually
+from tests.processes import Program, eventually
 
 
 def needed() -> str:

@@ -140,7 +140,7 @@ def test_gunicorn_ends_its_manager_in_order_so_nothing_in_memory_is_lost(stack: 
 
 def test_the_manifests_are_for_one_replica_on_a_volume_and_give_it_time_to_end() -> None:
     app = yaml.safe_load(file("compose.yaml"))["services"]["app"]
-    variables = dict(re.findall(r"(\w+)=(\S+)", re.findall(r"^ENV (.*)", file("Dockerfile"), re.MULTILINE)[0]))
+    variables = dict(re.findall(r"(?<= )(\w+)=(\S+)", file("Dockerfile")))
     (volume,) = app["volumes"]
     assert variables["COUNTER_SERVER_DATA_DIR"].startswith(volume.partition(":")[2] + "/")
     assert variables["COUNTER_SERVER_RUNTIME_DIR"] == app["tmpfs"]

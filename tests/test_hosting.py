@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from counter_server.manager.client import end_manager as stop_manager
 from counter_server.manager.directory import DataDirectory
 from counter_server.manager.hosting import Sources
 from counter_server.state import State
-from tests.hosted_classes import Gated, OneWay, Refusing, Slow, SomeObj
+from tests.hosted_classes import Gated, OneWay, Refusing, SomeObj
 from tests.load import impatient
 from tests.processes import PATIENCE, Program, end_manager, eventually, holder
 from tests.test_on_demand import managers_of, patient
@@ -241,15 +242,13 @@ def test_an_object_that_is_stuck_loses_no_other_when_a_manager_ends(
     on_demand: str, data_dir: Path, tmp_path: Path, gates: Callable[[str], Path]
 ) -> None:
     with patient(on_demand) as state:
-        busy, gated, obj = (
-            state.object("busy", Slow, durable=False),
-            state.object("gated", Gated, str(tmp_path / "gated"), durable=False),
-            state.object("obj", SomeObj, 0, durable=False),
-        )
-        assert (gated.query(), obj.query(), busy.switch_interval() > 0) == (1, 1, True)
-        with impatient(state, 0.5), pytest.raises(errors.DeadlineExceeded) as error:
-            busy.wait_for("/never")
-        assert error.value.outcome == "unknown"  # it was sent over the connection that was there
+        busy, gated = (state.object(name, Gated, str(tmp_path / "gated"), durable=False) for name in ("busy", "gated"))
+        obj = state.object("obj", SomeObj, 0, durable=False)
+        assert (gated.query(), obj.query()) == (1, 1)
+        method = gates("method")
+        with impatient(state, 0.5), pytest.raises(errors.DeadlineExceeded):
+            busy.wait()
+        waits(method)
         manager, gate = holder(data_dir), gates("pickling")
         stop_manager(DataDirectory(data_dir), PATIENCE)
         gate.unlink()
@@ -258,8 +257,8 @@ def test_an_object_that_is_stuck_loses_no_other_when_a_manager_ends(
         with pytest.raises(errors.StateLost):
             gated.query()
     log = (data_dir / "manager.log").read_text()
-    assert "Slow(durable=False) is lost: a call is still busy with it" in log.replace("(, ", "(")
-    assert "is lost: it takes too long to pickle" in log
+    assert re.search("busy = .* is lost: a call is still busy with it", log)
+    assert re.search("gated = .* is lost: it takes too long to pickle", log)
 
 
 # The start
@@ -394,6 +393,18 @@ def test_a_class_without_a_file_is_refused_where_it_is_declared(on_demand: str, 
     number, refused = program.output
     assert number == "1"
     assert refused.startswith("InvalidRequest the manager cannot import Obj, which is not in a file of a module")
+
+
+@pytest.mark.slow
+def test_a_module_that_handles_signals_or_exits_does_so_in_its_own_program(
+    script: Callable[..., str], data_dir: Path
+) -> None:
+    handling = "import signal\nfor each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):\n"
+    handling += "    signal.signal(each, signal.SIG_IGN)\n"
+    assert script(HEAD + handling + CLASS + SHOWN) == "1"
+    assert stop_manager(DataDirectory(data_dir), PATIENCE) is not None
+    told = script(HEAD + "if in_manager():\n    sys.exit(3)\n" + CLASS + SHOWN)
+    assert "SystemExit: 3; do that unless counter_server.in_manager()" in told
 
 
 @pytest.mark.slow

@@ -86,7 +86,9 @@ def import_classes(hosting: Hosting) -> dict[str, str]:
             except Stopped:
                 raise
             except BaseException as error:  # noqa: BLE001 - the module's own code may raise anything, such as SystemExit
-                reasons[declaration.name] = f"{declaration} cannot be imported in the manager: {described(error)}"
+                advice = "; do that unless counter_server.in_manager()" if isinstance(error, SystemExit) else ""
+                reason = f"{declaration} cannot be imported in the manager: {described(error)}{advice}"
+                reasons[declaration.name] = reason
     return reasons
 
 

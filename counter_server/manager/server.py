@@ -563,15 +563,8 @@ def serve(
     :param caps: the maximum of everything that clients can add.
     :raises StartupError: if the directory, its lock, its journal or its socket cannot be used.
     """
-    os.umask(0o077)
-    threading.excepthook = _end_without_memory
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    # An exception in the main thread is the server's own way to end; see Server.serve_forever.
-    signal.signal(signal.SIGUSR1, _stop)  # our own threads' way to end the main one
-    if lifeline is None:
-        signal.signal(signal.SIGTERM, _stop)  # until it serves
-        signal.signal(signal.SIGINT, _stop)
-    else:
+    _set_up(lifeline)
+    if lifeline is not None:
         keep_from_children(lifeline.fileno())
         threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
     location.check(directory)
@@ -584,6 +577,7 @@ def serve(
         reasons = import_classes(hosting)
     else:
         hosting, reasons = _import_all(directory, hosting)
+    _set_up(lifeline)  # again: the modules may have handlers of their own
     end_manager(directory, _SECONDS_TO_SUCCEED, for_another=True)
     with ExitStack() as last, starting, directory.hold() as is_held:
         gc.disable()
@@ -644,6 +638,17 @@ def serve(
             if journal:
                 journal.close()
     raise AssertionError("serve_forever returned")
+
+
+def _set_up(lifeline: Pipe | None) -> None:
+    os.umask(0o077)
+    threading.excepthook = _end_without_memory
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    # An exception in the main thread is the server's own way to end; see Server.serve_forever.
+    signal.signal(signal.SIGUSR1, _stop)  # our own threads' way to end the main one
+    if lifeline is None:
+        signal.signal(signal.SIGTERM, _stop)  # until it serves
+        signal.signal(signal.SIGINT, _stop)
 
 
 def _import_all(directory: DataDirectory, hosting: Hosting) -> tuple[Hosting, dict[str, str]]:
