@@ -542,6 +542,27 @@ def test_a_class_moves_to_another_module_under_its_users(on_demand: str, data_di
 
 
 @pytest.mark.slow
+def test_a_program_that_sends_larger_values_gets_a_manager_that_takes_them(
+    on_demand: str, data_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "app.py").write_text(
+        "import sys\nfrom counter_server import open_state\n"
+        "entries = open_state(sys.argv[1], deadline=30).dict('entries')\n"
+        "entries[sys.argv[2]] = 'x' * int(sys.argv[2])\nprint(len(entries))\n"
+    )
+    managers = []
+    for size, largest, printed in ((1000, "", "1"), (3 * 2**20, str(2**22), "2"), (2000, "", "3"), (2**21, "", "")):
+        with Program(
+            tmp_path / "app.py", on_demand, str(size), environment={"COUNTER_SERVER_LARGEST_VALUE": largest}
+        ) as program:
+            program.wait()
+            assert "".join(program.output) == printed, program.errors
+        managers.append(holder(data_dir))
+    first, second, *others = managers
+    assert (first != second, others) == (True, [second, second])
+
+
+@pytest.mark.slow
 def test_what_the_newest_version_cannot_load_is_refused_and_the_old_one_goes_on(
     on_demand: str, data_dir: Path, changing: Path
 ) -> None:

@@ -34,6 +34,7 @@ from ..objects import Declaration, HostedObject, is_moved, unpickled
 from ..operations import Batch, Refusal, Result
 from ..os_errors import NO_SOCKETS, explain
 from ..output import bound
+from ..plain import allow_values, largest_value
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from ..status import SlowCall, Status
 from ..store import Applies
@@ -224,7 +225,11 @@ class StateServer(Server):
                 raise PermissionError(f"{call.method!r} is not offered")
             greeting = _decode_greeting(call.arguments)
             wanted, hosted = greeting.declaration, self.hosted.get(greeting.ident)
-            if greeting.may_succeed and not self._keeps_place and self._is_outdated(hosted, wanted):
+            if (
+                greeting.may_succeed
+                and not self._keeps_place
+                and self._is_outdated(hosted, wanted, greeting.largest_value)
+            ):
                 conn.send(("#SUCCEED", ""))
             elif hosted is None or (wanted and hosted.declaration and not hosted.declaration.means(wanted)):
                 conn.send(("#ERROR", self._refusal(hosted)))
@@ -258,11 +263,14 @@ class StateServer(Server):
                 self._welcomed -= 1
                 self._users.discard(conn)
 
-    def _is_outdated(self, hosted: Hosted | None, wanted: Declaration | None) -> bool:
-        """Return whether a client wants an object that this manager does not have, or not in the newest version."""
+    def _is_outdated(self, hosted: Hosted | None, wanted: Declaration | None, largest: int) -> bool:
+        """Return whether a client wants an object that this manager does not have, or not in the newest version.
+
+        :param largest: the largest value that the client may send.
+        """
         if wanted is None:
             return False
-        if hosted is None or hosted.declaration is None:
+        if hosted is None or hosted.declaration is None or largest > largest_value():
             return True
         is_newer = wanted.declared > hosted.declaration.declared
         if not hosted.declaration.means(wanted):  # a new class under an old name must not end the old one's use
@@ -313,7 +321,7 @@ class StateServer(Server):
             if hosted.declaration and not isinstance(hosted.applies, NotMade)
         }
         declarations = [declaration for declaration in self._hosting.declarations if declaration.name in made]
-        return Hosting(declarations, self._hosting.path, self._hosting.argv, self._is_used())
+        return Hosting(declarations, self._hosting.path, self._hosting.argv, largest_value(), self._is_used())
 
     def saved(self, name: str) -> bytes:
         """Return the state of a durable object, for a successor that tries whether it can load it."""
@@ -684,6 +692,7 @@ def _import_all(directory: DataDirectory, hosting: Hosting) -> tuple[Hosting, di
         elif other.is_used:
             raise StartupError(f"{older} is hosted under that name, and it is in use: choose another name")
     hosting.declarations[:] = hosted.values()
+    allow_values(hosting.largest_value)
     for declaration in hosting.declarations:
         if saved.get(declaration.name) and declaration.name not in reasons:
             unpickled(saved[declaration.name], declaration)
