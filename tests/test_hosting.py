@@ -563,6 +563,30 @@ def test_a_program_that_sends_larger_values_gets_a_manager_that_takes_them(
 
 
 @pytest.mark.slow
+def test_programs_of_two_releases_do_not_take_turns_with_managers(
+    on_demand: str, data_dir: Path, tmp_path: Path
+) -> None:
+    number = 0
+
+    def run(release: str) -> int | None:
+        nonlocal number
+        number += 1
+        with Program(tmp_path / release / "app.py", on_demand, cwd=tmp_path) as program:
+            program.wait()
+            assert program.output == [str(number)], program.errors
+        return holder(data_dir)
+
+    for release in ("1", "2"):
+        (tmp_path / release).mkdir()
+        (tmp_path / release / "app.py").write_text(HEAD + CLASS + SHOWN)
+    first, second = run("1"), run("2")
+    assert first != second, "a deploy is served at once"
+    managers = [run(release) for _ in range(12) for release in ("1", "2")]
+    # The time of each manager is longer. On a slow machine there are more than on a fast one, but not one for each.
+    assert len(set(managers)) < len(managers)
+
+
+@pytest.mark.slow
 def test_what_the_newest_version_cannot_load_is_refused_and_the_old_one_goes_on(
     on_demand: str, data_dir: Path, changing: Path
 ) -> None:

@@ -36,6 +36,7 @@ class Hosting(Struct, array_like=True):
     path: list[bytes]  # Paths and arguments may hold bytes that are not UTF-8.
     argv: list[bytes]
     largest_value: int = LARGEST_VALUE
+    releases: int = 0  # that have taken over from each other
     is_used: bool = False  # whether clients have connections to objects
 
     @classmethod
@@ -52,7 +53,9 @@ class Hosting(Struct, array_like=True):
         older, newer = sorted((other, self), key=lambda each: max(map(_declared, each.declarations), default=0.0))
         path = list(dict.fromkeys(newer.path + older.path))
         largest = max(self.largest_value, other.largest_value)
-        return Hosting(list(declarations.values()), path, newer.argv, largest)
+        files = {each.name: each.file for each in other.declarations}
+        is_release = any(files.get(name, each.file) != each.file for name, each in declarations.items())
+        return Hosting(list(declarations.values()), path, newer.argv, largest, other.releases + is_release)
 
 
 NOTHING = Hosting([], [], [])

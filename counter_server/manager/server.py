@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 from msgspec import MsgspecError, Struct, field, msgpack
+from msgspec.structs import replace
 
 from ..errors import BatchRefused, DirectoryHeld, Disconnected, StartupError, Stopped
 from ..journal import REFUSALS, Journal, JournalFailed
@@ -62,6 +63,7 @@ _SWITCH_SECONDS = 0.0001  # for which a method computes before another thread's 
 _SECONDS_TO_SUCCEED = 10.0  # in which a manager on demand starts or ends
 _SECONDS_TO_HAND_OVER = 3.0  # in which the calls of shared objects finish when a manager ends; others wait for it
 _SECONDS_TO_LEAVE = 30.0  # for which a manager on demand serves its clients after SIGTERM
+_MOST_SECONDS_OF_RELEASE = 60.0  # for which a manager serves one release, if programs of several come and go
 _OTHER_DESCRIPTORS = 64  # open beside the connections: its own, and its shared objects
 SLOW_SECONDS = 10.0  # after which a running call of a shared object is reported
 _LOOK_SECONDS = 0.5
@@ -278,10 +280,15 @@ class StateServer(Server):
             return is_newer and (is_perhaps_moved or not self._is_used())
         is_another = (
             isinstance(hosted.applies, NotMade)
-            or wanted.file != hosted.declaration.file
+            or (wanted.file != hosted.declaration.file and self._may_change_release())
             or wanted.durable > hosted.declaration.durable
         )
         return (is_newer and is_another) or self._sources.are_older(wanted.declared)
+
+    def _may_change_release(self) -> bool:
+        """Return whether another release may take over: at once after a deploy, but two in use must not take turns."""
+        wait = min(self._hosting.releases**2 / 10, _MOST_SECONDS_OF_RELEASE)
+        return time.monotonic() - self._began >= wait
 
     def _refusal(self, hosted: Hosted | None) -> str:
         who = f"the manager (pid {os.getpid()})"
@@ -321,7 +328,7 @@ class StateServer(Server):
             if hosted.declaration and not isinstance(hosted.applies, NotMade)
         }
         declarations = [declaration for declaration in self._hosting.declarations if declaration.name in made]
-        return Hosting(declarations, self._hosting.path, self._hosting.argv, largest_value(), self._is_used())
+        return replace(self._hosting, declarations=declarations, largest_value=largest_value(), is_used=self._is_used())
 
     def saved(self, name: str) -> bytes:
         """Return the state of a durable object, for a successor that tries whether it can load it."""
