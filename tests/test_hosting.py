@@ -359,6 +359,12 @@ def test_a_class_is_one_class_as_a_main_program_and_as_a_module(script: Callable
     assert manager != 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["with space.py", "na\xefve.py", os.fsdecode(b"by\xfftes.py"), "script"])
+def test_a_program_may_have_any_name(script: Callable[..., str], name: str) -> None:
+    assert script(HEAD + CLASS + SHOWN, name) == "1"
+
+
 def test_a_class_without_a_file_is_refused_where_it_is_declared(on_demand: str, tmp_path: Path) -> None:
     text = HEAD + CLASS.replace('obj = state.object("obj", Obj)', "print(state.counter('c').increment())")
     text += "try:\n    state.object('obj', Obj)\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
