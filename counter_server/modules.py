@@ -32,7 +32,8 @@ def place_of(name: str) -> tuple[str, str]:
         return spec.name, file  # `python -m`
     stem = os.path.splitext(os.path.basename(file))[0]
     for known in (stem,) if name in _MAIN else (name, stem):
-        if known not in _MAIN and _is_found(known, file):
+        # A name that is not UTF-8 cannot be sent.
+        if known not in _MAIN and known.isprintable() and _is_found(known, file):
             return known, file
     if not os.path.isfile(file) and stem not in _MAIN:
         return name, ""

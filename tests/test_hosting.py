@@ -385,6 +385,12 @@ def test_a_class_is_one_class_as_a_main_program_and_as_a_module(script: Callable
     assert manager != 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["with space.py", "na\xefve.py", os.fsdecode(b"by\xfftes.py"), "script"])
+def test_a_program_may_have_any_name(script: Callable[..., str], name: str) -> None:
+    assert script(HEAD + CLASS + SHOWN, name) == "1"
+
+
 def test_a_class_without_a_file_is_refused_where_it_is_declared(on_demand: str, tmp_path: Path) -> None:
     text = HEAD + CLASS.replace('obj = state.object("obj", Obj)', "print(state.counter('c').increment())")
     text += "try:\n    state.object('obj', Obj)\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
@@ -568,6 +574,51 @@ def test_a_class_moves_to_another_module_under_its_users(on_demand: str, data_di
             assert old.communicate("again\n", timeout=PATIENCE)[0] == "21\n"
         finally:
             old.kill()
+
+
+@pytest.mark.slow
+def test_a_program_that_sends_larger_values_gets_a_manager_that_takes_them(
+    on_demand: str, data_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "app.py").write_text(
+        "import sys\nfrom counter_server import open_state\n"
+        "entries = open_state(sys.argv[1], deadline=30).dict('entries')\n"
+        "entries[sys.argv[2]] = 'x' * int(sys.argv[2])\nprint(len(entries))\n"
+    )
+    managers = []
+    for size, largest, printed in ((1000, "", "1"), (3 * 2**20, str(2**22), "2"), (2000, "", "3"), (2**21, "", "")):
+        with Program(
+            tmp_path / "app.py", on_demand, str(size), environment={"COUNTER_SERVER_LARGEST_VALUE": largest}
+        ) as program:
+            program.wait()
+            assert "".join(program.output) == printed, program.errors
+        managers.append(holder(data_dir))
+    first, second, *others = managers
+    assert (first != second, others) == (True, [second, second])
+
+
+@pytest.mark.slow
+def test_programs_of_two_releases_do_not_take_turns_with_managers(
+    on_demand: str, data_dir: Path, tmp_path: Path
+) -> None:
+    number = 0
+
+    def run(release: str) -> int | None:
+        nonlocal number
+        number += 1
+        with Program(tmp_path / release / "app.py", on_demand, cwd=tmp_path) as program:
+            program.wait()
+            assert program.output == [str(number)], program.errors
+        return holder(data_dir)
+
+    for release in ("1", "2"):
+        (tmp_path / release).mkdir()
+        (tmp_path / release / "app.py").write_text(HEAD + CLASS + SHOWN)
+    first, second = run("1"), run("2")
+    assert first != second, "a deploy is served at once"
+    managers = [run(release) for _ in range(12) for release in ("1", "2")]
+    # The time of each manager is longer. On a slow machine there are more than on a fast one, but not one for each.
+    assert len(set(managers)) < len(managers)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from counter_server.manager.directory import DataDirectory
 from counter_server.manager.server import StateServer
 from counter_server.manager.wire import HANDSHAKE_SECONDS, Connection, Greeting, connect, largest_frame
 from counter_server.objects import Declaration
+from counter_server.plain import largest_value
 from tests.load import at_once, impatient, open_client
 from tests.processes import PATIENCE, Manager, Program, eventually, frozen
 from tests.standard_server import KEY, StandardManager
@@ -560,7 +561,9 @@ def test_a_greeting_says_why_a_client_is_not_served(monkeypatch: pytest.MonkeyPa
             proxy.ask("check", (), 5.0)
         assert getattr(error.value, "sent", False) is False
         assert (made[-1].is_closed, proxy._connection) == (True, None)
-        assert made[-1].sent == [(None, "accept_connection", Greeting("object:obj", declaration))]
+        assert made[-1].sent == [
+            (None, "accept_connection", Greeting("object:obj", declaration, largest_value=largest_value()))
+        ]
     for epoch, is_lost in (("one", False), ("one", False), ("two", True), ("two", False)):
         made.append(Scripted(("#RETURN", epoch), ("#RETURN", None)))
         with pytest.raises(errors.StateLost, match="object:obj begins again") if is_lost else nullcontext():

@@ -23,6 +23,7 @@ from ..errors import (
 from ..objects import Declaration
 from ..operations import Batch, Result
 from ..os_errors import can_pass, explain, is_absent
+from ..plain import largest_value
 from ..status import Status
 from ..store import Finding, RoundTrip
 from . import location
@@ -240,7 +241,8 @@ class StateProxy(BaseProxy):
         :param may_succeed: whether this process would start that.
         """
         try:
-            connection.send((None, "accept_connection", Greeting(self._id, self._declaration, may_succeed)))
+            greeting = Greeting(self._id, self._declaration, may_succeed, largest_value())
+            connection.send((None, "accept_connection", greeting))
             kind, text = connection.recv()
             match kind:
                 case "#RETURN":

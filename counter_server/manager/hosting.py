@@ -14,6 +14,8 @@ from msgspec import Struct, msgpack
 
 from ..errors import StartupError, Stopped
 from ..objects import Declaration, described, find_class
+from ..plain import largest_value
+from ..settings import LARGEST_VALUE
 
 _hosts = False  # whether this process hosts the objects of modules that it imports
 _importing = 0  # the process that imports such modules now
@@ -33,11 +35,14 @@ class Hosting(Struct, array_like=True):
     declarations: list[Declaration]
     path: list[bytes]  # Paths and arguments may hold bytes that are not UTF-8.
     argv: list[bytes]
+    largest_value: int = LARGEST_VALUE
+    releases: int = 0  # that have taken over from each other
     is_used: bool = False  # whether clients have connections to objects
 
     @classmethod
     def of_this_process(cls, declarations: list[Declaration]) -> "Hosting":
-        return cls(declarations, list(map(os.fsencode, import_path())), list(map(os.fsencode, sys.argv)))
+        path, argv = (list(map(os.fsencode, texts)) for texts in (import_path(), sys.argv))
+        return cls(declarations, path, argv, largest_value())
 
     def encode(self) -> bytes:
         return msgpack.encode(self)
@@ -47,7 +52,10 @@ class Hosting(Struct, array_like=True):
         declarations = {each.name: each for each in sorted(other.declarations + self.declarations, key=_declared)}
         older, newer = sorted((other, self), key=lambda each: max(map(_declared, each.declarations), default=0.0))
         path = list(dict.fromkeys(newer.path + older.path))
-        return Hosting(list(declarations.values()), path, newer.argv)
+        largest = max(self.largest_value, other.largest_value)
+        files = {each.name: each.file for each in other.declarations}
+        is_release = any(files.get(name, each.file) != each.file for name, each in declarations.items())
+        return Hosting(list(declarations.values()), path, newer.argv, largest, other.releases + is_release)
 
 
 NOTHING = Hosting([], [], [])

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 from msgspec import MsgspecError, Struct, field, msgpack
+from msgspec.structs import replace
 
 from ..errors import BatchRefused, DirectoryHeld, Disconnected, StartupError, Stopped
 from ..journal import REFUSALS, Journal, JournalFailed
@@ -34,6 +35,7 @@ from ..objects import Declaration, HostedObject, is_moved, unpickled
 from ..operations import Batch, Refusal, Result
 from ..os_errors import NO_SOCKETS, explain
 from ..output import bound
+from ..plain import allow_values, largest_value
 from ..settings import DEFAULT_CAPS, Caps, Durability
 from ..status import SlowCall, Status
 from ..store import Applies
@@ -61,6 +63,7 @@ _SWITCH_SECONDS = 0.0001  # for which a method computes before another thread's 
 _SECONDS_TO_SUCCEED = 10.0  # in which a manager on demand starts or ends
 _SECONDS_TO_HAND_OVER = 3.0  # in which the calls of shared objects finish when a manager ends; others wait for it
 _SECONDS_TO_LEAVE = 30.0  # for which a manager on demand serves its clients after SIGTERM
+_MOST_SECONDS_OF_RELEASE = 60.0  # for which a manager serves one release, if programs of several come and go
 _OTHER_DESCRIPTORS = 64  # open beside the connections: its own, and its shared objects
 SLOW_SECONDS = 10.0  # after which a running call of a shared object is reported
 _LOOK_SECONDS = 0.5
@@ -224,7 +227,11 @@ class StateServer(Server):
                 raise PermissionError(f"{call.method!r} is not offered")
             greeting = _decode_greeting(call.arguments)
             wanted, hosted = greeting.declaration, self.hosted.get(greeting.ident)
-            if greeting.may_succeed and not self._keeps_place and self._is_outdated(hosted, wanted):
+            if (
+                greeting.may_succeed
+                and not self._keeps_place
+                and self._is_outdated(hosted, wanted, greeting.largest_value)
+            ):
                 conn.send(("#SUCCEED", ""))
             elif hosted is None or (wanted and hosted.declaration and not hosted.declaration.means(wanted)):
                 conn.send(("#ERROR", self._refusal(hosted)))
@@ -258,11 +265,14 @@ class StateServer(Server):
                 self._welcomed -= 1
                 self._users.discard(conn)
 
-    def _is_outdated(self, hosted: Hosted | None, wanted: Declaration | None) -> bool:
-        """Return whether a client wants an object that this manager does not have, or not in the newest version."""
+    def _is_outdated(self, hosted: Hosted | None, wanted: Declaration | None, largest: int) -> bool:
+        """Return whether a client wants an object that this manager does not have, or not in the newest version.
+
+        :param largest: the largest value that the client may send.
+        """
         if wanted is None:
             return False
-        if hosted is None or hosted.declaration is None:
+        if hosted is None or hosted.declaration is None or largest > largest_value():
             return True
         is_newer = wanted.declared > hosted.declaration.declared
         if not hosted.declaration.means(wanted):  # a new class under an old name must not end the old one's use
@@ -270,10 +280,15 @@ class StateServer(Server):
             return is_newer and (is_perhaps_moved or not self._is_used())
         is_another = (
             isinstance(hosted.applies, NotMade)
-            or wanted.file != hosted.declaration.file
+            or (wanted.file != hosted.declaration.file and self._may_change_release())
             or wanted.durable > hosted.declaration.durable
         )
         return (is_newer and is_another) or self._sources.are_older(wanted.declared)
+
+    def _may_change_release(self) -> bool:
+        """Return whether another release may take over: at once after a deploy, but two in use must not take turns."""
+        wait = min(self._hosting.releases**2 / 10, _MOST_SECONDS_OF_RELEASE)
+        return time.monotonic() - self._began >= wait
 
     def _refusal(self, hosted: Hosted | None) -> str:
         who = f"the manager (pid {os.getpid()})"
@@ -313,7 +328,7 @@ class StateServer(Server):
             if hosted.declaration and not isinstance(hosted.applies, NotMade)
         }
         declarations = [declaration for declaration in self._hosting.declarations if declaration.name in made]
-        return Hosting(declarations, self._hosting.path, self._hosting.argv, self._is_used())
+        return replace(self._hosting, declarations=declarations, largest_value=largest_value(), is_used=self._is_used())
 
     def saved(self, name: str) -> bytes:
         """Return the state of a durable object, for a successor that tries whether it can load it."""
@@ -684,6 +699,7 @@ def _import_all(directory: DataDirectory, hosting: Hosting) -> tuple[Hosting, di
         elif other.is_used:
             raise StartupError(f"{older} is hosted under that name, and it is in use: choose another name")
     hosting.declarations[:] = hosted.values()
+    allow_values(hosting.largest_value)
     for declaration in hosting.declarations:
         if saved.get(declaration.name) and declaration.name not in reasons:
             unpickled(saved[declaration.name], declaration)

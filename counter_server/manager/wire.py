@@ -68,6 +68,7 @@ class Greeting(Struct, array_like=True, frozen=True):
     ident: str
     declaration: Declaration | None
     may_succeed: bool = False
+    largest_value: int = 0  # that the client may send
 
 
 class Connection:
