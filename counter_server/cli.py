@@ -209,7 +209,7 @@ def manager(
 ) -> None:
     """Run the manager alone, for any number of applications of this user."""
     from .manager.hosting import NOTHING, decode_hosting
-    from .manager.server import serve
+    from .manager.process import serve
     from .manager.starter import detach
     from .output import configure
 

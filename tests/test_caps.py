@@ -132,9 +132,17 @@ def test_a_client_whose_process_has_ended_makes_room_at_once(clock: SimpleNamesp
     assert apply(ledger, Increment("a"), client=ANN, sequence=1) == [1]  # sent again
     for client in (ANN, os.urandom(16), ANN):
         ledger.remembered.leave(client, ended.pid)
-    assert apply(ledger, Increment("a"), client=CYD) == [3]
+    # In one commit: there is room for one of the two.
+    assert ledger.perform([Batch(client, 1, [Increment("a")]) for client in (CYD, os.urandom(16))]) == [[3], [CLIENT]]
+    assert ledger.sizes[1] == 2
     assert apply(ledger, Increment("a"), client=os.urandom(16)) == [CLIENT]
     assert apply(ledger, Increment("a"), client=BOB, sequence=2) == [4]
+
+
+def test_new_clients_of_one_commit_share_the_room(clock: SimpleNamespace) -> None:
+    ledger = capped(clock, clients=2)
+    batches = [Batch(client, 1, [Increment("a")]) for client in (ANN, BOB, CYD)]
+    assert ledger.perform(batches) == [[1], [2], [CLIENT]]
 
 
 def test_a_process_for_each_request_is_never_one_too_many(start_manager: StartManager, data_dir: Path) -> None:

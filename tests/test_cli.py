@@ -264,7 +264,7 @@ def test_an_unknown_store_is_refused(cli: Cli, url: str) -> None:
 def test_an_invalid_option_is_refused(
     cli: Cli, cwd: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, says: str
 ) -> None:
-    for place in ("server.supervisor.Supervisor.run", "manager.server.serve"):  # rather than to serve for ever
+    for place in ("server.supervisor.Supervisor.run", "manager.process.serve"):  # rather than to serve for ever
         monkeypatch.setattr(f"counter_server.{place}", lambda *_, **__: pytest.fail("it started"))
     assert says in refused(cli(*arguments.split(" ")))
     assert list(cwd.iterdir()) == []

@@ -18,14 +18,14 @@ from counter_server import combiner, journal, ledger, objects
 from counter_server.errors import BatchRefused
 from counter_server.journal import Journal
 from counter_server.ledger import Ledger
-from counter_server.manager import server
+from counter_server.manager import process
 from counter_server.objects import declare
 from counter_server.operations import Batch, Increment, Invoke, Operation, Raised, Refusal, Result, Returned
 from counter_server.plain import decode_plain, encode_plain
 from counter_server.settings import Caps
 from tests.hosted_classes import SomeObj
 
-FILES = {module.__file__ for module in (combiner, journal, ledger, objects, server)}
+FILES = {module.__file__ for module in (combiner, journal, ledger, objects, process)}
 LOCKING = {"try:", "finally:", "self._lock.release()"}
 CLIENT = b"c" * 16
 
@@ -77,7 +77,7 @@ def serve(kind: str, kept: Journal) -> Callable[..., list[Result]]:
     if kind == "counters":
         return Ledger(contents, kept, caps=Caps(), fail=end).apply
     declaration = declare("obj", SomeObj, (0,), {}, durable=True)
-    return server._host(declaration, None, Ledger(contents), kept, contents, {}, Caps()).applies.apply
+    return process._host(declaration, None, Ledger(contents), kept, contents, {}, Caps()).applies.apply
 
 
 def numbers(results: list[Result]) -> list[int]:
@@ -104,7 +104,7 @@ def test_an_error_at_any_line_counts_nothing_twice(
     kind: str, error: type[BaseException], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operation = OPERATIONS[kind]
-    monkeypatch.setattr(server, "fail", end)
+    monkeypatch.setattr(process, "fail", end)
     monkeypatch.setattr(journal, "_SYNCHRONOUS", {"process": "OFF"})  # nothing is killed here
     with closing(Journal(tmp_path / "first.sqlite3", "process")) as first:
         assert numbers(serve(kind, first)(Batch(CLIENT, 1, [operation]))) == [1]

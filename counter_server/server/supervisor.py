@@ -27,7 +27,7 @@ from ..extension import SharedState
 from ..journal import REFUSALS
 from ..manager.directory import DataDirectory
 from ..manager.hosting import Hosting
-from ..manager.server import serve
+from ..manager.process import serve
 from ..objects import Declaration
 from ..output import configure
 from ..settings import default_data_dir
