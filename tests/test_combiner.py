@@ -293,6 +293,32 @@ def test_an_item_whose_deadline_passes_in_the_queue_is_never_sent(
     assert scene.still_works()
 
 
+class PatientLock:
+    """Waits for as long as it takes, whatever the time limit, so that a slow machine decides nothing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.release, self.locked = self._lock.release, self._lock.locked
+
+    def acquire(self, timeout: float = -1) -> bool:
+        return self._lock.acquire(timeout=PATIENCE if timeout > 0 else timeout)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_a_thread_waits_until_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combiner_module, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(combiner_module, "threading", SimpleNamespace(Lock=PatientLock))
+    scene = Scene()
+    (one,) = scene.come(1, deadline=0.001)
+    scene.next_call().answer()
+    assert one.outcome() == "answer to 1"
+
+
 def test_the_item_of_an_interrupted_thread_in_the_queue_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene()
     go_on = threading.Event()
