@@ -18,16 +18,18 @@ from msgspec import MsgspecError, msgpack  # noqa: E402 - after the instrumentat
 
 from counter_server.ledger import Ledger  # noqa: E402
 from counter_server.manager.server import Hosted, StateServer  # noqa: E402
-from counter_server.manager.wire import Connection  # noqa: E402
+from counter_server.manager.wire import Connection, largest_frame  # noqa: E402
 from counter_server.operations import LARGEST, SMALLEST, check_name  # noqa: E402
 
 
 def serve(data: bytes) -> tuple[Ledger, bytes]:
     """Send `data` to the server of a fresh ledger; return the ledger and the answers."""
     ledger = Ledger()
-    server = cast(Any, SimpleNamespace(hosted={"ledger": Hosted(ledger, "epoch")}))
     theirs, ours = socket.socketpair()
     connection = Connection(ours)
+    processes = {connection.pid: SimpleNamespace(clients=set())}
+    hosted = {"ledger": Hosted(ledger, "epoch")}
+    server = cast(Any, SimpleNamespace(hosted=hosted, _processes=processes, _largest_frame=largest_frame()))
     with theirs:
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
