@@ -18,6 +18,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from flask import Flask
 from msgspec import msgpack
+from msgspec.structs import replace
 
 from counter_server import CounterServerError, SharedState, State, StoreOptions, errors, objects, open_state, plain
 from counter_server.cli import examine
@@ -262,6 +263,30 @@ def test_a_declaration_shows_its_class_and_arguments() -> None:
     for name, cls, reason in (("", SomeObj, "name"), ("x", hosted_classes.not_a_class, "declared with its class")):
         with pytest.raises(errors.InvalidRequest, match=reason):
             declare(name, cls, (), {}, durable=False)  # type: ignore[arg-type]
+
+
+def test_a_declaration_means_a_class_by_its_module_or_its_file() -> None:
+    first = Declaration("obj", "app", "Obj", b"", file=b"/srv/app.py")
+    for same in (replace(first, module="shell"), replace(first, file=b"/next/app.py"), replace(first, durable=False)):
+        assert first.means(same)
+    for other in (replace(first, qualname="Other"), replace(first, module="new", file=b"/srv/new.py")):
+        assert not first.means(other)
+    assert not replace(first, file=b"").means(replace(first, module="shell", file=b""))
+    moved = replace(first, module="new", file=b"/srv/new.py").after(first)
+    assert moved.means(first)
+    assert moved.means(replace(first, module="new"))
+    assert not first.means(moved)
+
+
+def test_arguments_over_the_size_of_the_managers_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(Toolbox)
+    large = encode_plain((("x" * (LARGEST_VALUE - 100),), {}), "arguments")
+    for name in ("LARGEST_VALUE", "_largest_value"):
+        monkeypatch.setattr(plain, name, 1000)
+    (refused,) = scene.hosted.apply(Batch(b"c" * 16, 1, [Invoke("add", large)]))
+    assert isinstance(refused, Refusal)
+    assert (refused.code, "the call was not made" in refused.message) == ("invalid", True)
+    assert scene.call("count", sequence=2) == 0
 
 
 def test_a_handle_without_init_app_names_the_missing_call() -> None:
