@@ -299,15 +299,17 @@ def test_a_start_that_takes_long_goes_on_without_its_starter(on_demand: str, dat
 @pytest.mark.parametrize(
     "helper",
     [
-        "import subprocess; helper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(PATIENCE)'])",
-        "import multiprocessing; helper = multiprocessing.Manager() if __name__ != '__main__' else None",
+        "import subprocess; subprocess.Popen([sys.executable, '-c', WATCH, str(os.getpid())])\n",
+        "import multiprocessing; multiprocessing.get_context('fork').Process(target=exec, args=(FORKED,)).start()\n",
     ],
 )
 def test_a_process_that_the_module_starts_holds_up_no_start(script: Callable[..., str], helper: str) -> None:
-    helper = helper.replace("PATIENCE", str(2 * PATIENCE))
+    # It ends with the process that started it.
+    watch = "import os, sys, time\nwhile os.getppid() == int(sys.argv[1]):\n    time.sleep(0.05)\n"
+    forked = watch.replace("int(sys.argv[1])", "parent").replace("while", "parent = os.getppid()\nwhile", 1)
+    texts = f"WATCH, FORKED = {watch!r}, {forked!r}\n"
     began = time.monotonic()
-    ended = "if not in_manager() and hasattr(helper, 'kill'):\n    helper.kill(); helper.wait()\n"
-    assert script(HEAD + helper + CLASS + SHOWN + ended) == "1"
+    assert script(HEAD + texts + "if in_manager():\n    " + helper + CLASS + SHOWN) == "1"
     assert time.monotonic() - began < PATIENCE
 
 
