@@ -38,8 +38,8 @@ class ManagerCache(_Base):  # pyright: ignore[reportGeneralTypeIssues] - one of 
     recently; expired entries go first. If the manager is killed, the cache is empty. Values are pickled by `serializer`
     in this process; only integers and floats are sent as they are, for the manager to add to.
 
-    :param url: `manager:///absolute/data/directory`; without a directory, that of the app that first uses it; or a
-        `State`, with its connections, deadline and options.
+    :param url: `manager:///absolute/data/directory`; without a directory, the app's that first uses the cache; or
+        a `State`, with its connections, deadline and options.
     :param name: caches with the same name share their entries.
     :param threshold: the maximum number of entries.
     :param default_timeout: seconds, or a `timedelta`; 0 means forever.

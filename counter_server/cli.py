@@ -241,7 +241,7 @@ def manager(
 
 
 def _declared_by(module: str, directory: DataDirectory) -> "Hosting":
-    """Import an app, from the working directory first, and return what it declares for a directory."""
+    """Import an app, from the working directory first, and return its declarations for a directory."""
     from flask.cli import ScriptInfo
 
     from .manager.hosting import Hosting, importing

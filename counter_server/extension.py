@@ -84,7 +84,7 @@ class SharedState(Sharing):
         shared = SharedState(app)
         number = shared.counter("visits").increment()
 
-    `init_app` reads this configuration, and what is missing there from environment variables of the same names:
+    `init_app` reads this configuration. For a missing setting it reads the environment variable of the same name:
 
     - ``COUNTER_SERVER_STORE``: the store's URL; default ``manager://``.
     - ``COUNTER_SERVER_DATA_DIR``: the directory of ``manager://``; default ``counter-server`` in the app's instance
@@ -133,7 +133,7 @@ class SharedState(Sharing):
 
     @property
     def state(self) -> State:
-        """The current app's state. Without an application context, as in a thread, that of the only app it has."""
+        """The current app's state. Without an application context, as in a thread, it is the only app's state."""
         if has_app_context():
             app = current_app
         elif len(self._apps) == 1 and (found := self._apps[0]()):

@@ -137,8 +137,8 @@ def raise_error(error: BaseException) -> NoReturn:
 class Clients:
     """Remembers the last batch of each client, in the order of their last use.
 
-    :param most: the maximum number of clients. If there is no room, a client is forgotten none of whose batches can
-        still arrive: one whose process has ended, else the one that was idle longest.
+    :param most: the maximum number of clients. If there is no room, a client is forgotten whose process has ended, or
+        else the client that was idle longest. It must be certain that none of its batches can still arrive.
     :param owner: the shared object that they call; empty for the counters.
     """
 

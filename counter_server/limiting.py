@@ -39,7 +39,7 @@ class ManagerStorage(_Remote, Storage, MovingWindowSupport, SlidingWindowCounter
 
     If the manager is killed, all windows begin again. Setting the system's clock moves none of them.
 
-    :param uri: `manager:///absolute/data/directory`; without a directory, that of the app that first uses it.
+    :param uri: `manager:///absolute/data/directory`; without a directory, the app's that first uses the storage.
     :param wrap_exceptions: raise `limits.errors.StorageError` instead of `CounterServerError`.
     :param name: storages with the same name share their budgets.
     :param deadline: seconds that each call may take.

@@ -236,7 +236,7 @@ class StateProxy(BaseProxy):
         return Disconnected(text, sent=sent)
 
     def _greet(self, connection: Connection, *, may_succeed: bool) -> bool:
-        """Make a connection one to the object; return whether another manager must succeed this one first.
+        """Ask for the object on a new connection; return whether another manager must succeed the one there first.
 
         :param may_succeed: whether this process would start that.
         """

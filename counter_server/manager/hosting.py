@@ -108,9 +108,10 @@ def importing() -> Iterator[None]:
     and sockets of its own, in the program's working directory.
     """
     global _hosts, _importing
+    if not _hosts:  # a successor imports twice
+        sys.meta_path.insert(0, _PatchingNothing)
+        sys.addaudithook(_refuse_server)
     _hosts, _importing = True, os.getpid()
-    sys.meta_path.insert(0, _PatchingNothing)
-    sys.addaudithook(_refuse_server)
     os.environ[_RUNS_NOTHING] = "true"
     try:
         yield
