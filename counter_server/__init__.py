@@ -6,23 +6,32 @@ shared = SharedState(app)
 number = shared.counter("visits").increment()
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import CounterServerError
-from .manager.hosting import in_manager
-from .settings import StoreOptions
-from .state import Counter, State, open_state
-
 if TYPE_CHECKING:
+    from .errors import CounterServerError
     from .extension import SharedState
+    from .manager.hosting import in_manager
+    from .settings import StoreOptions
+    from .state import Counter, State, open_state
 
 __all__ = ["Counter", "CounterServerError", "SharedState", "State", "StoreOptions", "in_manager", "open_state"]
 
+_PLACES = {
+    "Counter": ".state",
+    "CounterServerError": ".errors",
+    "SharedState": ".extension",
+    "State": ".state",
+    "StoreOptions": ".settings",
+    "in_manager": ".manager.hosting",
+    "open_state": ".state",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # Importing Flask takes long, and the manager process does not need it.
-    if name == "SharedState":
-        from .extension import SharedState
-
-        return SharedState
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # At its first use: the manager process does not need Flask, and pytest, which finds our plugin, needs nothing.
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_PLACES[name], __name__), name)
+    return found

@@ -5,11 +5,12 @@ from collections.abc import Callable, Hashable, Iterator
 from math import inf
 from typing import Any, NamedTuple
 
-from cachetools import TLRUCache
+from cachetools import Cache, TLRUCache
 
 from .errors import InvalidRequest, LimitReached
 from .plain import encode_plain
 from .settings import check_seconds
+from .status import Entries
 
 DEFAULT_ENTRIES = 10_000
 Limit = float | None  # a bound, or a time to live in seconds; None: unlimited
@@ -34,6 +35,26 @@ def _expiry(_key: Any, entry: _Entry, _now: float) -> float:
     return entry.expires
 
 
+class _Entries(TLRUCache[Any, _Entry]):
+    """Counts the entries that it removes. It is pickled without that, as the class that it extends."""
+
+    evictions = expirations = 0
+
+    def popitem(self) -> tuple[Any, _Entry]:
+        self.evictions += 1
+        return super().popitem()
+
+    def expire(self, time: float | None = None) -> list[tuple[Any, _Entry]]:
+        expired = super().expire(time)
+        if expired:
+            self.expirations += len(expired)
+        return expired
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {name: value for name, value in vars(self).items() if name not in ("evictions", "expirations")}
+        return object.__new__, (TLRUCache,), state
+
+
 class BoundedDict:
     """A dict with a maximum number of entries, each with a time to live. Not thread-safe: `HostedObject` locks it.
 
@@ -43,13 +64,40 @@ class BoundedDict:
 
     keeps_values_sealed = True  # its manager need not have the classes of its keys and values
 
+    _hits = _misses = 0  # since it was made, or unpickled
+
     def __init__(self, max_entries: float, timer: Callable[[], float] = time.monotonic) -> None:
         self._timer = timer
-        self._entries: TLRUCache[Any, _Entry] = TLRUCache(max_entries, _expiry, timer)
+        self._entries = _Entries(max_entries, _expiry, timer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_timer": self._timer, "_entries": self._entries}  # a figure is no reason to write a state to the disk
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._entries.__class__ = _Entries
+
+    @property
+    def entries(self) -> Entries:
+        """What is known about the entries, also while another thread changes them."""
+        return Entries(
+            kind="dict",
+            now=Cache.__len__(self._entries),  # its own `len` would remove expired entries
+            most=None if self._entries.maxsize == inf else int(self._entries.maxsize),
+            hits=self._hits,
+            misses=self._misses,
+            evictions=self._entries.evictions,
+            expired=self._entries.expirations,
+        )
 
     def find(self, key: Any) -> tuple[Any, ...]:
         """Return a tuple of the key's value, or an empty tuple."""
-        return self._entries.get(key, ())[:1]
+        found: tuple[Any, ...] = self._entries.get(key, ())[:1]
+        if found:
+            self._hits += 1
+        else:
+            self._misses += 1
+        return found
 
     def has(self, key: Any) -> bool:
         return key in self._entries

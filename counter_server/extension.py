@@ -4,13 +4,13 @@ import logging
 import secrets
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from flask import (
+    Blueprint,
     Flask,
     Request,
     Response,
@@ -23,6 +23,7 @@ from flask import (
     session,
 )
 from werkzeug.exceptions import default_exceptions
+from werkzeug.local import LocalProxy
 
 from . import settings
 from .dicts import DEFAULT_ENTRIES, BoundedDict, check_entries, check_ttl, within_bounds
@@ -41,7 +42,9 @@ from .errors import (
 )
 from .operations import Invoke, Operation, Result, check_step
 from .plain import allow_values
-from .state import Declarations, Sharing, State, open_state
+from .state import Declarations, Sharing, State, declared_for, open_state
+from .store import Store
+from .stores import open_store
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ VISITOR_TTL = 24 * 3600.0  # seconds without use after which a visitor's number 
 _VISITOR = "_counter_server_visitor"  # in Flask's session
 _NAME = "counter_server"  # in an app's extensions
 _BORROWED = "_counter_server"  # in `g`
+_REQUEST_DEADLINE = "COUNTER_SERVER_REQUEST_DEADLINE"
 
 
 # The answer to an error that no view handles. Any other is a mistake of the app's: it is 500, as any exception is.
@@ -67,13 +71,28 @@ _MEANING: dict[Outcome, str] = {
 
 @dataclass(slots=True)
 class _Borrowed:
-    """An app's state as one request uses it, kept in `g`."""
+    """An app's state as one request uses it, kept in `g`, which ends with the request."""
 
     state: State
     request: Request | None  # the request that uses it; None in a command
     patience: float  # seconds, for all calls together
     calls: int = 0
     waited: float = 0.0  # seconds
+
+    def left(self) -> float:
+        """Return the seconds that this request may still wait, or raise `DeadlineExceeded`."""
+        if self.waited >= self.patience:
+            raise DeadlineExceeded(
+                f"this request has already waited {self.patience:g} seconds for shared state, its maximum; nothing was"
+                " counted",
+                "not_applied",
+            )
+        return self.patience - self.waited
+
+    def note(self, began: float) -> None:
+        """Note a call, which began at this time."""
+        self.calls += 1
+        self.waited += time.monotonic() - began
 
 
 class SharedState(Sharing):
@@ -103,6 +122,8 @@ class SharedState(Sharing):
     - ``COUNTER_SERVER_ERROR_HANDLER``: whether an error of shared state that no view handles is answered with 503, 409
       or 422, and its outcome; default True.
 
+    The configuration may change until the first use, so an app may be configured after `init_app`, or by its tests.
+
     Each app's state is in its `extensions`, so one object serves any number of apps.
     """
 
@@ -113,23 +134,39 @@ class SharedState(Sharing):
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Give `app` its state, which connects at its first use.
+        """Give `app` its state, which connects at its first use, as the app is configured then.
 
         :raises InvalidRequest: if the configuration is not valid.
         :raises Unsupported: if shared objects are declared, and the store hosts none.
         """
         if _NAME in app.extensions:
             raise RuntimeError("this app has a SharedState already: use it, and call init_app only once")
-        state = state_of(app, self.declarations)
-        if app.config["COUNTER_SERVER_REQUEST_DEADLINE"] is None:
-            app.config["COUNTER_SERVER_REQUEST_DEADLINE"] = 2 * app.config["COUNTER_SERVER_DEADLINE"]
-        app.extensions[_NAME] = state
+        app.extensions[_NAME] = state_of(app, self.declarations)
         self._apps.append(weakref.ref(app))
-        if app.config["COUNTER_SERVER_TIMING"]:
-            app.after_request(_report_time)
-        if app.config["COUNTER_SERVER_ERROR_HANDLER"] and CounterServerError not in app.error_handler_spec[None][None]:
+        if CounterServerError not in app.error_handler_spec[None][None]:
             app.register_error_handler(CounterServerError, _answer)
-        app.teardown_appcontext(_give_back)
+        app.shell_context_processors.insert(0, self._in_shell)  # the first: the app's own names replace these
+
+    def _in_shell(self) -> dict[str, Any]:
+        """Return what `flask shell` has at hand."""
+        return {"shared": self, "counter": self.counter}
+
+    def blueprint(self, *, allow: Callable[[], bool] | None = None) -> Blueprint:
+        """Make a blueprint with the dashboard, the API, health and metrics, for the app that registers it.
+
+        ::
+
+            app.register_blueprint(shared.blueprint(), url_prefix="/-/counters")
+
+        It is closed: each request needs the token, ``COUNTER_SERVER_TOKEN`` in the app's configuration or in the
+        environment, as ``Authorization: Bearer`` or through its form to sign in. It changes nothing else of the app.
+
+        :param allow: a function of the app without arguments. It returns True if the current request may see and
+            operate everything without a token, else False; anything else is an error, and lets nobody in.
+        """
+        from .server.web import blueprint  # the one import upwards, only when it is used
+
+        return blueprint(allow)
 
     @property
     def state(self) -> State:
@@ -143,44 +180,48 @@ class SharedState(Sharing):
                 f"there is no application context here, and this SharedState has {len(self._apps)} apps, not one: use"
                 " it within 'with app.app_context():', also in a thread that a view starts"
             )
-        state = app.extensions.get(_NAME)
-        if not isinstance(state, State):
+        state = state_in(app)
+        if state is None:
             raise RuntimeError("this app has no SharedState: call init_app(app) first")
         return state
 
     def submit(self, operation: Operation) -> Result:
         """See `Sharing`."""
-        with self._borrow() as (state, seconds):
-            return state.submit(operation, within=seconds)
+        borrowed = self._borrow()
+        left, began = borrowed.left(), time.monotonic()
+        try:
+            return borrowed.state.submit(operation, within=left)
+        finally:
+            borrowed.note(began)
 
     def invoke(self, name: str, operation: Invoke) -> Result:
-        with self._borrow() as (state, seconds):
-            return state.invoke(name, operation, within=seconds)
-
-    @contextmanager
-    def _borrow(self) -> Iterator[tuple[State, float]]:
-        """Yield the current app's state, and the seconds that this request may still wait for it."""
-        if not has_app_context():
-            yield self.state, inf
-            return
-        borrowed = _borrowed()
-        if borrowed is None:
-            patience = current_app.config["COUNTER_SERVER_REQUEST_DEADLINE"] if has_request_context() else inf
-            borrowed = _Borrowed(self.state, _current_request(), patience)
-            setattr(g, _BORROWED, borrowed)
-        left = borrowed.patience - borrowed.waited
-        if left <= 0:
-            raise DeadlineExceeded(
-                f"this request has already waited {borrowed.patience:g} seconds for shared state, its maximum; nothing"
-                " was counted",
-                "not_applied",
-            )
-        began = time.monotonic()
+        borrowed = self._borrow()
+        left, began = borrowed.left(), time.monotonic()
         try:
-            yield borrowed.state, left
+            return borrowed.state.invoke(name, operation, within=left)
         finally:
-            borrowed.calls += 1
-            borrowed.waited += time.monotonic() - began
+            borrowed.note(began)
+
+    def _borrow(self) -> _Borrowed:
+        """Return the current app's state as this request uses it. A generator would cost more than all of this."""
+        if not has_app_context():
+            return _Borrowed(self.state, None, inf)
+        kept, asking = g._get_current_object(), _current_request()  # each use of a proxy costs time
+        borrowed = _borrowed(kept, asking)
+        if borrowed is None:
+            state = self.state
+            state.begin()  # before the configuration is read
+            patience = inf if asking is None else current_app.config[_REQUEST_DEADLINE]
+            borrowed = _Borrowed(state, asking, patience)
+            setattr(kept, _BORROWED, borrowed)
+        return borrowed
+
+    def reset(self) -> None:
+        """Begin again with an empty state, for tests: only on ``memory://``, and within `testing.in_memory`.
+
+        :raises InvalidRequest: on any other store; nothing is deleted.
+        """
+        self.state.reset()
 
     def visitor_counter(
         self, name: str, *, max_visitors: int = DEFAULT_ENTRIES, ttl: float = VISITOR_TTL
@@ -246,21 +287,75 @@ def _visitor() -> str:
     return visitor
 
 
+class _RequestDeadline(float):
+    """The default of a request's deadline: it follows a deadline that is set later."""
+
+
+def state_in(app: Flask) -> State | None:
+    """Return the state that `init_app` gave to `app`; None without one."""
+    return cast(State | None, app.extensions.get(_NAME))
+
+
 def state_of(app: Flask, declarations: Declarations | None = None) -> State:
-    """Return a state as `app` is configured, and complete its configuration."""
-    settings.complete(app.config)
-    if app.config["COUNTER_SERVER_DATA_DIR"] is None:
-        app.config["COUNTER_SERVER_DATA_DIR"] = settings.default_data_dir(app.instance_path)
-    config = app.config.get_namespace("COUNTER_SERVER_")
-    allow_values(config["largest_value"])
+    """Return a state as `app` is configured at its first use. Check the configuration now, and complete it."""
+    app = cast(Any, app)._get_current_object() if isinstance(app, LocalProxy) else app  # as `current_app`
+    config, wanted = _configured(app)
+    found = weakref.ref(app)  # a state that held its app would keep its connections until the next garbage collection
+
+    def follow(state: State) -> None:
+        nonlocal wanted
+        if app := found():
+            config, wanted_now = _configured(app)
+            if wanted_now != wanted:
+                state.take(_open(wanted_now), wanted_now.deadline)
+                wanted = wanted_now
+            _use(app, config)
+
+    state = State(_open(wanted), deadline=wanted.deadline, declarations=declarations, late=follow)
+    _use(app, config)
+    return state
+
+
+class _Wanted(NamedTuple):
+    """What a state is made from."""
+
+    url: str
+    options: settings.StoreOptions
+    deadline: float
+
+
+def _configured(app: Flask) -> tuple[dict[str, Any], _Wanted]:
+    """Return the app's configuration, completed, and what a state is made from, or raise `InvalidRequest`."""
+    config = {name: value for name, value in app.config.items() if name.startswith("COUNTER_SERVER_")}
+    if isinstance(config.get(_REQUEST_DEADLINE), _RequestDeadline):
+        del config[_REQUEST_DEADLINE]
+    settings.complete(config)
+    deadline = config["COUNTER_SERVER_DEADLINE"]
+    if config[_REQUEST_DEADLINE] is None:
+        config[_REQUEST_DEADLINE] = _RequestDeadline(2 * deadline)
+    if config["COUNTER_SERVER_DATA_DIR"] is None:
+        config["COUNTER_SERVER_DATA_DIR"] = settings.default_data_dir(app.instance_path)
     options = settings.StoreOptions(
-        data_dir=config["data_dir"],
-        start=config["start"],
-        durability=config["durability"],
-        idle_timeout=config["idle_timeout"],
-        log=config["log"],
+        data_dir=config["COUNTER_SERVER_DATA_DIR"],
+        start=config["COUNTER_SERVER_START"],
+        durability=config["COUNTER_SERVER_DURABILITY"],
+        idle_timeout=config["COUNTER_SERVER_IDLE_TIMEOUT"],
+        log=config["COUNTER_SERVER_LOG"],
     )
-    return open_state(config["store"], deadline=config["deadline"], options=options, declarations=declarations)
+    return config, _Wanted(config["COUNTER_SERVER_STORE"], options, deadline)
+
+
+def _open(wanted: _Wanted) -> Store:
+    return open_store(wanted.url, wanted.options, declared_for)
+
+
+def _use(app: Flask, config: dict[str, Any]) -> None:
+    """Give the app a completed configuration, after a store was made from it."""
+    app.config.update(config)
+    allow_values(config["COUNTER_SERVER_LARGEST_VALUE"])
+    after = app.after_request_funcs[None]
+    if config["COUNTER_SERVER_TIMING"] and _report_time not in after:
+        after.append(_report_time)  # `app.after_request` refuses once the app serves
 
 
 def _answer(error: CounterServerError) -> Any:
@@ -269,7 +364,7 @@ def _answer(error: CounterServerError) -> Any:
     if every := app.error_handler_spec[None][None].get(Exception):
         return app.ensure_sync(every)(error)
     status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), None)
-    if status is None:
+    if status is None or not app.config["COUNTER_SERVER_ERROR_HANDLER"]:
         raise error
     log.warning("%s %s: %s (%s)", request.method, request.path, error, error.outcome)
     title, detail = type(error).__name__, _UNAVAILABLE if status == 503 else str(error)
@@ -298,22 +393,16 @@ def _current_request() -> Request | None:
     return cast(Request, request._get_current_object()) if has_request_context() else None  # type: ignore[attr-defined] # the proxy's own method
 
 
-def _borrowed() -> _Borrowed | None:
-    """Return the state that the current request uses. In an outer app context, `g` may hold another request's."""
-    borrowed: _Borrowed | None = g.get(_BORROWED)
-    return borrowed if borrowed is not None and borrowed.request is _current_request() else None
+def _borrowed(kept: Any, asking: Request | None) -> _Borrowed | None:
+    """Return the state that a request uses. In an outer app context, `g` may hold another request's."""
+    borrowed: _Borrowed | None = kept.get(_BORROWED)
+    return borrowed if borrowed is not None and borrowed.request is asking else None
 
 
 def _report_time(response: Response) -> Response:
-    borrowed = _borrowed()
-    if borrowed is not None:
+    borrowed = _borrowed(g, _current_request())
+    if borrowed is not None and current_app.config["COUNTER_SERVER_TIMING"]:
         response.headers.add(
             "Server-Timing", f'counter-server;dur={borrowed.waited * 1000:.3f};desc="{borrowed.calls} calls"'
         )
     return response
-
-
-def _give_back(_error: BaseException | None) -> None:
-    borrowed = g.pop(_BORROWED, None)
-    if borrowed is not None:
-        log.debug("%d calls in %.6f s", borrowed.calls, borrowed.waited)

@@ -25,6 +25,7 @@ from zlib import crc32
 from msgspec import msgpack
 
 from .errors import StartupError, StorageFull
+from .figures import Durations
 from .ledger import Changes, ClientRecord, Contents, KeyRecord
 from .operations import LARGEST, Result
 from .os_errors import explain
@@ -77,6 +78,7 @@ class Journal:
         self.path = path
         self.epoch = ""  # identifies this state: it changes when some of the state is lost
         self.starts = 0  # number of managers that began on this file: see `count_start`
+        self.counters, self.objects = Durations(), Durations()  # of the commits of each, without waiting for others
         self._log = path.with_name(path.name + "-wal")
         self._mark = path.with_name(f"in-use.{path.name}")  # holds the least size of the log, in bytes
         self._marked = 0  # the size in it
@@ -205,26 +207,18 @@ class Journal:
 
         :raises StartupError: if `target` exists or cannot be written; no part of the copy is left then.
         """
-        part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
         try:
-            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            with closing(sqlite3.connect(part, isolation_level=None)) as copy:
-                with self._committing:
-                    # SQLite adds the commits of this connection to the pages that it has copied already.
-                    self._connection.backup(copy, pages=_BACKUP_PAGES, progress=self._pause)
-                copy.execute("PRAGMA journal_mode = DELETE")
-            size = part.stat().st_size
-            sync(part)
-            os.link(part, target)  # unlike a rename, this never replaces a file
-            sync(target.parent)
-            return size
+            with appearing(target) as part:
+                with closing(sqlite3.connect(part, isolation_level=None)) as copy:
+                    with self._committing:
+                        # SQLite adds the commits of this connection to the pages that it has copied already.
+                        self._connection.backup(copy, pages=_BACKUP_PAGES, progress=self._pause)
+                    copy.execute("PRAGMA journal_mode = DELETE")
+                return part.stat().st_size
         except FileExistsError as error:
             raise StartupError(f"{target} is there already and was not changed: name another file") from error
         except (sqlite3.Error, OSError) as error:
             raise StartupError(f"no backup can be written to {target}: {error}; counting goes on") from error
-        finally:
-            with suppress(OSError):
-                part.unlink()
 
     def _pause(self, _status: int, remaining: int, _total: int) -> None:
         """Let waiting commits go first, between two parts of a backup."""
@@ -243,6 +237,7 @@ class Journal:
         """
         execute = self._cursor.execute
         with self._committing:
+            began = time.monotonic()
             try:
                 if os.fstat(self._log_file).st_size < self._files[str(self._log)].st_size:
                     self._check_files()  # before, too: a commit makes a log that was cut long again
@@ -256,6 +251,7 @@ class Journal:
                 raise self._undo(error) from error
             self._check_files()
             self._note(self._files[str(self._log)].st_size)
+            (self.objects if changes.objects else self.counters).add(time.monotonic() - began)
 
     def _undo(self, error: BaseException) -> StorageFull | JournalFailed:
         """Roll back a commit that `error` ended, where its outcome can be known; return the error to raise."""
@@ -409,6 +405,30 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def appearing(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Lend a new file of this user, which gets its name after the block, durably: nobody sees a part of it.
+
+    :param replace: a file that has this name.
+    :raises FileExistsError: if there is such a file, also before the block. No part is left after an error.
+    """
+    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    try:
+        if target.exists() and not replace:
+            raise FileExistsError
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        yield part
+        sync(part)
+        if replace:
+            part.replace(target)
+        else:
+            os.link(part, target)  # unlike a rename, this never replaces a file
+        sync(target.parent)
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def _recognise(connection: sqlite3.Connection, path: Path) -> None:

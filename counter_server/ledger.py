@@ -27,6 +27,7 @@ from .operations import (
     Delete,
     Get,
     Increment,
+    Keep,
     Operation,
     Page,
     Refusal,
@@ -70,6 +71,16 @@ class Contents(Struct):
     clients: dict[bytes, ClientRecord] = field(default_factory=dict)
     keys: dict[str, KeyRecord] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
+
+    def without_expired(self, now: float | None = None) -> "Contents":
+        """Remove the keys that have expired; return itself.
+
+        :param now: in seconds of the ledger's own time; by default the newest record's, before which it surely is not.
+        """
+        newest = (record.used for records in (self.clients, self.keys) for record in records.values())
+        before = (max(newest, default=0.0) if now is None else now) - KEY_LIFETIME
+        self.keys = {key: record for key, record in self.keys.items() if record.used > before}
+        return self
 
 
 class Changes(Struct):
@@ -245,7 +256,6 @@ class Ledger:
         self._next_forgetting = 0.0
         # Of writes, since the start; guarded by `_writing`.
         self.batches = self.operations = self.commits = 0
-        self.commit_seconds = 0.0
         self._combiner: Combiner[Batch, Answer] = Combiner(self, limit=_MOST_BATCHES)
         self.after_fork()
 
@@ -276,6 +286,12 @@ class Ledger:
             to(contents)
             return contents
 
+    def copied(self) -> Contents:
+        """Return a copy of the counters and the keys, as they are at one moment."""
+        with self._writing:
+            copy = Contents(dict(self._counters), keys=dict(self._keys))
+        return copy.without_expired(self.now())
+
     def apply(self, batch: Batch, deadline: float = inf, /) -> list[Result]:
         """Execute `batch`, or repeat its answer; see `Store.apply`. A batch of reads never waits for a commit."""
         if batch.sequence == 0:
@@ -304,7 +320,6 @@ class Ledger:
                 if self._journal is None:
                     self._merge(changes)
                 else:
-                    began = time.monotonic()
                     try:
                         self._journal.commit(changes)
                     except StorageFull as error:
@@ -312,7 +327,6 @@ class Ledger:
                         # Memory keeps these answers too: a refused batch is refused again when it is resent.
                         refusal = Refusal("storage_full", str(error))
                         answers = [self.answer(batch, changes, refusal) for batch in batches]
-                    self.commit_seconds += time.monotonic() - began
                     with self._memory:
                         self._merge(changes)
                 self.commits += 1
@@ -354,6 +368,8 @@ class Ledger:
                     changes.more_counters += 1
                 changes.counters[name] = value
                 return value
+            case Keep():
+                return self._keep(operation, changes)
             case Delete(name):
                 existed = self._value(name, changes) is not None
                 if existed:
@@ -383,22 +399,42 @@ class Ledger:
         if there is None and len(self._counters) + changes.more_counters >= self._most_counters:
             return no_room("counter", self._most_counters, "counters")
         if key is not None:
-            if key not in changes.keys and key not in self._keys:
-                if len(self._keys) + changes.more_keys >= self._most_keys:
-                    return no_room("idempotency key", self._most_keys, "keys")
-                changes.more_keys += 1
-            changes.keys[key] = KeyRecord(operation.fingerprint(), value, changes.now)
+            refusal = self._remember_key(key, operation.fingerprint(), value, changes)
+            if refusal is not None:
+                return refusal
         if there is None:
             changes.more_counters += 1
         changes.counters[name] = value
         return value
 
+    def _keep(self, operation: Keep, changes: Changes) -> Result:
+        known = self._known_key(operation.key, changes)
+        if known is not None and known[:2] == (operation.fingerprint, operation.value):
+            return operation.value
+        if known is not None and not operation.overwrite:
+            return KEY_REUSED
+        refusal = self._remember_key(operation.key, operation.fingerprint, operation.value, changes)
+        return refusal or operation.value
+
+    def _remember_key(self, key: str, fingerprint: bytes, value: int, changes: Changes) -> Refusal | None:
+        """Add an idempotency key, in place of an expired record if it has one; return a refusal if there is no room."""
+        if key not in changes.keys and key not in self._keys:
+            if len(self._keys) + changes.more_keys >= self._most_keys:
+                return no_room("idempotency key", self._most_keys, "keys")
+            changes.more_keys += 1
+        changes.keys[key] = KeyRecord(fingerprint, value, changes.now)
+        return None
+
+    def _known_key(self, key: str, changes: Changes) -> KeyRecord | None:
+        known = changes.keys.get(key) or self._keys.get(key)
+        return None if known is None or known.used <= changes.now - KEY_LIFETIME else known
+
     def _known_result(self, operation: Operation, changes: Changes) -> Replayed | Refusal | None:
         """Return the result that the operation's idempotency key has, if any. This works even on a full disk."""
         if not isinstance(operation, Increment) or operation.key is None:
             return None
-        known = changes.keys.get(operation.key) or self._keys.get(operation.key)
-        if known is None or known.used <= changes.now - KEY_LIFETIME:
+        known = self._known_key(operation.key, changes)
+        if known is None:
             return None
         return Replayed(known.value) if known.fingerprint == operation.fingerprint() else KEY_REUSED
 

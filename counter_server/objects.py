@@ -1,7 +1,7 @@
 """Shared objects: plain Python objects, each with its own lock, whose methods are called exactly once.
 
-A slow method delays only calls of its own object. The state of a durable object is pickled into the journal, in the
-same transaction as the memory of the call, before the caller gets an answer.
+A slow method delays only calls of its own object, and no call if that is concurrent. The state of a durable object is
+pickled into the journal, in the same transaction as the memory of the call, before the caller gets an answer.
 """
 
 import builtins
@@ -23,12 +23,16 @@ from typing import Any, NoReturn
 from msgspec import Struct
 from msgspec.structs import replace
 
+from .dicts import BoundedDict
 from .errors import BatchRefused, InvalidRequest, ResultLost, StartupError, Stopped, StorageFull
+from .figures import CallFigures
 from .ledger import Changes, ClientRecord, Clients, Commits, raise_error
 from .modules import file_of, import_from, is_everywhere, name_of, place_of
 from .operations import Batch, Invoke, Raised, Refusal, Result, Returned, check_name
 from .plain import check_size, class_name, decode_plain, decode_sealed, encode_plain
 from .settings import LONGEST_DEADLINE
+from .status import ObjectStatus
+from .windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +54,24 @@ class Declaration(Struct, frozen=True, array_like=True):
     file: bytes = b""  # of the module; two releases of a program have different ones
     declared: float = 0.0  # when, in `time.time` seconds: the newest declaration of a name decides
     before: tuple[tuple[str, bytes], ...] = ()  # the modules, with their files, that had the class in older versions
+    concurrent: bool = False  # its methods are called by several threads at once; never together with `durable`
 
     def __str__(self) -> str:
         positional, keywords = decode_plain(self.arguments)
         arguments = [*map(_SHORT.repr, positional), *(f"{key}={_SHORT.repr(keywords[key])}" for key in keywords)]
         arguments += [] if self.durable else ["durable=False"]
-        return f"{self.name} = {self.module}.{self.qualname}({', '.join(arguments)})"
+        arguments += ["concurrent=True"] if self.concurrent else []
+        return f"{self.name} = {self.place}({', '.join(arguments)})"
+
+    @property
+    def place(self) -> str:
+        """The module and qualified name of the class."""
+        return f"{self.module}.{self.qualname}"
+
+    @property
+    def strictness(self) -> tuple[bool, bool]:
+        """How much the object promises to its callers: to be durable, and to make one call at a time."""
+        return self.durable, not self.concurrent
 
     def means(self, other: "Declaration") -> bool:
         """Return whether both name one class. Its module may have two names, as a main program and as a module.
@@ -73,7 +89,13 @@ class Declaration(Struct, frozen=True, array_like=True):
 
 
 def declare(
-    name: str, cls: type, arguments: tuple[Any, ...], keywords: dict[str, Any], *, durable: bool
+    name: str,
+    cls: type,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    *,
+    durable: bool,
+    concurrent: bool = False,
 ) -> Declaration:
     """Declare `cls(*arguments, **keywords)`. Raise `InvalidRequest` if another process could not make it."""
     check_name(name)
@@ -81,6 +103,11 @@ def declare(
         raise InvalidRequest(f"a shared object is declared with its class, not {cls!r}")
     if "<" in cls.__qualname__:
         raise InvalidRequest(f"the manager cannot import {cls.__qualname__}: define it at the top level of a module")
+    if durable and concurrent:
+        raise InvalidRequest(
+            "a concurrent object cannot be durable, because a pickle that is made while its calls run is not of one"
+            " moment: declare it with durable=False"
+        )
     packed = encode_plain((arguments, keywords), f"the arguments of {cls.__qualname__}")
     module, file = place_of(cls.__module__)
     if not file and not is_everywhere(module):
@@ -89,7 +116,9 @@ def declare(
             " interactive session, standard input or a frozen program: put it into a module (counters and dicts work"
             " everywhere)"
         )
-    return Declaration(name, module, cls.__qualname__, packed, durable, os.fsencode(file), time.time())
+    return Declaration(
+        name, module, cls.__qualname__, packed, durable, os.fsencode(file), time.time(), concurrent=concurrent
+    )
 
 
 def find_class(declaration: Declaration, qualname: str = "") -> Any:
@@ -173,7 +202,7 @@ class HostedObject:
         self.remembered = Clients(dict(clients or {}), most_clients, declaration.name)
         self._fail = fail
         self._state = b""
-        self.running: tuple[str, float] | None = None  # the method of the current call, and when the call began
+        self.figures = CallFigures()
         try:
             if state is not None:
                 self._object = self._unpickled(state)
@@ -190,19 +219,47 @@ class HostedObject:
         self.after_fork()
 
     def after_fork(self) -> None:
-        self._lock = threading.Lock()  # held through a batch of calls and its commit
+        # Held through a batch of calls and its commit; of a concurrent object only before and after the calls.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # of the two below
+        self._in_flight: dict[bytes, bool] = {}  # clients whose calls run beside others; whether they are new
+        self._is_ending = False  # so that no other call begins beside others
+        self.figures.after_fork()
 
     @property
     def saved(self) -> bytes:
         """The pickle that is in the journal; empty for a volatile object."""
         return self._state
 
+    def status(self) -> ObjectStatus:
+        """Return what is known about the calls. This waits neither for a call nor for a lock."""
+        figures, hosted = self.figures, self._object
+        seconds, method = figures.slowest
+        return ObjectStatus(
+            name=self.declaration.name,
+            cls=self.declaration.place,
+            durable=self._journal is not None,
+            calls=figures.calls,
+            errors=figures.errors,
+            running=len(figures.running),
+            slowest_seconds=seconds,
+            slowest_method=method,
+            last_error=figures.last_error,
+            entries=hosted.entries if isinstance(hosted, (BoundedDict, Windows)) else None,
+        )
+
     def hand_over(self, deadline: float) -> tuple[bytes, dict[bytes, ClientRecord]] | None:
         """Make no call any more. Return the pickle of a volatile object and its clients, if it can be pickled.
 
-        :param deadline: for the current call, in `time.monotonic` seconds. An object that is still busy is lost.
+        :param deadline: for the current calls, in `time.monotonic` seconds. An object that is still busy is lost.
         """
-        if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
+        is_free = self._lock.acquire(timeout=max(deadline - time.monotonic(), 0.0))
+        if is_free:
+            self._is_ending = True
+            is_free = self._changed.wait_for(lambda: not self._in_flight, max(deadline - time.monotonic(), 0.0))
+            if not is_free:
+                self._lock.release()  # those calls are still answered
+        if not is_free:
             if self._journal is None:
                 log.error("%s is lost: a call is still busy with it", self.declaration)
             return None
@@ -216,18 +273,15 @@ class HostedObject:
 
     def apply(self, batch: Batch, deadline: float = inf, /) -> list[Result]:  # noqa: ARG002 - its caller waits no longer
         """Make a batch's calls, in order, or repeat its answer; see `Store.apply`."""
+        if self.declaration.concurrent:
+            return self._apply_beside_others(batch)
         if not self._lock.acquire(timeout=LONGEST_DEADLINE):  # no caller waits longer
             raise Busy(f"{self.declaration.name} is still busy with another call; this call was not made")
         try:
             changes = Changes(self._clock())
-            answered = self.remembered.answer(batch, changes)
-            if isinstance(answered, BatchRefused):
-                raise answered
+            answered = self._answer(batch, changes)
             if answered is not None:
                 return answered
-            turned_away = self.remembered.admit(batch.client, changes) if batch.sequence == 1 else None
-            if turned_away is not None:
-                return list[Result](turned_away for _ in batch.operations)
             self.remembered.forget(changes)
             results = self._call_all(batch, changes)
             self.remembered.remember(batch, results, changes)
@@ -241,7 +295,7 @@ class HostedObject:
             else:
                 self._state = changes.objects.get(self.declaration.name) or self._state
             self.remembered.merge(changes)
-            self.running = None
+            self.figures.count(results)
             return results
         except BatchRefused:
             raise
@@ -249,6 +303,48 @@ class HostedObject:
             self._fail(error)
         finally:
             self._lock.release()
+
+    def _apply_beside_others(self, batch: Batch) -> list[Result]:
+        """Make a batch's calls while other clients' calls run.
+
+        The same batch again, after its connection broke, waits for the answer to the first one.
+        """
+        try:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._may_begin(batch.client), LONGEST_DEADLINE):
+                    raise Busy(f"{self.declaration.name} is still busy with this call; it was not made again")
+                changes = Changes(self._clock(), more_clients=sum(self._in_flight.values()))
+                answered = self._answer(batch, changes)
+                self.remembered.merge(changes)
+                if answered is not None:
+                    return answered
+                self._in_flight[batch.client] = batch.sequence == 1
+            results = [self._call(operation) for operation in batch.operations]
+            with self._changed:
+                changes = Changes(self._clock())
+                self.remembered.forget(changes)
+                self.remembered.remember(batch, results, changes)
+                self.remembered.merge(changes)
+                self._in_flight.pop(batch.client, None)
+                self.figures.count(results)
+                self._changed.notify_all()
+            return results
+        except (BatchRefused, Busy):
+            raise
+        except BaseException as error:  # noqa: BLE001 - as in `apply`
+            self._fail(error)
+
+    def _may_begin(self, client: bytes) -> bool:
+        return not self._is_ending and client not in self._in_flight
+
+    def _answer(self, batch: Batch, changes: Changes) -> list[Result] | None:
+        """Return the answer to a batch that is not to be executed; None if it is. Raise `BatchRefused`."""
+        answered = self.remembered.answer(batch, changes)
+        if isinstance(answered, BatchRefused):
+            raise answered
+        if answered is None and batch.sequence == 1 and (refusal := self.remembered.admit(batch.client, changes)):
+            return list[Result](refusal for _ in batch.operations)
+        return answered
 
     def _call_all(self, batch: Batch, changes: Changes) -> list[Result]:
         if self._journal is None:
@@ -276,10 +372,9 @@ class HostedObject:
         try:
             state = pickle.dumps(self._object, pickle.HIGHEST_PROTOCOL)
         except BaseException as error:
-            raise InvalidRequest(
-                f"{self.declaration} cannot be pickled, and so not be durable: {described(error)}; declare it with"
-                " durable=False"
-            ) from error
+            what = ", and so not be durable" if self.declaration.durable else ""
+            advice = "; declare it with durable=False" if self.declaration.durable else ""
+            raise InvalidRequest(f"{self.declaration} cannot be pickled{what}: {described(error)}{advice}") from error
         if is_bounded:
             check_size(f"the state of {self.declaration}", state)
         return state
@@ -287,7 +382,7 @@ class HostedObject:
     def _call(self, operation: object) -> Result:
         if not isinstance(operation, Invoke):
             return Refusal("unsupported", f"{self.declaration.name} is a shared object, not a counter")
-        self.running = (operation.method, time.monotonic())
+        began = self.figures.begin(operation.method)
         try:
             if not callable(getattr(type(self._object), operation.method, None)):
                 return Refusal("unsupported", f"{self.declaration} has no public method {operation.method!r}")
@@ -305,6 +400,8 @@ class HostedObject:
                 raise ResultLost("ResultLost", f"{error}; the call was made, and its result is lost", "") from None
         except BaseException as error:  # noqa: BLE001 - any error belongs to the method's caller
             return _raised(error)
+        finally:
+            self.figures.end(operation.method, began)
 
 
 def _raised(error: BaseException) -> Raised:

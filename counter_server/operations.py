@@ -20,6 +20,7 @@ LONGEST_NAME = 255  # bytes of UTF-8
 LONGEST_KEY = 255  # characters
 LARGEST_PAGE = 1000  # counters
 LARGEST_BATCH = 1000  # operations; with names and keys of full length still below the frame limit
+FINGERPRINT_BYTES = 16
 
 Integer = Annotated[int, Meta(ge=SMALLEST, le=LARGEST)]
 _ONE = 1
@@ -42,6 +43,8 @@ def _check_spelling(name: str) -> None:
         raise InvalidRequest("a counter's name must be valid Unicode text, without surrogates") from None
     if size > LONGEST_NAME:
         raise InvalidRequest(f"a counter's name has {size} bytes; at most {LONGEST_NAME} are allowed")
+    if name.isascii() and name.isprintable():  # as most names are; the rest is slow
+        return
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
         raise InvalidRequest("a counter's name must not contain control characters")
     if not unicodedata.is_normalized("NFC", name):
@@ -122,7 +125,7 @@ class Increment(_Named, frozen=True, tag="increment"):
 
     def fingerprint(self) -> bytes:
         """Return 16 bytes that identify this request among all requests with the same idempotency key."""
-        return blake2b(msgpack.encode(structs.replace(self, key=None)), digest_size=16).digest()
+        return blake2b(msgpack.encode(structs.replace(self, key=None)), digest_size=FINGERPRINT_BYTES).digest()
 
 
 class Set(_Named, frozen=True, tag="set"):
@@ -132,6 +135,25 @@ class Set(_Named, frozen=True, tag="set"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_integer("value", self.value)
+
+
+class Keep(Struct, frozen=True, array_like=True, gc=False, tag="keep"):
+    """Remember an idempotency key and its result, as if its increment were made now. Results in `value`.
+
+    Nothing is counted. A key that has the same record keeps it, with its time. A key that has another record is refused
+    with `KeyReused`, unless `overwrite`. Only a move between stores needs this: see `moving`.
+    """
+
+    key: str
+    fingerprint: bytes  # of the increment: see `Increment.fingerprint`
+    value: Integer
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_key(self.key)
+        if type(self.fingerprint) is not bytes or len(self.fingerprint) != FINGERPRINT_BYTES:
+            raise InvalidRequest(f"a fingerprint has {FINGERPRINT_BYTES} bytes")
         _check_integer("value", self.value)
 
 
@@ -171,7 +193,7 @@ class Invoke(Struct, frozen=True, array_like=True, gc=False, tag="invoke"):
             raise InvalidRequest(f"{self.method!r} cannot be the name of a public method")
 
 
-Operation = Increment | Set | Delete | Get | Scan | Invoke
+Operation = Increment | Set | Keep | Delete | Get | Scan | Invoke
 READS = (Get, Scan)
 _READ_TYPES = frozenset[type[Operation]](READS)
 

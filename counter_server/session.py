@@ -4,6 +4,7 @@ import os
 import random
 import threading
 import time
+from collections import deque
 from math import inf
 
 from msgspec import Struct
@@ -12,10 +13,12 @@ from .combiner import Combiner
 from .errors import BatchRefused, CounterServerError, DeadlineExceeded, Disconnected, OutcomeUnknown, StateLost
 from .ledger import CLIENT_LIFETIME
 from .operations import READS, Batch, Operation, Refusal, Replayed, Result
-from .store import Store
+from .store import ObjectStore, Store
 
 _FIRST_PAUSE = 0.005  # seconds before a batch is resent; doubles each time
 _LONGEST_PAUSE = 0.2  # seconds; a restarted manager is found within this time
+_MOST_IDLE = 4  # connections to a concurrent object that are kept though they have been idle for long
+_LONGEST_IDLE = 60.0  # seconds
 _KNOWN_SECONDS = CLIENT_LIFETIME / 2  # for which a store surely remembers a client, although its clock may differ
 
 
@@ -57,6 +60,10 @@ class Session:
         self._alone = threading.Lock()
         self._renew()
         self.store.after_fork()
+
+    def close(self) -> None:
+        """Close the connection. The next call opens it again."""
+        self.store.close()
 
     def request(self, operation: Operation, deadline: float) -> Result:
         """Apply one operation exactly once before a deadline (in `time.monotonic` seconds), and return its result."""
@@ -152,6 +159,78 @@ class Session:
         self._exchange = exchange
         exchange.batch = self._numbered(exchange.operations)
         exchange.sent = False
+
+
+class Sessions:
+    """The sessions of one concurrent object: each call has one to itself, so no call waits for another.
+
+    A session that is given back keeps its client and its connection for the next call. So there are as many as calls
+    were in progress at once. Those that stay idle are closed, except for a few.
+
+    :param store: of the object; its `another` opens the connections.
+    """
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()  # guards the three below
+        self._losses = 0  # of the object's state
+        self._sessions: dict[Session, int] = {}  # and the losses before each was made
+        self._idle: deque[tuple[float, Session]] = deque()  # since when, in `time.monotonic` seconds; the latest last
+
+    def begin_again(self) -> None:
+        """See `Session`. The child of a fork has no thread that would give a session back."""
+        self._store.after_fork()
+        for session in self._sessions:
+            session.begin_again()
+        self._reset()
+
+    def close(self) -> None:
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.close()
+
+    def request(self, operation: Operation, deadline: float) -> Result:
+        """See `Session`.
+
+        :raises StateLost: in every call that was in progress when the state was lost, or else in the next one.
+        """
+        session = self._take()
+        try:
+            return session.request(operation, deadline)
+        except StateLost:
+            with self._lock:  # the sessions from before it would report it again
+                self._losses += 1
+                self._sessions[session] = self._losses
+            raise
+        finally:
+            self._give_back(session)
+
+    def _take(self) -> Session:
+        with self._lock:
+            while self._idle:
+                session = self._idle.pop()[1]
+                if self._sessions[session] == self._losses:
+                    return session
+                del self._sessions[session]
+                session.close()
+            session = Session(self._store.another(), 1)
+            self._sessions[session] = self._losses
+            return session
+
+    def _give_back(self, session: Session) -> None:
+        now, dropped = time.monotonic(), None
+        with self._lock:
+            if session in self._sessions:  # not after a fork in its call
+                self._idle.append((now, session))
+            if len(self._idle) > _MOST_IDLE and self._idle[0][0] < now - _LONGEST_IDLE:
+                dropped = self._idle.popleft()[1]
+                del self._sessions[dropped]
+        if dropped is not None:
+            dropped.close()
 
 
 def _is_remembered(results: list[Result]) -> bool:

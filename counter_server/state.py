@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from math import inf
@@ -43,11 +43,12 @@ from .operations import (
     check_step,
 )
 from .plain import decode_plain, encode_plain, find_class
-from .session import Session
+from .session import Session, Sessions
 from .settings import DEFAULT_DEADLINE, LONGEST_DEADLINE, StoreOptions, check_seconds, from_environment
 from .status import Status
-from .store import HostsObjects, ReportsStatus, Store
+from .store import HostsObjects, IsMade, ReportsStatus, Store
 from .stores import open_store
+from .stores.memory import MemoryStore
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,9 @@ _MOST_LOSSES = 10  # in a row for which a forgetful handle repeats a call; it ra
 
 _deadline: ContextVar[float | None] = ContextVar("counter_server_deadline", default=None)  # in a `deadline` block
 _noticing = threading.Lock()  # held while a child finds out that it is one
-_listing = threading.Lock()  # guards the set below
+_listing = threading.Lock()  # guards the two below
 _states: "weakref.WeakSet[State]" = weakref.WeakSet()
+_blocks: "list[_Block]" = []  # of `in_memory`; every state is in the last one
 
 
 class Counter:
@@ -192,24 +194,27 @@ def expect(kind: type[Kind], result: object) -> Kind:
 class Declarations(dict[str, Declaration]):
     """The shared objects that a program has declared, by name."""
 
-    _unable: Store | None = None  # a store that uses them, but hosts none
+    def __init__(self) -> None:
+        super().__init__()
+        self._unable: weakref.WeakSet[State] = weakref.WeakSet()  # use them, and have a store that hosts none
 
-    def use(self, store: Store) -> None:
-        """Note that `store` uses them. Raise `Unsupported` if it hosts none, now or at the first declaration."""
+    def use(self, state: "State", store: Store) -> None:
+        """Note that `state` uses them. Raise `Unsupported` if `store` hosts none, now or at the first declaration."""
         if self:
-            hosting(store)
-        if not isinstance(store, HostsObjects):
-            self._unable = store
+            hosting(store, self.values())
+        if isinstance(store, HostsObjects):
+            self._unable.discard(state)
+        else:
+            self._unable.add(state)
 
-    def add(self, name: str, cls: type, arguments: tuple[Any, ...], keywords: dict[str, Any], *, durable: bool) -> None:
-        """Declare one object; see `Sharing.object`. Repeating a declaration has no effect."""
-        if self._unable is not None:
-            hosting(self._unable)
-        declaration = declare(name, cls, arguments, keywords, durable=durable)
-        first = self.setdefault(name, declaration)
+    def add(self, declaration: Declaration) -> None:
+        """Add one object. Repeating a declaration has no effect."""
+        for state in list(self._unable):
+            hosting(state.home(), [declaration])
+        first = self.setdefault(declaration.name, declaration)
         if not first.means(declaration) or str(first) != str(declaration):
             raise InvalidRequest(
-                f"{declaration} cannot be declared, because {self[name]} already has that name: use another one"
+                f"{declaration} cannot be declared, because {first} already has that name: use another one"
             )
 
 
@@ -219,21 +224,23 @@ def declared_for(url: str) -> list[Declaration]:
     with _listing:
         states = list(_states)
     for state in states:
-        if str(state.store) == url:
+        if str(state.home(late=False)) == url:
             for name, declaration in dict(state.declarations).items():
                 if not found.setdefault(name, declaration).means(declaration):
                     log.warning("two declarations of one name: %s is hosted, and %s is not", found[name], declaration)
-                elif declaration.durable:
+                elif declaration.strictness > found[name].strictness:
                     found[name] = declaration
     return list(found.values())
 
 
-def hosting(store: Store) -> HostsObjects:
-    """Return `store`, or raise `Unsupported` if it hosts no shared objects."""
+def hosting(store: Store, declared: Iterable[Declaration] = ()) -> HostsObjects:
+    """Return `store`, or raise `Unsupported` if it hosts no shared objects, naming those that are declared."""
     if isinstance(store, HostsObjects):
         return store
     scheme = str(store).partition("://")[0]  # only this: pages show the message, and the URL is for operators
-    raise Unsupported(f"{scheme}:// hosts no shared objects, only counters: use manager:// for them")
+    names = "; ".join(map(str, declared))
+    declares = f", and this app declares {names}" if names else ""
+    raise Unsupported(f"{scheme}:// hosts no shared objects, only counters{declares}: use manager:// for them")
 
 
 class Sharing(ABC):
@@ -276,7 +283,15 @@ class Sharing(ABC):
         """Return at most `limit` counters (at most 1000), in the order of their names, that follow `after`."""
         return expect(Page, self.submit(Scan(after, limit)))
 
-    def object(self, name: str, cls: type[Kind], *arguments: Any, durable: bool = True, **keywords: Any) -> Kind:
+    def object(
+        self,
+        name: str,
+        cls: type[Kind],
+        *arguments: Any,
+        durable: bool = True,
+        concurrent: bool = False,
+        **keywords: Any,
+    ) -> Kind:
         """Declare a shared object, and return a handle that calls its public methods.
 
         ::
@@ -292,10 +307,12 @@ class Sharing(ABC):
         :param durable: keep the pickled state on the disk, in the same commit as each call. Without that, calls are
             faster, and the object need not be picklable. It is kept when the manager ends in order, and lost if the
             manager is killed or the machine restarts: each process that used it then gets `StateLost` once.
+        :param concurrent: call the methods by several threads of the manager at once, without the object's lock. The
+            class must be thread-safe by itself, and the object cannot be durable. Each call is still made exactly once.
         :raises InvalidRequest: if it cannot be hosted, or another object has its name.
         :raises Unsupported: if the store hosts none; for an app that comes later, `init_app` raises this.
         """
-        self.declarations.add(name, cls, arguments, keywords, durable=durable)
+        self.declarations.add(declare(name, cls, arguments, keywords, durable=durable, concurrent=concurrent))
         return cast(Kind, SharedObject(name, cls, self))
 
     def dict(self, name: str, *, max_entries: int = DEFAULT_ENTRIES, ttl: float | None = None) -> SharedDict:
@@ -335,52 +352,128 @@ def open_state(
     return State(open_store(url, options, declared_for), deadline=seconds, declarations=declarations)
 
 
-def _close(counters: Session, objects: dict[str, Session]) -> None:
-    for session in (counters, *list(objects.values())):
-        session.store.close()
+class _Client:
+    """This process as a client of one store."""
+
+    def __init__(self, store: Store) -> None:
+        self.counters = Session(store, LARGEST_BATCH)
+        self.pages = Session(store, 1)  # a page is large, so it shares no round trip
+        self.objects: dict[str, Session | Sessions] = {}
+
+    def begin_again(self) -> None:
+        for session in (self.counters, self.pages, *self.objects.values()):
+            session.begin_again()
+
+    def close(self) -> None:
+        for session in (self.counters, *list(self.objects.values())):
+            session.close()
 
 
 class State(Sharing):
     """Counters and shared objects in one store. All threads of a process share one, and with it their round trips."""
 
     def __init__(
-        self, store: Store, *, deadline: float = DEFAULT_DEADLINE, declarations: Declarations | None = None
+        self,
+        store: Store,
+        *,
+        deadline: float = DEFAULT_DEADLINE,
+        declarations: Declarations | None = None,
+        late: Callable[["State"], None] | None = None,
     ) -> None:
-        self._deadline = check_seconds(deadline, "a deadline", LONGEST_DEADLINE)
-        self._counters = Session(store, LARGEST_BATCH)
-        self._pages = Session(store, 1)  # a page is large, so it shares no round trip
+        """Make a state, which connects at its first use.
+
+        :param late: is called before the first use, when it may still `take` another store.
+        """
         self.declarations = Declarations() if declarations is None else declarations
-        self.declarations.use(store)
-        self._process = os.getpid()
+        self._late = late
+        self._process = os.getpid() if late is None else 0  # the process that uses it
         self._lock_type = threading.Lock
-        self._opening = threading.Lock()  # guards the dict below
-        self._objects: dict[str, Session] = {}
+        self._opening = threading.Lock()  # guards the sessions of objects
+        self._closing: weakref.finalize[[], State] | None = None
+        self.take(store, deadline)
         with _listing:
             _states.add(self)
+            self._move()  # a block may have begun or ended meanwhile
+
+    def take(self, store: Store, deadline: float) -> None:
+        """Go on in another store, or raise `InvalidRequest` or `Unsupported` and change nothing."""
+        seconds = check_seconds(deadline, "a deadline", LONGEST_DEADLINE)
+        self.declarations.use(self, store)
+        if self._closing is not None:
+            self._closing()
+        with _listing:
+            self._deadline = seconds
+            self._at_home = _Client(store)  # also within an `in_memory` block
+            self._move()
         # A state without references closes its connections, as the standard library's objects do.
-        weakref.finalize(self, _close, self._counters, self._objects).atexit = False
+        self._closing = weakref.finalize(self, self._at_home.close)
+        self._closing.atexit = False
+
+    def _move(self) -> None:
+        """Go on in the last `in_memory` block, or at home if there is none. Call with `_listing` held."""
+        home = self._at_home.counters.store
+        self._client = _Client(_blocks[-1].store(home)) if _blocks else self._at_home
+
+    def begin(self) -> None:
+        """If this is the first use, take the configuration as it is now."""
+        if self._late is not None:
+            self._until(0)
 
     @property
     def store(self) -> Store:
-        return self._counters.store
+        self.begin()
+        return self._client.counters.store
+
+    def home(self, *, late: bool = True) -> Store:
+        """Return its own store, also within an `in_memory` block.
+
+        :param late: before the first use, take the configuration as it is now.
+        """
+        if late and self._late is not None:
+            with _noticing:
+                if self._late is not None:
+                    self._late(self)
+        return self._at_home.counters.store
+
+    def reset(self) -> None:
+        """Begin again with an empty state, for tests: only on ``memory://``, and within `in_memory`.
+
+        :raises InvalidRequest: on any other store; nothing is deleted.
+        """
+        if not isinstance(self.store, MemoryStore):
+            raise InvalidRequest(
+                f"{self.store} is not reset, and nothing was deleted: only a state in memory can be; in tests, set"
+                " COUNTER_SERVER_STORE to memory:// before the first use, or use counter_server.testing.in_memory()"
+            )
+        with _listing:
+            if _blocks:
+                _blocks[-1].forget(self._at_home.counters.store)
+                for state in list(_states):
+                    state._move()
+                return
+        self.take(MemoryStore(), self._deadline)
 
     def submit(self, operation: Operation, *, within: float = inf) -> Result:
         """See `Sharing`. `within` are seconds that it may take, if less than the state's deadline."""
-        session = self._pages if isinstance(operation, Scan) else self._counters
-        return session.request(operation, self._until(within))
+        deadline = self._until(within)  # first: it may take another store
+        session = self._client.pages if isinstance(operation, Scan) else self._client.counters
+        return session.request(operation, deadline)
 
     def invoke(self, name: str, operation: Invoke, *, within: float = inf) -> Result:
         deadline = self._until(within)
+        client = self._client
         with self._opening:
-            session = self._objects.get(name)
+            session = client.objects.get(name)
             if session is None:
                 if name not in self.declarations:
                     raise NotHosted(
                         f"{name!r} is declared with a SharedState that was never initialised with this app; call"
                         " init_app(app)"
                     )
-                session = Session(hosting(self.store).object(self.declarations[name]), LARGEST_CALL_BATCH)
-                self._objects[name] = session
+                declaration = self.declarations[name]
+                store = hosting(client.counters.store).object(declaration)
+                session = Sessions(store) if declaration.concurrent else Session(store, LARGEST_CALL_BATCH)
+                client.objects[name] = session
         return session.request(operation, deadline)
 
     def status(self, *, within: float = inf) -> Status | None:
@@ -398,10 +491,21 @@ class State(Sharing):
         except Disconnected as error:
             raise DeadlineExceeded(f"{self.store} does not answer: {error}", "not_applied") from error
 
+    def exists(self, *, within: float = inf) -> bool:
+        """Return whether the store was made: whether a first use would make no directory, file or tables.
+
+        This makes and starts nothing. It is True for a store that makes nothing. See `status` for the errors.
+        """
+        deadline = self._until(within)
+        try:
+            return not isinstance(self.store, IsMade) or self.store.exists(deadline)
+        except Disconnected as error:
+            raise DeadlineExceeded(f"{self.store} does not answer: {error}", "not_applied") from error
+
     def close(self) -> None:
         """Close the connections to the store. The next call opens them again."""
         self._until(0)
-        _close(self._counters, self._objects)
+        self._client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -413,10 +517,14 @@ class State(Sharing):
         """Return the deadline of a call that begins now.
 
         First begin again after a fork, or after gevent or eventlet has patched locks and sockets: one that was made
-        before the patch would stop all greenlets of a thread when one of them waits for it.
+        before the patch would stop all greenlets of a thread when one of them waits for it. The first use of a state
+        that is made `late` comes here too.
         """
         if self._process != os.getpid() or self._lock_type is not threading.Lock:
             with _noticing:
+                if self._late is not None:
+                    self._late(self)
+                    self._late = None
                 if self._process != os.getpid() or self._lock_type is not threading.Lock:
                     self._begin_again()
         seconds = _deadline.get() or self._deadline
@@ -424,14 +532,67 @@ class State(Sharing):
 
     def _begin_again(self) -> None:
         self._opening = threading.Lock()
-        for session in (self._counters, self._pages, *self._objects.values()):
-            session.begin_again()
-        self._process, self._lock_type = os.getpid(), threading.Lock  # last: until then other threads wait
+        self._at_home.begin_again()
+        if self._client is not self._at_home:
+            with _listing:
+                self._move()
+        # Last: until then other threads wait.
+        self._process, self._lock_type = os.getpid() if self._late is None else 0, threading.Lock
+
+
+class _Block:
+    """The stores of one `in_memory` block. States that share a store elsewhere share one here."""
+
+    def __init__(self) -> None:
+        self._stores: dict[object, MemoryStore] = {}
+
+    @staticmethod
+    def _key(home: Store) -> object:
+        return home if isinstance(home, MemoryStore) else str(home)
+
+    def store(self, home: Store) -> MemoryStore:
+        return self._stores.setdefault(self._key(home), MemoryStore())
+
+    def forget(self, home: Store) -> None:
+        self._stores.pop(self._key(home), None)
+
+    def after_fork(self) -> None:
+        for store in self._stores.values():
+            store.after_fork()
+
+
+@contextmanager
+def in_memory() -> Iterator[None]:
+    """Keep every state of this process in new, empty stores in memory while a block runs; also a decorator.
+
+    ::
+
+        with in_memory():
+            visits.increment()        # 1
+
+    It is for tests of an app. It holds for all threads, and for states that were opened before or are opened in the
+    block. Each is in its own store again after it, and that was neither connected to nor started. A configuration that
+    an app's store would refuse is refused here too. Blocks may be nested: an inner one begins empty.
+    """
+    block = _Block()
+    with _listing:
+        _blocks.append(block)
+        for state in list(_states):
+            state._move()
+    try:
+        yield
+    finally:
+        with _listing:
+            _blocks.remove(block)
+            for state in list(_states):
+                state._move()
 
 
 def _after_fork_in_child() -> None:
-    global _listing
-    _listing = threading.Lock()
+    global _listing, _noticing
+    _listing, _noticing = threading.Lock(), threading.Lock()
+    for block in _blocks:
+        block.after_fork()
     for state in list(_states):
         state._begin_again()
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+from .ledger import Contents
 from .objects import Declaration
 from .operations import Batch, Result
 from .status import Status
@@ -64,11 +65,35 @@ class Store(Applies, Protocol):
         ...
 
 
+class ObjectStore(Store, Protocol):
+    """A store for the calls of one shared object."""
+
+    def another(self) -> Store:
+        """Return a store for another client of the same object, which waits for no call of this one."""
+        ...
+
+
 @runtime_checkable
 class HostsObjects(Protocol):
     """A store that can host shared objects: `object` returns a store for the calls of one of them."""
 
-    def object(self, declaration: Declaration) -> Store: ...
+    def object(self, declaration: Declaration) -> ObjectStore: ...
+
+
+@runtime_checkable
+class ShowsContents(Protocol):
+    """A store that can tell everything it counts."""
+
+    def contents(self, deadline: float, /) -> Contents | None:
+        """Return all counters and idempotency keys, as they are at one moment, while counting goes on.
+
+        Return None if nothing was ever counted there. This starts and changes nothing. Expired keys are left out. When
+        a key was used (`KeyRecord.used`), `clients` and `objects` are filled by `manager://` alone.
+
+        :raises Disconnected: if there is no answer.
+        :raises StateLost: if a part of it is missing.
+        """
+        ...
 
 
 @runtime_checkable
@@ -81,4 +106,13 @@ class ReportsStatus(Protocol):
         :raises Disconnected: if there is no answer.
         :raises CounterServerError: if the server does not let this process in.
         """
+        ...
+
+
+@runtime_checkable
+class IsMade(Protocol):
+    """A store whose first use makes something that stays: a directory, a file or tables."""
+
+    def exists(self, deadline: float) -> bool:
+        """Return whether that was made. This makes and starts nothing. Raise as `ReportsStatus.status`."""
         ...

@@ -8,6 +8,7 @@ from operator import neg
 from typing import Any
 
 from .dicts import BoundedDict
+from .status import Entries
 
 _SLACK = 1.0  # seconds that a moving window is kept past its end, which is part of it
 
@@ -22,6 +23,12 @@ class Windows:
         self._calendar = time.time() - time.monotonic()  # sliding windows begin by the calendar
         self.counts = BoundedDict(inf, time.monotonic)
         self.events = BoundedDict(inf, time.monotonic)  # lists of monotonic times, the newest first
+
+    @property
+    def entries(self) -> Entries:
+        """The windows of all kinds together, also while another thread changes them."""
+        counts, events = self.counts.entries, self.events.entries
+        return Entries(kind="limit", now=counts.now + events.now, expired=counts.expired + events.expired)
 
     def check(self) -> bool:
         return True  # it answers
@@ -138,6 +145,10 @@ class Recent:
         self._items: deque[Any] = deque(maxlen=size)
 
     def add(self, item: Any) -> list[Any]:
-        """Add an item. Return all items, the greatest first, as workers may add theirs out of order."""
+        """Add an item, and return `items`."""
         self._items.append(item)
+        return self.items()
+
+    def items(self) -> list[Any]:
+        """Return all items, the greatest first, as workers may add theirs out of order."""
         return sorted(self._items, reverse=True)

@@ -18,7 +18,7 @@ from flask.testing import FlaskClient
 from counter_server import State
 from counter_server.manager.directory import DataDirectory
 from tests.cutter import Cutter
-from tests.processes import Manager, Server, end_manager
+from tests.processes import PATIENCE, Manager, Server, end_manager
 
 if TYPE_CHECKING:  # the fast tier does without these packages
     from playwright.sync_api import Browser as Chromium
@@ -47,12 +47,12 @@ def is_full(config: pytest.Config) -> bool:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run six files at a time if all tests run, as the slow ones mostly wait for other processes."""
-    return 6 if is_full(config) else 2
+    """Run four files at a time if all tests run, as the slow ones mostly wait for other processes."""
+    return 4 if is_full(config) else 2
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out files of slow tests without importing them: only the extra `test-all` has all that they import."""
+    """Leave out files of slow tests without importing them: only the group `test-all` has all that they import."""
     if is_full(config) or collection_path.suffix != ".py":
         return None
     return True if "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() else None
@@ -81,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         )
     else:
         terminalreporter.write_line(
-            "Only the fast tier ran. For all: pip install -c requirements.lock -e '.[test-all]', then pytest --all"
+            "Only the fast tier ran. For all: pip install -c requirements.lock -e . --group test-all, then pytest --all"
         )
 
 
@@ -99,8 +99,9 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def on_demand(data_dir: Path) -> Iterator[str]:
+def on_demand(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Return the URL of a manager on `data_dir` that its first client starts. All such managers end with the test."""
+    monkeypatch.setenv("COUNTER_SERVER_DEADLINE", str(PATIENCE))  # as a busy machine is slow to start one
     yield DataDirectory(data_dir).url
     for lock in data_dir.parent.rglob("manager.lock"):
         end_manager(lock)

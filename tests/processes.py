@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -58,6 +58,28 @@ def end_manager(lock: Path) -> None:
         except ProcessLookupError:
             continue
         eventually(lambda pid=pid: holder(lock.parent) != pid, "the end of a manager")  # type: ignore[misc]
+
+
+def in_child(work: Callable[[], bytes]) -> bytes:
+    """Fork, and return what `work` returns in the child; fail if it does not in time."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.write(writing, work())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        with ExitStack() as stack:
+            stack.callback(os.waitpid, pid, 0)
+            stack.callback(os.kill, pid, signal.SIGKILL)
+            eventually(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), "the end of the child")
+            stack.pop_all()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the child failed"
+        return pipe.read()
 
 
 def children(supervisor: int, kind: str) -> list[int]:

@@ -30,7 +30,7 @@ from counter_server.server.prove.load import Client, Load, path_of
 from counter_server.server.prove.proof import group_members
 from counter_server.server.prove.verdict import judge
 from tests.leaks import MEBIBYTE, Bounds, Growth, Watch
-from tests.processes import PATIENCE, Server, eventually
+from tests.processes import PATIENCE, ROOT, Server, eventually
 from tests.soak_faults import MOST_HELD, WORKERS, Faults, Injury
 
 COUNTER = "soak"
@@ -127,6 +127,9 @@ class Soak:
             stack.callback(load.stop, 0.0)
             with Watch(lambda: _processes(faults.server), lambda: len(load.history)) as watch:
                 self._strike(faults, load)
+                if all(injury.recovery is not None for injury in self._injuries):
+                    with suppress(AssertionError):  # then the report names the kind
+                        eventually(lambda: not self._unjudged(watch), "enough samples of a process of each kind")
             load.stop()
             seconds = time.monotonic() - load.began
             history, final = self._settled([*self._probes, *load.operations()])
@@ -191,8 +194,12 @@ class Soak:
         growths = [growth for life in watch.lives if (growth := life.growth(WARM_UP)) is not None]
         allowed = bounds(self._clients)
         found = [line for growth in growths for line in growth.over(allowed[growth.kind])]
-        judged = {growth.kind for growth in growths}
-        return growths, found + [f"no {kind} lived long enough to be judged" for kind in allowed if kind not in judged]
+        unjudged = sorted(self._unjudged(watch))
+        return growths, found + [f"no {kind} lived long enough to be judged" for kind in unjudged]
+
+    def _unjudged(self, watch: Watch) -> set[str]:
+        """Return the kinds of which no process has lived long enough yet."""
+        return bounds(self._clients).keys() - {life.kind for life in watch.lives if life.growth(WARM_UP)}
 
     def _ended(self, faults: Faults) -> list[str]:
         """Stop the server, and return everything that went wrong."""
@@ -255,7 +262,8 @@ def main() -> int:
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
     if report.found:
-        place = Path(f"soak-{seed}.jsonl")
+        place = ROOT / "build" / f"soak-{seed}.jsonl"
+        place.parent.mkdir(exist_ok=True)
         save(place, history, report.final)
         print(f"the history: {place}")
     return 1 if report.found else 0

@@ -1,5 +1,6 @@
 """Permissions: every way to set and delete, with and without permission, and the counters afterwards."""
 
+import html
 import re
 import time
 from collections.abc import Iterator
@@ -54,8 +55,12 @@ def send(client: FlaskClient, method: str, headers: dict[str, str] | None = None
 
 
 def assert_refused(response: TestResponse, status: int) -> str:
-    """Check for a problem document of this status that says that nothing was changed; return its detail."""
+    """Check for a problem document or page of this status that says that nothing was changed; return its detail."""
     assert response.status_code == status, response.text
+    if response.mimetype == "text/html":
+        assert "Nothing was counted or changed." in response.text
+        assert TOKEN not in response.text
+        return html.unescape(response.text.partition('role="alert">')[2].partition("</p>")[0])
     assert response.content_type == "application/problem+json"
     body = response.get_json()
     assert (body["status"], body["outcome"]) == (status, "not_applied")
@@ -71,7 +76,7 @@ GOOD_CREDENTIALS = [bearer(TOKEN), bearer(TOKEN, "BEARER")]
 BAD_CREDENTIALS = [
     *(bearer(token) for token in (OTHER_TOKEN, TOKEN[:-1], TOKEN + "=", TOKEN.upper(), "größer als sechzehn")),
     *({}, {"Authorization": "Bearer"}, bearer(TOKEN, "Basic"), bearer(f"{TOKEN}, Bearer {TOKEN}")),
-    {"X-Token": TOKEN, "Cookie": f"session={TOKEN}"},
+    {"X-Token": TOKEN, "Cookie": f"counter_server_sign_in={TOKEN}"},
 ]
 
 
@@ -176,16 +181,16 @@ def sign_in(client: FlaskClient, token: str = TOKEN, **form: str) -> TestRespons
     return client.post("/sign-in", data={"token": token, **form}, headers=BROWSER)
 
 
-def cookie_of(response: TestResponse) -> "Morsel[str]":
+def cookie_of(response: TestResponse, name: str = "counter_server_sign_in") -> "Morsel[str]":
     for header in response.headers.getlist("Set-Cookie"):
         cookies = SimpleCookie(header)
-        if "session" in cookies:
-            return cookies["session"]
+        if name in cookies:
+            return cookies[name]
     raise AssertionError(f"no cookie: {response.headers}")
 
 
 def with_cookie(value: str) -> dict[str, str]:
-    return {"Cookie": f"session={value}"}
+    return {"Cookie": f"counter_server_sign_in={value}"}
 
 
 def test_signing_in_allows_set_and_delete_until_signing_out(client: FlaskClient) -> None:
@@ -260,7 +265,7 @@ def test_cookies_are_out_of_reach_for_scripts_and_other_sites(app: Flask) -> Non
     for url, secure in (("http://localhost", False), ("https://localhost", True)):
         client = app.test_client()
         signed_in = cookie_of(client.post("/sign-in", base_url=url, data={"token": TOKEN}))
-        for cookie in (signed_in, cookie_of(client.get("/session", base_url=url))):
+        for cookie in (signed_in, cookie_of(client.get("/session", base_url=url), "session")):
             assert cookie["httponly"]
             assert cookie["samesite"] == "Lax"
             assert bool(cookie["secure"]) is secure
@@ -276,7 +281,7 @@ def test_a_changed_cookie_is_ignored(app: Flask, bare: FlaskClient) -> None:
     for damaged in [
         *("", f"{value}.{time}", f"{value}.{time}.", f"{value}.{signature}", f"administrator.{time}.{signature}"),
         *(f"{value}.{other_time}.{signature}", f"{value}.{time}.{signature[::-1]}", cookie[:-1], cookie.upper()),
-        *("\xff" * 20, "a" * 5000, cookie_of(bare.get("/session")).value),  # the last is a visitor's own
+        *("\xff" * 20, "a" * 5000, cookie_of(bare.get("/session"), "session").value),  # the last is a visitor's own
     ]:
         assert bare.get("/may", headers=with_cookie(damaged)).get_json()["may"] is False, damaged
         assert_refused(send(bare, "PUT", with_cookie(damaged)), 401)

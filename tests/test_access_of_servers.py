@@ -45,7 +45,7 @@ def sign_in(url: str, headers: dict[str, str] | None = None) -> str:
     body = b"token=" + TOKEN.replace("=", "%3D").replace("+", "%2B").encode()
     status, answered, text = ask(url, "POST", "/sign-in", body, {**FORM, **(headers or {})})
     assert status == 303, text
-    assert answered["Set-Cookie"].startswith("session=")
+    assert answered["Set-Cookie"].startswith("counter_server_sign_in=")
     return answered["Set-Cookie"]
 
 
@@ -108,7 +108,7 @@ def test_a_copied_cookie_is_ended_at_every_worker_and_after_every_restart(
     with Server(*options) as server:
         copied, kept = with_cookie(sign_in(server.url)), with_cookie(sign_in(server.url))
         assert {put(server.url, 1, cookie) for cookie in (copied, kept) for _ in range(8)} == {200}
-        for cookie in (copied, {"Cookie": "session=nonsense.nonsense.nonsense"}, {}):
+        for cookie in (copied, {"Cookie": "counter_server_sign_in=nonsense.nonsense.nonsense"}, {}):
             assert ask(server.url, "POST", "/sign-out", b"", {**FORM, **cookie})[0] == 303
         for child in server.children("manager"):
             os.kill(child, signal.SIGKILL)

@@ -1,14 +1,13 @@
-"""What a request has of the app's state: it is borrowed at its first use, and given back when the request ends."""
+"""What a request has of the app's state: it is borrowed at its first use, and ends with the request."""
 
-import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from flask import Flask, Response, current_app, g, stream_with_context
+from flask import Flask, Response, appcontext_tearing_down, current_app, g, stream_with_context
 
 from counter_server import SharedState, State
 from counter_server.errors import DeadlineExceeded, InvalidRequest, LimitReached
@@ -31,14 +30,19 @@ def make_app(shared: SharedState, **config: object) -> Flask:
 
 
 @pytest.fixture
-def returned(caplog: pytest.LogCaptureFixture) -> Callable[[], list[int]]:
-    """The number of calls of each lease that was given back, in order."""
-    caplog.set_level(logging.DEBUG, logger="counter_server.extension")
-    pattern = re.compile(r"(\d+) calls in \d+\.\d+ s")
-    return lambda: [int(match[1]) for message in caplog.messages if (match := pattern.fullmatch(message))]
+def ended() -> Iterator[list[int]]:
+    """The number of calls of each lease whose context has ended, in order."""
+
+    def note(sender: Flask, **_: object) -> None:
+        if LEASE in g:
+            calls.append(g.get(LEASE).calls)
+
+    calls: list[int] = []
+    with appcontext_tearing_down.connected_to(note):
+        yield calls
 
 
-def test_a_request_borrows_once_at_its_first_use(returned: Callable[[], list[int]]) -> None:
+def test_a_request_borrows_once_at_its_first_use(ended: list[int]) -> None:
     shared = SharedState()
     app = make_app(shared)
     obj = shared.object("obj", SomeObj, 0)
@@ -58,12 +62,12 @@ def test_a_request_borrows_once_at_its_first_use(returned: Callable[[], list[int
 
     for times in (3, 0, 1):
         assert app.test_client().get(f"/{times}").text == "done"
-    assert returned() == [6, 2]
+    assert ended == [6, 2]
     assert len({id(lease) for lease in leases[:6]}) == 1
     assert leases[6] is leases[7] is not leases[0]
 
 
-def test_it_is_given_back_after_an_error_and_missed_by_nobody(returned: Callable[[], list[int]]) -> None:
+def test_it_ends_with_a_request_that_fails_and_is_missed_by_nobody(ended: list[int]) -> None:
     shared = SharedState()
     app = make_app(shared, PROPAGATE_EXCEPTIONS=False, TESTING=False, COUNTER_SERVER_TIMING=True)
 
@@ -77,18 +81,16 @@ def test_it_is_given_back_after_an_error_and_missed_by_nobody(returned: Callable
             raise OSError("of the view")
         return what
 
-    with app.app_context():
-        pass
     assert "Server-Timing" in app.test_client().get("/error").headers
     for path, status in (("error", 500), ("refused", 409), ("no/ne", 404), ("unused", 200), ("gone", 200)):
         assert app.test_client().get(path).status_code == status
-    assert returned() == [1, 1, 1]
+    assert ended == [1, 1, 1]
     with pytest.raises(LimitReached), app.test_request_context():
         shared.counter("c").increment(maximum=0)
-    assert returned() == [1, 1, 1, 1]
+    assert ended == [1, 1, 1, 1]
 
 
-def test_it_is_given_back_after_the_last_of_a_streamed_answer(returned: Callable[[], list[int]]) -> None:
+def test_it_ends_with_the_last_of_a_streamed_answer(ended: list[int]) -> None:
     shared = SharedState()
     app = make_app(shared, COUNTER_SERVER_TIMING=True)
 
@@ -99,11 +101,11 @@ def test_it_is_given_back_after_the_last_of_a_streamed_answer(returned: Callable
     with app.test_client().get("/", buffered=False) as response:
         assert "Server-Timing" not in response.headers  # they left before the first call
         assert next(response.iter_encoded()) == b"1\n"
-        assert returned() == []
-    assert returned() == [1]
+        assert ended == []
+    assert ended == [1]
 
 
-def test_nested_contexts_have_a_lease_each(returned: Callable[[], list[int]]) -> None:
+def test_nested_contexts_have_a_lease_each(ended: list[int]) -> None:
     shared = SharedState()
     one, two = make_app(shared), make_app(shared)
     counter = shared.counter("c")
@@ -121,7 +123,7 @@ def test_nested_contexts_have_a_lease_each(returned: Callable[[], list[int]]) ->
         return [*numbers, counter.increment()]
 
     assert one.test_client().get("/").get_json() == [1, 10, 20, 11, 21, 22]
-    assert returned() == [2, 2, 2]
+    assert ended == [2, 2, 2]
 
 
 def outcomes(*calls: Callable[[], object]) -> list[str]:

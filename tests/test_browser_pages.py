@@ -1,13 +1,15 @@
 """The home page, the visitor's own, the API's and the one to sign in, as people see them in a browser."""
 
+import os
 import re
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 
 import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser import NARROW, Browser, assert_looks, overflow, press_until
-from tests.processes import Server
+from tests.processes import Program, Server, eventually, frozen
 from tests.test_access import TOKEN
 
 pytestmark = pytest.mark.slow
@@ -27,9 +29,15 @@ def test_it_fits_and_is_accessible(browser: Browser, server: Server, path: str) 
 
 
 def number(page: Page) -> int:
-    shown = page.locator("#number")
-    assert shown.get_attribute("data-number") == shown.inner_text()
-    return int(shown.inner_text())
+    """Return the visitor's own number; with others the page counts on."""
+    own = int(page.locator("#number").get_attribute("data-number") or "")
+    assert int(page.locator("#number").inner_text().replace(",", "")) >= own
+    return own
+
+
+def processes(page: Page) -> list[int]:
+    """Return the pids in the commands of the home page: the manager's, then the workers'."""
+    return [int(code.removeprefix("kill -9 ")) for code in page.locator(".kill code").all_inner_texts()]
 
 
 def test_each_visit_shows_its_number_the_last_visits_and_its_worker(browser: Browser, server: Server) -> None:
@@ -41,16 +49,98 @@ def test_each_visit_shows_its_number_the_last_visits_and_its_worker(browser: Bro
     expect(page.get_by_role("status")).to_have_text(f"You are visitor number {first + 6}.")
     rows = [row.split("\t") for row in page.locator("#visits tbody").inner_text().split("\n")]
     assert [int(row[0]) for row in rows] == list(range(first + 6, first + 1, -1))
-    assert {int(row[1]) for row in rows} <= set(server.children("worker"))
+    workers = dict(zip("AB", processes(page)[1:], strict=True))
+    assert {*workers.values()} == set(server.children("worker"))
+    assert {row[1] for row in rows} <= {f"{letter} · {pid}" for letter, pid in workers.items()}
     assert all(re.fullmatch(r"\d\d:\d\d:\d\d", row[2]) for row in rows)
-    assert page.locator("footer").inner_text().strip() == f"Answered by worker process {rows[0][1]}."
+    assert page.locator("footer").inner_text().strip() == f"Answered by worker process {rows[0][1][4:]}."
+
+
+def test_the_number_counts_up_when_others_come_and_shows_their_workers(browser: Browser, server: Server) -> None:
+    page = browser.open(server.url)
+    own = number(page)
+    for _ in range(3):
+        other = browser.open(server.url)
+    expect(page.locator("#number")).to_have_text(f"{own + 3:,}")
+    expect(page.locator("#visits tbody tr").first).to_contain_text(f"{own + 3:,}")
+    expect(page.get_by_role("status")).to_have_text(f"You are visitor number {own:,}.")
+    assert [number(page), number(other)] == [own, own + 3]
+    page.get_by_role("link", name="Take another number").click()
+    expect(page.get_by_role("status")).to_have_text(f"You are visitor number {own + 4:,}.")
+
+
+def test_a_hidden_page_asks_nothing(browser: Browser, server: Server) -> None:
+    page = browser.open(server.url)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
+    change = "document.dispatchEvent(new Event('visibilitychange'))"
+    page.clock.install()
+    with page.expect_response("**/visits.json?after=*"):
+        page.evaluate(hide % "false" + change)
+    page.evaluate(hide % "true" + change)
+    asked.clear()
+    page.clock.run_for(60_000)
+    assert asked == []
+    with page.expect_response("**/visits.json?after=*"):
+        page.evaluate(hide % "false" + change)
+
+
+def test_a_killed_worker_and_manager_change_nothing_that_a_visitor_sees(
+    browser: Browser, start_server: Callable[..., Server]
+) -> None:
+    server = start_server("--workers", "2")
+    page = browser.open(server.url)
+    first, (manager, worker, _) = number(page), processes(page)
+    page.goto("about:blank")  # or it asks while there is no manager
+    for pid, kind in ((worker, "worker"), (manager, "manager")):
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda pid=pid, kind=kind: pid not in server.children(kind), f"the end of a {kind}")  # type: ignore[misc]
+    eventually(lambda: len(server.children("worker")) == 2 and server.children("manager"), "their successors")
+    page.goto(server.url)
+    assert number(page) == first + 1
+    assert not {manager, worker} & set(processes(page))
+
+
+def test_a_command_is_copied(browser: Browser, server: Server) -> None:
+    page = browser.open(server.url)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".kill button").first.click()
+    expect(page.locator(".kill button").first).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == f"kill -9 {processes(page)[0]}"
+
+
+def test_without_scripts_no_button_promises_what_needs_one(browser: Browser, server: Server) -> None:
+    page = browser.open(server.url, javascript=False)
+    assert len(processes(page)) == 3
+    assert page.locator("main button").count() == 0
+    page.goto(f"{server.url}/docs")
+    assert page.locator("main button:visible, main form:visible").count() == 0
+    expect(page.locator("section:has(#api_put) pre").first).to_contain_text("curl --request PUT")
+
+
+def test_a_page_has_at_most_60_kilobytes(browser: Browser, server: Server) -> None:
+    loaded = "[...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')]"
+    for path in ("/", "/session", "/docs", "/sign-in", "/nowhere"):
+        page = browser.open(server.url + path)
+        sizes = page.evaluate(f"{loaded}.map(entry => [entry.name, entry.transferSize])")
+        assert 8_000 < sum(size for _, size in sizes) <= 60_000, sizes
+        assert any("style.css" in name for name, _ in sizes)
+    browser.complaints.clear()  # Chromium complains of the status 404
+
+
+def test_a_lab_that_is_off_says_how_to_turn_it_on(browser: Browser, start_server: Callable[..., Server]) -> None:
+    page = browser.open(f"{start_server('--workers', '1', '--no-lab').url}/lab")
+    expect(page.locator("main")).to_contain_text("counter-server run --lab")
+    assert_looks(page, "lab-off")
+    browser.complaints.clear()  # Chromium complains of the status 404
 
 
 def test_every_page_is_one_link_away_and_links_back_by_keyboard_alone(browser: Browser, server: Server) -> None:
     page = browser.open(server.url)
-    titles = page.locator("nav a").all_inner_texts()
+    titles = page.locator("nav li a").all_inner_texts()
     assert titles[0] == "Home"
-    assert "Your own" in titles
+    assert "Your counter" in titles
     for title in titles[1:]:
         press_until(page, "Tab", f"nav a:text-is('{title}')")
         page.keyboard.press("Enter")
@@ -81,12 +171,73 @@ def test_every_part_is_reached_by_keyboard_alone(browser: Browser, server: Serve
     press_until(page, "Tab", "section:has(#api_delete) pre")
 
 
+def test_a_request_is_tried_by_keyboard_and_its_command_is_written(browser: Browser, server: Server) -> None:
+    page = browser.open(f"{server.url}/docs")
+    form = page.get_by_role("form", name="Try: Increment a counter")
+    for field, text in (
+        ("name", "it's/a test"),
+        ("Idempotency-Key", "key-1"),
+        ("by", "9223372036854775806"),
+        ("minimum", "1"),
+    ):
+        form.get_by_label(field, exact=True).fill(text)
+    command = page.locator("section:has(#api_increment) .copy code")
+    expect(command).to_have_text(
+        "curl --request POST --header 'Idempotency-Key: key-1' --json '{\"by\":9223372036854775806,\"minimum\":1}'"
+        " 'THE/api/v1/counters/it'\\''s%2Fa%20test/increment'".replace("THE", server.url)
+    )
+    for replayed in (False, True):
+        page.keyboard.press("Enter")
+        expect(form.locator(".answer p")).to_have_text("200 OK")
+        expect(form.locator(".answer pre")).to_contain_text('{"counter":"it\'s/a test","value":9223372036854775806}')
+        if replayed:
+            expect(form.locator(".answer pre")).to_contain_text("Idempotent-Replayed: true")
+    assert_looks(page, "docs-answered")
+    form.get_by_label("by", exact=True).fill("one")
+    form.get_by_role("button", name="Send").click()
+    expect(form.locator(".answer p")).to_have_text("400 BAD REQUEST")
+    expect(form.locator(".answer pre")).to_contain_text('"outcome":"not_applied"')
+    browser.complaints[:] = [said for said in browser.complaints if "400" not in said]
+
+
+def test_the_command_on_the_page_runs(browser: Browser, server: Server) -> None:
+    page = browser.open(f"{server.url}/docs")
+    form = page.get_by_role("form", name="Try: Set a counter")
+    form.get_by_label("name", exact=True).fill("it's ü/%")
+    form.get_by_label("value", exact=True).fill("7")
+    command = page.locator("section:has(#api_put) .copy code").inner_text()
+    with Program("-c", command, program="/bin/sh", environment={"COUNTER_SERVER_TOKEN": TOKEN}) as shell:
+        assert shell.wait() == 0
+        assert shell.output == ['{"counter":"it\'s ü/%","value":7}']
+    form.get_by_role("button", name="Send").click()
+    expect(form.locator(".answer p")).to_have_text("401 UNAUTHORIZED")
+    browser.complaints[:] = [said for said in browser.complaints if "401" not in said]
+
+
+def test_each_error_looks_like_a_page_and_503_asks_again_by_itself(
+    browser: Browser, start_server: Callable[..., Server]
+) -> None:
+    server = start_server("--workers", "1")
+    page = browser.open(f"{server.url}/nowhere")
+    assert_looks(page, "error-404")
+    page.goto(f"{server.url}/session")
+    title = page.get_by_role("heading", level=1)
+    with frozen(*server.children("manager")):
+        page.get_by_role("button", name="Add one").click()
+        expect(title).to_have_text("Not available at this moment")
+        assert_looks(page, "error-503")  # a page that answers a form stays
+        page.goto(server.url)
+        expect(title).to_have_text("Not available at this moment")
+    expect(page.get_by_role("status")).to_contain_text("You are visitor number")
+    browser.complaints.clear()  # Chromium complains of each status
+
+
 def test_an_operator_signs_in_and_out_by_keyboard_alone(browser: Browser, server: Server) -> None:
     page = browser.open(f"{server.url}/sign-in?next=/session")
     press_until(page, "Tab", "#token")
     page.keyboard.type(TOKEN)
     page.keyboard.press("Enter")
-    expect(page.locator("nav a[aria-current=page]")).to_have_text("Your own")
+    expect(page.locator("nav a[aria-current=page]")).to_have_text("Your counter")
     assert "session" not in page.evaluate("document.cookie")
     request = "{method: 'PUT', headers: {'Content-Type': 'application/json'}, body: '{\"value\": 7}'}"
     assert page.evaluate(f"async () => (await fetch('/api/v1/counters/x', {request})).status") == 200

@@ -1,8 +1,11 @@
 """The dashboard without its script: its list, search and forms, and the figures of the processes."""
 
+import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlencode
 
 import msgspec
 import pytest
@@ -19,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from counter_server import open_state
 from counter_server.operations import LARGEST
 from counter_server.server.web import create_app
-from counter_server.server.web.dashboard import duration, figures, find
+from counter_server.server.web.dashboard import duration, figures, find, ways
 from counter_server.state import State
 from counter_server.status import Process, Status
 from tests.processes import Server, eventually
@@ -52,6 +57,7 @@ class Page(HTMLParser):
         self.texts: dict[str, str] = {}  # of elements with an id
         self.isolated: list[str] = []  # texts in a `<bdi>`
         self.figures: dict[str, str] = {}
+        self._form: Form | None = None
         self._open: list[tuple[str, dict[str, str], list[str]]] = []
         self._hidden = False  # in a template or dialog
         self.feed(text)
@@ -60,11 +66,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = {name: value or "" for name, value in attrs}
         self._hidden |= tag in ("template", "dialog")
-        if tag == "input" and not self._hidden and self.forms and attributes.get("name"):
-            self.forms[-1].fields[attributes["name"]] = attributes.get("value", "")
-        if tag == "form" and not self._hidden:
-            self.forms.append(Form(attributes.get("method") or "get", attributes["action"], {}))
-        if tag not in ("input", "meta", "link", "polyline"):
+        if tag == "form":
+            self._form = Form(attributes.get("method") or "get", attributes.get("action", ""), {})
+        elif tag == "input" and self._form and attributes.get("name"):
+            self._form.fields[attributes["name"]] = attributes.get("value", "")
+        if tag not in ("input", "meta", "link", "img"):
             self._open.append((tag, attributes, []))
 
     def handle_data(self, data: str) -> None:
@@ -72,8 +78,6 @@ class Page(HTMLParser):
             text.append(data)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag == "polyline":
-            return
         opened, attributes, parts = self._open.pop()
         assert opened == tag, f"</{tag}> closes <{opened}>"
         text = "".join(parts)
@@ -85,12 +89,18 @@ class Page(HTMLParser):
             self.isolated.append(text)
         elif tag == "td" and "data-value" in attributes and not self._hidden:
             self.counters[self.isolated[-1]] = text
-        elif tag == "a" and "hidden" not in attributes:
+        elif tag == "a" and "hidden" not in attributes and not self._hidden:
             self.links[text] = attributes["href"]
-        elif tag == "button" and self.forms:
-            self.forms[-1].button = text
+        elif tag == "button" and self._form and not self._hidden and attributes.get("type") != "button":
+            form = self._form
+            if "name" in attributes:
+                form = Form(form.method, form.action, {**form.fields, attributes["name"]: attributes["value"]})
+            form.button = text
+            self.forms.append(form)
+        elif tag == "form":
+            self._form = None
         elif tag == "dd":
-            self.figures[attributes.get("data-figure") or attributes["data-mean"]] = text
+            self.figures[attributes.get("data-figure") or attributes.get("data-mean") or attributes["id"]] = text
 
     def form(self, action: str, name: str = "") -> Form:
         """Return the only form with this action, for a counter if it is named."""
@@ -135,6 +145,11 @@ def state_of(app: Flask) -> State:
     return found
 
 
+def detail_of(client: FlaskClient, page: Page, name: str) -> Page:
+    """Follow a counter's link to its own page."""
+    return look(client, page.links[name])
+
+
 def sentence(page: Page) -> str:
     """Return the flashed message without the marks that isolate names."""
     return page.texts["said"].replace("\N{FIRST STRONG ISOLATE}", "").replace("\N{POP DIRECTIONAL ISOLATE}", "")
@@ -143,15 +158,15 @@ def sentence(page: Page) -> str:
 def test_every_form_works_and_reports_its_result(client: FlaskClient, app: Flask) -> None:
     page = look(client)
     assert page.counters == {}
-    assert page.texts["none"] == "Nothing has been counted yet."
+    assert "There are no counters yet." in page.texts["none"]
     page = press(client, page.form("/counters/increment"), name="tickets")
     assert sentence(page) == "tickets gave 1."
     assert page.counters == {"tickets": "1"}
     page = press(client, page.form("/counters/increment", "tickets"))
     assert sentence(page) == "tickets gave 2."
-    page = press(client, page.form("/counters/set", "tickets"), value="-40")
+    page = press(client, detail_of(client, page, "tickets").form("/counters/set", "tickets"), value="-40")
     assert sentence(page) == "tickets is -40 now."
-    assert page.counters == {"tickets": "-40"}
+    assert page.texts["value"] == "-40", "the form leads back to its own page"
     question = press(client, page.form("/counters/delete", "tickets"))
     assert "tickets" in question.isolated
     assert dict(state_of(app).counters().counters) == {"tickets": -40}, "asking deletes nothing"
@@ -169,24 +184,43 @@ def test_a_form_leads_back_to_the_place_in_the_list(client: FlaskClient, app: Fl
         state_of(app).counter(name).increment()
     page = press(client, look(client, "/counters?q=a&after=a1").form("/counters/increment", "a2"))
     assert page.counters == {"a2": "2"}
-    question = press(client, look(client, "/counters?q=b&limit=7").form("/counters/delete", "b"))
-    keep = question.form("/counters")
-    assert keep.fields == {"q": "b", "limit": "7"}
-    assert press(client, keep).counters == {"b": "1"}
+    page = detail_of(client, look(client, "/counters?q=b&limit=7"), "b")
+    page = press(client, page.form("/counters/set", "b"), value="9")
+    question = press(client, page.form("/counters/delete", "b"))
+    kept = press(client, question.form("/counters/detail", "b"))
+    for place in (page, kept):
+        assert place.links["Back to the counters"] == "/counters?q=b&limit=7#row-b"
+    assert look(client, kept.links["Back to the counters"]).counters == {"b": "9"}
+    response = client.post(question.form("/counters/delete", "b").action, data={"name": "b"}, headers=BROWSER)
+    assert response.location.startswith("/counters?q=b&limit=7")
 
 
-HARD_NAMES = ["\u202eright to left", "a\u200db", "&lt;b&gt;", "' onx='", '"quoted"', "<script>", "a/../b", " x ", "%2F"]
+HARD_NAMES = [
+    "..",
+    "a//b",
+    "/",
+    "-n",
+    "\u202eright to left",
+    "a\u200db",
+    "&lt;b&gt;",
+    "' onx='",
+    '"quoted"',
+    "<script>",
+    "a/../b",
+    " x ",
+    "%2F",
+]
 
 
 def test_any_name_is_shown_unchanged_isolated_and_sent_safely(client: FlaskClient) -> None:
     for name in HARD_NAMES:
         page = press(client, look(client).form("/counters/increment"), name=name)
         assert page.counters == {name: "1"}
-        page = press(client, page.form("/counters/set", name), value="5")
-        assert page.texts["said"] == f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE} is 5 now."
+        detail = press(client, detail_of(client, page, name).form("/counters/set", name), value="5")
+        assert detail.texts["said"] == f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE} is 5 now."
         page = press(client, page.form("/counters/increment", name))
         assert press(client, page.form("/counters"), q=name).counters == {name: "6"}
-        question = press(client, page.form("/counters/delete", name))
+        question = press(client, detail.form("/counters/delete", name))
         assert question.isolated == [name]
         assert press(client, question.form("/counters/delete", name)).counters == {}
 
@@ -232,6 +266,124 @@ def test_an_invalid_form_is_refused_in_the_form_that_the_client_reads(client: Fl
         assert dict(state_of(app).counters().counters) == {"a": 7}
 
 
+# The page of one counter
+
+
+def test_the_same_addition_with_a_key_is_made_once(client: FlaskClient, app: Flask) -> None:
+    state_of(app).counter("a").set(7)
+    page = look(client, "/counters/detail?name=a")
+    add = next(form for form in page.forms if "key" in form.fields)
+    for told in ("a gave 12.", "a gave 12 before with this key, so nothing was added."):
+        page = press(client, add, by="5", key="order-1")
+        assert sentence(page) == told
+        assert page.texts["value"] == "12"
+    assert sentence(press(client, add, by="-2", key="")) == "a gave 10."
+    for wrong in ({"by": "0"}, {"by": ""}, {"by": "x"}, {"by": "1", "key": "a b"}, {"by": "6", "key": "order-1"}):
+        refused = client.post("/counters/increment", data={"name": "a", **wrong}, headers=SCRIPT)
+        assert refused.status_code == (422 if wrong.get("key") == "order-1" else 400), wrong
+    assert dict(state_of(app).counters().counters) == {"a": 10}
+
+
+def test_looking_at_a_counter_changes_nothing_and_makes_none(client: FlaskClient, app: Flask) -> None:
+    state_of(app).counter("a").set(LARGEST)
+    for _ in range(3):
+        assert look(client, "/counters/detail?name=a").texts["value"] == str(LARGEST)
+        assert client.get("/counters/detail.json?name=a").get_json() == {"value": str(LARGEST)}
+        assert client.get("/counters/detail.json?name=b").get_json() == {"value": None}
+        assert client.get("/counters/detail?name=b").status_code == 404
+    assert dict(state_of(app).counters().counters) == {"a": LARGEST}
+    known = client.get("/counters/detail.json?name=a").headers["ETag"]
+    assert client.get("/counters/detail.json?name=a", headers={"If-None-Match": known}).status_code == 304
+
+
+def test_a_counter_that_does_not_exist_has_a_page_that_makes_it(client: FlaskClient) -> None:
+    missing = client.get("/counters/detail?name=a/b", headers=BROWSER)
+    assert (missing.status_code, missing.mimetype) == (404, "text/html")
+    page = Page(missing.text)
+    assert "/api/v1/counters/a/b/increment" in missing.text
+    made = press(client, page.form("/counters/increment", "a/b"))
+    assert (sentence(made), made.texts["value"]) == ("a/b gave 1.", "1")
+    for query in ("name=nothing", "name=nothing&q=a"):
+        problem = client.get(f"/counters/detail?{query}")
+        assert (problem.status_code, problem.content_type) == (404, "application/problem+json")
+        assert problem.get_json()["outcome"] == "not_applied"
+    assert client.get("/counters/detail").status_code == 400
+
+
+@pytest.mark.slow
+def test_every_line_to_copy_counts_this_counter(start_server: Callable[..., Server], data_dir: Path) -> None:
+    server = start_server("--workers", "1")
+    shell = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with open_state(f"manager://{data_dir}") as state:
+        for name in ("visits", "..", "a//b", "/", "-n", "' onx='", "\u202eright to left"):
+            state.counter(name).set(0)
+            url = f"/counters/detail?{urlencode({'name': name})}"
+            command, curl, python, *_ = Lines(ask(server.url, "GET", url, headers=BROWSER)[2]).found
+            for program in (["bash", "-c", command], ["bash", "-c", curl], [sys.executable, "-c", python]):
+                subprocess.run(program, env=shell, capture_output=True, check=True, timeout=60)
+            assert state.counter(name).value == 3, name
+
+
+class Lines(HTMLParser):
+    """The lines to copy of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._is_code = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: ARG002
+        if tag == "code":
+            self.found.append("")
+        self._is_code = tag == "code"
+
+    def handle_data(self, data: str) -> None:
+        if self._is_code:
+            self.found[-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_code &= tag != "code"
+
+
+def test_a_directory_is_shown_to_operators_only(tmp_path: Path) -> None:
+    for host, is_operator in (("127.0.0.1", True), ("0.0.0.0", False)):
+        app = application(f"manager://{tmp_path}/data", host=host)
+        with app.test_request_context("/counters"):
+            app.preprocess_request()
+            shown = " ".join(ways("x"))
+        assert (str(tmp_path) in shown) is is_operator
+        assert "/api/v1/counters/x/increment" in shown
+
+
+def test_a_full_page_and_all_that_it_loads_are_at_most_60_kb(
+    client: FlaskClient, app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(State, "status", lambda _state: STATUS)
+    for number in range(50):
+        state_of(app).counter(f"orders/2026/{number:03}").set(LARGEST - number)
+    assert len(look(client).counters) == 25
+    sizes = {"/counters": len(client.get("/counters").data)}
+    for name in ("style.css", "favicon.svg", "dashboard.js", "live.js", "chart.js"):
+        with client.get(f"/static/{name}", headers={"Accept-Encoding": "gzip"}) as answer:
+            sizes[name] = len(answer.data)
+    assert sum(sizes.values()) <= 60_000, sizes
+
+
+def test_files_are_compressed_for_browsers_and_asked_for_once(client: FlaskClient) -> None:
+    with client.get("/static/style.css") as plain:
+        content = plain.data
+    with client.get("/static/style.css", headers={"Accept-Encoding": "gzip, br"}) as packed:
+        assert gzip.decompress(packed.data) == content
+        assert len(packed.data) < len(content) / 2
+        assert (packed.headers["Content-Encoding"], packed.headers["Vary"]) == ("gzip", "Accept-Encoding")
+        again = {"Accept-Encoding": "gzip", "If-None-Match": packed.headers["ETag"]}
+    with client.get("/static/style.css", headers=again) as known:
+        assert (known.status_code, known.data) == (304, b"")
+    with client.get("/static/style.css", headers={"Accept-Encoding": "gzip;q=0"}) as refused:
+        assert refused.data == content
+
+
 # Permissions
 
 TOKEN = "a-token-of-sixteen-characters-or-more"
@@ -258,7 +410,8 @@ def test_without_permission_a_visitor_may_only_count_and_learns_why(token: str |
         sign_in = look(client, look(client, "/counters?q=a").links["Sign in"])
         page = press(client, sign_in.form("/sign-in"), token=TOKEN)
         assert page.form("/counters").fields["q"] == "a"  # the same place
-        assert press(client, page.form("/counters/set", "a"), value="1").counters == {"a": "1"}
+        page = press(client, detail_of(client, page, "a").form("/counters/set", "a"), value="1")
+        assert page.texts["value"] == "1"
 
 
 def test_a_search_finds_names_by_their_beginning_page_by_page(client: FlaskClient, app: Flask) -> None:
@@ -277,7 +430,9 @@ def test_a_search_finds_names_by_their_beginning_page_by_page(client: FlaskClien
     assert everything == ["A", "a", "a/1", "a/2", "a/3", "ab", "b a", "größe"]
     page = look(client, "/counters?q=nothing")
     assert page.counters == {}
-    assert page.texts["none"] == "No counter has such a name."
+    assert "No counter has such a name. Show all counters, or make this one:" in page.texts["none"]
+    assert "increment" in page.texts["none"]
+    assert "/api/v1/counters/nothing/increment" in page.texts["none"]
     typed = unicodedata.normalize("NFD", "grö")  # in another normal form
     assert len(typed) == 4
     assert press(client, look(client).form("/counters"), q=typed).counters == {"größe": "1"}
@@ -315,7 +470,8 @@ def test_a_store_that_cannot_list_says_so_and_the_rest_works(tmp_path: Path, sta
     page = press(client, look(client).form("/counters/increment"), name="a b")
     assert sentence(page) == "a b gave 1."
     page = press(client, page.form("/counters"), q="a b")
-    assert press(client, page.form("/counters/set", "a b"), value="41").counters == {"a b": "41"}
+    page = press(client, detail_of(client, page, "a b").form("/counters/set", "a b"), value="41")
+    assert page.texts["value"] == "41"
     assert client.get("/counters.json?q=a").get_json()["counters"] == []
 
 
@@ -361,7 +517,8 @@ def test_workers_agree_on_the_page_and_show_restarts(start_server: Callable[...,
 STATUS = msgspec.json.decode(
     b'{"pid": 7, "epoch": "e", "durability": "commit", "uptime": 10.0, "starts": 3, "counters": 100000, "objects": 1,'
     b'"clients": 2, "keys": 3, "connections": 4, "batches": 500, "operations": 2000, "commits": 250,'
-    b'"commit_seconds": 0.5, "journal_bytes": 12345678}',
+    b'"journal_bytes": 12345678, "commit_times": {"counters": {"counts": [200, 40], "seconds": 0.4},'
+    b'"objects": {"counts": [10], "seconds": 0.1}}, "hosted": [], "processes": [], "more_processes": 0}',
     type=Status,
 )
 
@@ -370,11 +527,13 @@ def test_means_need_at_least_one_event(client: FlaskClient, monkeypatch: pytest.
     def shown(status: Status) -> dict[str, str]:
         monkeypatch.setattr(State, "status", lambda _state: status)
         figures = look(client).figures
-        return {name: figures[name] for name in ("batches", "batch", "commit")}
+        return {name: figures[name] for name in ("operations", "batches", "batch", "commit")}
 
-    assert shown(STATUS) == {"batches": "50.0/s", "batch": "4.00 operations", "commit": "2.00 ms"}
-    idle = structs.replace(STATUS, batches=0, operations=0, commits=0, commit_seconds=0.0)
-    assert shown(idle) == {"batches": "0.0/s", "batch": "none yet", "commit": "none yet"}
+    means = {"operations": "200.0/s", "batches": "50.0/s", "batch": "4.00 operations", "commit": "2.00 ms"}
+    assert shown(STATUS) == means
+    idle = structs.replace(STATUS, batches=0, operations=0, commit_times={})
+    none = {"operations": "0.0/s", "batches": "0.0/s", "batch": "none yet", "commit": "none yet"}
+    assert shown(idle) == none
 
 
 def test_figures_are_for_people_and_stay_the_same_while_nothing_happens() -> None:

@@ -16,7 +16,7 @@ from flask import Flask
 
 from counter_server import SharedState, State, StoreOptions, errors, open_state
 from counter_server.caching import ManagerCache
-from counter_server.cli import examine
+from counter_server.cli.upkeep import examine
 from counter_server.limiting import ManagerStorage
 from counter_server.manager import location
 from counter_server.manager.directory import DataDirectory

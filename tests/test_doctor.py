@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from counter_server.cli import examine
+from counter_server.cli.upkeep import examine
 from counter_server.errors import InvalidRequest
 from counter_server.stores import Finding
 from counter_server.stores.databases import judge_mysql, judge_postgresql

@@ -19,9 +19,10 @@ BESIDE = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 DOCUMENTS = [*(ROOT / name for name in BESIDE), *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def examples(document: Path) -> list[str]:
-    """Return the indented blocks of a document."""
-    blocks = re.findall(r"(?:^ {4}.*\n(?:\n{1,2}(?= {4}))?)+", document.read_text(), re.MULTILINE)
+def examples(document: Path | str) -> list[str]:
+    """Return the indented blocks of a document, or of a text."""
+    text = document if isinstance(document, str) else document.read_text()
+    blocks = re.findall(r"(?:^ {4}.*\n(?:\n{1,2}(?= {4}))?)+", text, re.MULTILINE)
     return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in blocks]
 
 

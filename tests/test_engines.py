@@ -237,6 +237,8 @@ def test_a_store_that_lost_one_part_says_so_once_to_each_process(place: Place, s
                     call(each)
                 assert lost.value.outcome == "not_applied"
                 assert each.counters().counters == ([] if "counters" in " ".join(statements) else [("c", 1)])
+            with open_client(place.url, deadline=PATIENCE) as newcomer:
+                newcomer.counter("c").increment()  # makes tables, which a look does not
             for statement in forget:
                 place.execute(statement)
 
@@ -290,6 +292,11 @@ def test_a_database_that_lets_nobody_in_says_so(place: Place, stack: ExitStack) 
             increment(re.sub(r"//\w+@", f"//{who}@", place.url))
         assert denied.value.outcome == "not_applied"
         assert "wrong" not in str(denied.value)
+    if place.kind == "postgresql":  # without a schema that it may use, all tables are hidden from it
+        place.execute("ALTER ROLE stranger SET search_path = no_such")
+        hidden = stack.enter_context(open_client(re.sub(r"//\w+@", "//stranger:secret@", place.url)))
+        with pytest.raises(AccessDenied, match="search_path"):
+            _ = hidden.counter("c").value
     with pytest.raises(StartupError, match="no_such"):
         increment(place.url.replace(place.name, "no_such"))
     if place.kind == "postgresql":

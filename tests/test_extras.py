@@ -18,6 +18,16 @@ SERVER_PACKAGES = ("waitress", "prometheus_client")
 CORE = ["", ".caching", ".cli", ".extension", ".limiting", ".manager.client", ".manager.server", ".manager.starter"]
 STORES = [".stores.memcached", ".stores.memory", ".stores.redis", ".stores.sql"]
 CREATE_APP = "from counter_server.server.web import create_app; print(create_app().name)"
+USE_THE_BLUEPRINT = """
+from flask import Flask
+from counter_server import SharedState
+app = Flask('app')
+app.config['COUNTER_SERVER_STORE'] = 'memory://'
+app.register_blueprint(SharedState(app).blueprint(allow=lambda: True))
+paths = ('counters', 'docs', 'livez', 'readyz', 'api/v1/counters', 'metrics')
+answers = [app.test_client().get(f'/-/counters/{path}') for path in paths]
+print(*(answer.status_code for answer in answers), answers[-1].get_json()['detail'])
+"""
 USE_A_CACHE = """
 from cachelib import BaseCache
 from counter_server.caching import ManagerCache
@@ -64,6 +74,7 @@ def needs(what: str, package: str, extra: str) -> str:
     [
         ("waitress", ("-m", "counter_server", "run", "--port", "0"), needs("Error: the server", "waitress", "server")),
         ("prometheus_client", ("-m", "counter_server", "prove"), needs("the server", "prometheus-client", "server")),
+        ("rich", ("-m", "counter_server", "top", "--once"), needs("Error: top", "rich", "top")),
         ("prometheus_client", ("-c", CREATE_APP), needs("the server", "prometheus-client", "server")),
         ("cachelib", ("-c", "import counter_server.caching"), needs("ImportError: a cache", "cachelib", "cache")),
         ("limits", ("-c", "import counter_server.limiting"), needs("Error: a limit's storage", "limits", "limits")),
@@ -89,3 +100,9 @@ def test_without_a_package_the_error_names_the_extra(
 def test_a_package_that_is_not_used_is_not_needed(run_without: Run, missing: str, program: str, output: str) -> None:
     done = run_without((missing,), "-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (0, output, "")
+
+
+def test_the_blueprint_needs_no_server_and_its_metrics_name_what_they_need(run_without: Run) -> None:
+    done = run_without(SERVER_PACKAGES, "-c", USE_THE_BLUEPRINT)
+    says = needs("this page", "prometheus-client", "server")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"200 200 200 200 200 501 {says}\n", "")

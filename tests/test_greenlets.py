@@ -98,8 +98,9 @@ def test_greenlets_keep_their_deadline_while_the_store_is_frozen(
     go.unlink()
     numbers = json.loads(program.expect("numbers"))
     assert len(set(numbers)) == 20
-    if store != "memcached":  # it may count calls of the frozen time meanwhile, as their outcome is unknown
-        assert max(numbers) == min(numbers) + 19
+    # A manager or memcached may count the four calls of the frozen time meanwhile, as their outcome is unknown.
+    late = max(numbers) - min(numbers) - 19
+    assert 0 <= late <= (4 if store in ("manager", "memcached") else 0)
 
 
 _APP = """

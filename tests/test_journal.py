@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import stat
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -256,7 +257,7 @@ def test_commits_go_on_between_the_parts_of_a_backup(
         journal.commit(Changes(now=31.0, counters={"during": len(made)}))
 
     monkeypatch.setattr(module, "_BACKUP_PAGES", 20)
-    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=pause))
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
     journal.back_up(tmp_path / "backup")
     assert (len(made) > 2, journal._committing.locked()) == (True, False)
     assert examine(tmp_path / "backup").counters == {**MANY.counters, "during": len(made)}

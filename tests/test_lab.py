@@ -1,10 +1,13 @@
 """The lab: its wrong strategies are really wrong, its right ones always right, and it leaves nothing behind."""
 
 import json
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -88,10 +91,11 @@ def test_threads_that_read_before_another_has_written_get_the_same_number(two: s
 
 
 @pytest.mark.slow
-def test_a_lock_in_each_of_two_workers_keeps_each_to_itself(two: str) -> None:
+@pytest.mark.parametrize("strategy", ["lock", "value"])
+def test_a_lock_in_each_of_two_workers_keeps_each_to_itself(two: str, strategy: str) -> None:
     def play_on_both() -> list[list[int]] | None:
         """Return the numbers that each worker gave: of clients that connect at once, one worker may get all."""
-        answers = play(two, "lock")
+        answers = play(two, strategy)
         workers = {answer.worker for answer in answers}
         return (
             [numbers([a for a in answers if a.worker == worker]) for worker in workers] if len(workers) == 2 else None
@@ -116,10 +120,24 @@ def test_a_session_gives_one_number_to_all_requests_with_the_same_cookie(two: st
 
 
 @pytest.mark.slow
-def test_the_manager_and_the_store_give_each_number_once_and_leave_nothing(two: str, scratch: Path) -> None:
-    for strategy in ("manager", "store") * 3:
-        assert numbers(play(two, strategy)) == list(range(1, CLIENTS + 1))
-    play(two, "file")
+def test_ours_gives_each_number_once_beside_every_wrong_way_and_leaves_nothing(two: str, scratch: Path) -> None:
+    for strategy in ("global", "lock", "file", "session", "value"):
+        runs = [begin(two, strategy)["run"], begin(two, "store")["run"]]
+        turns = SimpleQueue[str]()
+        for _ in range(CLIENTS):
+            for run in runs:
+                turns.put(run)
+
+        def take_turn(turns: SimpleQueue[str] = turns) -> tuple[str, int]:
+            run = turns.get()
+            return run, post(two, f"{run}/clients")[1]["number"]
+
+        taken = at_once(2 * CLIENTS, take_turn)
+        wrong, ours = (sorted(number for run, number in taken if run == side) for side in runs)
+        assert ours == list(range(1, CLIENTS + 1))
+        assert len(wrong) == CLIENTS
+        assert set(wrong) <= set(ours)
+        assert [ask(two, "DELETE", run)[0] for run in runs] == [204, 204]
     assert "lab/" not in ask(two, "GET", "/api/v1/counters")[2]
     (data_dir,) = scratch.iterdir()
     assert list((data_dir / "lab").iterdir()) == []
@@ -149,7 +167,7 @@ def count(client: FlaskClient, run: Any) -> int:
 
 
 def test_each_run_begins_at_one_and_knows_nothing_of_another(client: FlaskClient) -> None:
-    for strategy in ("global", "lock", "file", "store"):
+    for strategy in ("global", "lock", "file", "value", "store"):
         runs = [started(client, strategy) for _ in range(2)]
         assert [count(client, run) for _ in range(2) for run in runs] == [1, 1, 2, 2]
         assert [client.delete(run["run"]).status_code for run in runs] == [204, 204]
@@ -158,14 +176,30 @@ def test_each_run_begins_at_one_and_knows_nothing_of_another(client: FlaskClient
         assert [count(client, run) for _ in range(3)] == [1, 2, 3]  # the client keeps the cookie
 
 
-def test_the_lab_says_what_a_store_lacks(client: FlaskClient, data_dir: Path) -> None:
+def test_our_side_is_the_configured_store_and_every_way_works_without_other_extras(
+    client: FlaskClient, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("cachelib", "flask_caching", "gevent", "gunicorn", "matplotlib", "rich"):  # of the extra `demo`
+        monkeypatch.setitem(sys.modules, package, None)
     assert "memory:// is each worker process's own" in started(client, "store")["wrong"]
     sqlite = make_client(data_dir, f"sqlite:///{data_dir}.db")
-    assert "Not here: the configured store is sqlite://" in sqlite.get("/lab").text
-    response = sqlite.post("/lab/runs", data={"strategy": "manager", "clients": "1"})
-    assert (response.status_code, response.get_json()["title"]) == (501, "Unsupported")
-    run = started(sqlite, "store")
-    assert [count(sqlite, run) for _ in range(2)] == [1, 2]
+    page = sqlite.get("/lab").text
+    assert "one number for all, in the store, sqlite://" in page
+    ways = re.findall(r'name="strategy" id="[^"]+" value="(\w+)"', page)
+    assert len(ways) == page.count('type="radio"') >= 5
+    assert started(sqlite, "store")["place"] == "the store, sqlite://"
+    for strategy in ways:
+        runs = [started(sqlite, name) for name in (strategy, "store")]
+        assert [count(sqlite, run) for _ in range(2) for run in runs] == [1, 1, 2, 2]
+
+
+def test_a_link_selects_the_wrong_way_and_the_number_of_clients(client: FlaskClient) -> None:
+    assert re.findall(r'value="(\w+)"[^>]* checked', client.get("/lab").text) == ["global"]
+    page = client.get("/lab?strategy=lock&clients=40").text
+    assert re.findall(r'value="(\w+)"[^>]* checked', page) == ["lock"]
+    assert re.search('id="clients"[^>]* value="40"', page)
+    response = client.get("/lab?strategy=store")  # which is on the page beside each of them
+    assert (response.status_code, response.get_json()["title"]) == (400, "InvalidRequest")
 
 
 @pytest.fixture

@@ -572,8 +572,8 @@ def test_a_greeting_says_why_a_client_is_not_served(monkeypatch: pytest.MonkeyPa
         assert proxy._connection is (None if is_lost else proxy._latest)
         proxy.close()
 
-    def start(_directory: DataDirectory, deadline: float) -> None:
-        assert deadline == 5.0
+    def start(_directory: DataDirectory, before: int | None, deadline: float) -> None:
+        assert (before, deadline) == (None, 5.0)
         made.append(Scripted(("#RETURN", "one"), ("#RETURN", None)))
 
     made.append(FileNotFoundError())

@@ -29,6 +29,7 @@ from counter_server.errors import (
 )
 from counter_server.operations import LARGEST, LARGEST_BATCH, Batch, Delete, Get, Increment, Operation, Refusal, Set
 from counter_server.stores import open_store
+from counter_server.stores.memcached import MemcachedStore
 from counter_server.stores.memory import MemoryStore
 from counter_server.testing import NAMES, RandomBatches, apply, assert_exactly_once
 from tests.cutter import Cutter
@@ -110,6 +111,26 @@ def test_clients_that_create_one_counter_at_once_count_from_1(server: MemcachedS
 
     for taken in zip(*at_once(8, work), strict=True):
         assert sorted(taken) == list(range(1, 9))
+
+
+def test_an_epoch_that_goes_as_soon_as_it_is_made_is_a_loss(
+    server: MemcachedServer, monkeypatch: pytest.MonkeyPatch, stack: ExitStack
+) -> None:
+    """Or the number would be counted under no epoch, and given again under the next."""
+    ask = MemcachedStore._ask
+
+    def forgetting(self: MemcachedStore, deadline: float, method: str, *arguments: Any) -> Any:
+        found = ask(self, deadline, method, *arguments)
+        if method == "add" and arguments[0].endswith(b":epoch"):
+            ask(self, deadline, "delete", arguments[0])
+        return found
+
+    counter = stack.enter_context(open_client(server.url_of(f"place{next(_names)}"))).counter("x")
+    with monkeypatch.context() as patched:
+        patched.setattr(MemcachedStore, "_ask", forgetting)
+        with pytest.raises(StateLost):
+            counter.increment()
+    assert [counter.value, counter.increment(), counter.increment()] == [0, 1, 2]
 
 
 def test_4_processes_of_8_threads_count_without_a_gap(server: MemcachedServer, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from msgspec import msgpack
 from msgspec.structs import replace
 
 from counter_server import CounterServerError, SharedState, State, StoreOptions, errors, objects, open_state, plain
-from counter_server.cli import examine
+from counter_server.cli.upkeep import examine
 from counter_server.ledger import CLIENT_LIFETIME, Changes, ClientRecord
 from counter_server.manager.server import SLOW_SECONDS
 from counter_server.manager.wire import largest_frame
@@ -327,7 +327,7 @@ class Scene:
         self.sent = sequence or self.sent + 1
         made: list[Operation] = [Invoke(name, encode_plain((arguments, {}), "arguments")) for name, *arguments in calls]
         results = self.hosted.apply(Batch(client, self.sent, made))
-        assert (self.hosted.running, self.hosted._lock.locked()) == (None, False)
+        assert (self.hosted.figures.running, self.hosted._lock.locked()) == ({}, False)
         return results
 
     def call(self, *call: Any, **options: Any) -> Any:
@@ -430,7 +430,7 @@ def test_a_busy_object_makes_no_call_and_an_end_is_no_error(monkeypatch: pytest.
     with ThreadPoolExecutor(1) as other:
         waiting = other.submit(scene.call, "wait_for", str(gate))
         try:
-            method, began = cast(tuple[str, float], eventually(lambda: scene.hosted.running, "the call"))
+            ((method, began),) = eventually(lambda: list(scene.hosted.figures.running.values()), "the call")
             assert (method, 0 <= time.monotonic() - began < PATIENCE) == ("wait_for", True)
             with pytest.raises(Busy, match="obj is still busy with another call"):
                 scene.hosted.apply(Batch(b"d" * 16, 1, [Invoke("x", b"")]))

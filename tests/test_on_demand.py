@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,52 @@ def run(*command: str, status: int = 0, cwd: Path = ROOT, **environment: Any) ->
     )
     assert done.returncode == status, done.stderr
     return done
+
+
+def call_before_the_next_start(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> None:
+    """Make a call just before another client, which has found that a manager has to be started, may start it."""
+    starting = DataDirectory.starting
+
+    def late(directory: DataDirectory, seconds: float = 0.0) -> AbstractContextManager[int | None]:
+        monkeypatch.setattr(DataDirectory, "starting", starting)
+        call()
+        return starting(directory, seconds)
+
+    monkeypatch.setattr(DataDirectory, "starting", late)
+
+
+def starts_of(state: State) -> int:
+    status = state.status()
+    assert status is not None
+    return status.starts
+
+
+def test_a_client_that_comes_late_to_a_start_starts_no_other_manager(
+    on_demand: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with patient(on_demand) as first, patient(on_demand) as late:
+        call_before_the_next_start(monkeypatch, first.counter("c").increment)
+        assert (late.counter("c").increment(), starts_of(late)) == (2, 1)
+        obj, again = first.object("obj", SomeObj, 0), late.object("obj", SomeObj, 0)  # which that manager lacks
+        call_before_the_next_start(monkeypatch, obj.query)
+        assert (again.query(), starts_of(late)) == (2, 2)
+
+
+@pytest.mark.slow
+def test_a_manager_that_another_program_started_meanwhile_is_succeeded_if_it_lacks_the_object(
+    on_demand: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "from counter_server import open_state; from tests.hosted_classes import SomeObj;"
+        f"print(open_state({on_demand!r}, deadline={PATIENCE}).object('theirs', SomeObj, 0).query())"
+    )
+    with patient(on_demand) as state:
+        assert state.counter("c").increment() == 1
+        obj = state.object("ours", SomeObj, 0)
+        call_before_the_next_start(monkeypatch, lambda: run(sys.executable, "-c", code))
+        assert (obj.query(), starts_of(state)) == (1, 3)
+        assert run(sys.executable, "-c", code).stdout == "2\n"
+        assert starts_of(state) == 3
 
 
 def counter_server(*arguments: str) -> list[str]:

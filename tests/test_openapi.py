@@ -22,6 +22,7 @@ from counter_server.errors import DeadlineExceeded, InvalidRequest, KeyReused, L
 from counter_server.operations import Assignment, Step, check_name
 from counter_server.server.web import create_app
 from counter_server.server.web.problems import Problem
+from counter_server.server.web.site import NAME
 from counter_server.state import State
 from tests.processes import PATIENCE, Program, Server
 
@@ -144,7 +145,7 @@ def test_the_paths_are_the_routes_for_programs() -> None:
         (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), method.lower())
         for rule in IN_MEMORY.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
-        if rule.endpoint.partition(".")[0] in ("api", "badge", "health") or rule.endpoint == "documentation.openapi"
+        if re.fullmatch(rf"{NAME}\.((api|badge|health)\.\w+|documentation\.openapi)", rule.endpoint)
     }
     assert routes == {(path, method) for path, item in DOCUMENT["paths"].items() for method in item}
     mounted = IN_MEMORY.test_client().get("/openapi.json", environ_overrides={"SCRIPT_NAME": "/counters"}).get_json()
@@ -228,7 +229,7 @@ def test_each_response_in_the_document_is_given_as_it_says(
     client = app.test_client()
     app.extensions["counter_server"].counter("visits").set(1)
     if status == 500:  # in the view itself: not every operation asks the store
-        app.view_functions[name.replace("_", ".", 1)] = lambda **_: str(1 // 0)
+        app.view_functions[f"{NAME}.{name.replace('_', '.', 1)}"] = lambda **_: str(1 // 0)
     elif status in ERRORS:
 
         def fail(*_: object, **__: object) -> None:

@@ -1,6 +1,8 @@
 """The home page: each visit is counted once, and other requests are not counted."""
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from werkzeug.test import TestResponse
 from counter_server import SharedState
 from counter_server.server.web import create_app
 from counter_server.state import State
+from counter_server.status import Process
+from tests.test_access import TOKEN
 from tests.test_dashboard import BROWSER, Page
 
 
@@ -21,7 +25,7 @@ def app() -> Flask:
 
 def number_in(response: TestResponse) -> str:
     assert response.status_code == 200
-    number = Page(response.text).texts["number"]
+    number = Page(response.text).texts["number"].replace(",", "")
     assert f'data-number="{number}"' in response.text
     return number
 
@@ -46,6 +50,80 @@ def test_visitors_share_the_count_whatever_their_cookies(app: Flask) -> None:
     for number, cookie in enumerate(cookies, 1):
         client = app.test_client(use_cookies=False)
         assert number_in(client.get("/", headers={"Cookie": cookie} if cookie else {})) == str(number)
+
+
+def processes(*pids: int | None) -> Callable[[], list[Process]]:
+    """Return what a supervisor would say: the manager's pid, then the workers'."""
+    names = ["manager", *(f"worker-{number}" for number in range(1, len(pids)))]
+    found = [Process(name=name, pid=pid, uptime=1.0, restarts=0) for name, pid in zip(names, pids, strict=True)]
+    return lambda: found
+
+
+def workers(page: str) -> list[tuple[str, str]]:
+    """Return the colour and the text of each worker that the page shows."""
+    return re.findall(r'class="worker (w\d)">([^<]+)<', page)
+
+
+def test_what_the_page_polls_counts_nothing_and_says_what_is_new(client: FlaskClient, state: State) -> None:
+    assert client.get("/visits.json").get_json() == {"number": "0", "rows": ""}
+    client.get("/")
+    pid = os.getpid()
+    news = client.get("/visits.json?after=0")
+    assert news.get_json()["number"] == "1"
+    assert workers(news.get_json()["rows"]) == [("w0", f"A · {pid}")]
+    same = client.get("/visits.json?after=1")
+    assert (same.status_code, same.data, same.headers["Cache-Control"]) == (204, b"", "no-store")
+    state.counter("visits").set(2**63 - 1)
+    assert client.get("/visits.json?after=1").get_json()["number"] == str(2**63 - 1)
+    assert dict(state.counters().counters) == {"visits": 2**63 - 1}
+
+
+def test_a_worker_has_one_letter_and_colour_on_a_page(app: Flask, client: FlaskClient) -> None:
+    pid = os.getpid()
+    recent = app.extensions["counter_server.last_visits"]
+    app.config["COUNTER_SERVER_PROCESSES"] = processes(3, None, pid, 5)
+    for number, of in enumerate((5, 77, 66), -3):
+        recent.add([number, of, "00:00:00"])
+    page = client.get("/").text
+    shown = [("w1", f"B · {pid}"), ("w3", "D · 66, gone"), ("w4", "E · 77, gone"), ("w2", "C · 5")]
+    assert sorted(workers(page)[:4]) == sorted(shown)
+    app.config["COUNTER_SERVER_PROCESSES"] = processes(3, *range(100, 110), pid)
+    assert workers(client.get("/").text)[0] == ("w2", f"K · {pid}")
+    del app.config["COUNTER_SERVER_PROCESSES"]
+    in_order = zip("ABC", sorted((66, 77, pid)), strict=True)  # without a supervisor
+    expected = {(f"w{place}", f"{letter} · {one}") for place, (letter, one) in enumerate(in_order)}
+    assert set(workers(client.get("/").text)) == expected
+
+
+def commands(client: FlaskClient, **headers: str) -> list[str]:
+    page = client.get("/", headers=headers).text
+    return re.findall(r"<code>(kill -9 \d+)</code>", page)
+
+
+@pytest.mark.slow
+def test_the_commands_to_kill_are_for_people_on_this_machine_and_operators(tmp_path: Path) -> None:
+    store = {"COUNTER_SERVER_STORE": f"sqlite:///{tmp_path}/counters.db", "SECRET_KEY": "k"}
+    operator = {"Authorization": f"Bearer {TOKEN}"}
+    for host, token, may in (("127.0.0.1", None, (3, 3)), ("127.0.0.1", TOKEN, (3, 3)), ("0.0.0.0", TOKEN, (0, 3))):
+        config = {**store, "COUNTER_SERVER_HOST": host, "COUNTER_SERVER_TOKEN": token}
+        app = create_app({**config, "COUNTER_SERVER_PROCESSES": processes(3, 4, 5)})
+        client = app.test_client()
+        assert (len(commands(client)), len(commands(client, **operator))) == may
+        assert "sqlite://</code>, not in a worker" in client.get("/").text
+        app.config["COUNTER_SERVER_DURABILITY"] = "none"
+        assert "kill -9 3" not in commands(client, **operator), "its count would be lost"
+    other = create_app({**config, "COUNTER_SERVER_HOST": "127.0.0.1"}).test_client()
+    assert commands(other) == []
+    assert "Another launcher started the workers" in other.get("/").text
+
+
+def test_in_memory_the_page_promises_no_more_than_the_store_keeps(app: Flask, client: FlaskClient) -> None:
+    app.config["COUNTER_SERVER_PROCESSES"] = processes(3, 4, 5)
+    page = client.get("/").text
+    assert "This process alone keeps the count" in page
+    assert "No other visitor" not in page
+    assert "Nothing happens" not in page
+    assert commands(client) == []
 
 
 def test_a_prefetch_counts_nothing(client: FlaskClient, state: State) -> None:
@@ -118,7 +196,10 @@ def test_viewing_the_page_stores_nothing(client: FlaskClient, app: Flask) -> Non
 @pytest.mark.slow
 def test_a_store_without_shared_objects_has_no_visitors_own_counter(tmp_path: Path) -> None:
     client = create_app({"COUNTER_SERVER_STORE": f"sqlite:///{tmp_path}/counters.db"}).test_client()
-    assert client.get("/").status_code == 200
+    page = client.get("/")
+    assert page.status_code == 200
+    assert "The last visits" not in page.text
+    assert client.get("/visits.json?after=0").get_json() == {"number": "1", "rows": ""}
     for response in (client.get("/session"), client.post("/session/inc")):
         assert (response.status_code, response.get_json()["title"]) == (501, "Unsupported")
 

@@ -1,11 +1,10 @@
 """What a user holds, from the call to the memory and back, in this process and in the children of a fork."""
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -14,16 +13,17 @@ from typing import Any, cast, get_args
 import pytest
 
 from counter_server import StoreOptions, open_state
-from counter_server.errors import InvalidRequest, KeyReused, LimitReached
+from counter_server.errors import InvalidRequest, KeyReused, LimitReached, Unsupported
 from counter_server.manager.client import StateProxy
 from counter_server.manager.directory import DataDirectory
 from counter_server.operations import LARGEST, SMALLEST, Batch, Get, Page, Result
-from counter_server.state import Counter, State
+from counter_server.state import Counter, Declarations, State
 from counter_server.store import RoundTrip
 from counter_server.stores import open_store
 from counter_server.stores.memory import MemoryStore
+from tests.hosted_classes import SomeObj
 from tests.load import at_once
-from tests.processes import PATIENCE, eventually
+from tests.processes import PATIENCE, in_child
 
 
 @pytest.fixture
@@ -141,28 +141,6 @@ class WatchedStore(MemoryStore):
         return super().apply(batch, deadline)
 
 
-def in_child(work: Callable[[], bytes]) -> bytes:
-    """Fork, and return what `work` returns in the child; fail if it does not in time."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.write(writing, work())
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        with ExitStack() as stack:
-            stack.callback(os.waitpid, pid, 0)
-            stack.callback(os.kill, pid, signal.SIGKILL)
-            eventually(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), "the end of the child")
-            stack.pop_all()
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the child failed"
-        return pipe.read()
-
-
 def test_a_child_is_another_client_and_the_parent_stays_the_same() -> None:
     store = WatchedStore()
     counter = State(store, deadline=PATIENCE).counter("visits")
@@ -266,3 +244,16 @@ def test_a_block_gives_its_calls_another_deadline() -> None:
     for value in wrong:
         with pytest.raises(InvalidRequest, match="deadline"), state.deadline(value):
             pass
+
+
+def test_a_store_that_hosts_no_objects_says_so_at_once_with_what_is_declared() -> None:
+    url = "sqlite:////nowhere/counters.db"
+    declarations = Declarations()
+    with open_state("memory://", declarations=declarations) as hosting:
+        hosting.object("global_obj", SomeObj, 0)
+        hosting.dict("carts", max_entries=10)
+    everything = r"global_obj = tests.hosted_classes.SomeObj\(0\); carts = .*BoundedDict\(10, durable=False\)"
+    with pytest.raises(Unsupported, match=rf"^sqlite:// hosts no .* this app declares {everything}: use manager://"):
+        open_state(url, declarations=declarations)
+    with open_state(url) as state, pytest.raises(Unsupported, match=r"declares global_obj = tests\S+SomeObj\(0\): use"):
+        state.object("global_obj", SomeObj, 0)

@@ -13,12 +13,12 @@ from urllib.parse import unquote
 
 import pytest
 
-from counter_server import StoreOptions
-from counter_server.errors import Disconnected, InvalidRequest
+from counter_server import StoreOptions, open_state
+from counter_server.errors import Disconnected, InvalidRequest, StateLost
 from counter_server.operations import Batch, Increment
 from counter_server.stores import Store, open_store
 from counter_server.testing import StoreContract
-from tests.processes import ROOT, Manager
+from tests.processes import PATIENCE, ROOT, Manager
 
 
 def urls(*fast: str, slow: list[str]) -> list[Any]:
@@ -60,6 +60,56 @@ def test_a_store_that_is_not_there_was_sent_nothing(url: str, tmp_path: Path) ->
     with pytest.raises(Disconnected) as error:
         store.apply(Batch(b"c" * 16, 1, [Increment("x")]), time.monotonic() + 0.2)
     assert not error.value.sent
+
+
+@pytest.mark.parametrize("kind", urls("sqlite", "manager", slow=["postgresql", "mariadb", "memcached"]))
+def test_a_store_says_whether_it_was_made_and_a_look_makes_nothing(
+    kind: str, tmp_path: Path, on_demand: str, stack: ExitStack
+) -> None:
+    url = on_demand if kind == "manager" else f"sqlite:///{tmp_path}/new.db"
+    if kind not in ("sqlite", "manager"):
+        from tests.engines import start
+
+        url = stack.enter_context(start(kind, tmp_path)).url
+    for number in range(2):  # a second state looks at what the first one made, or did not make
+        with open_state(url, deadline=PATIENCE) as state:
+            assert [state.exists(), state.exists()] == [False, False], number
+            if kind != "manager":  # which would start
+                assert (state.counter("x").value, state.exists()) == (0, False), number
+                if kind != "memcached":  # which cannot list
+                    assert (state.counters().counters, state.exists()) == ([], False), number
+    assert list(tmp_path.glob("*.db*")) == []
+    with open_state(url, deadline=PATIENCE) as state, open_state(url, deadline=PATIENCE) as other:
+        assert state.counter("x").increment() == 1
+        assert (state.exists(), other.exists()) == (True, True)
+
+
+@pytest.mark.parametrize("kind", urls("sqlite", slow=["postgresql", "mariadb"]))
+def test_a_loss_is_told_once_by_a_look_that_makes_nothing(kind: str, tmp_path: Path, stack: ExitStack) -> None:
+    file: Path = tmp_path / "new.db"
+    server: Any = None
+    if kind != "sqlite":
+        from tests.engines import start
+
+        server = stack.enter_context(start(kind, tmp_path))
+    url = server.url if server else f"sqlite:///{file}"
+    one, other = (stack.enter_context(open_state(url, deadline=PATIENCE)) for _ in range(2))
+    assert [one.counter("x").increment(), other.counter("x").value] == [1, 1]
+    if server is None:
+        for each in tmp_path.glob("new.db*"):
+            each.unlink()
+    else:
+        server.query(
+            "DROP TABLE counter_server_meta, counter_server_counters, counter_server_clients, counter_server_keys"
+        )
+    newcomer = stack.enter_context(open_state(url, deadline=PATIENCE))
+    assert newcomer.counter("x").value == 0
+    for state in (one, other):
+        with pytest.raises(StateLost):
+            _ = state.counter("x").value
+        assert (state.counter("x").value, state.exists()) == (0, False)
+    assert not file.exists()
+    assert [each.counter("x").increment() for each in (one, other, newcomer)] == [1, 2, 3]
 
 
 REFUSED = [

@@ -18,13 +18,44 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from flask import Flask
 
 from counter_server.server.prove.proof import group_members
-from tests.processes import PATIENCE, Program, children, eventually, frozen
+from counter_server.server.settings import ServerSettings
+from counter_server.server.worker import Worker, listen
+from tests.processes import PATIENCE, Program, children, eventually, frozen, in_child
 from tests.test_server import INCREMENT, StartServer, address, ask, read_all
 from tests.test_server import increment as increment
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.mark.filterwarnings("ignore:send_bytes will be removed")  # of waitress, whose version is pinned
+def test_a_worker_with_more_connections_leaves_a_new_one_to_the_others_for_a_moment() -> None:
+    """Then it accepts it, as they may be frozen."""
+
+    def holds() -> bytes:
+        """Return when the worker last held back, with more connections than the other worker, and then with fewer."""
+        settings = ServerSettings(port=0)
+        connections = [0, 0]
+        app = Flask(__name__)
+        app.add_url_rule("/", "page", lambda: "here")
+        with listen(settings) as sock:
+            worker = Worker(sock, settings, app, connections, place=0)
+            threading.Thread(target=worker.run, args=(lambda: None,), daemon=True).start()
+            found, clients = [], []
+            for others in (0, 0, 0, 9):
+                connections[1] = others
+                host, port = sock.getsockname()
+                clients.append(HTTPConnection(host, port, timeout=PATIENCE))
+                clients[-1].request("GET", "/")
+                assert clients[-1].getresponse().read() == b"here"
+                found.append(worker._hold_until)
+        return json.dumps(found).encode()
+
+    first, second, third, fourth = json.loads(in_child(holds))
+    assert first == second == 0
+    assert 0 < third == fourth
 
 
 @contextmanager

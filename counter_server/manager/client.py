@@ -1,5 +1,6 @@
 """The client's end of `manager://`: a proxy that is a `Store`, and finds its manager again by name."""
 
+import os
 import threading
 import time
 from contextlib import closing, suppress
@@ -20,6 +21,8 @@ from ..errors import (
     StateLost,
     Unsupported,
 )
+from ..journal import examine
+from ..ledger import Contents
 from ..objects import Declaration
 from ..operations import Batch, Result
 from ..os_errors import can_pass, explain, is_absent
@@ -72,6 +75,7 @@ class StateProxy(BaseProxy):
         self._latest: Connection | None = None  # ready or in a call; the child of a fork must close it
         self._epoch: str | None = None
         self._calling = threading.Lock()  # guards the three above, through a whole call
+        self._latest_epoch = [""]  # that this proxy, or `another` one of the same object, has seen
         ident = "ledger" if declaration is None else object_ident(declaration.name)
         token = Token(ident, str(directory.socket), ident)
         # No key here: each connection reads it from the directory, so a new one is found too.
@@ -87,9 +91,27 @@ class StateProxy(BaseProxy):
         """See `HostsObjects`."""
         return StateProxy(self.directory, self._starter, declaration)
 
+    def another(self) -> "StateProxy":
+        """See `ObjectStore`. A loss of the state that the other one has seen is no loss of this one."""
+        proxy = StateProxy(self.directory, self._starter, self._declaration)
+        proxy._latest_epoch = self._latest_epoch
+        return proxy
+
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
         """See `Store`."""
         return _decode_results(self._callmethod("apply", (batch,), deadline=deadline))
+
+    def exists(self, deadline: float) -> bool:  # noqa: ARG002 - it never waits
+        """See `IsMade`. A manager without a journal has its state in memory."""
+        for file in (self.directory.journal, self.directory.snapshot):
+            try:
+                os.stat(file)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise explain(error, f"{file} cannot be found", self.directory.path, file.name) from error
+            return True
+        return self.directory.manager_pid() is not None
 
     def status(self, deadline: float) -> Status:
         """See `ReportsStatus`."""
@@ -100,6 +122,33 @@ class StateProxy(BaseProxy):
             return _decode_status(figures)
         except ValidationError as error:  # the manager was started before an upgrade
             raise Unsupported(f"the manager of {self.directory} is of another version: {error}") from error
+
+    def contents(self, deadline: float) -> Contents | None:
+        """See `ShowsContents`. Without a manager, the journal is read, and no manager can start meanwhile.
+
+        :raises StartupError: if the contents cannot be copied, or the journal is damaged.
+        """
+        directory = self.directory
+        while True:
+            if directory.is_held():
+                with directory.place_for_copy(deadline) as place, closing(StateProxy(directory)) as proxy:
+                    copy = place / directory.journal.name
+                    try:
+                        proxy.ask("copy", (os.fsencode(copy.relative_to(directory.path)),), deadline)
+                    except BatchRefused as error:
+                        raise StartupError(str(error)) from error
+                    except Disconnected:  # it starts or ends just now
+                        is_there = directory.is_held() and directory.manager_pid() is not None
+                        if is_there or time.monotonic() > deadline:
+                            raise
+                    else:
+                        return examine(copy).without_expired()
+            elif not directory.journal.exists():
+                return None
+            else:
+                with suppress(DirectoryHeld), directory.hold():  # a manager came first
+                    return examine(directory.journal).without_expired()
+            time.sleep(_LOOK_SECONDS)
 
     def findings(self, deadline: float) -> list[Finding]:
         """See `Store`."""
@@ -112,11 +161,12 @@ class StateProxy(BaseProxy):
             f"the manager, pid {status.pid}, epoch {status.epoch}, has {status.counters} counters in {self.directory}"
         )
         slow = [
-            f"{call.object}.{call.method} has run for {call.seconds:.0f} s, and its other callers wait: end it, or the"
-            " manager"
+            f"{call.object}.{call.method} has run for {call.seconds:.0f} s"
+            f"{', and its other callers wait' if call.others_wait else ''}: end it, or the manager"
             for call in status.slow_calls
         ]
-        problems = (Finding("problem", text) for text in slow)
+        missing = [each.not_made for each in status.hosted if each.not_made]
+        problems = (Finding("problem", text) for text in (*slow, *missing))
         return [Finding("ok", manager), _DURABILITY[status.durability], *places, *problems]
 
     def hosting(self, deadline: float) -> Hosting:
@@ -189,13 +239,14 @@ class StateProxy(BaseProxy):
                 if self._starter is None or not is_absent(error):
                     raise
                 location.check(self.directory)
-                self._starter.start(self.directory, deadline)
+                self._starter.start(self.directory, None, deadline)
                 connection = self._open(deadline)
-            if self._greet(connection, may_succeed=self._starter is not None):
+            may_succeed = self._starter is not None
+            while self._greet(connection, may_succeed=may_succeed):
                 assert self._starter is not None
-                self._starter.start(self.directory, deadline)
+                # One that another program has started meanwhile may lack the object too.
+                may_succeed = not self._starter.start(self.directory, connection.pid, deadline)
                 connection = self._open(deadline)
-                self._greet(connection, may_succeed=False)
         except AuthenticationError as error:
             raise AccessDenied(
                 f"the manager of {self.directory} does not accept this key; nothing was counted"
@@ -246,9 +297,11 @@ class StateProxy(BaseProxy):
             kind, text = connection.recv()
             match kind:
                 case "#RETURN":
-                    known, epochs = self._epoch, text.split()
-                    self._epoch = next(iter(epochs), known)
-                    if known not in (None, self._epoch, *epochs):
+                    epochs = text.split()
+                    known = self._epoch or self._latest_epoch[0]
+                    if epochs:
+                        self._epoch = self._latest_epoch[0] = epochs[0]
+                    if epochs and known and known not in epochs:
                         raise StateLost(
                             f"the manager of {self.directory} has started again without its memory: {self._id} begins"
                             " again"

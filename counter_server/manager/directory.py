@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import secrets
+import shutil
 import socket
 import stat
 import struct
@@ -22,7 +23,7 @@ from msgspec import MsgspecError, Struct, json, structs
 
 from ..errors import DirectoryHeld, InvalidRequest, StartupError
 from ..ledger import has_ended
-from ..os_errors import ELSEWHERE, explain, not_ours
+from ..os_errors import ELSEWHERE, explain, is_absent, not_ours
 from ..settings import RUNTIME_DIR_VARIABLE
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ _KEY_BYTES = 32
 _CONNECT_SECONDS = 1.0  # a stopped manager accepts no connection when its queue is full
 _RETRY_SECONDS = 0.01
 _SECONDS_TO_WRITE = 1.0  # in which a manager has written into its lock
+_COPY = ".copy"  # a directory for a copy of the journal while it is read
 _LONGEST_ADDRESS = 107  # bytes of an AF_UNIX path on Linux
 
 _own: set[int] = set()  # descriptors that a child of a fork must not keep: its copy would hold a lock or a pipe
@@ -269,6 +271,34 @@ class DataDirectory:
             yield file if self._lock(file, deadline=time.monotonic() + seconds) else None
 
     @contextmanager
+    def place_for_copy(self, deadline: float) -> Iterator[Path]:
+        """Lend an empty directory, for a copy of the journal, to one process at a time; remove it after the block.
+
+        What a process left there that was killed is removed first.
+
+        :param deadline: in `time.monotonic` seconds.
+        :raises StartupError: if it cannot be made, or another process has it until then.
+        """
+        place = self.path / _COPY
+        with self._lock_file(self.path / f"{_COPY}.lock") as file:
+            if not self._lock(file, deadline=deadline):
+                raise StartupError(f"another process reads everything in {self}; nothing was changed: try again later")
+            shutil.rmtree(place, ignore_errors=True)
+            try:
+                place.mkdir(mode=0o700)
+                yield place
+            except OSError as error:
+                raise explain(error, f"the contents of {self} cannot be copied", self.path, place.name) from error
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def remove_stale_copy(self) -> None:
+        """Remove what a process left in its place for a copy, unless one is at work there."""
+        if (self.path / _COPY).exists():
+            with suppress(StartupError), self.place_for_copy(-inf):
+                pass
+
+    @contextmanager
     def _lock_file(self, path: Path) -> Iterator[int]:
         with forking:
             try:
@@ -328,11 +358,23 @@ class DataDirectory:
 
         It is 0 for a process in a pid namespace that cannot be seen from here.
         """
-        with socket.socket(socket.AF_UNIX) as sock, suppress(OSError), short_address(str(self.socket)) as short:
+        with suppress(OSError):
+            return self._listener()
+        return None
+
+    def has_no_manager(self) -> bool:
+        """Return whether no process listens here. (One that does not answer, or is another user's, does listen.)"""
+        try:
+            self._listener()
+        except OSError as error:
+            return is_absent(error)
+        return False
+
+    def _listener(self) -> int:
+        with socket.socket(socket.AF_UNIX) as sock, short_address(str(self.socket)) as short:
             sock.settimeout(_CONNECT_SECONDS)
             sock.connect(short)
             return peer(sock)[0]
-        return None
 
     @property
     def holder(self) -> str:

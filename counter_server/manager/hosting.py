@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct, msgpack
 
 from ..errors import StartupError, Stopped
+from ..modules import quick_imports
 from ..objects import Declaration, described, find_class
 from ..plain import largest_value
 from ..settings import LARGEST_VALUE
@@ -87,7 +88,7 @@ def import_classes(hosting: Hosting) -> dict[str, str]:
     sys.path[:] = path + [entry for entry in sys.path if entry not in path]
     sys.argv[:] = map(os.fsdecode, hosting.argv)
     reasons = {}
-    with importing():
+    with importing(), quick_imports():
         for declaration in hosting.declarations:
             try:
                 find_class(declaration)

@@ -92,6 +92,7 @@ def serve(
             )
         sources.note()
         directory.remove_stale_socket()
+        directory.remove_stale_copy()
         try:
             server = StateServer(
                 directory,

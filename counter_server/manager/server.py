@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
+from itertools import islice
 from math import inf
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
@@ -23,15 +25,15 @@ from typing import Any, NamedTuple, NoReturn, Protocol, cast
 from msgspec import MsgspecError, Struct, field, msgpack
 from msgspec.structs import replace
 
-from ..errors import BatchRefused, StartupError
+from ..errors import BatchRefused, StartupError, StorageFull
 from ..journal import Journal, JournalFailed
-from ..ledger import Clients, Ledger
+from ..ledger import Changes, Clients, Ledger
 from ..objects import Declaration, HostedObject
 from ..operations import Batch, Refusal, Result
 from ..output import bound
 from ..plain import largest_value
 from ..settings import Durability
-from ..status import SlowCall, Status
+from ..status import ConnectedProcess, ObjectStatus, SlowCall, Status, shortened
 from ..store import Applies
 from .directory import DataDirectory
 from .hosting import Hosting, Sources
@@ -51,6 +53,10 @@ from .wire import (
 log = logging.getLogger(__name__)
 
 _MOST_SEEN = 1000  # clients of one process that are forgotten at once when it has ended
+_MOST_OBJECTS = 1000  # in a status
+_MOST_PROCESSES = 100  # in a status
+_LONGEST_REASON = 1000  # characters, why an object could not be made
+_LONGEST_COMMAND = 4096  # bytes of a command line that are read
 _MOST_GREETED = 100  # connections above the maximum that get an explanation; others are closed at once
 _SECONDS_TO_HAND_OVER = 3.0  # in which the calls of shared objects finish when a manager ends; others wait for it
 _SECONDS_TO_LEAVE = 30.0  # for which a manager on demand serves its clients after SIGTERM
@@ -70,6 +76,8 @@ class _Process(Struct):
     """A process that has connections, and the clients that it was, each by the object that they called."""
 
     connections: int = 0
+    watching: int = 0  # of these, that have asked about the manager, and call no object
+    since: float = field(default_factory=time.time)  # in `time.time` seconds
     clients: set[tuple[str, bytes]] = field(default_factory=set)
 
 
@@ -93,6 +101,7 @@ class NotMade:
     """Takes the place of a shared object that could not be made: it refuses every call by name."""
 
     def __init__(self, reason: StartupError) -> None:
+        self.reason = str(reason)
         self._refusal = Refusal("not_made", str(reason))
         self.remembered = Clients({})
 
@@ -106,6 +115,7 @@ _OWN: dict[str, msgpack.Decoder[Any]] = {
     "status": msgpack.Decoder(tuple[()]),
     "check": msgpack.Decoder(tuple[()]),
     "back_up": msgpack.Decoder(tuple[bytes]),
+    "copy": msgpack.Decoder(tuple[bytes]),
     "end": msgpack.Decoder(tuple[bool]),
 }
 
@@ -113,7 +123,7 @@ _OWN: dict[str, msgpack.Decoder[Any]] = {
 class StateServer(Server):
     """The standard library's manager server, with objects by name, typed arguments and time limits.
 
-    A client can call `apply` of the hosted objects, and six methods of the server itself, mostly for its operator.
+    A client can call `apply` of the hosted objects, and seven methods of the server itself, mostly for its operator.
     It can create nothing, and reads no traceback. A peer that breaks the rules loses its connection, without a reason.
     """
 
@@ -180,6 +190,7 @@ class StateServer(Server):
             self._idle_since = time.monotonic()
             process = self._processes[connection.pid]
             process.connections -= 1
+            process.watching -= connection.is_watching
             if not process.connections:  # no batch of its clients is on the way any more
                 del self._processes[connection.pid]
                 for ident, client in process.clients:
@@ -271,7 +282,7 @@ class StateServer(Server):
         is_another = (
             isinstance(hosted.applies, NotMade)
             or (wanted.file != hosted.declaration.file and self._may_change_release())
-            or wanted.durable > hosted.declaration.durable
+            or wanted.strictness > hosted.declaration.strictness
         )
         return (is_newer and is_another) or self._sources.are_older(wanted.declared)
 
@@ -291,7 +302,8 @@ class StateServer(Server):
     def serve_client(self, conn: Any) -> None:
         """Answer calls, one after the other, until the client goes or breaks the rules."""
         connection: Connection = conn
-        seen = self._processes[connection.pid].clients
+        process = self._processes[connection.pid]
+        seen = process.clients
         while True:
             connection.await_frame()
             call = _decode_call(connection.recv_bytes(self._largest_frame))
@@ -302,6 +314,10 @@ class StateServer(Server):
                         seen.add((call.ident, batch.client))
                     result: Any = self.hosted[call.ident].applies.apply(batch, inf)
                 elif call.method in _OWN and call.ident == "ledger":
+                    if not connection.is_watching:
+                        with self.mutex:
+                            connection.is_watching = True
+                            process.watching += 1
                     result = getattr(self, call.method)(*_OWN[call.method].decode(call.arguments))
                 else:
                     raise PermissionError(f"{call.method!r} of {call.ident!r} is not offered")
@@ -355,12 +371,19 @@ class StateServer(Server):
     def status(self) -> Status:
         """Return the manager's figures."""
         counters, clients, keys = self._ledger.sizes
+        with self.mutex:
+            using = [
+                (pid, process.connections - process.watching, process.since)
+                for pid, process in self._processes.items()
+                if process.connections > process.watching
+            ]
+        journal = self._journal
         return Status(
             pid=os.getpid(),
             epoch=self.hosted["ledger"].epoch,
             durability=self._durability,
             uptime=time.monotonic() - self._began,
-            starts=self._journal.starts if self._journal else 1,
+            starts=journal.starts if journal else 1,
             counters=counters,
             objects=len(self.hosted) - 1,
             clients=clients,
@@ -369,21 +392,28 @@ class StateServer(Server):
             batches=self._ledger.batches,
             operations=self._ledger.operations,
             commits=self._ledger.commits,
-            commit_seconds=self._ledger.commit_seconds,
-            journal_bytes=self._journal.size if self._journal else 0,
+            commit_times={"counters": journal.counters.now(), "objects": journal.objects.now()} if journal else {},
+            journal_bytes=journal.size if journal else 0,
             slow_calls=list(self.slow_calls().values()),
+            hosted=[_status_of(each) for each in islice(self.hosted.values(), 1, 1 + _MOST_OBJECTS)],
+            processes=[
+                ConnectedProcess(pid=pid, command=_command_of(pid), connections=connections, since=since)
+                for pid, connections, since in using[:_MOST_PROCESSES]
+            ],
+            more_processes=len(using[_MOST_PROCESSES:]),
         )
 
-    def slow_calls(self) -> dict[tuple[str, float], SlowCall]:
-        """Return the calls that have run for long, each by its object's name and its start."""
+    def slow_calls(self) -> dict[tuple[str, int, float], SlowCall]:
+        """Return the calls that have run for long, each by its object's name, its thread and its start."""
         now = time.monotonic()
         found = {}
         for hosted in self.hosted.values():
-            if isinstance(hosted.applies, HostedObject) and (running := hosted.applies.running):
-                method, began = running
-                if now - began > SLOW_SECONDS:
-                    name = hosted.applies.declaration.name
-                    found[name, began] = SlowCall(name, method, now - began)
+            if isinstance(hosted.applies, HostedObject):
+                declaration = hosted.applies.declaration
+                for thread, (method, began) in hosted.applies.figures.running.items():
+                    if now - began > SLOW_SECONDS:
+                        slow = SlowCall(declaration.name, method, now - began, not declaration.concurrent)
+                        found[declaration.name, thread, began] = slow
         return found
 
     def disconnect(self) -> None:
@@ -410,6 +440,22 @@ class StateServer(Server):
             return self._durable().back_up(Path(os.fsdecode(target)))
         except (StartupError, ValueError) as error:  # ValueError: it is not a path
             raise BatchRefused(str(error)) from error
+
+    def copy(self, target: bytes) -> int:
+        """Write the counters and keys, as they are at one moment, into a new journal; return its bytes.
+
+        :param target: its path below the data directory.
+        """
+        path = self._directory.path / os.fsdecode(target)
+        if self._journal is not None:
+            return self.back_up(os.fsencode(path))
+        contents = self._ledger.copied()
+        try:
+            with closing(Journal(path, "process")) as journal:
+                journal.commit(Changes(self._ledger.now(), dict(contents.counters), keys=dict(contents.keys)))
+                return journal.size
+        except (StartupError, StorageFull, JournalFailed) as error:
+            raise BatchRefused(f"the counters cannot be copied: {error}; counting goes on") from error
 
     def _durable(self) -> Journal:
         if self._journal is None:
@@ -446,7 +492,7 @@ class StateServer(Server):
         End the process at once when its directory or journal was removed or replaced.
         """
         last_error = ""
-        reported: set[tuple[str, float]] = set()
+        reported: set[tuple[str, int, float]] = set()
         while not is_ending.wait(_LOOK_SECONDS):
             if not is_held():  # another manager may begin with other files
                 fail(StartupError(f"the data directory {self._directory} was removed, or replaced by another"))
@@ -463,8 +509,9 @@ class StateServer(Server):
             for key in slow.keys() - reported:
                 call = slow[key]
                 log.warning(
-                    "%s.%s has run for %.0f seconds and still runs; other calls of %s wait for it",
-                    *(call.object, call.method, call.seconds, call.object),
+                    "%s.%s has run for %.0f seconds and still runs%s",
+                    *(call.object, call.method, call.seconds),
+                    f"; other calls of {call.object} wait for it" if call.others_wait else "",
                 )
             reported = set(slow)
             if self._may_end():
@@ -481,6 +528,30 @@ class StateServer(Server):
             self._directory.remove_stale_socket()
             self.listener.rebind()
             log.warning("the socket %s was removed; a new one is in its place", self._directory.socket)
+
+
+def _status_of(hosted: Hosted) -> ObjectStatus:
+    applies, declaration = hosted.applies, hosted.declaration
+    if isinstance(applies, HostedObject):
+        return applies.status()
+    assert isinstance(applies, NotMade)
+    assert declaration is not None
+    return ObjectStatus(
+        name=declaration.name,
+        cls=declaration.place,
+        durable=declaration.durable,
+        not_made=shortened(applies.reason, _LONGEST_REASON),
+    )
+
+
+def _command_of(pid: int) -> str:
+    """Return the command line of a process of this user; an empty text if it cannot be seen, or has ended."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            line = file.read(_LONGEST_COMMAND)
+    except OSError:
+        return ""
+    return shortened(line.rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace"))
 
 
 def _is_any_there(connections: set[Connection]) -> bool:

@@ -36,11 +36,15 @@ class Starter:
     options: StoreOptions
     declared: Callable[[str], list[Declaration]]
 
-    def start(self, directory: DataDirectory, deadline: float) -> None:
-        """Return when clients can connect to a new manager. If there is one, it succeeds that.
+    def start(self, directory: DataDirectory, before: int | None, deadline: float) -> bool:
+        """Return when clients can connect to a new manager; return whether this process started it.
+
+        If another one serves than `before`, somebody else has started that meanwhile, and it is not succeeded: each
+        change of managers can lose objects that are not durable.
 
         If time runs out, the manager goes on starting: later calls find it.
 
+        :param before: the pid of the manager to succeed; None if there was none.
         :param deadline: in `time.monotonic` seconds.
         :raises StartupError: if the manager cannot start, for a reason that stays.
         :raises Disconnected: if it may start later: another process is starting one, or time ran out.
@@ -55,6 +59,8 @@ class Starter:
         with directory.starting() as lock:
             if lock is None:
                 raise Disconnected(f"the manager of {directory} is starting", sent=False, is_vague=True)
+            if directory.manager_pid() not in (None, before):
+                return False
             declarations = self.declared(directory.url)
             try:
                 kind, text = self._run(directory, declarations, lock, deadline)
@@ -62,7 +68,7 @@ class Starter:
                 raise StartupError(f"the manager of {directory} could not be started: {error}") from error
         match kind:
             case "ready":
-                return
+                return True
             case "":
                 raise Disconnected(f"the manager of {directory} is still starting", sent=False, is_vague=True)
             case "later":

@@ -81,7 +81,8 @@ class Connection:
     never blocks in the kernel.
     """
 
-    pid = 0  # of the process that connected; 0 if it cannot be seen from here
+    pid = 0  # of the process at the other end; 0 if it cannot be seen from here
+    is_watching = False  # whether the client has asked about the manager itself
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(None)  # whatever `socket.setdefaulttimeout` says
@@ -262,9 +263,10 @@ def connect(address: str, authkey: bytes | None = None, *, deadline: float = inf
         connection.set_deadline(min(time.monotonic() + HANDSHAKE_SECONDS, deadline))
         with short_address(address) as short:
             sock.connect(short)
+        connection.pid, uid = peer(sock)
         if authkey is not None:
             if connection.peek().startswith(_REFUSED):
-                raise AccessDenied(f"the manager of {not_ours(peer(sock)[1], Path(address).parent)}")
+                raise AccessDenied(f"the manager of {not_ours(uid, Path(address).parent)}")
             other = cast(StandardConnection, connection)
             answer_challenge(other, authkey)
             deliver_challenge(other, authkey)

@@ -23,7 +23,6 @@ import msgspec
 from flask import Flask, Response, after_this_request, request
 from flask.sessions import SecureCookieSessionInterface
 
-from ..dicts import SharedDict
 from ..extension import SharedState
 
 YIELD_SECONDS = 0.02  # much longer than the time between two requests that a browser sends together
@@ -120,7 +119,6 @@ class Run(NamedTuple):
     shared: SharedState
     directory: Path  # for files
     path: str = "/"  # of cookies
-    numbers: SharedDict | None = None
 
 
 def _file(run: Run) -> Take:
@@ -170,13 +168,9 @@ def _session(run: Run) -> Take:
     return take
 
 
-def _manager(run: Run) -> Take:
-    assert run.numbers is not None
-    return partial(one_step, partial(run.numbers.incr, run.name))
-
-
 def _value(_run: Run) -> Take:
-    number = multiprocessing.Value("q", 0)
+    # As up to Python 3.13. The other ways to start processes make a process that tracks the lock.
+    number = multiprocessing.get_context("fork").Value("q", 0)
 
     def take() -> Taken:
         with number.get_lock():
@@ -250,7 +244,6 @@ JOIN: dict[str, Callable[[Run], Take]] = {
     "lock": lambda _: LockedObj().take,
     "file": _file,
     "session": _session,
-    "manager": _manager,
     "store": lambda run: partial(one_step, run.shared.counter(run.name).increment),
     "value": _value,
     "textbook": _recipe,

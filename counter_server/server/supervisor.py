@@ -37,7 +37,7 @@ from .settings import ServerSettings
 from .systemd import inherited_socket, notify
 from .web import create_app
 from .web.security import signing_key
-from .worker import BACKLOG, BEAT_SECONDS, DRAIN_SECONDS, LINGER_SECONDS, work
+from .worker import BEAT_SECONDS, DRAIN_SECONDS, LINGER_SECONDS, announce, listen, work
 
 log = logging.getLogger(__name__)
 
@@ -221,14 +221,13 @@ class Supervisor:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, self._note_signal)
-        sock = inherited_socket() or self._bind()
+        sock = inherited_socket() or listen(self._settings)
         self._make_children(sock)
         try:
             for group in (self._managers, self._workers):
                 self._boot(group)
             if not self._stopping:
-                host, port = sock.getsockname()[:2]
-                print(f"Serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+                announce(sock)
                 notify("READY=1")
             self._watch()
             notify("STOPPING=1")
@@ -248,23 +247,6 @@ class Supervisor:
             os._exit(128 + number)  # the second signal ends everything: the children see the end of the pipe
         self._stopping = True
 
-    def _bind(self) -> socket.socket:
-        host, port = self._settings.host, self._settings.port
-        if not host:
-            raise StartupError("--host is empty: name an address, 127.0.0.1 for this machine, 0.0.0.0 for all")
-        try:
-            *kind, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            sock = socket.socket(*kind)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(where)
-            sock.listen(BACKLOG)
-            return sock
-        except (OSError, ValueError) as error:  # ValueError: the host is not even a valid name
-            reason = getattr(error, "strerror", None) or error
-            raise StartupError(
-                f"cannot listen on {host!r} port {port}: {reason}; choose another --host or --port"
-            ) from error
-
     def _make_children(self, sock: socket.socket) -> None:
         settings, store = self._settings, self._settings.store
         open_store(store).close()  # reports an invalid URL
@@ -278,6 +260,7 @@ class Supervisor:
             "COUNTER_SERVER_REQUEST_LOG": settings.log_format == "json",
             "COUNTER_SERVER_DATA_DIR": str(directory or DataDirectory(default_data_dir())),
             "COUNTER_SERVER_STORE": directory.url if directory else store,
+            "COUNTER_SERVER_DURABILITY": settings.durability,  # a page says it
             "COUNTER_SERVER_START": False,  # this process starts the manager
             "COUNTER_SERVER_PROCESSES": self._processes,
             "SECRET_KEY": "not yet",  # the application comes first: if it fails, no data directory is left behind
@@ -291,7 +274,10 @@ class Supervisor:
         if store == "memory://" and settings.workers > 1:
             log.warning("memory:// is not shared: each of the %d workers counts on its own", settings.workers)
         app.secret_key = config["SECRET_KEY"] = signing_key(config["COUNTER_SERVER_STORE"], default_data_dir())
-        self._workers = [Child(name, work, (sock, settings, config, app)) for name in workers]
+        connections = _spawn.RawArray("i", len(workers))
+        self._workers = [
+            Child(name, work, (sock, settings, config, connections, place, app)) for place, name in enumerate(workers)
+        ]
 
     def _boot(self, group: list[Child]) -> None:
         """Start the group and wait until all of it is ready."""

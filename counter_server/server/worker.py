@@ -16,10 +16,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableSequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import Any, NoReturn
 
 import msgspec
@@ -29,7 +30,7 @@ from ..errors import Outcome, StartupError
 from ..extension import SharedState
 from ..output import configure
 from .settings import ServerSettings
-from .web import create_app
+from .web import create_app, create_dashboard
 from .web.health import LIVEZ
 from .web.problems import Problem
 
@@ -44,6 +45,7 @@ LINGER_SECONDS = 2.0  # for idle connections of a worker that is replaced: the n
 BEAT_SECONDS = 1.0  # between signs of life
 LARGEST_HEAD = 2**16  # bytes
 LARGEST_REQUEST = 2**20  # bytes; the application's own limit is lower
+_HOLD_SECONDS = 0.002  # for which a worker with more connections than another leaves new ones to it
 _MAX_CONNECTIONS = 4000
 _OTHER_DESCRIPTORS = 100
 _MAX_PIPELINED = 16  # their answers fit into the buffer, so no thread waits for a client that does not read
@@ -52,18 +54,69 @@ _MAX_PIPELINED = 16  # their answers fit into the buffer, so no thread waits for
 _SEND_BYTES = 18_000
 
 
+def listen(settings: ServerSettings) -> socket.socket:
+    """Return a socket that listens on the host and the port of `settings`; `StartupError` says what prevents it."""
+    host, port = settings.host, settings.port
+    if not host:
+        raise StartupError("--host is empty: name an address, 127.0.0.1 for this machine, 0.0.0.0 for all")
+    try:
+        *kind, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        sock = socket.socket(*kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+        return sock
+    except (OSError, ValueError) as error:  # ValueError: the host is not even a valid name
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError(
+            f"cannot listen on {host!r} port {port}: {reason}; choose another --host or --port"
+        ) from error
+
+
+def announce(sock: socket.socket) -> None:
+    host, port = sock.getsockname()[:2]
+    print(f"Serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+
+def show(settings: ServerSettings) -> None:
+    """Serve the dashboard of a store alone, in this process, until SIGTERM or Ctrl-C.
+
+    It starts no manager and no workers, and writes no file.
+    """
+    configure("dashboard", settings.log_format)
+    with listen(settings) as sock:
+        address = {"COUNTER_SERVER_HOST": sock.getsockname()[0], "COUNTER_SERVER_STORE": settings.store}
+        worker = Worker(sock, settings, create_dashboard({**settings.web, **address}))
+
+        def stop(number: int, _frame: FrameType | None) -> None:
+            signal.signal(number, signal.SIG_DFL)  # a second one ends everything
+            worker.stop()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        announce(sock)
+        worker.run(lambda: None)
+
+
 def work(
-    sock: socket.socket, settings: ServerSettings, config: Mapping[str, Any], app: Flask | None, lifeline: Connection
+    sock: socket.socket,
+    settings: ServerSettings,
+    config: Mapping[str, Any],
+    connections: MutableSequence[int],
+    place: int,
+    app: Flask | None,
+    lifeline: Connection,
 ) -> None:
     """Run a worker process.
 
+    :param connections: how many each worker has, in memory that they share; the number of this one is at `place`.
     :param app: made by the supervisor, if this is its fork.
     :param lifeline: receives a message when this worker is ready, and then every second. It ends with the supervisor.
     """
     configure("worker", settings.log_format)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # under load a queue is normal
     app = app or create_app(config)
-    worker = Worker(sock, settings, app)
+    worker = Worker(sock, settings, app, connections, place)
     signal.signal(signal.SIGTERM, lambda _number, _frame: worker.stop())
     signal.signal(signal.SIGHUP, lambda _number, _frame: worker.stop(linger=LINGER_SECONDS))
     threading.Thread(target=_end_with, args=(lifeline,), name="lifeline", daemon=True).start()
@@ -89,16 +142,25 @@ def _end_with(lifeline: Connection) -> NoReturn:
 class Worker:
     """Runs `app` behind waitress on `sock`."""
 
-    def __init__(self, sock: socket.socket, settings: ServerSettings, app: Flask) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        settings: ServerSettings,
+        app: Flask,
+        connections: MutableSequence[int] | None = None,
+        place: int = 0,
+    ) -> None:
+        self._counts, self._place = connections or [0], place
+        self._hold_until = 0.0  # no connection is accepted before, in `time.monotonic` seconds
         self._request_timeout = settings.request_timeout
         self._stopping = False
         self._linger = 0.0
         self._max_connections = _connection_limit()
-        connections: dict[int, Any] = {}
-        self._poll = partial(wasyncore.loop, use_poll=True, map=connections, count=1)
+        channels: dict[int, Any] = {}
+        self._poll = partial(wasyncore.loop, use_poll=True, map=channels, count=1)
         self._server: Any = server.create_server(
             app,
-            map=connections,
+            map=channels,
             sockets=[sock],
             threads=settings.threads,
             backlog=BACKLOG,
@@ -112,6 +174,8 @@ class Worker:
         )
         self._server.channel_class = Channel
         self._server.add_task = self._add_task
+        self._server.readable, self._readable = self._may_accept, self._server.readable
+        self._server.handle_accept, self._accept = self._accept_in_turn, self._server.handle_accept
         self._server.ending = False
         self._probes: Any = task.ThreadedTaskDispatcher()
         self._probes.set_thread_count(1)
@@ -119,6 +183,21 @@ class Worker:
     def _add_task(self, connection: "Channel") -> None:
         # Probes have their own thread, so that a busy worker answers them.
         (self._probes if connection.is_probe else self._server.task_dispatcher).add_task(connection)
+
+    def _may_accept(self) -> bool:
+        return time.monotonic() >= self._hold_until and bool(self._readable())
+
+    def _accept_in_turn(self) -> None:
+        """Accept a connection, but leave it to the other workers for a moment if this one has more than they.
+
+        All wait at one socket. Otherwise the first that wakes would accept a whole crowd, and use one core for it.
+        """
+        now, own = time.monotonic(), len(self._server.active_channels)
+        if own > min(self._counts) + 1 and now > self._hold_until + _HOLD_SECONDS:
+            self._hold_until = now + _HOLD_SECONDS
+            return
+        self._accept()
+        self._counts[self._place] = own + 1
 
     def stop(self, *, linger: float = 0.0) -> None:
         """Make `run` finish open requests and return; for `linger` seconds, idle connections get one last answer."""
@@ -135,7 +214,8 @@ class Worker:
                 next_beat = now + BEAT_SECONDS
                 beat()
                 self._close_overdue(now)
-            self._poll(timeout=BEAT_SECONDS)
+            self._counts[self._place] = len(self._server.active_channels)
+            self._poll(timeout=_HOLD_SECONDS if now < self._hold_until else BEAT_SECONDS)
         # This closes a copy of the socket: the other workers go on accepting.
         wasyncore.dispatcher.close(self._server)
         self._server.ending = True

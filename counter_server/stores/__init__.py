@@ -47,8 +47,9 @@ def open_store(
 
             return MemoryStore()
         case _:
+            named = f"{scheme}://" if set(url) & set("@?") else url  # the rest may hold a password
             raise InvalidRequest(
-                f"no store is called {url!r}: use manager:///absolute/data/directory, redis://host, "
+                f"no store is called {named!r}: use manager:///absolute/data/directory, redis://host, "
                 "postgresql://host/database, mariadb://host/database, mysql://host/database, "
                 "sqlite:////absolute/file.db, memcached://host or memory://"
             )

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from ..errors import AccessDenied, Disconnected, InvalidRequest, OutcomeUnknown, StateLost, StorageFull
-from ..operations import LARGEST, Batch, Delete, Get, Increment, Operation, Refusal, Result, Scan, Set
+from ..operations import LARGEST, Batch, Delete, Get, Increment, Keep, Operation, Refusal, Result, Scan, Set
 from ..store import Finding, RoundTrip
 
 try:
@@ -81,27 +81,42 @@ class MemcachedStore:
                     raise self._unknown("it was interrupted")
                 return self._results
             self._connect(deadline)
-            epoch_key = b"%b:epoch" % self._prefix
+            self._epoch = self._epoch or self._find_epoch(deadline, make=batch.sequence > 0)
             if not self._epoch:
-                self._ask(deadline, "add", epoch_key, urandom(8).hex())  # unless another client did
-                self._epoch = self._ask(deadline, "get", epoch_key) or b""
+                return list(refusals)  # a batch of reads, before the first write
             _remaining(deadline)
             if batch.sequence:
                 self._sent, self._results = (batch.client, batch.sequence), None
             try:
                 pairs = zip(batch.operations, refusals, strict=True)
                 results = [refusal or self._execute(operation, deadline) for operation, refusal in pairs]
-                epoch = self._ask(deadline, "get", epoch_key)
+                epoch = self._find_epoch(deadline)
             except _FAILURES as error:
                 if batch.sequence:
                     raise self._unknown(_text(error)) from error
                 raise Disconnected(f"{self}: {_text(error)}", sent=True) from error
             if epoch != self._epoch:
                 self._epoch = b""
-                raise StateLost(f"{self} has lost its contents: its counters begin again")
+                raise self._lost()
             if batch.sequence:
                 self._results = results
             return results
+
+    def _find_epoch(self, deadline: float, *, make: bool = False) -> bytes:
+        """Return the epoch of the counters; empty if there is none. Only a write makes it.
+
+        :raises StateLost: if the server dropped it right after it was made.
+        """
+        key = b"%b:epoch" % self._prefix
+        if make:
+            self._ask(deadline, "add", key, urandom(8).hex())  # unless another client did
+        found: bytes | None = self._ask(deadline, "get", key)
+        if make and not found:
+            raise self._lost()
+        return found or b""
+
+    def _lost(self) -> StateLost:
+        return StateLost(f"{self} has lost its contents: its counters begin again")
 
     def _unknown(self, reason: str) -> OutcomeUnknown:
         return OutcomeUnknown(f"no answer from {self} ({reason}): it may have been counted, at most once")
@@ -180,6 +195,12 @@ class MemcachedStore:
             self._client.close()
             self._client = None
 
+    def exists(self, deadline: float) -> bool:
+        """See `IsMade`: without an epoch there are no counters."""
+        with self._call():
+            self._connect(deadline)
+            return self._find_epoch(deadline) != b""
+
     def after_fork(self) -> None:
         """Close this process's copy of the descriptor; the parent's connection goes on."""
         self._calling = threading.Lock()
@@ -229,7 +250,7 @@ def _spelled(name: str) -> bytes:
 def _refusal(operation: Operation) -> Refusal | None:
     """Return why memcached cannot do this; None if it can."""
     match operation:
-        case Increment(key=str()):
+        case Increment(key=str()) | Keep():
             reason = "keeps no idempotency keys"
         case Increment(minimum=int()) | Increment(maximum=int()):
             reason = "knows no minimum or maximum of a counter"

@@ -6,8 +6,9 @@ disk before it is answered.
 
 import logging
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from hashlib import sha1
@@ -24,11 +25,12 @@ from ..errors import (
     Disconnected,
     InvalidRequest,
     OutcomeUnknown,
+    StartupError,
     StateLost,
     StorageFull,
 )
-from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, KEY_REUSED, beyond_bounds
-from ..operations import Batch, Delete, Get, Increment, Operation, Page, Refusal, Replayed, Result, Scan, Set
+from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, KEY_REUSED, Contents, KeyRecord, beyond_bounds
+from ..operations import Batch, Delete, Get, Increment, Keep, Operation, Page, Refusal, Replayed, Result, Scan, Set
 from ..store import Finding, RoundTrip
 
 try:
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_PREFIX = "counter_server"
 _SCRIPT = files(__name__.rpartition(".")[0]).joinpath("redis_batch.lua").read_bytes()
+_CONTENTS = files(__name__.rpartition(".")[0]).joinpath("redis_contents.lua").read_bytes()
+_SPECIAL = re.compile(r"[][*?^\\-]")  # in Redis' patterns
 _SHA = sha1(_SCRIPT, usedforsecurity=False).hexdigest()
 _SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
 
@@ -115,7 +119,7 @@ class RedisStore:
         keys += [
             self._key_prefix + operation.key
             for operation in batch.operations
-            if isinstance(operation, Increment) and operation.key is not None
+            if isinstance(operation, (Increment, Keep)) and operation.key is not None
         ]
         lifetimes = (int(CLIENT_LIFETIME), int(KEY_LIFETIME))
         operations = _encode([_pack(operation) for operation in batch.operations])
@@ -130,6 +134,24 @@ class RedisStore:
         if status == b"lost":
             raise StateLost(f"{self} has lost its contents: its counters begin again")
         return [_unpack(*pair) for pair in zip(batch.operations, _decode(packed[0]), strict=True)]
+
+    def contents(self, deadline: float) -> Contents | None:
+        """See `ShowsContents`. The server answers nobody else meanwhile: about a second for a million counters."""
+        pattern = _SPECIAL.sub(r"\\\g<0>", self._key_prefix) + "*"
+        epoch, witness, counters, keys = self._exchange(deadline, "EVAL", _CONTENTS, 3, *self._shared_keys, pattern)
+        if (witness and witness != epoch) or (self._epoch and self._epoch.encode() != epoch):
+            raise StateLost(f"{self} has lost its contents, or some of them")
+        if epoch is None:
+            return None
+        found, start = Contents(), len(self._key_prefix.encode())
+        try:
+            found.counters = {name.decode(): int(value) for name, value in _pairs(counters) if name}
+            for key, record in _pairs(keys):
+                fingerprint = bytes.fromhex(record[:32].decode())
+                found.keys[key[start:].decode()] = KeyRecord(fingerprint, int(record[32:]), 0.0)
+        except ValueError as error:
+            raise StartupError(f"{self} holds something that is not of counter_server: {error}") from None
+        return found
 
     def _exchange(self, deadline: float, *command: object) -> Any:
         sent = False
@@ -220,6 +242,10 @@ def _url(scheme: str, place: str, query: dict[str, str]) -> str:
     return f"{scheme}://{place}{'?' if query else ''}{urlencode(query)}"
 
 
+def _pairs(flat: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
 def _remaining(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.001)
 
@@ -240,6 +266,8 @@ def _pack(operation: Operation) -> str | list[str | int]:
             return ["get", name]
         case Set(name, value):
             return ["set", name, str(value)]
+        case Keep(_, fingerprint, value, overwrite):
+            return ["keep", fingerprint.hex() + str(value), "overwrite" if overwrite else ""]
         case Delete(name):
             return ["delete", name]
         case Scan(after, limit):

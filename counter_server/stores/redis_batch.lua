@@ -133,6 +133,19 @@ local function increment(name, by, minimum, maximum, fingerprint)
     return 'i' .. value
 end
 
+local function keep(record, overwrite)
+    local key = KEYS[next_key]
+    next_key = next_key + 1
+    local used = redis.call('GET', key)
+    if used and used ~= record and not overwrite then
+        return 'k'
+    end
+    if used ~= record then
+        redis.call('SET', key, record, 'EX', ARGV[5])
+    end
+    return 'i' .. string.sub(record, 33)
+end
+
 local function page(after, limit)
     local found = redis.call('ZRANGEBYLEX', names, '(' .. after, '+', 'LIMIT', 0, limit + 1)
     local answer = {#found > limit and 'more' or 'last'}
@@ -165,6 +178,8 @@ for i, operation in ipairs(cmsgpack.unpack(ARGV[6])) do
             note(name)
             redis.call('HSET', counters, name, operation[3])
             result = 'i' .. operation[3]
+        elseif kind == 'keep' then
+            result = keep(name, operation[3] ~= '')
         elseif kind == 'delete' then
             there[name] = nil
             redis.call('ZREM', names, name)

@@ -20,13 +20,16 @@ from sqlalchemy.schema import CreateTable
 
 from ..errors import AccessDenied, BatchRefused, Disconnected, OutcomeUnknown, StartupError, StateLost, StorageFull
 from ..ledger import CLIENT_LIFETIME, KEY_LIFETIME, Changes, ClientRecord, Contents, KeyRecord, Ledger
-from ..operations import Batch, Delete, Get, Increment, Result, Scan, Set
+from ..operations import Batch, Delete, Get, Increment, Keep, Result, Scan, Set
 from ..settings import LONGEST_DEADLINE
 from ..store import Finding, RoundTrip
 
 _VERSION = 1  # of the tables
 _FORGET_EVERY = 10.0  # seconds between searches for expired records
 _FORGET_AT_ONCE = 1000  # records removed in one transaction, to keep it short
+_SECONDS_TO_CREATE = 5.0  # in which another process makes all tables
+_LOOK_SECONDS = 0.01
+_ROWS_AT_ONCE = 10_000  # read at once, of everything
 _MYSQL = ("mysql", "mariadb")
 
 
@@ -73,8 +76,6 @@ _MARKS = {_counters: ("", 0), _clients: (b"", 0, "[]", 1e308), _keys: ("", b"", 
 _KEY = {table: next(iter(table.primary_key)) for table in _MARKS}
 _IS_MARKED = {table: sa.exists().where(_KEY[table] == mark[0]) for table, mark in _MARKS.items()}
 _REMOVE = {table: sa.delete(table).where(_KEY[table] == sa.bindparam("gone")) for table in _MARKS}
-_WANTED = {table: sa.select(table).where(_KEY[table].in_(sa.bindparam("wanted", expanding=True))) for table in _MARKS}
-_LOCKED = _WANTED[_counters].order_by(_counters.c.name).with_for_update()  # other programs that write wait, too
 _AFTER = sa.select(_counters).where(_counters.c.name > sa.bindparam("after")).order_by(_counters.c.name)
 _PAGE = _AFTER.limit(sa.bindparam("most", type_=sa.Integer))
 
@@ -101,6 +102,11 @@ class _Transaction:
 
     def commit(self, changes: Changes) -> None:
         self._store.commit(self._connection, changes)
+
+
+class _LedgerOfOneBatch(Ledger):
+    def _merge(self, changes: Changes) -> None:
+        """Do nothing: it ends with its batch, and nobody reads it afterwards."""
 
 
 Kind = type[Exception]
@@ -133,6 +139,9 @@ class SqlStore:
         self._epoch = ""  # as last seen
         self._next_forgetting = 0.0
         self._upsert = {table: self.upsert(table) for table in _MARKS}
+        self._wanted = {table: sa.select(table).where(self.is_wanted(_KEY[table])) for table in (_counters, _keys)}
+        # Other programs that write wait, too.
+        self._locked = self._wanted[_counters].order_by(_counters.c.name).with_for_update()
         self._clock: Any = sa.literal_column(self.clock, sa.Double)
         self._known = (
             sa.select(_meta.c.epoch, self._clock, _clients.c.sequence, _clients.c.results, _clients.c.used)
@@ -146,13 +155,38 @@ class SqlStore:
 
     def upsert(self, table: sa.Table) -> Any:
         """Return the statement that inserts a row, or replaces the row that has its primary key."""
-        insert = self.insert(table)
+        return self.replacing(table, self.insert(table))
+
+    def replacing(self, table: sa.Table, insert: Any) -> Any:
+        """Return a statement that inserts rows so that it replaces those that have the same primary keys."""
         rest = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
         return insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=rest)
+
+    def is_wanted(self, column: sa.Column[Any]) -> Any:
+        """Return the condition that a key is in the list `wanted`, a parameter."""
+        return column.in_(sa.bindparam("wanted", expanding=True))
+
+    def write(self, connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
+        """Insert rows, or replace those that have the same primary keys."""
+        connection.execute(self._upsert[table], rows)
 
     def findings(self, deadline: float) -> list[Finding]:
         """See `Store`."""
         raise NotImplementedError
+
+    def exists(self, deadline: float) -> bool:
+        """See `IsMade`. Tables of which some are missing were made."""
+        with self.connection(deadline) as connection:
+            return self.is_there(connection)
+
+    def was_found(self) -> bool:
+        """Return whether this process has used the tables, and they are there, as far as it can tell at once."""
+        return bool(self._epoch)
+
+    def is_there(self, connection: sa.Connection) -> bool:
+        """Return whether any of the tables exists."""
+        found = sa.inspect(connection)
+        return any(found.has_table(table.name) for table in _metadata.sorted_tables)
 
     def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
         """Return our class of error for the driver's error, its reason, and whether a commit may have succeeded."""
@@ -172,11 +206,14 @@ class SqlStore:
         return self.name
 
     def apply(self, batch: Batch, deadline: float) -> list[Result]:
+        if not (batch.sequence or self.was_found() or self.exists(deadline)):  # to look makes no tables
+            self._forget_epoch()
+            return Ledger().apply(batch)
         with self.connection(deadline) as connection:
             if batch.sequence:
                 self._forget(connection)
             now, contents = self._find(connection, batch)
-            ledger = Ledger(contents, _Transaction(self, connection), clock=lambda: now)
+            ledger = _LedgerOfOneBatch(contents, _Transaction(self, connection), clock=lambda: now)
             if not batch.sequence:
                 return ledger.apply(batch)
             answer = ledger.perform([batch])[0]
@@ -212,18 +249,29 @@ class SqlStore:
                 epoch, now, contents = self._look(connection, batch)
         except TablesMissing:
             connection.rollback()
+            if not batch.sequence and not self.is_there(connection):
+                self._forget_epoch()
             if self._create(connection):
                 self._epoch = self._epoch or "lost"  # the first process that comes reports it, too
             epoch, now, contents = self._look(connection, batch)
         known, self._epoch = self._epoch, epoch
         if known and known != epoch:
-            raise StateLost(f"{self} has lost some or all of its contents: numbers may begin again")
+            raise self._lost()
         return now, contents
+
+    def _forget_epoch(self) -> None:
+        """Forget the tables, which are gone; raise `StateLost` if this process has used them."""
+        known, self._epoch = self._epoch, ""
+        if known:
+            raise self._lost()
+
+    def _lost(self) -> StateLost:
+        return StateLost(f"{self} has lost some or all of its contents: numbers may begin again")
 
     def _look(self, connection: sa.Connection, batch: Batch) -> tuple[str, float, Contents]:
         operations = batch.operations
         names = {each.name for each in operations if isinstance(each, (Increment, Set, Get, Delete))}
-        keys = {each.key for each in operations if isinstance(each, Increment) and each.key is not None}
+        keys = {each.key for each in operations if isinstance(each, (Increment, Keep)) and each.key is not None}
         if batch.sequence:
             self.begin_write(connection, names | keys)
         else:
@@ -236,16 +284,44 @@ class SqlStore:
         if sequence is not None:
             contents.clients[batch.client] = ClientRecord(sequence, _decode_results(results), used)
         if names:
-            counters = _LOCKED if batch.sequence else _WANTED[_counters]
+            counters = self._locked if batch.sequence else self._wanted[_counters]
             contents.counters.update(connection.execute(counters, {"wanted": sorted(names)}).all())
         if keys:
-            for key, *record in connection.execute(_WANTED[_keys], {"wanted": sorted(keys)}):
+            for key, *record in connection.execute(self._wanted[_keys], {"wanted": sorted(keys)}):
                 contents.keys[key] = KeyRecord(*record)
         for scan in operations:
             if isinstance(scan, Scan):  # one more than the page, to see whether others follow
                 page = {"after": scan.after, "most": scan.limit + 1}
                 contents.counters.update(connection.execute(_PAGE, page).all())
         return epoch, now, contents
+
+    def contents(self, deadline: float) -> Contents | None:
+        """See `ShowsContents`."""
+        until = min(time.monotonic() + _SECONDS_TO_CREATE, deadline)
+        while True:
+            with self.connection(deadline) as connection:
+                connection.exec_driver_sql(self.begin_read)
+                there = [sa.inspect(connection).has_table(table.name) for table in _metadata.sorted_tables]
+                if not any(there):
+                    return None
+                known = connection.execute(self._known, {"client": b""}).first() if all(there) else None
+                if known is not None and self._epoch in ("", known.epoch):
+                    return self._everything(connection)
+            if known is not None or time.monotonic() > until:  # else another process may be making them
+                raise StateLost(f"{self} has lost some or all of its contents")
+            time.sleep(_LOOK_SECONDS)
+
+    def _everything(self, connection: sa.Connection) -> Contents:
+        keys = sa.select(_keys).where(_keys.c.key != "", _keys.c.used > self._clock - KEY_LIFETIME)
+        found = Contents(dict(self.all_counters(connection, _counters)))
+        for key, *record in connection.execute(keys).yield_per(_ROWS_AT_ONCE):
+            found.keys[key] = KeyRecord(*record)
+        return found
+
+    def all_counters(self, connection: sa.Connection, table: sa.Table) -> Iterator[tuple[str, int]]:
+        """Return the names and values of all counters, one after the other."""
+        rows = connection.execute(sa.select(table).where(table.c.name != ""))
+        return iter(rows.yield_per(_ROWS_AT_ONCE))
 
     def commit(self, connection: sa.Connection, changes: Changes) -> None:
         """Write the changes, and commit them."""
@@ -271,7 +347,7 @@ class SqlStore:
         columns = table.c.keys()
         written = [dict(zip(columns, (key, *row), strict=True)) for key, row in changes.items() if row is not None]
         if written:
-            connection.execute(self._upsert[table], written)
+            self.write(connection, table, written)
 
     def _create(self, connection: sa.Connection) -> bool:
         """Create missing tables and marks; return whether others were there, so that something was lost.

@@ -1,11 +1,39 @@
-"""For people who write a store of their own: the contract of a store as pytest tests, and the checker of histories."""
+"""For tests: an app's state in memory, the contract of a store as pytest tests, and the checker of histories."""
 
-import pytest
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ..history import Operation, assert_exactly_once, violations
+if TYPE_CHECKING:
+    from ..history import Operation, assert_exactly_once, violations
+    from ..state import in_memory
+    from .contract import NAMES, RandomBatches, StoreContract, apply
 
-pytest.register_assert_rewrite(f"{__name__}.contract")
+__all__ = [
+    "NAMES",
+    "Operation",
+    "RandomBatches",
+    "StoreContract",
+    "apply",
+    "assert_exactly_once",
+    "in_memory",
+    "violations",
+]
 
-from .contract import NAMES, RandomBatches, StoreContract, apply  # noqa: E402 - registered first
+_PLACES = {
+    "in_memory": "counter_server.state",
+    **dict.fromkeys(("Operation", "assert_exactly_once", "violations"), "counter_server.history"),
+    **dict.fromkeys(("NAMES", "RandomBatches", "StoreContract", "apply"), f"{__name__}.contract"),
+}
 
-__all__ = ["NAMES", "Operation", "RandomBatches", "StoreContract", "apply", "assert_exactly_once", "violations"]
+
+def __getattr__(name: str) -> Any:
+    # At its first use: pytest imports this package at each start, for the plugin in it.
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place = _PLACES[name]
+    if place.endswith(".contract"):
+        import pytest
+
+        pytest.register_assert_rewrite(place)
+    found = globals()[name] = getattr(import_module(place), name)
+    return found

@@ -12,10 +12,23 @@ import pytest
 from .. import operations as ops
 from ..errors import BatchRefused
 from ..history import Operation, assert_exactly_once
-from ..operations import LARGEST, LARGEST_BATCH, SMALLEST, Batch, Delete, Get, Increment, Page, Refusal, Replayed, Scan
+from ..operations import (
+    LARGEST,
+    LARGEST_BATCH,
+    SMALLEST,
+    Batch,
+    Delete,
+    Get,
+    Increment,
+    Keep,
+    Page,
+    Refusal,
+    Replayed,
+    Scan,
+)
 from ..operations import Set as SetTo
 from ..state import State
-from ..store import Finding, Store
+from ..store import Finding, ShowsContents, Store
 from ..stores.memory import MemoryStore
 
 PATIENCE = 30.0  # seconds allowed for one call on a busy machine
@@ -55,15 +68,23 @@ class RandomBatches:
             return self.chance.choice(_EDGES)
         return self.chance.choice([self.chance.randint(SMALLEST, LARGEST), self.chance.randint(-20, 20)])
 
+    def key(self) -> str:
+        return self.prefix + self.chance.choice("123")
+
+    def keep(self) -> Keep:
+        """Return a request to remember a key that may be used already, perhaps for the same request and number."""
+        step = Increment(self.name(), self.chance.choice([1, 2]))
+        return Keep(self.key(), step.fingerprint(), self.chance.choice([1, self.number()]), self.chance.random() < 0.3)
+
     def increment(self) -> Increment:
         minimum, maximum = (self.chance.choice([None, self.number()]) for _ in range(2))
         if minimum is not None and maximum is not None:
             minimum, maximum = min(minimum, maximum), max(minimum, maximum)
-        key = self.chance.choice([None, f"{self.prefix}{self.chance.choice('123')}"])
+        key = self.chance.choice([None, self.key()])
         return Increment(self.name(), self.number() or 1, minimum, maximum, key)
 
     def write(self) -> ops.Operation:
-        match self.chance.randrange(6):
+        match self.chance.randrange(7):
             case 0:
                 return Increment(self.name())
             case 1 | 2:
@@ -72,6 +93,8 @@ class RandomBatches:
                 return SetTo(self.name(), self.number())
             case 4:
                 return Delete(self.name())
+            case 5:
+                return self.keep()
             case _:
                 return Get(self.name())
 
@@ -158,6 +181,35 @@ class StoreContract:
         assert reused.code == "key_reused"
         assert isinstance(crossed, Refusal)
         assert apply(store, Increment(name, 7, key=f"{name}-new")) == [9]  # a refusal leaves its key unused
+
+    def test_a_key_that_is_kept_answers_for_its_request(self, store: Store, name: str) -> None:
+        """As after a move from another store: the number comes from the key, and nothing is counted."""
+        used, key = Increment(name, 5, key=f"{name}-k"), f"{name}-k"
+        assert apply(store, Keep(key, used.fingerprint(), 12)) == [12]
+        assert apply(store, used, Get(name)) == [Replayed(12), None]
+        other = Increment(name, 6, key=key)
+        for operation in (other, Keep(key, other.fingerprint(), 12), Keep(key, used.fingerprint(), 13)):
+            (refusal,) = apply(store, operation)
+            assert isinstance(refusal, Refusal)
+            assert refusal.code == "key_reused"
+        assert apply(store, Keep(key, used.fingerprint(), 12), used) == [12, Replayed(12)]
+        for edge in (SMALLEST, LARGEST, 2**53 + 1):
+            assert apply(store, Keep(key, other.fingerprint(), edge, overwrite=True), other) == [edge, Replayed(edge)]
+
+    def test_its_contents_are_all_counters_and_keys(self, store: Store, name: str) -> None:
+        if not isinstance(store, ShowsContents):
+            pytest.skip(f"{store} does not show its contents")
+        names = [name + each for each in NAMES]
+        used = [Increment(each, 2**53 + 1, key=f"{name}{number}-k") for number, each in enumerate(names)]
+        apply(store, *used, Delete(names[0]), SetTo(names[1], SMALLEST), SetTo(names[2], LARGEST))
+        found = store.contents(time.monotonic() + PATIENCE)
+        assert found is not None
+        expected = {**dict.fromkeys(names[3:], 2**53 + 1), names[1]: SMALLEST, names[2]: LARGEST}
+        assert {each: value for each, value in found.counters.items() if each.startswith(name)} == expected
+        keys = {key: record[:2] for key, record in found.keys.items() if key.startswith(name)}
+        assert keys == {each.key: (each.fingerprint(), 2**53 + 1) for each in used}
+        assert "" not in found.counters
+        assert "" not in found.keys
 
     def test_the_largest_batch_of_the_longest_names_is_applied(self, store: Store, name: str) -> None:
         names = [f"{name}{n:04d}".ljust(255, "x") for n in range(LARGEST_BATCH)]

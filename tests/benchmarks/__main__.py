@@ -1,7 +1,8 @@
 """Measure everything in one run:  python -m tests.benchmarks
 
-Measures store, HTTP, growth and start-up, side by side and interleaved, and starts every peer that is installed. Prints
-tables and the missed bars; writes JSON and pictures. The exit status is 1 if ours returned a wrong number.
+Measures store, HTTP, one thread, growth, start-up and pages, side by side and interleaved. Starts every peer that is
+installed. Prints tables and the missed bars; writes JSON and pictures. The exit status is 1 if ours returned a wrong
+number.
 """
 
 import argparse
@@ -9,13 +10,20 @@ import os
 import sys
 from pathlib import Path
 
-from tests.benchmarks import growth, over_http, startup, store
+from tests.benchmarks import growth, in_one_thread, over_http, painting, startup, store
 from tests.benchmarks.load import Shape
 from tests.benchmarks.plan import Plan
 from tests.benchmarks.results import Results
 from tests.processes import ROOT
 
-LEVELS = {"store": store.run, "http": over_http.run, "growth": growth.run, "startup": startup.run}
+LEVELS = {
+    "store": store.run,
+    "http": over_http.run,
+    "thread": in_one_thread.run,
+    "growth": growth.run,
+    "startup": startup.run,
+    "pages": painting.run,
+}
 
 
 def main() -> int:

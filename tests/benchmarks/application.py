@@ -1,56 +1,85 @@
 """The application of the HTTP measurements, behind the same server as ours.
 
-    python -m tests.benchmarks.application STORE_URL --workers 2 [--plain-redis]
+    python -m tests.benchmarks.application bare|ours|redis-py [--store URL] [--workers 2] [--threads 8]
 
-It is the smallest that counts. Two of them differ only in the source of the number.
+It is the smallest that counts, with the paths and the answers of our API. The three differ only in the source of the
+number: a global under a lock, which is wrong with several workers; our counter; or Redis.
 """
 
 import argparse
 import logging
+import multiprocessing
 import os
 import signal
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from flask import Flask
 from redis import Redis
 
 from counter_server import SharedState
-from counter_server.server.demo.runner import listen
 from counter_server.server.settings import ServerSettings
-from counter_server.server.worker import Worker
+from counter_server.server.worker import Worker, announce, listen
+
+PATH = "/api/v1/counters/hot"
+SOURCES = ("bare", "ours", "redis-py")
+
+value = 0
+lock = threading.Lock()
 
 
-def create_app(url: str, *, plain_redis: bool) -> Flask:
-    """Create the app that counts with ours, or with redis-py."""
+def increment() -> int:
+    global value
+    with lock:
+        value += 1
+        return value
+
+
+def current() -> int:
+    return value
+
+
+def create_app(source: str, url: str) -> Flask:
+    """Create the app that takes its numbers from `source`, one of `SOURCES`."""
     app = Flask(__name__)
-    if plain_redis:
-        redis: Any = Redis.from_url(url)
-        app.add_url_rule("/", "count", lambda: {"number": redis.incr("plain")})
-        app.add_url_rule("/value", "value", lambda: {"number": int(redis.get("plain") or 0)})
-    else:
+    take: Callable[[], int] = increment
+    read: Callable[[], int] = current
+    if source == "ours":
         app.config.update(COUNTER_SERVER_STORE=url, COUNTER_SERVER_START=False)
         counter = SharedState(app).counter("hot")
-        app.add_url_rule("/", "count", lambda: {"number": counter.increment()})
-        app.add_url_rule("/value", "value", lambda: {"number": counter.value})
+        take, read = counter.increment, lambda: counter.value
+    elif source == "redis-py":
+        redis: Any = Redis.from_url(url)
+        take, read = lambda: redis.incr("plain"), lambda: int(redis.get("plain") or 0)
+
+    @app.post(f"{PATH}/increment")
+    def count() -> dict[str, object]:
+        return {"counter": "hot", "value": take()}
+
+    @app.get(PATH)
+    def total() -> dict[str, object]:
+        return {"counter": "hot", "value": read()}
+
     return app
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url")
+    parser.add_argument("source", choices=SOURCES)
+    parser.add_argument("--store", default="")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=ServerSettings.threads)
-    parser.add_argument("--plain-redis", action="store_true")
     options = parser.parse_args()
-    app = create_app(options.url, plain_redis=options.plain_redis)
+    app = create_app(options.source, options.store)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    # The kernel spreads connections among the workers' sockets. If they shared one socket, a single worker would often
-    # accept a whole crowd, and the figures would show that effect.
-    sockets = listen(0, options.workers)
-    for sock in sockets:
+    settings = ServerSettings(port=0, threads=options.threads)
+    sock = listen(settings)
+    connections = multiprocessing.RawArray("i", options.workers)
+    for place in range(options.workers):
         if os.fork() == 0:
-            Worker(sock, ServerSettings(threads=options.threads), app).run(lambda: None)  # for ever
-    print(f"Serving on http://127.0.0.1:{sockets[0].getsockname()[1]}", flush=True)
+            Worker(sock, settings, app, connections, place).run(lambda: None)  # for ever
+    announce(sock)
     signal.pause()
 
 

@@ -5,12 +5,17 @@ from dataclasses import dataclass
 
 from tests.benchmarks.growth import COUNTERS
 from tests.benchmarks.growth import place as grown
-from tests.benchmarks.over_http import BAR, CEILING, PLAIN_REDIS
+from tests.benchmarks.in_one_thread import API, HOME, TEMPLATE, VIEW
+from tests.benchmarks.in_one_thread import CASE as IN_ONE_THREAD
+from tests.benchmarks.over_http import BAR, BARE
 from tests.benchmarks.over_http import case_of as requests
+from tests.benchmarks.painting import CASE as OPENED
+from tests.benchmarks.painting import PAGES
 from tests.benchmarks.peers import CONTESTANTS, LIMIT_COMMIT
 from tests.benchmarks.plan import FEWEST_OF_BARS
 from tests.benchmarks.results import Place, Results
-from tests.benchmarks.startup import BARE, CASE, OURS
+from tests.benchmarks.startup import BARE as SMALLEST
+from tests.benchmarks.startup import CASE, OURS
 
 VOLATILE, DURABLE = "ours, none", "ours, commit"
 
@@ -138,13 +143,22 @@ def _below(title: str, ours: str, peers: Iterable[str]) -> Bar:
 
 
 def _over_http() -> Iterator[Bar]:
-    for ours, name, limit in ((VOLATILE, "volatile", 0.85), (DURABLE, "durable", 0.75)):
-        yield _ratio(f"HTTP {name}: requests/s, of {CEILING}", "requests/s", _http(ours), _http(CEILING), limit)
-    yield _ratio(f"HTTP volatile: times the {PLAIN_REDIS}", "requests/s", _http(VOLATILE), _http(PLAIN_REDIS), 1.3)
-    yield _ratio(
-        f"HTTP volatile: processor time per request, of {CEILING}", "cpu us/request", _http(VOLATILE), _http(CEILING),
-        1.15, at_least=False,
-    )  # fmt: skip
+    for ours, name, rate, cost in (
+        ("ours, API, none", "our API, volatile", 0.75, 1.35),
+        ("ours, API, commit", "our API, durable", 0.6, 1.6),
+        (VOLATILE, "the view with our counter, volatile", 0.8, None),
+        (DURABLE, "the view with our counter, durable", 0.65, None),
+    ):
+        of, to = _http(ours), _http(BARE)
+        yield _ratio(f"HTTP, {name}: requests/s, of the bare view's", "requests/s", of, to, rate)
+        if cost is not None:
+            title = f"HTTP, {name}: processor time, of the bare view's"
+            yield _ratio(title, "cpu us/request", of, to, cost, at_least=False)
+    for mine, theirs, limit in ((API, VIEW, 1.45), (HOME, TEMPLATE, 2.0)):
+        of, to = (Place("thread", IN_ONE_THREAD, who) for who in (mine, theirs))
+        yield _ratio(
+            f"one thread, {mine}: processor time, of {theirs}", "cpu us/request", of, to, limit, at_least=False
+        )
 
 
 def _growth() -> Iterator[Bar]:
@@ -161,9 +175,20 @@ def _growth() -> Iterator[Bar]:
     memory = (grown("counters", COUNTERS[-1], "none"), "bytes/counter")
     yield Bar("memory of a counter, in bytes", 200, lambda results: results.median(*memory), (memory,), at_least=False)
     yield _ratio(
-        f"start: {OURS}, of {BARE}", "ms", Place("startup", CASE, OURS), Place("startup", CASE, BARE), 2,
+        f"start: {OURS}, of {SMALLEST}", "ms", Place("startup", CASE, OURS), Place("startup", CASE, SMALLEST), 2,
         at_least=False,
     )  # fmt: skip
 
 
-BARS = [*_throughput(), *_latency(), *_over_http(), *_growth()]
+def _pages() -> Iterator[Bar]:
+    places = tuple((Place("pages", OPENED, path), "kB") for path in PAGES)
+    yield Bar(
+        "pages: kB of the largest",
+        60,
+        lambda results: max(results.median(*place) for place in places),
+        places,
+        at_least=False,
+    )
+
+
+BARS = [*_throughput(), *_latency(), *_over_http(), *_growth(), *_pages()]

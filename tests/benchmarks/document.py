@@ -12,7 +12,14 @@ from tests.benchmarks.results import Results
 
 BEGIN = "<!-- measured: begin (written by python -m tests.benchmarks --document) -->"
 END = "<!-- measured: end -->"
-_LEVELS = {"store": "Store", "http": "HTTP", "growth": "Growth", "startup": "Start-up"}
+_LEVELS = {
+    "store": "Store",
+    "http": "HTTP",
+    "thread": "One thread",
+    "growth": "Growth",
+    "startup": "Start-up",
+    "pages": "Pages",
+}
 
 
 def write(document: Path, results: Results, verdicts: list[Verdict], pictures: Iterable[Path]) -> None:

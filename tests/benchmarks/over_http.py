@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from counter_server.settings import DURABILITIES
+from tests.benchmarks.application import PATH
 from tests.benchmarks.plan import Plan, in_turn
 from tests.benchmarks.results import Place, Results
 from tests.engines import PostgresServer, RedisServer, find
@@ -23,8 +24,9 @@ from tests.processes import PATIENCE, Manager, Program
 WORKERS = (1, 2, 4)
 CONNECTIONS = (32, 256)
 BAR = (2, 32)  # for the bars: the default number of workers on two cores
-CEILING = "memory:// (wrong)"
+BARE = "bare view (wrong)"
 PLAIN_REDIS = "view with redis-py"
+_POST = str(Path(__file__).with_name("post.lua"))
 _TICK = os.sysconf("SC_CLK_TCK")
 _UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6, "m": 6e7}
 
@@ -35,38 +37,42 @@ def case_of(workers: int, connections: int) -> str:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """A running store with which the application counts."""
+class Contestant:
+    """A way to serve numbers.
+
+    :param command: starts it; the number of workers is missing.
+    :param pid: of the running server of its store.
+    :param shared: whether all workers share the numbers, so that the total can be checked.
+    """
 
     name: str
-    url: str
-    pid: int | None = None  # of its server
-    plain_redis: bool = False
-    shared: bool = True  # by all workers, so the total can be checked
+    command: tuple[str, ...]
+    pid: int | None = None
+    shared: bool = True
 
 
 class Application(Program):
-    """`tests.benchmarks.application`, ready for requests."""
+    """A contestant, ready for requests."""
 
-    def __init__(self, engine: Engine, workers: int) -> None:
-        options = ["--plain-redis"] if engine.plain_redis else []
-        super().__init__("-m", "tests.benchmarks.application", engine.url, "--workers", str(workers), *options)
-        self.engine = engine
+    def __init__(self, contestant: Contestant, workers: int) -> None:
+        super().__init__(*contestant.command, "--workers", str(workers))
+        self.contestant = contestant
         try:
-            self.url = self.expect("Serving on ")
-            self.total()
+            self.url = self.expect("Serving on ") + PATH
+            urllib.request.urlopen(f"{self.url}/increment", b"", timeout=PATIENCE).close()  # noqa: S310 - our own
         except BaseException:
             self.__exit__(None, None, None)
             raise
 
     def total(self) -> int:
         """Return the last returned number."""
-        with urllib.request.urlopen(f"{self.url}/value", timeout=PATIENCE) as answer:  # noqa: S310 - our own
-            return int(json.load(answer)["number"])
+        with urllib.request.urlopen(self.url, timeout=PATIENCE) as answer:  # noqa: S310 - our own
+            return int(json.load(answer)["value"])
 
     def processor_seconds(self) -> float:
-        """Return the processor time that its workers and the engine's server have used so far."""
-        return sum(map(_processor_seconds, [self.pid, *([self.engine.pid] if self.engine.pid else [])]))
+        """Return the processor time that its workers and its store's server have used so far."""
+        pids = [self.pid, *([self.contestant.pid] if self.contestant.pid else [])]
+        return sum(map(_processor_seconds, pids))
 
 
 def _processor_seconds(pid: int) -> float:
@@ -77,67 +83,76 @@ def _processor_seconds(pid: int) -> float:
 
 
 def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
-    """Measure all applications in turn, for each number of workers and connections."""
+    """Measure all contestants in turn, for each number of workers and connections."""
     with ExitStack() as stack:
         try:
             wrk = find("wrk", "wrk")
         except pytest.skip.Exception as reason:
             results.missing["the level of HTTP"] = str(reason.msg)
             return
-        say("starting the engines")
+        say("starting the stores")
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        engines = _engines(plan, results, stack, root)
+        contestants = _contestants(plan, results, stack, root)
         for workers in WORKERS:
             with ExitStack() as served:
-                applications = [served.enter_context(Application(engine, workers)) for engine in engines]
+                applications = [served.enter_context(Application(one, workers)) for one in contestants]
                 for connections in CONNECTIONS:
                     for number in range(plan.rounds(bar=(workers, connections) == BAR)):
                         for one in in_turn(applications, number):
                             case = case_of(workers, connections)
-                            say(f"http {case}, round {number + 1}: {one.engine.name}")
+                            say(f"http {case}, round {number + 1}: {one.contestant.name}")
                             figures = measure(wrk, one, connections, plan.seconds)
-                            results.add(Place("http", case, one.engine.name), figures)
+                            results.add(Place("http", case, one.contestant.name), figures)
 
 
-def _engines(plan: Plan, results: Results, stack: ExitStack, root: Path) -> list[Engine]:
-    """Start the engines that are installed, and note the missing ones."""
+def _contestants(plan: Plan, results: Results, stack: ExitStack, root: Path) -> list[Contestant]:
+    """Start the stores that are installed, and note the missing ones."""
 
-    def manager(durability: str) -> Engine:
-        server = stack.enter_context(Manager(root / durability, "--durability", durability))
-        return Engine(f"ours, {durability}", server.url, server.pid)
+    def view(source: str, url: str = "") -> tuple[str, ...]:
+        return ("-m", "tests.benchmarks.application", source, "--store", url)
 
-    def redis(name: str, *, plain: bool = False) -> Engine:
+    def manager(name: str) -> Contestant:
+        server = stack.enter_context(Manager(root / name, "--durability", name.rpartition(" ")[2]))
+        return Contestant(name, view("ours", server.url), server.pid)
+
+    def api(name: str) -> Contestant:
+        data_dir = str(root / name)
+        return Contestant(name, ("run.py", "--port", "0", "--data-dir", data_dir, "--durability", name.split()[-1]))
+
+    def redis(name: str, source: str = "ours") -> Contestant:
         server = stack.enter_context(RedisServer(root / name.replace(" ", "-")))
-        return Engine(name, server.url, server.pid, plain_redis=plain)
+        return Contestant(name, view(source, server.url), server.pid)
 
-    def postgres(name: str) -> Engine:
+    def postgres(name: str) -> Contestant:
         server = stack.enter_context(PostgresServer())
-        return Engine(name, server.url, server.pid)
+        return Contestant(name, view("ours", server.url), server.pid)
 
-    starters: list[tuple[str, Callable[[str], Engine]]] = [
-        (CEILING, lambda name: Engine(name, "memory://", shared=False)),
-        *((f"ours, {one}", lambda name: manager(name.rpartition(" ")[2])) for one in reversed(DURABILITIES)),
+    starters: list[tuple[str, Callable[[str], Contestant]]] = [
+        (BARE, lambda name: Contestant(name, view("bare"), shared=False)),
+        *((f"ours, API, {durability}", api) for durability in ("none", "commit")),
+        *((f"ours, {durability}", manager) for durability in reversed(DURABILITIES)),
         ("ours on Redis", redis),
         ("ours on PostgreSQL", postgres),
-        ("ours on SQLite", lambda name: Engine(name, f"sqlite:///{root}/counters.db")),
-        (PLAIN_REDIS, lambda name: redis(name, plain=True)),
+        ("ours on SQLite", lambda name: Contestant(name, view("ours", f"sqlite:///{root}/counters.db"))),
+        (PLAIN_REDIS, lambda name: redis(name, "redis-py")),
     ]
-    engines = []
+    contestants = []
     for name, start in starters:
         if plan.wants(name):
             try:
-                engines.append(start(name))
+                contestants.append(start(name))
             except pytest.skip.Exception as reason:
                 results.missing[f"{name}, over HTTP"] = str(reason.msg)
-    return engines
+    return contestants
 
 
 def measure(wrk: str, application: Application, connections: int, seconds: float) -> dict[str, float]:
     """Measure one round, and return its figures. "wrong" is the difference between the total and the answers."""
     whole = math.ceil(seconds)  # wrk accepts only whole seconds
+    url = f"{application.url}/increment"
     before, used = application.total(), application.processor_seconds()
     output = subprocess.run(
-        [wrk, "--latency", "--timeout", "30s", "-t1", f"-c{connections}", f"-d{whole}s", f"{application.url}/"],
+        [wrk, "--latency", "--timeout", "30s", "-t1", f"-c{connections}", f"-d{whole}s", "-s", _POST, url],
         capture_output=True,
         text=True,
         check=True,
@@ -148,10 +163,10 @@ def measure(wrk: str, application: Application, connections: int, seconds: float
     (rate,) = re.findall(r"Requests/sec: +([\d.]+)", output)
     refused = sum(int(number) for number in re.findall(r"Non-2xx or 3xx responses: (\d+)", output))
     if "Socket errors" in output:
-        raise RuntimeError(f"{application.engine.name}: {output}")
+        raise RuntimeError(f"{application.contestant.name}: {output}")
     # Requests in progress when wrk ended were counted, but their answers were not read.
     beyond = counted - int(requests)
-    wrong = (max(-beyond, beyond - connections, 0) if application.engine.shared else 0) + refused
+    wrong = (max(-beyond, beyond - connections, 0) if application.contestant.shared else 0) + refused
     return {
         "requests/s": float(rate),
         "p50 us": _latency(output, "50%"),

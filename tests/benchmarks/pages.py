@@ -51,6 +51,9 @@ def fill(url: str, counters: int) -> None:
             store.apply(Batch(client, sequence, [Set(name_of(n), n) for n in numbers]), time.monotonic() + PATIENCE)
 
 
+NAMING = ("/counters/delete", "/counters/detail", "/counters/detail.json")  # routes with a name in the query
+
+
 def requests(counters: int) -> Iterator[Request]:
     """Yield a request for each route that reads, then the heaviest ones of dashboard and API, then writes."""
     middle = quote(name_of(counters // 2), safe="/")
@@ -61,7 +64,7 @@ def requests(counters: int) -> Iterator[Request]:
                 converter = path[path.index("<") : path.index(">") + 1]
                 assert argument in converter, f"{rule}: more than one argument"
                 path = path.replace(converter, middle)
-            yield Request("GET", path + (f"?name={middle}" if path == "/counters/delete" else ""))
+            yield Request("GET", path + (f"?name={middle}" if path in NAMING else ""))
     for path in ("/counters", "/counters.json"):
         for query in (f"after={middle}", "q=shop/42/", "q=shop", "q=nothing", "limit=500"):
             yield Request("GET", f"{path}?{query}")

@@ -323,7 +323,7 @@ def start_all(wanted: Iterable[Contestant], stack: ExitStack, root: Path) -> tup
     peers, missing = [], {}
     for number, one in enumerate(wanted):
         if one.needs and importlib.util.find_spec(one.needs) is None:
-            missing[one.name] = f"{one.needs} is not installed (pip install 'counter-server[benchmark]')"
+            missing[one.name] = f"{one.needs} is not installed (pip install -e . --group benchmark)"
             continue
         try:
             place = one.start(stack, root / str(number))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 class Place(NamedTuple):
     """A contestant in one case of one level."""
 
-    level: str  # "store", "http", "growth", "startup"
+    level: str  # "store", "http", "thread", "growth", "startup", "pages"
     case: str  # a shape, or another varied quantity
     who: str
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from flask import Blueprint, Response, render_template, request
+from flask import Blueprint, Response, request
+from flask.blueprints import BlueprintSetupState
 from msgspec import Meta, Struct
 from werkzeug.exceptions import NotFound, UnsupportedMediaType
 from werkzeug.routing import PathConverter
@@ -17,7 +18,8 @@ from ...errors import InvalidRequest
 from ...extension import SharedState
 from ...operations import LARGEST, LARGEST_PAGE, SMALLEST, Assignment, Get, Increment, Replayed, Step
 from ...state import expect
-from .security import operators_only
+from .security import Answer, operators_only
+from .site import has_page, render_template, root
 
 Form = TypeVar("Form", bound=Struct)
 
@@ -37,10 +39,22 @@ class PageQuery(Struct, frozen=True):
 
 
 class CounterNameConverter(PathConverter):
-    """Matches the rest of a path, slashes included; `check_name` decides later whether it is a name."""
+    """Matches the rest of a path, slashes included; `check_name` decides later whether it is a name.
+
+    As it matches "a//b" too, which is another name than "a/b", an app does not merge these slashes.
+    """
 
     regex = "(?s:.*?)"
     part_isolating = False
+
+
+NAMED = "/<counter_server_name:name>"
+_ONE = Step()
+
+
+@api.record
+def _add_converter(state: BlueprintSetupState) -> None:
+    state.app.url_map.converters["counter_server_name"] = CounterNameConverter  # under no name of another app's
 
 
 @api.get("")
@@ -51,10 +65,10 @@ def page() -> Response:
     return _json({"counters": counters, "next": counters[-1]["counter"] if found.more else None})
 
 
-@api.post("/<counter:name>/increment")
+@api.post(f"{NAMED}/increment")
 def increment(name: str) -> Response:
-    step = _read_body(Step, default=Step())
-    key = request.headers.get("Idempotency-Key")
+    step = _read_body(Step, default=_ONE)
+    key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
     if key is not None and "," in key:  # WSGI joins repeated headers with a comma
         raise InvalidRequest("an Idempotency-Key may be given once, without a comma")
     result = shared.submit(Increment(name, step.by, step.minimum, step.maximum, key))
@@ -65,7 +79,7 @@ def increment(name: str) -> Response:
     return _value(name, expect(int, result))
 
 
-@api.get("/<counter:name>")
+@api.get(NAMED)
 def get(name: str) -> Response:
     value = shared.submit(Get(name))
     if value is None:
@@ -73,13 +87,13 @@ def get(name: str) -> Response:
     return _value(name, expect(int, value))
 
 
-@api.put("/<counter:name>")
+@api.put(NAMED)
 @operators_only
 def put(name: str) -> Response:
     return _value(name, shared.counter(name).set(_read_body(Assignment).value))
 
 
-@api.delete("/<counter:name>")
+@api.delete(NAMED)
 @operators_only
 def delete(name: str) -> Response:
     if not shared.counter(name).delete():
@@ -89,16 +103,33 @@ def delete(name: str) -> Response:
 
 @documentation.get("/openapi.json")
 def openapi() -> Response:
-    return _json({**_DOCUMENT, "servers": [{"url": request.script_root or "/"}]})
+    return _json({**_document(), "servers": [{"url": root() or "/"}]})
 
 
 @documentation.get("/docs")
 def docs() -> str:
-    return render_template("documentation.html", document=_DOCUMENT, root=request.url_root.rstrip("/"))
+    here = request.host_url.rstrip("/") + root()
+    return render_template("documentation.html", document=_document(), root=here, of=_component)
+
+
+def _component(kind: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return what `given` refers to, or itself if it is no reference."""
+    name = given.get("$ref", "").rpartition("/")[2]
+    found: dict[str, Any] = _DOCUMENT["components"][kind][name] if name else given
+    return found
+
+
+def _document() -> dict[str, Any]:
+    """Return the document with the operations that this site has."""
+
+    def is_here(item: dict[str, Any]) -> bool:
+        return all(has_page(operation["operationId"].replace("_", ".", 1)) for operation in item.values())
+
+    return {**_DOCUMENT, "paths": {path: item for path, item in _DOCUMENT["paths"].items() if is_here(item)}}
 
 
 def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), content_type="application/json")
+    return Answer(msgspec.json.encode(content), content_type="application/json")
 
 
 def _value(name: str, value: int) -> Response:
@@ -140,7 +171,9 @@ _decode = msgspec.json.Decoder(dict[str, Any], float_hook=_number).decode
 
 def _read_body(form: type[Form], *, default: Form | None = None) -> Form:
     """Read the JSON body as a `form`; without a body return `default`, if there is one."""
-    data = request.get_data(cache=False)
+    environ = request.environ
+    is_empty = environ.get("CONTENT_LENGTH", "") in ("", "0") and "HTTP_TRANSFER_ENCODING" not in environ
+    data = b"" if is_empty else request.get_data(cache=False)
     if not data and default is not None:
         return default
     if data and request.mimetype != "application/json":

@@ -4,16 +4,17 @@ import unicodedata
 from collections.abc import Collection
 from typing import Annotated, Literal
 
-from flask import Blueprint, Flask, Response, current_app, render_template, request
+from flask import Blueprint, Flask, Response, current_app, request
 from msgspec import Meta, Struct
 from werkzeug.exceptions import Forbidden
 
 from ...errors import CounterServerError, InvalidRequest
 from ...extension import SharedState
 from ...operations import Get, check_name
-from .api import read_query
+from .api import NAMED, read_query
 from .pages import is_prefetch
 from .problems import refuse
+from .site import Site, templates
 
 shared = SharedState()  # of the current app
 badge = Blueprint("badge", __name__)
@@ -40,8 +41,8 @@ class BadgeQuery(Struct, frozen=True):
     color: Annotated[str, Meta(pattern=_COLOUR)] = "blue"
 
 
-def init_app(app: Flask) -> None:
-    """Give `app` the badges. ``COUNTER_SERVER_BADGES`` lists the counters whose badges may count.
+def init_app(app: Flask, site: Site) -> None:
+    """Add the badges to the site of `app`. ``COUNTER_SERVER_BADGES`` lists the counters whose badges may count.
 
     :raises InvalidRequest: if these are not names.
     """
@@ -50,10 +51,10 @@ def init_app(app: Flask) -> None:
         raise InvalidRequest(f"COUNTER_SERVER_BADGES must be a list of counters' names, not {counting!r}")
     for name in counting:
         check_name(name)
-    app.register_blueprint(badge)
+    site.register_blueprint(badge)
 
 
-@badge.get("/badge/<counter:name>.svg")
+@badge.get(f"/badge{NAMED}.svg")
 def picture(name: str) -> Response:
     query = read_query(BadgeQuery)
     check_name(name)
@@ -91,7 +92,7 @@ def draw(label: str, message: str, colour: str) -> str:
     # XML cannot hold U+FFFE and U+FFFF; names can.
     left, right = (text.translate({0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}) for text in (label, message))
     widths = {"left_width": _width(left), "right_width": _width(right)}
-    return render_template("badge.svg", left=left, right=right, **widths, colour=colour, ink=_ink(colour))
+    return templates.get_template("badge.svg").render(left=left, right=right, **widths, colour=colour, ink=_ink(colour))
 
 
 def _width(text: str) -> int:

@@ -1,28 +1,37 @@
-"""The dashboard: all counters, live, with forms to change them; the manager and the processes of the server."""
+"""The dashboard: all counters, live, with forms to change them; the manager, its shared objects and its processes."""
 
+import os.path
 import re
+import shlex
 import unicodedata
 from collections.abc import Callable
-from itertools import takewhile
+from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import msgspec
-from flask import Blueprint, Response, current_app, flash, redirect, render_template, request, url_for
+from flask import Blueprint, Response, current_app, g, redirect, request, url_for
 from jinja2.filters import do_filesizeformat
+from werkzeug.exceptions import NotFound
+from werkzeug.wrappers import Response as AnyResponse
 
-from ...errors import CounterServerError, InvalidRequest, Unsupported
+from ...errors import InvalidRequest, Unsupported
 from ...extension import SharedState
-from ...operations import LARGEST, SMALLEST, Get
-from ...status import FIGURES, Process, Status
-from .problems import problem, refuse
-from .security import operators_only, wants_page
+from ...manager.client import StateProxy
+from ...operations import LARGEST, SMALLEST, Get, Increment, Replayed
+from ...scan import beginning_with
+from ...state import expect
+from ...status import FIGURES, ConnectedProcess, ObjectStatus, Process, Status
+from .security import keep_sentence, kept_sentence, may_operate, operators_only, token_of, wants_page
+from .site import has_page, link, render_template, site
 
-_MOST_ROWS = 500  # counters on a page
-_TOTALS = ("epoch", "pid", "batches", "operations", "commits", "commit_seconds")  # the page shows their rates
+_ROWS = "25"  # counters on a page: all that it loads stays below 60 kB
+_MOST_ROWS = 500
+_TOTALS = ("epoch", "pid", "batches", "operations")  # the page shows their rates
 
 shared = SharedState()  # of the current app
 dashboard = Blueprint("dashboard", __name__)
-dashboard.register_error_handler(CounterServerError, lambda error: _for_people(refuse(error)))
 
 
 class Listing(NamedTuple):
@@ -33,18 +42,30 @@ class Listing(NamedTuple):
     refusal: str | None = None
 
 
+class Ways(NamedTuple):
+    """Lines to copy that count from elsewhere; an empty one does not fit this site. A directory is for operators."""
+
+    command: str
+    curl: str
+    python: str
+
+
 @dashboard.get("/counters")
-def page() -> str:
-    listing = _listing()
-    return render_template(
+def page() -> AnyResponse:
+    listing, status = _listing(), shared.state.status()
+    here = _here()
+    return _with_sentence(
         "dashboard.html",
         listing=listing,
-        here=_here(),
-        next=url_for(".page", **{**_here(), "after": listing.next}),
-        status=shared.state.status(),
+        here=here,
+        next=url_for(".page", **{**here, "after": listing.next}),
+        ways=ways(here.get("q", "visits")),
+        row_id=_row_id,
+        status=status,
         figures=figures,
+        tables=None if status is None else tables(status),
         processes=_processes(),
-        scheme=str(shared.state.store).partition("://")[0],
+        scheme=_scheme(),
     )
 
 
@@ -53,26 +74,51 @@ def live() -> Response:
     """Return everything that can change on the page, or 304. Values are text: JavaScript is exact up to 2^53."""
     listing = _listing()
     status = shared.state.status()
-    found = {
-        "counters": [{"name": name, "value": str(value)} for name, value in listing.counters],
-        "next": listing.next,
-        "manager": None if status is None else figures(status),
-        "processes": _processes(),
-    }
-    response = Response(msgspec.json.encode(found), content_type="application/json")
-    response.add_etag()
-    return response.make_conditional(request)  # type: ignore[return-value]
+    return _unless_known(
+        {
+            "counters": [{"name": name, "value": str(value)} for name, value in listing.counters],
+            "next": listing.next,
+            "ways": None if listing.counters else ways(_here().get("q", "visits"))._asdict(),
+            "manager": None if status is None else figures(status),
+            "tables": None if status is None else tables(status),
+            "processes": _processes(),
+        }
+    )
+
+
+@dashboard.get("/counters/detail")
+def detail() -> AnyResponse:
+    """Show one counter. Its name is in the query, which holds any name, such as ``..`` or ``a//b``."""
+    name = request.args.get("name", "")
+    value = shared.submit(Get(name))
+    if value is None:
+        return _missing(name)
+    badge = has_page("badge.picture") and request.host_url.rstrip("/") + link("badge.picture", name=name)
+    return _with_sentence(
+        "dashboard_detail.html", name=name, value=value, here=_here(), row=_row_id(name), ways=ways(name), badge=badge
+    )
+
+
+@dashboard.get("/counters/detail.json")
+def detail_live() -> Response:
+    """Return one counter's value as text, null if there is no such counter, or 304."""
+    value = shared.submit(Get(request.args.get("name", "")))
+    return _unless_known({"value": None if value is None else str(value)})
 
 
 @dashboard.post("/counters/increment")
-def increment() -> Response:
-    counter = shared.counter(request.form.get("name", ""))
-    return _say(counter.name, f"gave {counter.increment()}")
+def increment() -> AnyResponse:
+    name, key = request.form.get("name", ""), request.form.get("key")
+    by = _integer("by", request.form.get("by", "1"), SMALLEST, LARGEST)
+    result = shared.submit(Increment(name, by, key=key or None))
+    if isinstance(result, Replayed):
+        return _say(name, f"gave {result.value} before with this key, so nothing was added")
+    return _say(name, f"gave {expect(int, result)}")
 
 
 @dashboard.post("/counters/set")
 @operators_only
-def set_() -> Response:
+def set_() -> AnyResponse:
     counter = shared.counter(request.form.get("name", ""))
     value = _integer("value", request.form.get("value", ""), SMALLEST, LARGEST)
     return _say(counter.name, f"is {counter.set(value)} now")
@@ -84,35 +130,93 @@ def confirm() -> str | Response:
     name = request.args.get("name", "")
     value = shared.submit(Get(name))
     if value is None:
-        return _for_people(problem(404, "Not Found", f"there is no counter {name!r}", "not_applied"))
+        return _missing(name)
     return render_template("dashboard_delete.html", name=name, value=value, here=_here())
 
 
 @dashboard.post("/counters/delete")
 @operators_only
-def delete() -> Response:
+def delete() -> AnyResponse:
     counter = shared.counter(request.form.get("name", ""))
     return _say(counter.name, "is deleted" if counter.delete() else "was not there")
 
 
+def waiting(reason: str) -> str:
+    """Make the page of a store that has no manager now."""
+    return render_template("dashboard_waiting.html", reason=reason, ways=ways("visits"))
+
+
+def ways(name: str) -> Ways:
+    """Return how to add to a counter from elsewhere."""
+    store, name_in_shell = shared.state.store, shlex.quote(name)
+    has_directory = isinstance(store, StateProxy) and may_operate()
+    directory = shlex.quote(str(store.directory.path)) if isinstance(store, StateProxy) and has_directory else ""
+    path = link("api.increment", name=name)
+    options = " --path-as-is" if {".", ".."} & set(name.split("/")) else ""  # curl resolves them otherwise
+    if site().is_closed and token_of(current_app.config):
+        options += ' -H "Authorization: Bearer $COUNTER_SERVER_TOKEN"'
+    if site().is_closed:  # in another app, which has a `shared` of its own
+        python = f"shared.counter({name!r}).increment()"
+    elif _scheme() == "memory":
+        python = ""
+    else:
+        url = str(store) if has_directory else f"{_scheme()}://…"
+        python = (
+            "from counter_server import open_state\n\n"
+            f"with open_state({url!r}) as state:\n    print(state.counter({name!r}).increment())"
+        )
+    end_of_options = "-- " if name.startswith("-") else ""
+    return Ways(
+        f"counter-server increment --data-dir {directory} {end_of_options}{name_in_shell}" if directory else "",
+        f"curl -X POST{options} {shlex.quote(request.host_url.rstrip('/') + path)}",
+        python,
+    )
+
+
+def _scheme() -> str:
+    return str(shared.state.store).partition("://")[0]
+
+
+def _with_sentence(template: str, **values: Any) -> AnyResponse:
+    """Render a page that says the sentence that was kept for it."""
+    said = kept_sentence()
+    answer = Response(render_template(template, said=said, **values))
+    return keep_sentence(answer, "") if said else answer
+
+
+def _unless_known(found: dict[str, Any]) -> Response:
+    """Answer a script with JSON, or 304 if it has it already."""
+    response = Response(msgspec.json.encode(found), content_type="application/json")
+    response.add_etag()
+    return response.make_conditional(request)  # type: ignore[return-value]
+
+
+def _missing(name: str) -> Response:
+    """Answer that there is no such counter; to a browser with a page that can make it."""
+    if not wants_page():
+        raise NotFound(f"there is no counter {name!r}")
+    g.outcome = "not_applied"  # for the log
+    return Response(render_template("dashboard_missing.html", name=name, here=_here(), ways=ways(name)), 404)
+
+
+def _row_id(name: str) -> str:
+    """Return the id of a counter's row. The script makes the same, with `encodeURIComponent`."""
+    return "row-" + quote(name, safe="!*'()")
+
+
 def _listing() -> Listing:
-    here = {"q": "", "after": "", "limit": "50", **_here()}
+    here = {"q": "", "after": "", "limit": _ROWS, **_here()}
     return find(beginning=here["q"], after=here["after"], limit=_integer("limit", here["limit"], 1, _MOST_ROWS))
 
 
 def find(*, beginning: str, after: str, limit: int) -> Listing:
     """List counters whose names begin with `beginning`, in order, after the name `after`."""
     found: list[tuple[str, int]] = []
-    if after < beginning:  # a scan begins after a name, but the first name may be the text itself
-        after = beginning
-        value = shared.submit(Get(beginning))
-        if isinstance(value, int):
-            found.append((beginning, value))
     try:
-        page = shared.counters(after=after, limit=limit + 1)
+        for counter in islice(beginning_with(beginning, shared.submit, after=after, at_once=limit + 1), limit + 1):
+            found.append(counter)  # noqa: PERF402 - one was found before a store says that it lists none
     except Unsupported as error:
         return Listing(found, refusal=str(error))
-    found += takewhile(lambda counter: counter[0].startswith(beginning), page.counters)
     return Listing(found[:limit], found[limit - 1][0] if len(found) > limit else None)
 
 
@@ -128,22 +232,17 @@ def _integer(name: str, text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def _say(name: str, result: str) -> Response:
+def _say(name: str, result: str) -> AnyResponse:
     """Answer the page's script with a sentence, and show it to people on the page that they came from."""
     # The isolated name has its own writing direction, as in `<bdi>`.
     sentence = f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE} {result}."
     if request.accept_mimetypes.best_match(["text/html", "application/json"]) == "application/json":
         return Response(msgspec.json.encode({"sentence": sentence}), content_type="application/json")
-    flash(sentence)
-    return redirect(url_for(".page", **_here()), 303)  # type: ignore[return-value]
-
-
-def _for_people(answer: Response) -> Response:
-    """Turn a problem document into a page if the client is a browser."""
-    if wants_page():
-        answer.set_data(render_template("dashboard_refused.html", problem=answer.get_json(), here=_here()))
-        answer.content_type = "text/html; charset=utf-8"
-    return answer
+    if "detail" in request.args:
+        back = url_for(".detail", name=name, **_here())
+    else:
+        back = url_for(".page", **_here(), _anchor=_row_id(name))
+    return keep_sentence(redirect(back, 303), sentence)
 
 
 def figures(status: Status) -> dict[str, dict[str, Any]]:
@@ -155,7 +254,74 @@ def figures(status: Status) -> dict[str, dict[str, Any]]:
         if figure.label
     }
     now[FIGURES["slow_calls"].label] = ", ".join(f"{call.object}.{call.method}" for call in status.slow_calls) or "none"
-    return {"now": now, "totals": {name: getattr(status, name) for name in _TOTALS}}
+    now["Connected processes"] = f"{status.connected_processes:,}"
+    totals = {name: getattr(status, name) for name in _TOTALS}
+    return {
+        "now": now,
+        "totals": {**totals, "commits": status.journal_commits, "commit_seconds": status.commit_seconds},
+    }
+
+
+def tables(status: Status) -> dict[str, list[dict[str, str]]]:
+    """Return the rows of the shared objects, of those with entries, and of the connected processes.
+
+    An argument or a value of a call never appears. What may hold one, or a secret, is for operators: the text of an
+    error, the reason why an object could not be made, and a command line beyond the program.
+    """
+    is_operator = may_operate()
+    return {
+        "objects": [_object_row(each, is_operator=is_operator) for each in status.hosted],
+        "entries": [_entries_row(each) for each in status.hosted if each.entries],
+        "connected": [_connected_row(each, is_operator=is_operator) for each in status.processes],
+    }
+
+
+def _object_row(each: ObjectStatus, *, is_operator: bool) -> dict[str, str]:
+    error = ""
+    if each.not_made:
+        error = each.not_made if is_operator else "it could not be made"
+    elif each.last_error:
+        text = f": {each.last_error.text}" if is_operator and each.last_error.text else ""
+        error = f"{each.last_error.kind}{text} ({_moment(each.last_error.time)})"
+    return {
+        "name": each.name,
+        "class": each.cls,
+        "durable": "yes" if each.durable else "no",
+        "calls": f"{each.calls:,}",
+        "running": f"{each.running:,}",
+        "errors": f"{each.errors:,}",
+        "slowest": f"{each.slowest_method}, {brief(each.slowest_seconds)}" if each.slowest_method else "",
+        "error": error,
+    }
+
+
+def _entries_row(each: ObjectStatus) -> dict[str, str]:
+    assert each.entries is not None
+    names = ("now", "most", "hits", "misses", "evictions", "expired")
+    values = {name: getattr(each.entries, name) for name in names}
+    return {"name": each.name, **{name: "" if value is None else f"{value:,}" for name, value in values.items()}}
+
+
+def _connected_row(each: ConnectedProcess, *, is_operator: bool) -> dict[str, str]:
+    program = each.command if is_operator else os.path.basename(each.command.partition(" ")[0])
+    return {
+        "name": str(each.pid) if each.pid else "not visible",
+        "command": program,
+        "connections": f"{each.connections:,}",
+        "since": _moment(each.since),
+    }
+
+
+def _moment(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def brief(seconds: float) -> str:
+    """Return a duration with three significant digits, in its own unit."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:,.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:,.0f} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
 
 
 def _processes() -> list[dict[str, str]] | None:

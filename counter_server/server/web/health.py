@@ -2,34 +2,33 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from types import SimpleNamespace
-from typing import cast
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
-from flask import Blueprint, Response, current_app, request
+from flask import Blueprint, Flask, Response, current_app, request
+from werkzeug.exceptions import NotImplemented as NotInstalled
 
 from ... import errors
 from ...errors import CounterServerError, StartupError
+from ...extension import SharedState, state_of
 from ...operations import SMALLEST, Get, Increment
 from ...state import State
-from ...status import FIGURES, Process, Status
 from .problems import problem
 
-try:
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
-    from prometheus_client.exposition import choose_encoder
-    from prometheus_client.registry import Collector
-except ImportError as error:
-    raise StartupError("the server needs prometheus-client: pip install 'counter-server[server]'") from error
+if TYPE_CHECKING:
+    pass
 
 log = logging.getLogger(__name__)
 
+shared = SharedState()  # of the current app
+_PROBES = "counter_server.probes"  # in an app's extensions
 LIVEZ = "/livez"  # our own server answers it in a thread of its own
 _SECONDS = 1.0  # that a probe may take: a monitor asks again soon
 # A write that changes nothing, as no number is below the smallest. A transactional store still writes the refusal,
 # which answers the same batch if it comes again.
 _WRITE = Increment("ready?", maximum=SMALLEST)
+_READ = Get(_WRITE.name)
 
 _REASONS: dict[type[CounterServerError], str] = {
     errors.StorageFull: "the store cannot write for now; reads continue, and writes are refused until it can",
@@ -39,14 +38,33 @@ _REASONS: dict[type[CounterServerError], str] = {
 _OTHER_REASON = "the store cannot be used; the server's log says why"
 
 
-def blueprint(state: State) -> Blueprint:
+def check_metrics(app: Flask, needed_by: str) -> None:
+    """Raise `StartupError` if the package that writes metrics is not installed, or their configuration is invalid."""
+    _import_metrics(needed_by).patterns_of(app)
+
+
+def _import_metrics(needed_by: str) -> ModuleType:
+    try:
+        from . import metrics
+    except ImportError as error:
+        raise StartupError(f"{needed_by} needs prometheus-client: pip install 'counter-server[server]'") from error
+    return metrics
+
+
+def probes_of(app: Flask) -> "_Readiness":
+    """Return the current app's probes, whose state is their own: probes and other calls do not wait for each other."""
+    if _PROBES not in app.extensions:
+        is_in_memory = str(shared.state.store).startswith("memory:")  # then another state has other counters
+        app.extensions.setdefault(_PROBES, _Readiness(shared.state if is_in_memory else state_of(app)))
+    return cast(_Readiness, app.extensions[_PROBES])
+
+
+def blueprint(*, writes: bool = True) -> Blueprint:
     """Make the three routes.
 
-    :param state: a state of the application's store for probes only, so that probes and other calls do not wait for
-        each other.
+    :param writes: whether to find out if the store can be written to, which is a write that changes no counter.
     """
     health = Blueprint("health", __name__)
-    readiness = _Readiness(state)
 
     @health.get(LIVEZ)
     def livez() -> Response:
@@ -54,47 +72,42 @@ def blueprint(state: State) -> Blueprint:
 
     @health.get("/readyz")
     def readyz() -> Response:
-        failure = readiness.failure()
+        failure = probes_of(current_app).failure(writes=writes)
         if failure is not None:
             return problem(503, "Not Ready", _REASONS.get(type(failure), _OTHER_REASON), "not_applied")
         return Response("ready\n", mimetype="text/plain")
 
     @health.get("/metrics")
     def metrics() -> Response:
-        up, status = True, None
         try:
-            status = state.status(within=_SECONDS)
-            if status is None:  # the store has no figures, but does it answer?
-                state.submit(Get("any"), within=_SECONDS)
-        except CounterServerError as error:
-            log.warning("no figures: %s", error)
-            up = False
-        families = list(_metrics(up, status, current_app.config.get("COUNTER_SERVER_PROCESSES", list)()))
-        try:
-            encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        except TypeError:  # the header asks for a version that is not a number
-            encode, content_type = choose_encoder("")
-        # In no registry, which holds the metrics of one process.
-        return Response(encode(cast(Collector, SimpleNamespace(collect=lambda: families))), content_type=content_type)
+            module = _import_metrics("this page")
+            patterns = module.patterns_of(current_app)
+        except StartupError as error:
+            raise NotInstalled(str(error)) from None
+        processes = current_app.config.get("COUNTER_SERVER_PROCESSES", list)()
+        answer = module.page(
+            probes_of(current_app).state, patterns, processes, _SECONDS, request.headers.get("Accept", "")
+        )
+        return cast(Response, answer)
 
     return health
 
 
 class _Readiness:
-    """Finds out by a write whether the store can be written to. Probes at the same time do not pile up."""
+    """Finds out whether the store answers, and can be written to. Probes at the same time do not pile up."""
 
     def __init__(self, state: State) -> None:
-        self._state = state
+        self.state = state
         self._failure: CounterServerError | None = None  # of the last probe
         self._trying = threading.Lock()  # held by the thread that finds out whether the failure has passed
 
-    def failure(self) -> CounterServerError | None:
+    def failure(self, *, writes: bool) -> CounterServerError | None:
         """Return why the store is not ready, or None."""
         before = self._failure
         if before is not None and not self._trying.acquire(blocking=False):
             return before  # another thread waits for the store already
         try:
-            self._probe()
+            self._probe(_WRITE if writes else _READ)
             self._failure = None
         except CounterServerError as error:
             if type(error) is not type(before):
@@ -106,36 +119,11 @@ class _Readiness:
                 self._trying.release()
         return None
 
-    def _probe(self) -> None:
+    def _probe(self, operation: Increment | Get) -> None:
         with suppress(errors.LimitReached):
             try:
-                self._state.submit(_WRITE, within=_SECONDS)
+                self.state.submit(operation, within=_SECONDS)
             except errors.StateLost:  # raised once per client; the new epoch can be written to
-                self._state.submit(_WRITE, within=_SECONDS)
+                self.state.submit(operation, within=_SECONDS)
             except errors.Unsupported:
-                self._state.submit(Get(_WRITE.name), within=_SECONDS)
-
-
-def _metrics(up: bool, status: Status | None, processes: Sequence[Process]) -> Iterator[Metric]:  # noqa: FBT001
-    """Describe the whole server, with names by https://prometheus.io/docs/practices/naming/."""
-    yield GaugeMetricFamily("counter_server_up", "Whether the store answered.", up)
-    if status is not None:
-        epoch = {"durability": status.durability, "epoch": status.epoch}
-        yield InfoMetricFamily("counter_server_manager", "The manager, and the epoch of its counters.", epoch)
-        for name, figure in FIGURES.items():
-            if figure.metric:
-                kind = CounterMetricFamily if figure.grows else GaugeMetricFamily
-                yield kind(f"counter_server_{figure.metric}", figure.help, getattr(status, name))
-        slow = GaugeMetricFamily("counter_server_slow_call_seconds", "Seconds so far.", labels=["object", "method"])
-        for call in status.slow_calls:
-            slow.add_metric([call.object, call.method], call.seconds)
-        yield slow
-    if processes:
-        up_now = GaugeMetricFamily("counter_server_process_up", "Whether the process runs.", labels=["process"])
-        uptime = GaugeMetricFamily("counter_server_process_uptime_seconds", "Seconds of its life.", labels=["process"])
-        restarts = CounterMetricFamily("counter_server_process_restarts", "Starts after the first.", labels=["process"])
-        for process in processes:
-            up_now.add_metric([process.name], process.pid is not None)
-            uptime.add_metric([process.name], process.uptime)
-            restarts.add_metric([process.name], process.restarts)
-        yield from (up_now, uptime, restarts)
+                self.state.submit(_READ, within=_SECONDS)

@@ -9,35 +9,36 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
 import msgspec
 from cachetools import TTLCache
-from flask import Blueprint, Flask, Response, current_app, render_template, request, url_for
+from flask import Blueprint, Flask, Response, current_app, request
 from itsdangerous import BadSignature, SignatureExpired, URLSafeTimedSerializer
 from werkzeug.exceptions import Gone, NotFound, ServiceUnavailable
 
-from ...dicts import SharedDict
 from ...errors import InvalidRequest, StartupError, Unsupported
 from ...extension import SharedState
 from ...manager.directory import DataDirectory
 from ..strategies import JOIN, STRATEGIES, Run, Take
 from .security import is_loopback
+from .site import Site, link, render_template
 
 _MOST_CLIENTS = 100
 _SECONDS = 60  # that a run may last
 FORGOTTEN = 2 * _SECONDS  # after its begin no client of a run asks, or waits for an answer
 _MOST_RUNS = 100  # whose numbers a worker keeps in its memory
 _MEMORY = "memory:// is each worker process's own: in none did a number come twice, but each began at 0."
+_OURS = "store"  # the strategy that is shown beside each wrong one
 _RUNS = "lab/"  # the prefix of their counters, and their directory
 _NAME = re.compile(r"([0-9]{1,12})-[0-9a-f]{16}")
 
 
-def init_app(app: Flask, shared: SharedState) -> None:
-    """Add the lab at `/lab` to `app`; if it is off, a page that says how to turn it on.
+def init_app(app: Flask, site: Site, shared: SharedState) -> None:
+    """Add the lab at `/lab` to the site of `app`; if it is off, a page that says how to turn it on.
 
     ``COUNTER_SERVER_LAB`` says whether it is on; by default it is if only this machine can connect.
     """
@@ -48,7 +49,7 @@ def init_app(app: Flask, shared: SharedState) -> None:
     else:
         for path in ("", "/<path:_path>"):
             lab.add_url_rule(path, view_func=_off, methods=["GET", "POST", "DELETE"])
-    app.register_blueprint(lab)
+    site.register_blueprint(lab)
 
 
 def _off(_path: str = "") -> NoReturn:
@@ -66,46 +67,42 @@ class _Lab:
         self._shared = shared
         self._memory = Memory()
         self._strategies = {name: strategy for name, strategy in STRATEGIES.items() if strategy.about}
-        store = self._strategies["store"]
-        wrong = _MEMORY if scheme == "memory" else store.wrong
-        self._strategies["store"] = msgspec.structs.replace(store, title=f"{store.title}, {scheme}://", wrong=wrong)
+        has_manager = scheme == "manager"
+        ours, place = self._strategies[_OURS], "the manager" if has_manager else f"the store, {scheme}://"
+        words = {"about": ours.about.format(place=place), "right": ours.right.format(place=place)}
+        wrong = _MEMORY if scheme == "memory" else ours.wrong
+        self._strategies[_OURS] = msgspec.structs.replace(ours, place=place, wrong=wrong, **words)
         url, default = app.config["COUNTER_SERVER_STORE"], app.config["COUNTER_SERVER_DATA_DIR"]
-        if scheme == "manager":
-            self._missing: dict[str, str] = {}
-            self._numbers: SharedDict | None = shared.dict("lab", max_entries=1000, ttl=FORGOTTEN)
-            self._data = DataDirectory.from_url(url, default)
-        else:
-            self._missing = {"manager": f"the configured store is {scheme}://, and has no manager"}
-            self._numbers = None
-            self._data = DataDirectory(default)  # with the app's keys
+        # Without a manager, the files are beside the app's keys.
+        self._data = DataDirectory.from_url(url, default) if has_manager else DataDirectory(default)
         lab.get("")(self.page)
         lab.post("/runs")(self.begin)
         lab.post("/runs/<run_id>/clients")(self.client)
         lab.delete("/runs/<run_id>")(self.end)
 
     def page(self) -> str:
-        """Show the form. The query may contain its choices, as a browser without scripts sends them."""
+        """Show the form. The query may contain its choices, as a link to a run does."""
+        wrong = {name: strategy for name, strategy in self._strategies.items() if name != _OURS}
         return render_template(
             "lab.html",
-            strategies=self._strategies,
-            missing=self._missing,
-            chosen=self._strategy(request.args.get("strategy", "global")),
+            wrong=wrong,
+            ours=self._strategies[_OURS],
+            ours_name=_OURS,
+            chosen=_one_of(wrong, request.args.get("strategy", "global")),
             clients=_clients(request.args.get("clients", str(_MOST_CLIENTS))),
             most=_MOST_CLIENTS,
         )
 
     def begin(self) -> tuple[dict[str, Any], int, dict[str, str]]:
         """Begin a run with the form's choices, and return where its clients ask."""
-        name = self._strategy(request.form.get("strategy", ""))
+        name = _one_of(self._strategies, request.form.get("strategy", ""))
         strategy, clients = self._strategies[name], _clients(request.form.get("clients", ""))
-        if name in self._missing:
-            raise Unsupported(f"{strategy.title} cannot be shown here: {self._missing[name]}")
         run_id = _signer().dumps([name, secrets.token_hex(8)])  # signed, so that every worker knows it
         if name == "file":
             self._make_directory_and_remove_old_ones(self._find(run_id)[1])
-        if name == "store":
+        if name == _OURS:
             _delete_old_counters(self._shared)
-        links = {"run": url_for("lab.end", run_id=run_id), "ask": url_for("lab.client", run_id=run_id)}
+        links = {"run": link("lab.end", run_id=run_id), "ask": link("lab.client", run_id=run_id)}
         words = {word: getattr(strategy, word) for word in ("title", "place", "right", "wrong")}
         return {**links, "clients": clients, **words}, 201, {"Location": links["run"]}
 
@@ -121,18 +118,11 @@ class _Lab:
     def end(self, run_id: str) -> Response:
         name, run = self._find(run_id)
         self._memory.forget(run.name)
-        if name == "store":
+        if name == _OURS:
             self._shared.counter(run.name).delete()
-        if run.numbers is not None:
-            run.numbers.pop(run.name, None)
         # A late client may still be writing there: the rest is removed when the next run begins.
         shutil.rmtree(run.directory, ignore_errors=True)
         return Response(status=204)
-
-    def _strategy(self, name: str) -> str:
-        if name not in self._strategies:
-            raise InvalidRequest(f"strategy is one of {', '.join(self._strategies)}")
-        return name
 
     def _find(self, run_id: str) -> tuple[str, Run]:
         """Find a run and the name of its strategy, if this server began it and it is not over."""
@@ -143,8 +133,7 @@ class _Lab:
         except BadSignature:
             raise NotFound("this run does not exist: start one") from None
         name = f"{_RUNS}{began.timestamp():.0f}-{nonce}"
-        numbers = self._numbers if strategy == "manager" else None
-        return strategy, Run(name, self._app, self._shared, self._data.path / name, url_for("lab.page"), numbers)
+        return strategy, Run(name, self._app, self._shared, self._data.path / name, link("lab.page"))
 
     def _make_directory_and_remove_old_ones(self, run: Run) -> None:
         self._data.make()
@@ -161,6 +150,12 @@ class _Lab:
 def _signer() -> URLSafeTimedSerializer:
     assert current_app.secret_key is not None
     return URLSafeTimedSerializer(current_app.secret_key, salt="counter_server lab run")
+
+
+def _one_of(strategies: Collection[str], name: str) -> str:
+    if name not in strategies:
+        raise InvalidRequest(f"strategy is one of {', '.join(strategies)}")
+    return name
 
 
 def _clients(text: str) -> int:

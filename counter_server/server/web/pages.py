@@ -1,44 +1,44 @@
-"""The pages that people see: the home page, the visitor's own counter, and what every page shows."""
+"""The pages of our own application alone: the home page, and the visitor's own counter."""
 
 import logging
 import os
 import time
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from flask import Blueprint, Flask, Response, current_app, flash, render_template, request
+import msgspec
+from flask import Blueprint, Flask, Response, current_app, request
 from werkzeug.exceptions import ServiceUnavailable
 
 from ...errors import CounterServerError, Unsupported
 from ...extension import SharedState, VisitorCounter
+from ...operations import Get
 from ...state import forgetful
+from ...status import Process
 from ...windows import Recent
+from .security import is_loopback, may_operate
+from .site import Site, render_template
 
 log = logging.getLogger(__name__)
 
 shared = SharedState()  # of the current app
 pages = Blueprint("pages", __name__)
 
+_VISITS = "visits"  # the counter
 _VISITS_SHOWN = 5
 _RECENT, _SHARED = "counter_server.last_visits", "counter_server.pages"  # in an app's extensions
-_TITLES = {
-    "pages.home": "Home",
-    "lab.page": "Lab",
-    "dashboard.page": "Counters",
-    "pages.session": "Your own",
-    "documentation.docs": "API",
-}
 
 
-def _navigation() -> dict[str, Any]:
-    """Return the variables of every template: links to the app's pages with their titles, and this process's pid."""
-    links = {endpoint: title for endpoint, title in _TITLES.items() if endpoint in current_app.view_functions}
-    return {"links": links, "pid": os.getpid()}
+class _Worker(NamedTuple):
+    """A worker as a page shows it; `shade` is the class of its colour."""
+
+    shade: str
+    letter: str
+    pid: int
 
 
-def init_app(app: Flask, declaring: SharedState) -> None:
+def init_app(app: Flask, site: Site, declaring: SharedState) -> None:
     """Add the home page and the pages of the visitor's own counter; declare their objects before the first request."""
-    app.context_processor(_navigation)
-    app.register_blueprint(pages)
+    site.register_blueprint(pages)
     app.extensions[_SHARED] = declaring
     try:
         app.extensions[_RECENT] = forgetful(declaring.object("last visits", Recent, _VISITS_SHOWN, durable=False))
@@ -54,31 +54,69 @@ def home() -> str:
         raise ServiceUnavailable("a visit is counted when it is made, not ahead of it")
     if request.method == "HEAD":
         return ""
-    number = shared.counter("visits").increment()
-    flash(f"You are visitor number {number}.")
-    visits = []
+    number = shared.counter(_VISITS).increment()
+    visits: list[tuple[int, int, str]] = []
     if recent := current_app.extensions.get(_RECENT):
         try:
             visits = recent.add([number, os.getpid(), time.strftime("%H:%M:%S", time.gmtime())])
         except CounterServerError as error:  # the visit counts even so
             log.warning("visit %s was counted, but the last visits are unavailable: %s", number, error)
-    return render_template("index.html", number=number, visits=visits)
+    return render_template(
+        "index.html",
+        number=number,
+        scheme=str(shared.state.store).partition("://")[0],
+        durability=current_app.config["COUNTER_SERVER_DURABILITY"],
+        shows_processes=is_loopback(current_app) or may_operate(),
+        **_seen(visits),
+    )
+
+
+@pages.get("/visits.json")
+def live() -> Response:
+    """Return what the home page shows now, or 204 if its newest visit is `after`; count nothing.
+
+    The number is text, because JavaScript is exact up to 2^53.
+    """
+    number = str(shared.submit(Get(_VISITS)) or 0)
+    if number == request.args.get("after"):
+        return Response(status=204)
+    recent = current_app.extensions.get(_RECENT)
+    rows = render_template("visits.html", **_seen(recent.items() if recent else []))
+    return Response(msgspec.json.encode({"number": number, "rows": rows}), content_type="application/json")
+
+
+def _seen(visits: list[tuple[int, int, str]]) -> dict[str, Any]:
+    """Return the last visits, and the commands that kill the server's processes, if it knows them.
+
+    The same worker has the same letter and colour in both.
+    """
+    processes: list[Process] | None = current_app.config.get("COUNTER_SERVER_PROCESSES", lambda: None)()
+    pids = [process.pid for process in processes or () if process.name != "manager"]
+    pids += sorted({pid for _, pid, _ in visits}.difference(pids))
+    workers = {pid: _Worker(f"w{n % 8}", chr(ord("A") + n % 26), pid) for n, pid in enumerate(pids) if pid}
+    serving = pids if processes is None else [process.pid for process in processes]
+    return {
+        "visits": [(f"{number:,}", workers[pid], pid in serving, time) for number, pid, time in visits],
+        "processes": None if processes is None else [(one.pid, workers.get(one.pid)) for one in processes if one.pid],
+    }
 
 
 @pages.get("/session")
 def session() -> str:
-    return render_template("session.html", sentence=f"counter is {_yours().value}")
+    value = _yours().value
+    return render_template("session.html", value=value, sentence=f"counter is {value}")
 
 
 @pages.post("/session/<any(inc, dec, reset):step>")
 def session_step(step: str) -> Response:
     if step == "reset":
         _yours().reset()
-        sentence = "counter was reset"
+        value, sentence = 0, "counter was reset"
     else:
-        sentence = f"counter is {_yours().increment(1 if step == 'inc' else -1)}"
+        value = _yours().increment(1 if step == "inc" else -1)
+        sentence = f"counter is {value}"
     if request.accept_mimetypes.best_match(["text/plain", "text/html"]) == "text/html":
-        return Response(render_template("session.html", sentence=sentence))
+        return Response(render_template("session.html", value=value, sentence=sentence))
     return Response(sentence, mimetype="text/plain")
 
 

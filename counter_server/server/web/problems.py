@@ -1,36 +1,36 @@
-"""Every error as a problem document (RFC 9457), with the outcome."""
+"""Every error as a problem document (RFC 9457), with the outcome; in a browser as a page."""
 
 import logging
 
 import msgspec
-from flask import Flask, Response, g, request
+from flask import Response, g, request
+from flask.sansio.scaffold import Scaffold
 from msgspec import Struct
-from werkzeug.exceptions import BadRequest, HTTPException
+from werkzeug.exceptions import HTTPException, default_exceptions
 
 from ...errors import CounterServerError, InvalidRequest, KeyReused, LimitReached, Outcome, Unsupported
+from .security import prefix_leads_here, wants_page
+from .site import render_template
 
 log = logging.getLogger(__name__)
 
 _STATUS = {InvalidRequest: 400, LimitReached: 409, KeyReused: 422, Unsupported: 501}  # others: 503
 _DETAIL: dict[Outcome, str] = {
     "not_applied": "the counters could not be reached or written; nothing was counted or changed, so try again",
-    "unknown": "no answer came in time; it may be applied, once at most: ask again with the same Idempotency-Key",
+    "unknown": "no answer came in time; the request may have been applied, once at most: send it again with the same"
+    " Idempotency-Key",
 }
 
-
-def init_app(app: Flask) -> None:
-    """Answer every error of `app` with a problem document."""
-    app.before_request(_refuse_malformed_path)
-    app.register_error_handler(CounterServerError, refuse)
-    app.register_error_handler(HTTPException, _refuse_http)
-    app.register_error_handler(Exception, _fail)
+_AGAIN = 3  # seconds until a browser asks again by itself
 
 
-def _refuse_malformed_path() -> None:
-    try:
-        request.environ["PATH_INFO"].encode("latin-1").decode()
-    except UnicodeDecodeError:
-        raise BadRequest("the path is not valid UTF-8") from None
+def protect(scaffold: Scaffold) -> None:
+    """Answer every error of an app, or of a blueprint's routes, with a problem document or a page."""
+    scaffold.register_error_handler(CounterServerError, refuse)
+    scaffold.register_error_handler(HTTPException, _refuse_http)
+    for code in default_exceptions:  # or an app's own handler of 404 comes first
+        scaffold.register_error_handler(code, _refuse_http)
+    scaffold.register_error_handler(Exception, _fail)
 
 
 class Problem(Struct, frozen=True):
@@ -45,15 +45,35 @@ class Problem(Struct, frozen=True):
 
 def problem(status: int, title: str, detail: str, outcome: Outcome) -> Response:
     g.outcome = outcome  # for the log
-    body = msgspec.json.encode(Problem("about:blank", title, status, detail, outcome))
-    response = Response(body, status, content_type="application/problem+json")
+    found = Problem("about:blank", title, status, detail, outcome)
+    response = _page(found) if wants_page() and not _is_for_programs() else None
+    if response is None:
+        response = Response(msgspec.json.encode(found), status, content_type="application/problem+json")
     if status == 503:
         response.headers["Retry-After"] = "1"  # second; a manager is back within two
     return response
 
 
+def _is_for_programs() -> bool:
+    """Return whether this is a request to the API, which answers browsers like anyone else."""
+    return (request.blueprint or "").endswith(".api") or f"{request.path}/".startswith("/api/")
+
+
+def _page(found: Problem) -> Response | None:
+    """Make the page of an error, or return None if that fails too."""
+    # Under another server's name, or below a prefix that leads elsewhere, even our style sheet would be refused.
+    has_links = found.status != 421 and prefix_leads_here(request.script_root)
+    asks_again = found.status == 503 and request.method == "GET"
+    try:
+        text = render_template("error.html", problem=found, has_links=has_links, seconds=_AGAIN if asks_again else 0)
+    except Exception:
+        log.exception("the page of an error failed")
+        return None
+    return Response(text, found.status, {"Refresh": str(_AGAIN)} if asks_again else None)
+
+
 def refuse(error: CounterServerError) -> Response:
-    """Make the problem document of one of our errors. Messages for operators only go to the log."""
+    """Answer one of our errors. Messages for operators only go to the log."""
     status = _STATUS.get(type(error), 503)
     if status >= 500:
         log.warning("%s %s: %s (%s)", request.method, request.path, error, error.outcome)

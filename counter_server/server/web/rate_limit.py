@@ -38,7 +38,7 @@ def init_app(app: Flask, shared: SharedState) -> None:
     item = _parse(text)
 
     def take() -> None:
-        if request.blueprint not in _LIMITED:
+        if (request.blueprint or "").rpartition(".")[2] not in _LIMITED:
             return
         try:
             admitted = limiter.hit(item, client())

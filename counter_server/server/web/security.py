@@ -1,7 +1,8 @@
 """Who may do what: allowed hosts, the same-origin rule, protective headers, and operators with their token.
 
-Anyone may read and count; operators, who know the server's token, may also set and delete. A server without a token
-treats every client as an operator if only this machine can connect, and otherwise refuses to set and delete.
+In our own application, anyone may read and count; operators, who know the server's token, may also set and delete. A
+server without a token treats every client as an operator if only this machine can connect, and otherwise refuses to set
+and delete. In another app, only operators may do anything: those who know the token, and those whom the app lets in.
 """
 
 import hmac
@@ -10,91 +11,130 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import wraps
+from functools import lru_cache, wraps
 from ipaddress import ip_address
 from math import ceil
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, session, url_for
-from flask.sessions import SecureCookieSessionInterface
+from flask import Blueprint, Flask, Request, Response, current_app, redirect, request
+from flask.blueprints import BlueprintSetupState
+from flask.sansio.scaffold import Scaffold
+from flask.sessions import SecureCookieSession, SecureCookieSessionInterface, SessionMixin
+from itsdangerous import BadSignature, URLSafeTimedSerializer
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import BadRequest, Forbidden, MisdirectedRequest, TooManyRequests, Unauthorized
+from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, MisdirectedRequest, TooManyRequests, Unauthorized
 from werkzeug.middleware.proxy_fix import ProxyFix
-from werkzeug.sansio.utils import host_is_trusted
+from werkzeug.sansio.utils import get_host, host_is_trusted
 from werkzeug.wrappers import Response as AnyResponse
 
 from ...errors import NotHosted, StartupError, StorageFull, Unsupported
 from ...extension import SharedState
 from ...journal import sync
 from ...manager.directory import DataDirectory
-from ...state import forgetful, open_state
+from ...state import forgetful
 from ...windows import Attempts
 from .rate_limit import client
+from .site import Site, link, render_template, root, site, templates
 
 log = logging.getLogger(__name__)
 
+shared = SharedState()  # of the current app
 sign_in = Blueprint("sign_in", __name__)
 
 SIGNED_IN_SECONDS = 12 * 3600
+_SENTENCE_SECONDS = 60  # for a browser to ask for the next page
 _TOKEN = "COUNTER_SERVER_TOKEN"  # noqa: S105 - the name of the setting
 _SHORTEST_TOKEN = 16  # characters: long enough to resist guessing over a network
+_LARGEST_BODY = 16 * 1024  # bytes; the largest valid body has under 200
+_MOST_DECIDED = 64  # hosts and origins whose decision is kept: a client may send others, of 64 KiB each
 _CLOCK_JUMP = 48 * 3600  # seconds by which the clock may be set back without reviving an ended sign-in
 _HOST = re.compile(r"\.?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?|\[?[0-9a-f]*:[0-9a-f:]+\]?", re.ASCII)
 # A path on this site. Some browsers take a backslash for a slash, and "//" starts the name of another host.
 _ON_THIS_SITE = re.compile(r"/(?![/\\])")
 _LOCAL_PATH = re.compile(_ON_THIS_SITE.pattern + r"[!-\[\]-~]*")
 _HEADERS = {
-    # Scripts, styles and pictures are our own files: nothing inline, nothing from other sites, no frames.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
-    " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
+    name.lower(): (name, value)
+    for name, value in (
+        # Scripts, styles and pictures are our own files: nothing inline, nothing from other sites, no frames.
+        (
+            "Content-Security-Policy",
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
+            " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        ),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "same-origin"),
+        ("Cross-Origin-Opener-Policy", "same-origin"),
+        ("Cross-Origin-Resource-Policy", "same-origin"),
+        ("Cache-Control", "no-store"),  # our files have their own
+    )
 }
 
-# Keys of an app's `extensions`, of a session, and of a request's environment.
+# Keys of an app's `extensions`, and of a request's environment; names of cookies.
 _HOSTS = "counter_server.trusted_hosts"
-_ATTEMPTS = "counter_server.wrong_tokens"
-_ENDED = "counter_server.ended_sign_ins"
-_SIGN_IN = "counter_server_operator"
+_KEY = "counter_server.key"
 _VERDICT = "counter_server.right_token"
+_ALLOWED = "counter_server.allowed"
+_SIGN_IN, _SENTENCE = "counter_server_sign_in", "counter_server_sentence"
 
 
-def init_app(app: Flask, shared: SharedState) -> None:
-    """Protect `app`, and give its templates `may_operate`, `why_not` and `way_back`.
+def protect(scaffold: Scaffold) -> None:
+    """Apply the rules that hold everywhere to an app, or to a blueprint and nothing else of its app."""
+    scaffold.before_request(_check_request)
+    if isinstance(scaffold, Flask):
+        scaffold.response_class = Answer
+    else:
+        scaffold.after_request(_add_headers)
 
-    :raises StartupError: if the configuration is invalid, or the data directory cannot be written.
+
+def protect_app(app: Flask) -> None:
+    """Protect an application of our own, which has no other pages.
+
+    :raises StartupError: if the configuration is invalid.
     """
     _configure_hosts(app)
-    app.before_request(_refuse_other_hosts)
-    app.before_request(_refuse_other_prefixes)
-    app.before_request(_refuse_other_sites)
-    app.after_request(_add_headers)
-    token = app.config.setdefault(_TOKEN, os.environ.get(_TOKEN))  # not an option: command lines are public
-    if token is not None:
-        if not (isinstance(token, str) and re.fullmatch(r"[!-~]+", token) and len(token) >= _SHORTEST_TOKEN):
-            raise StartupError(
-                f"{_TOKEN} is not a token: it must have {_SHORTEST_TOKEN} or more ASCII characters without spaces;"
-                " make one with `openssl rand -hex 32`"
-            )
-        attempts = own = open_state("memory://").object("wrong tokens", Attempts, durable=False)
-        try:
-            attempts = forgetful(shared.object("wrong tokens", Attempts, durable=False))
-        except Unsupported as error:
-            log.info("wrong tokens are counted in each process: %s", error)
-        app.extensions[_ATTEMPTS] = attempts, own
-    app.context_processor(lambda: {"may_operate": may_operate, "why_not": why_not, "way_back": way_back})
-    store, data_dir = app.config["COUNTER_SERVER_STORE"], app.config["COUNTER_SERVER_DATA_DIR"]
+    protect(app)
+    app.config.setdefault(_TOKEN, os.environ.get(_TOKEN))
+    token_of(app.config)
     app.session_interface = Sessions()
-    directory = _directory(store, data_dir)
-    app.extensions[_ENDED] = set() if directory is None else directory.path / "signed-out"
-    if not app.config["SECRET_KEY"]:
-        app.config["SECRET_KEY"] = signing_key(store, data_dir)
+
+
+def close(guarded: Site) -> None:
+    """Let nobody use a site in another app, unless a token or the app lets in."""
+    protect(guarded)
+    guarded.record(_check_configuration)
+    guarded.before_request(_turn_away)
+
+
+def _check_configuration(state: BlueprintSetupState) -> None:
+    token_of(state.app.config)
+
+
+def count_together(guarded: Site, declaring: SharedState) -> None:
+    """Count wrong tokens in the manager, for all workers together."""
+    try:
+        guarded.attempts = forgetful(declaring.object("wrong tokens", Attempts, durable=False))
+    except Unsupported as error:
+        log.info("wrong tokens are counted in each process: %s", error)
+
+
+def token_of(config: Mapping[str, Any]) -> str | None:
+    """Return the token of operators, from an app's configuration, else from the environment.
+
+    It is not an option of a command: command lines are public.
+
+    :raises StartupError: if it is not a token.
+    """
+    token = config.get(_TOKEN, os.environ.get(_TOKEN))
+    if token is None or (isinstance(token, str) and re.fullmatch(rf"[!-~]{{{_SHORTEST_TOKEN},}}", token)):
+        return token
+    raise StartupError(
+        f"{_TOKEN} is not a token: it must have {_SHORTEST_TOKEN} or more ASCII characters without spaces;"
+        " make one with `openssl rand -hex 32`"
+    )
 
 
 # Hosts and sites
@@ -109,7 +149,6 @@ def _configure_hosts(app: Flask) -> None:
         if not (isinstance(name, str) and _HOST.fullmatch(name.lower())):
             raise StartupError(f"{name!r} is not a host name: give it as browsers send it, without scheme and port")
     hosts = [name.lower() for name in names]
-    app.extensions[_HOSTS] = [f"[{host.strip('[]')}]" if ":" in host else host for host in hosts]
     app.config["TRUSTED_HOSTS"] = None  # or Flask itself refuses loopback addresses, capitals and IPv6, by 400
     proxies = app.config.setdefault("COUNTER_SERVER_TRUSTED_PROXIES", 0)
     if not isinstance(proxies, int) or isinstance(proxies, bool) or proxies < 0:
@@ -117,6 +156,7 @@ def _configure_hosts(app: Flask) -> None:
     if proxies:
         headers = dict.fromkeys(("x_for", "x_proto", "x_host", "x_prefix"), proxies)
         app.wsgi_app = ProxyFix(app.wsgi_app, **headers)  # type: ignore[method-assign]
+    app.extensions[_HOSTS] = frozenset(f"[{host.strip('[]')}]" if ":" in host else host for host in hosts)
 
 
 def is_loopback(app: Flask) -> bool:
@@ -125,6 +165,7 @@ def is_loopback(app: Flask) -> bool:
     return host is not None and _is_loopback_host(host) and not app.config["COUNTER_SERVER_TRUSTED_PROXIES"]
 
 
+@lru_cache(_MOST_DECIDED)
 def _is_loopback_host(host: str) -> bool:
     try:
         return host == "localhost" or ip_address(host).is_loopback
@@ -132,64 +173,122 @@ def _is_loopback_host(host: str) -> bool:
         return False
 
 
-def _refuse_other_hosts() -> None:
-    """Check the Host header against DNS rebinding: another site may point its own name at 127.0.0.1.
+def _check_request() -> None:
+    """Check where a request comes from and goes to, by a few headers: each combination of them is decided once."""
+    given: Request = request._get_current_object()  # type: ignore[attr-defined] # each use of the proxy costs time
+    given.max_content_length = _LARGEST_BODY
+    environ = given.environ
+    if not environ["PATH_INFO"].isascii():
+        _check_path(environ["PATH_INFO"])
+    changes = given.method not in ("GET", "HEAD", "OPTIONS")
+    hosts = current_app.extensions.get(_HOSTS)
+    if not hosts and hosts is not None and not is_loopback(current_app):
+        hosts = None  # a server that other machines reach accepts every name, unless names were configured
+    refusal = _refusal_of(
+        hosts,
+        environ.get("SCRIPT_NAME", ""),
+        environ["wsgi.url_scheme"],
+        environ.get("HTTP_HOST"),
+        given.server,
+        (environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")) if changes else None,
+    )
+    if refusal is not None:
+        kind, reason = refusal
+        raise kind(reason)
 
-    A server that other machines reach accepts every name, unless names were configured.
+
+def _check_path(path: str) -> None:
+    try:
+        path.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        raise BadRequest("the path is not valid UTF-8") from None
+
+
+@lru_cache(_MOST_DECIDED)
+def _refusal_of(
+    hosts: frozenset[str] | None,
+    prefix: str,
+    scheme: str,
+    host: str | None,
+    server: tuple[str, int | None] | None,
+    source: tuple[str | None, str | None] | None,
+) -> tuple[type[HTTPException], str] | None:
+    """Return the error of a request with these headers, and its reason; None if it may go on.
+
+    :param hosts: the names of this server; None for any.
+    :param source: `Sec-Fetch-Site` and `Origin` of a request that may change something.
     """
-    trusted = current_app.extensions[_HOSTS]
-    if not trusted and not is_loopback(current_app):
-        return
-    given = request.host.lower() if "Host" in request.headers else ""  # Werkzeug makes it empty if it is malformed
-    address = given if given.endswith("]") else given.rpartition(":")[0] or given
-    is_trusted = address in trusted or _is_loopback_host(address.strip("[]"))  # Werkzeug does not compare IPv6
-    if not is_trusted and not host_is_trusted(given, [*trusted, "localhost"]):
-        raise MisdirectedRequest(
-            "the Host header names another server: to allow this name, start with --allow-host NAME"
+    if hosts is not None and not _is_trusted(get_host(scheme, host, server).lower() if host else "", hosts):
+        return (
+            MisdirectedRequest,
+            "the Host header names another server: to allow this name, start with --allow-host NAME",
         )
+    if not prefix_leads_here(prefix.rstrip("/")):
+        return BadRequest, "X-Forwarded-Prefix must be a path that begins with one slash"
+    # The rule of Go's `net/http.CrossOriginProtection`. Browsers send one of two headers, and curl neither.
+    # `Sec-Fetch-Site` is right behind any proxy.
+    if source is not None:
+        site, origin = source
+        is_own = origin is None or origin.lower() == f"{scheme}://{get_host(scheme, host, server)}".lower()
+        if site not in ("same-origin", "none") and (site is not None or not is_own):
+            return Forbidden, "requests from other sites' pages change nothing here"
+    return None
 
 
-def _refuse_other_prefixes() -> None:
-    """Check that the URL prefix that a proxy declares leads to this site: links and redirects begin with it."""
-    if request.script_root and not _ON_THIS_SITE.match(request.script_root):
-        raise BadRequest("X-Forwarded-Prefix must be a path that begins with one slash")
+def _is_trusted(host: str, hosts: frozenset[str]) -> bool:
+    """Return whether a Host header names this server: another site may point its own name at 127.0.0.1.
+
+    :param host: empty if there is none, or if it is malformed.
+    """
+    address = host if host.endswith("]") else host.rpartition(":")[0] or host
+    is_ours = address in hosts or _is_loopback_host(address.strip("[]"))  # Werkzeug does not compare IPv6
+    return is_ours or host_is_trusted(host, [*hosts, "localhost"])
+
+
+def prefix_leads_here(prefix: str) -> bool:
+    """Return whether a URL prefix that a proxy declares leads to this site: links and redirects begin with it."""
+    return not prefix or _ON_THIS_SITE.match(prefix) is not None
 
 
 def _own_origin() -> str:
     return f"{request.scheme}://{request.host}".lower()
 
 
-def _refuse_other_sites() -> None:
-    """Apply the rule of Go's `net/http.CrossOriginProtection`: another site's page changes nothing here.
+class Answer(Response):
+    """A response that gets the protective headers as it is sent, all at once.
 
-    Browsers send one of two headers, and curl neither. `Sec-Fetch-Site` is right behind any proxy.
+    A response of another app's class gets them one by one.
     """
-    if request.method in ("GET", "HEAD", "OPTIONS"):
-        return
-    site = request.headers.get("Sec-Fetch-Site")
-    origin = request.headers.get("Origin", _own_origin()).lower()
-    if site not in ("same-origin", "none") and (site is not None or origin != _own_origin()):
-        raise Forbidden("requests from other sites' pages change nothing here")
+
+    def get_wsgi_response(self, environ: Any) -> Any:
+        content, status, headers = super().get_wsgi_response(environ)
+        given = {name.lower() for name, _ in headers}
+        return content, status, headers + [header for name, header in _HEADERS.items() if name not in given]
 
 
 def _add_headers(response: Response) -> Response:
-    for name, value in _HEADERS.items():
-        response.headers.setdefault(name, value)
-    if request.endpoint != "static":
-        response.headers["Cache-Control"] = "no-store"
+    if not isinstance(response, Answer):
+        for name, value in _HEADERS.values():
+            response.headers.setdefault(name, value)
     return response
 
 
 # Operators
 
 
+def is_static() -> bool:
+    return (request.endpoint or "").rpartition(".")[2] == "static"
+
+
 def may_operate() -> bool:
-    """Return whether the sender of this request may set and delete."""
-    if not current_app.config[_TOKEN]:
-        return is_loopback(current_app)
+    """Return whether the sender of this request may set and delete; in another app, whether they may do anything."""
+    if _app_lets_in():
+        return True
+    if token_of(current_app.config) is None:
+        return not site().is_closed and is_loopback(current_app)
     token = _bearer()
     if token is None:
-        return _is_signed_in()
+        return is_signed_in()
     if _VERDICT not in request.environ:  # a request is one attempt, even if this is called again
         request.environ[_VERDICT] = False  # also if there were too many attempts
         with suppress(Unauthorized):
@@ -198,12 +297,40 @@ def may_operate() -> bool:
     return bool(request.environ[_VERDICT])
 
 
+def _app_lets_in() -> bool:
+    """Ask the app's function, once for a request.
+
+    :raises TypeError: if it returns no bool: a coroutine, or the object of a user, would let everyone in.
+    """
+    allow = site().allow
+    if allow is None:
+        return False
+    if _ALLOWED not in request.environ:
+        verdict = current_app.ensure_sync(allow)()
+        if not isinstance(verdict, bool):
+            raise TypeError(f"allow of shared.blueprint() must return True or False, not {verdict!r}")
+        request.environ[_ALLOWED] = verdict
+    return bool(request.environ[_ALLOWED])
+
+
+def _has_token() -> bool:
+    return token_of(current_app.config) is not None
+
+
 def why_not() -> str:
     """Return why this request may not set and delete, and what to do; empty if it may."""
     if may_operate():
         return ""
-    if current_app.config[_TOKEN]:
-        return "set and delete are for operators: sign in, or send the server's token as Authorization: Bearer"
+    if token_of(current_app.config):
+        what = "these pages" if site().is_closed else "set and delete"
+        return f"{what} are for operators: sign in, or send the server's token as Authorization: Bearer"
+    if site().allow is not None:
+        return f"the app does not let this request in, and there is no token: {_TOKEN} in its configuration sets one"
+    if site().is_closed:
+        return (
+            f"these pages are closed: set {_TOKEN} in the app's configuration or in the environment, or name a function"
+            " of the app that lets requests in, shared.blueprint(allow=…)"
+        )
     return (
         "set and delete are off: other machines may reach this server, and it has no token; start it with a token in"
         f" the environment variable {_TOKEN}, or bound to 127.0.0.1"
@@ -215,17 +342,30 @@ def operators_only(view: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(view)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if may_operate():
-            return view(*args, **kwargs)
-        if not current_app.config[_TOKEN]:
-            raise Forbidden(why_not())
-        if _bearer() is not None:
-            raise _wrong_token()
-        if wants_page():
-            return redirect(url_for("sign_in.page", next=way_back()), 303)
-        raise Unauthorized(why_not(), www_authenticate=WWWAuthenticate("bearer", {"realm": "counter_server"}))
+        return _refusal() or view(*args, **kwargs)
 
     return guarded
+
+
+def _refusal() -> AnyResponse | None:
+    """Return None to an operator, and the way to the form to another browser; raise an error for anyone else."""
+    if may_operate():
+        return None
+    if not token_of(current_app.config):
+        raise Forbidden(why_not())
+    if _bearer() is not None:
+        raise _wrong_token()
+    if wants_page():
+        return redirect(link("sign_in.page", next=way_back()), 303)
+    raise Unauthorized(why_not(), www_authenticate=WWWAuthenticate("bearer", {"realm": "counter_server"}))
+
+
+def _turn_away() -> AnyResponse | None:
+    """Let only operators use anything except the form to sign in, where there is one, and our style sheets."""
+    is_form = (request.blueprint or "").rpartition(".")[2] == sign_in.name
+    if is_static() or (is_form and token_of(current_app.config)):
+        return None
+    return _refusal()
 
 
 def wants_page() -> bool:
@@ -246,13 +386,12 @@ def _check_token(given: str) -> None:
 
     :raises TooManyRequests: if there were too many wrong tokens, whether this token is right or not.
     """
-    right = hmac.compare_digest(given.encode(errors="replace"), current_app.config[_TOKEN].encode())
-    attempts, own = current_app.extensions[_ATTEMPTS]
+    right = hmac.compare_digest(given.encode(errors="replace"), (token_of(current_app.config) or "").encode())
     try:
-        seconds = ceil(attempts.note(client(), right))
+        seconds = ceil(site().attempts.note(client(), right))
     except NotHosted as error:
         log.warning("wrong tokens are counted in each process: %s", error)
-        seconds = ceil(own.note(client(), right))
+        seconds = ceil(site().own_attempts.note(client(), right))
     if seconds:
         raise TooManyRequests(f"too many wrong tokens: try again in {seconds} s", retry_after=seconds)
     if not right:
@@ -273,7 +412,7 @@ def way_back() -> str | None:
     return path if path.startswith("/") else None
 
 
-# Signing in
+# Signing in: signed cookies of our own, because another app's sessions are not ours
 
 
 @sign_in.get("/sign-in")
@@ -283,7 +422,7 @@ def page(wrong: str = "") -> str:
 
 @sign_in.post("/sign-in")
 def enter() -> AnyResponse:
-    if not current_app.config[_TOKEN]:
+    if not token_of(current_app.config):
         raise Forbidden(why_not() or "this server has no token to sign in with: everyone may set and delete")
     try:
         _check_token(request.form.get("token", ""))
@@ -293,44 +432,68 @@ def enter() -> AnyResponse:
         answer = error.get_response()
         answer.set_data(page(error.description or ""))
         return answer
-    session[_SIGN_IN] = (secrets.token_hex(16), int(time.time()), _proof())
-    session.permanent = True  # the cookie outlasts the browser's window; the server ends the sign-in
-    return redirect(_next(), 303)
+    return _with_cookie(redirect(_next(), 303), _SIGN_IN, secrets.token_hex(16), SIGNED_IN_SECONDS)
 
 
 @sign_in.post("/sign-out")
 def leave() -> AnyResponse:
+    answer = redirect(_next(), 303)
     if name := _sign_in_id():
         _end(name)
-        for key in (_SIGN_IN, "_permanent"):
-            session.pop(key, None)
-    return redirect(_next(), 303)
+        _with_cookie(answer, _SIGN_IN, "", 0)
+    return answer
 
 
 def _next() -> str:
     path = request.values.get("next", "")
-    return path if _LOCAL_PATH.fullmatch(path) else url_for("pages.home")
+    return path if _LOCAL_PATH.fullmatch(path) else f"{root()}/"
 
 
-def _is_signed_in() -> bool:
+def is_signed_in() -> bool:
     name = _sign_in_id()
-    if name is None or not 0 <= time.time() - session[_SIGN_IN][1] < SIGNED_IN_SECONDS:
+    if name is None:
         return False
-    ended: set[str] | Path = current_app.extensions[_ENDED]
+    ended = _ended()
     return name not in ended if isinstance(ended, set) else not (ended / name).exists()
 
 
 def _sign_in_id() -> str | None:
-    """Return the id of the session's sign-in, even an ended one, if it was made with the current token."""
-    name, _, proof = session.get(_SIGN_IN, ("", 0, ""))
-    return name if current_app.config[_TOKEN] and hmac.compare_digest(proof, _proof()) else None
+    """Return the id of the browser's sign-in, even an ended one, if it was made with the current token."""
+    return _cookie(_SIGN_IN, SIGNED_IN_SECONDS) if token_of(current_app.config) else None
 
 
-def _proof() -> str:
-    """Return a keyed digest of the token: a new token or key signs everyone out, and the cookie reveals neither."""
-    key = current_app.secret_key or b""
-    text = f"{_SIGN_IN} {current_app.config[_TOKEN]}".encode()
-    return hmac.new(key if isinstance(key, bytes) else key.encode(), text, "sha256").hexdigest()
+def keep_sentence(answer: AnyResponse, sentence: str) -> AnyResponse:
+    """Show a sentence on the next page of this browser; an empty one ends that."""
+    return _with_cookie(answer, _SENTENCE, sentence, _SENTENCE_SECONDS if sentence else 0)
+
+
+def kept_sentence() -> str:
+    return _cookie(_SENTENCE, _SENTENCE_SECONDS) or ""
+
+
+def _with_cookie(answer: AnyResponse, name: str, text: str, seconds: int) -> AnyResponse:
+    """Give the browser a cookie for this site alone, or with 0 seconds take it back."""
+    value = str(_signer(name).dumps(text)) if seconds else ""
+    path = root() or "/"
+    answer.set_cookie(name, value, seconds, path=path, secure=request.is_secure, httponly=True, samesite="Lax")
+    return answer
+
+
+def _cookie(name: str, seconds: int) -> str | None:
+    value = request.cookies.get(name)
+    with suppress(BadSignature):
+        return str(_signer(name).loads(value, max_age=seconds)) if value else None
+    return None
+
+
+def _signer(name: str) -> URLSafeTimedSerializer:
+    """A new token or key ends every sign-in, and a cookie reveals neither."""
+    if not (key := current_app.secret_key or current_app.extensions.get(_KEY)):
+        _ = shared.state  # completes the configuration
+        config = current_app.config
+        key = signing_key(config["COUNTER_SERVER_STORE"], config["COUNTER_SERVER_DATA_DIR"])
+        key = current_app.extensions.setdefault(_KEY, key)
+    return URLSafeTimedSerializer(key, salt=f"{name} {token_of(current_app.config)}")
 
 
 class Sessions(SecureCookieSessionInterface):
@@ -338,6 +501,15 @@ class Sessions(SecureCookieSessionInterface):
 
     Below a prefix, another app of the same host has a cookie of the same name.
     """
+
+    def open_session(self, app: Flask, request: Request) -> SecureCookieSession | None:
+        if app.secret_key and self.get_cookie_name(app) not in request.environ.get("HTTP_COOKIE", ""):
+            return self.session_class()  # without a signer, which takes time to make
+        return super().open_session(app, request)
+
+    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        if session.accessed or session.modified or session:
+            super().save_session(app, session, response)
 
     def get_cookie_path(self, app: Flask) -> str:
         return request.script_root or super().get_cookie_path(app)
@@ -365,12 +537,22 @@ def _directory(store: str, data_dir: str) -> DataDirectory | None:
     return DataDirectory.from_url(store, data_dir) if store.startswith("manager:") else DataDirectory(data_dir)
 
 
+def _ended() -> set[str] | Path:
+    """Return the ended sign-ins, or the directory with a file for each of them."""
+    if not site().keeps_sign_outs:
+        return site().ended
+    _ = shared.state  # completes the configuration
+    config = current_app.config
+    directory = _directory(config["COUNTER_SERVER_STORE"], config["COUNTER_SERVER_DATA_DIR"])
+    return site().ended if directory is None else directory.path / "signed-out"
+
+
 def _end(name: str) -> None:
     """End a sign-in at all workers and for good: a file in the data directory outlasts every restart.
 
     :raises StorageFull: if the file cannot be written; then the sign-in is not ended.
     """
-    ended: set[str] | Path = current_app.extensions[_ENDED]
+    ended = _ended()
     if isinstance(ended, set):
         ended.add(name)
         return
@@ -389,3 +571,8 @@ def _end(name: str) -> None:
             f"the sign-in was not ended: {ended} cannot be written: {error.strerror}; make room and sign out again, or"
             " start the server with another token"
         ) from error
+
+
+templates.globals.update(
+    may_operate=may_operate, why_not=why_not, has_token=_has_token, way_back=way_back, is_signed_in=is_signed_in
+)

@@ -1,34 +1,50 @@
-/* Keeps the dashboard up to date and sends its forms in place. The page works without this script too. */
+/* Keeps the list of counters and the figures up to date. The page works without this script too. */
 
-const PERIOD = 1000; // milliseconds from an answer to the next request
-const LONGEST_PAUSE = 30000; // milliseconds between requests without an answer
-const PATIENCE = 10000; // milliseconds to wait for an answer
-const POINTS = 60; // in a chart
-const WINDOW = 5; // points in the mean of a rate in words
+import { Rates, draw, scaleFor } from "./chart.js";
+import { ask, find, keepAsking, setText } from "./live.js";
 
-const find = (selector, within = document) => within.querySelector(selector);
+const WINDOW = 5; // seconds in the means of the figures
+const TYPING = 250; // milliseconds after a key, before a search
+
 const table = find("#counters");
-const sure = find("#sure");
-const pauseButton = find("#pause");
-const rows = new Map(); // by name: the row's element, its value, and the points of its chart
+const edit = find("#edit");
+const rows = new Map(); // by name: the row's element, its value, and the rates of its chart
 
 // The rows
 
-for (const element of table.tBodies[0].rows) {
-  rows.set(find("[data-name=text]", element).textContent, newRow(element));
-}
+for (const element of table.tBodies[0].rows) rows.set(find("th bdi", element).textContent, newRow(element));
 
 function newRow(element) {
-  return { element, value: find("[data-value]", element).textContent, points: [] };
+  const name = find("th bdi", element).textContent;
+  element.lastElementChild.before(find("#chart").content.cloneNode(true));
+  find(".chart", element).setAttribute("aria-label", `Rate of ${name}`);
+  if (edit) {
+    const button = find("#edit-button").content.firstElementChild.cloneNode(true);
+    find("bdi", button).textContent = name;
+    element.lastElementChild.append(button);
+  }
+  return { element, value: find("[data-value]", element).textContent, rates: new Rates() };
 }
 
-function setName(element, name) {
-  for (const place of element.querySelectorAll("[data-name=text]")) place.textContent = name;
-  for (const place of element.querySelectorAll("[data-name=value]")) place.value = name;
+function makeRow(name) {
+  const element = find("#row").content.firstElementChild.cloneNode(true);
+  element.id = `row-${encodeURIComponent(name)}`;
+  for (const place of element.querySelectorAll("bdi")) place.textContent = name;
+  find("button", element).value = name;
+  find("button", element).setAttribute("aria-label", `Add one to ${name}`);
+  find("th a", element).href = pageOf(name);
+  return newRow(element);
 }
 
-/** Show rows for these counters, in this order. A row that stays is not touched: somebody may be typing in it. */
-function showCounters(counters) {
+/** Return the page of a counter, which leads back to this place in the list. */
+function pageOf(name) {
+  const query = new URLSearchParams(location.search);
+  query.set("name", name);
+  return `${table.dataset.detail}?${query}`;
+}
+
+/** Show rows for these counters, in this order. A row that stays is not touched: it may have the focus. */
+function showCounters({ counters, next, ways }) {
   const names = new Set(counters.map((counter) => counter.name));
   for (const [name, row] of rows) {
     if (names.has(name)) continue;
@@ -41,50 +57,100 @@ function showCounters(counters) {
     if (row) {
       place = row.element.nextElementSibling;
     } else {
-      row = newRow(find("#row").content.firstElementChild.cloneNode(true));
-      setName(row.element, name);
+      row = makeRow(name);
       table.tBodies[0].insertBefore(row.element, place);
       rows.set(name, row);
     }
     row.value = value;
-    const cell = find("[data-value]", row.element);
-    if (cell.textContent !== value) cell.textContent = value;
+    setText(find("[data-value]", row.element), value);
   }
-  find("#none").hidden = counters.length > 0;
-}
-
-function showNext(name) {
-  const link = find("#next");
-  link.hidden = name === null;
-  if (name === null) return;
   const query = new URLSearchParams(location.search);
-  query.set("after", name);
-  link.href = `${location.pathname}?${query}`;
-}
-
-/** Add each counter's value to its row's chart, and show its rate. */
-function chart(now) {
-  for (const { element, value, points } of rows.values()) {
-    points.push({ time: now, value: BigInt(value) });
-    if (points.length > POINTS + 1) points.shift();
-    const rates = points.slice(1).map((point, index) => rate(points[index], point));
-    const lowest = Math.min(0, ...rates);
-    const highest = Math.max(lowest < 0 ? 0 : 1e-9, ...rates); // a rate of 0 is drawn at the bottom
-    const height = highest - lowest;
-    const line = rates.map((r, index) => `${POINTS - rates.length + index + 1},${1 + (18 * (highest - r)) / height}`);
-    find("polyline", element).setAttribute("points", line.join(" "));
-    const first = points[Math.max(0, points.length - 1 - WINDOW)];
-    find("[data-rate]", element).textContent = rates.length ? `${short(rate(first, points.at(-1)))}/s` : "";
+  table.hidden = counters.length === 0;
+  find("#scale").hidden = table.hidden;
+  find("#none").hidden = !table.hidden;
+  find("#nothing").hidden = query.get("q") || query.get("after");
+  find("#no-match").hidden = !find("#nothing").hidden;
+  for (const [way, line] of Object.entries(ways ?? {})) {
+    const code = find(`[data-way=${way}] code`);
+    if (code) setText(code, line);
   }
+  find("#first").hidden = !query.get("after");
+  find("#all").hidden = !query.get("q") || table.hidden;
+  find("#next").hidden = next === null;
+  if (next !== null) {
+    query.set("after", next);
+    find("#next").href = `${location.pathname}?${query}`;
+  }
+  if (edit?.open) setText(find("#edit-value"), rows.get(edit.dataset.name)?.value ?? "gone: it was deleted");
 }
 
-function rate(before, after) {
-  return Number(after.value - before.value) / Math.max((after.time - before.time) / 1000, 0.001);
+/** Draw all charts on one scale, and say which. */
+function chart() {
+  for (const { value, rates } of rows.values()) rates.add(value);
+  const scale = scaleFor([...rows.values()].map((row) => row.rates));
+  for (const { element, rates } of rows.values()) {
+    draw(find(".chart", element), rates, scale);
+    setText(find("[data-rate]", element), rates.words);
+  }
+  const [lowest, highest] = [scale.lowest, scale.highest].map((rate) => rate.toLocaleString("en"));
+  setText(find("#scale"), `Charts: the last 60 seconds, each from ${lowest} to ${highest} per second.`);
 }
 
-function short(number) {
-  return number.toLocaleString("en", { maximumFractionDigits: Math.abs(number) < 100 ? 1 : 0 });
+// Search while typing
+
+let typing = null;
+
+find("#q").addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(search, TYPING);
+});
+
+function search() {
+  const query = new URLSearchParams(location.search);
+  query.delete("after"); // the search begins with the first page
+  const text = find("#q").value;
+  if (text) query.set("q", text);
+  else query.delete("q");
+  history.replaceState(null, "", query.size ? `${location.pathname}?${query}` : location.pathname);
+  for (const [name, { element }] of rows) find("th a", element).href = pageOf(name);
+  ask();
 }
+
+// The dialog of one counter
+
+document.addEventListener("click", ({ target }) => {
+  const button = target.closest("[data-edit]");
+  if (button) {
+    const name = find("th bdi", button.closest("tr")).textContent;
+    edit.dataset.name = name;
+    for (const place of edit.querySelectorAll("[data-name=text]")) place.textContent = name;
+    for (const place of edit.querySelectorAll("[data-name=value]")) place.value = name;
+    setText(find("#edit-value"), rows.get(name).value);
+    setText(find("[role=alert]", edit), "");
+    find("#new-value").value = "";
+    askWhetherSure(false);
+    edit.returnValue = "";
+    edit.showModal();
+    find("#new-value").focus();
+  } else if (target.closest("[data-sure]")) {
+    askWhetherSure(true);
+    find("[data-keep]").focus();
+  } else if (target.closest("[data-keep]")) {
+    askWhetherSure(false);
+    find("[data-sure]").focus();
+  }
+});
+
+function askWhetherSure(isAsking) {
+  edit.firstElementChild.hidden = isAsking;
+  find("#sure").hidden = !isAsking;
+  edit.setAttribute("aria-labelledby", isAsking ? "question" : "edit-title");
+}
+
+edit?.addEventListener("close", () => {
+  // After a deletion, the row goes, with the button that had the focus.
+  if (edit.returnValue === "done" && !find("#sure").hidden) find("#said").focus();
+});
 
 // The manager and the processes
 
@@ -99,12 +165,16 @@ function showMeans(time, now) {
   const first = totals[0];
   const gained = (name) => now[name] - first[name];
   const say = (mean, total, number, unit) => {
-    if (number > 0) find(`[data-mean=${mean}]`).textContent = `${(total / number).toFixed(2)} ${unit}`;
+    if (number > 0) setText(find(`[data-mean=${mean}]`), `${(total / number).toFixed(2)} ${unit}`);
   };
-  find("[data-mean=batches]").textContent = `${(gained("batches") / ((time - first.time) / 1000)).toFixed(1)}/s`;
+  for (const name of ["operations", "batches"]) {
+    const rate = gained(name) / ((time - first.time) / 1000);
+    const text = rate.toLocaleString("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
+    setText(find(`[data-mean=${name}]`), `${text}/s`);
+  }
   say("batch", gained("operations"), gained("batches"), "operations");
   say("commit", gained("commit_seconds") * 1000, gained("commits"), "ms");
-  find("#basis").textContent = "The first three are means over the last seconds with traffic.";
+  setText(find("#basis"), "Rates and means, above too, are of the last seconds with traffic.");
 }
 
 function showProcesses(processes) {
@@ -118,122 +188,55 @@ function showProcesses(processes) {
   );
 }
 
-function showState(sentence) {
-  const place = find("#updates");
-  if (place.textContent !== sentence) place.textContent = sentence; // screen readers read each change aloud
-}
+// The tables of shared objects, of their entries, and of connected processes
 
-function say(sentence, failed = false) {
-  const place = find("#said");
-  place.textContent = sentence;
-  place.classList.toggle("failed", failed);
-}
+const calls = new Map(); // by object: the rates of its calls
+let callsOf = null; // the manager that counted them
 
-/** Make an error from the server's problem document, or from its status. */
-async function failure(answer) {
-  try {
-    return new Error((await answer.json()).detail);
-  } catch {
-    return new Error(`the server answered ${answer.status}`);
-  }
-}
-
-function sentenceOf(error) {
-  const none = error instanceof TypeError || error.name === "TimeoutError";
-  return none ? "the server does not answer" : error.message;
-}
-
-// Requests, again and again
-
-let etag = null;
-let found = null; // the content of the last answer with any
-let wait = PERIOD;
-let timer = null;
-let asking = false;
-let askAgain = false;
-let paused = false;
-
-async function ask() {
-  if (asking) {
-    askAgain = true; // the answer under way may be older than the last change
-    return;
-  }
-  clearTimeout(timer);
-  asking = true;
-  try {
-    const headers = etag === null ? {} : { "If-None-Match": etag };
-    const answer = await fetch(table.dataset.live, { headers, signal: AbortSignal.timeout(PATIENCE) });
-    if (answer.ok) {
-      found = await answer.json();
-      etag = answer.headers.get("ETag");
-      showCounters(found.counters);
-      showNext(found.next);
-      for (const place of document.querySelectorAll("[data-figure]")) {
-        place.textContent = found.manager.now[place.dataset.figure];
-      }
-      if (found.processes) showProcesses(found.processes);
-    } else if (answer.status !== 304) {
-      throw await failure(answer);
+function showTables(tables) {
+  find("#entries-card").hidden = tables.entries.length === 0;
+  for (const [id, rows] of Object.entries(tables)) {
+    find(`#${id}-part`).hidden = rows.length === 0;
+    const none = find(`#no-${id}`);
+    if (none) none.hidden = rows.length > 0;
+    setText(find(`[data-count=${id}]`), `${rows.length}`);
+    const body = find(`#${id}`).tBodies[0];
+    while (body.rows.length > rows.length) body.lastElementChild.remove();
+    while (body.rows.length < rows.length) {
+      body.append(find(`#${id}-row`).content.firstElementChild.cloneNode(true));
     }
-    const now = performance.now();
-    chart(now);
-    if (found.manager) showMeans(now, found.manager.totals);
-    wait = PERIOD;
-    showState(paused ? "Paused." : "Up to date."); // paused: the request was sent before, or after a change
-  } catch (error) {
-    wait = Math.min(wait * 2, LONGEST_PAUSE);
-    showState(`Not up to date: ${sentenceOf(error)}. Still trying.`);
-  }
-  asking = false;
-  if (askAgain) {
-    askAgain = false;
-    ask();
-  } else if (!paused && !document.hidden) {
-    timer = setTimeout(ask, wait);
+    rows.forEach((row, index) => {
+      for (const cell of body.rows[index].querySelectorAll("[data-cell]")) setText(cell, row[cell.dataset.cell]);
+    });
   }
 }
 
-document.addEventListener("visibilitychange", () => {
-  if (!document.hidden && !paused) ask();
-});
-
-pauseButton.addEventListener("click", () => {
-  paused = !paused;
-  pauseButton.setAttribute("aria-pressed", paused);
-  clearTimeout(timer);
-  if (paused) showState("Paused.");
-  else ask();
-});
-
-document.addEventListener("submit", async (event) => {
-  const form = event.target;
-  if (form.matches("[data-delete]")) {
-    event.preventDefault();
-    setName(sure, form.elements.name.value);
-    sure.showModal();
-  } else if (form.matches("[data-live]")) {
-    event.preventDefault();
-    await send(form);
-  }
-});
-
-async function send(form) {
-  const body = new URLSearchParams(new FormData(form));
-  try {
-    const answer = await fetch(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
-    if (!answer.ok) throw await failure(answer);
-    say((await answer.json()).sentence);
-    if (form.elements.value) form.reset();
-  } catch (error) {
-    say(`Not done: ${sentenceOf(error)}.`, true);
-  }
-  if (sure?.open) {
-    sure.close();
-    find("#said").focus(); // the button that opened the dialog is about to disappear
-  }
-  ask();
+/** Show the calls per second of each object, over the last seconds. */
+function showCalls(rows, pid) {
+  if (pid !== callsOf) calls.clear();
+  callsOf = pid;
+  rows.forEach((row, index) => {
+    if (!calls.has(row.name)) calls.set(row.name, new Rates());
+    calls.get(row.name).add(row.calls.replaceAll(",", ""));
+    setText(find("[data-rate]", find("#objects").tBodies[0].rows[index]), calls.get(row.name).words);
+  });
 }
 
-table.classList.add("live");
-find("#live").hidden = false;
-ask();
+function show(found) {
+  showCounters(found);
+  for (const place of document.querySelectorAll("[data-figure]")) {
+    setText(place, found.manager.now[place.dataset.figure]);
+  }
+  if (found.processes) showProcesses(found.processes);
+  if (found.tables) showTables(found.tables);
+}
+
+function tick(found) {
+  chart();
+  if (found.manager) showMeans(performance.now(), found.manager.totals);
+  if (found.tables) showCalls(found.tables.objects, found.manager.totals.pid);
+}
+
+find("#counters thead .rate").hidden = false;
+for (const each of document.querySelectorAll("table")) each.classList.add("live");
+keepAsking({ address: () => `${table.dataset.live}${location.search}`, show, tick });

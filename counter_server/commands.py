@@ -1,0 +1,219 @@
+"""The commands for counters, of `counter-server` and of `flask counters`.
+
+The `flask` command imports this file in every project: what takes long to import is imported when a command runs.
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from .errors import CounterServerError, DirectoryHeld, InvalidRequest, Stopped
+
+if TYPE_CHECKING:
+    from .ledger import Contents
+    from .portable import Advance, Format
+    from .state import State
+    from .store import Store
+
+Command = Callable[..., None]
+WithState = Callable[[Command], Command]
+
+
+STANDARD = Path("-")  # standard input or output
+_STOPPED = 143  # the exit status after SIGTERM, as a shell reports it
+
+file_argument = click.argument("file", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
+format_option = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["json", "csv"]),
+    default=None,
+    help="json: one object a line; csv: for spreadsheets (default: csv if FILE ends with .csv, else json).",
+)
+
+
+def overwrite(said: str) -> Callable[[Command], Command]:
+    return click.option("--overwrite", is_flag=True, help=said)
+
+
+def ends_in_order(command: Command) -> Command:
+    """Let SIGTERM end a command as Ctrl-C does, so that it removes its unfinished files."""
+
+    @wraps(command)
+    def ends_in_order(*arguments: object, **options: object) -> None:
+        def stop(_number: int, _frame: object) -> NoReturn:
+            raise Stopped(_STOPPED)
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            command(*arguments, **options)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return ends_in_order
+
+
+@contextmanager
+def progress(what: str, records: int) -> Iterator["Advance"]:
+    """Show progress on standard error, if that is a terminal."""
+    if sys.stderr.isatty():
+        with click.progressbar(length=records, label=what, file=sys.stderr) as bar:
+            yield bar.update
+    else:
+        yield lambda _records: None
+
+
+class Group(click.Group):
+    """Reports the errors of this package in one line. The exit status is 1, or 75 if there is another manager."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CounterServerError as error:
+            from .manager.starter import EXIT_HELD
+
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(EXIT_HELD if isinstance(error, DirectoryHeld) else 1)
+
+
+def counter_commands(with_state: WithState) -> list[click.Command]:
+    """Return the commands.
+
+    :param with_state: calls each command with its `state`, and may add options to it.
+    """
+    return [*_reading(with_state), *_changing(with_state)]
+
+
+def _reading(with_state: WithState) -> list[click.Command]:
+    """Return the commands that make nothing: neither a directory nor a file nor a manager of an empty directory."""
+
+    @click.command("list")
+    @click.option("--prefix", default="", metavar="TEXT", help="Only the counters whose names begin with TEXT.")
+    @click.option("--sort", type=click.Choice(["name", "value"]), default="name", help="value: the smallest first.")
+    @click.option("--json", "as_json", is_flag=True, help='Print one JSON object a line: {"counter":"x","value":1}')
+    @with_state
+    def list_(state: "State", prefix: str, sort: str, *, as_json: bool) -> None:
+        """Print every counter and its value, one a line, separated by a tab."""
+        from .scan import beginning_with
+
+        check_exists(state)
+        found: Iterable[tuple[str, int]] = beginning_with(prefix, state.submit)
+        if sort == "value":
+            found = sorted(found, key=lambda counter: (counter[1], counter[0]))
+        for name, value in found:
+            click.echo(_as_json(name, value) if as_json else f"{name}\t{value}")
+
+    @click.command()
+    @click.argument("name")
+    @with_state
+    def get(state: "State", name: str) -> None:
+        """Print a counter's value."""
+        from .operations import Get
+
+        operation = Get(name)
+        check_exists(state)
+        value = state.submit(operation)
+        if value is None:
+            raise click.ClickException(f"there is no counter {name!r}")
+        click.echo(value)
+
+    @click.command()
+    @file_argument
+    @format_option
+    @overwrite("Replace FILE if it is there.")
+    @with_state
+    @ends_in_order
+    def export(state: "State", file: Path, form: "Format | None", *, overwrite: bool) -> None:
+        """Write all counters and idempotency keys of a store to FILE, as they are at one moment; - is standard output.
+
+        Counting goes on meanwhile. No manager is started.
+        """
+        from . import moving, portable
+
+        store = lasting(state.store)
+        contents = moving.contents_of(store)
+        write = partial(portable.write, contents, form=form or portable.format_of(file))
+        with progress("Exporting", len(contents.counters) + len(contents.keys)) as advance:
+            if file == STANDARD:
+                digest = write(sys.stdout.buffer, advance=advance)
+                sys.stdout.buffer.flush()
+            else:
+                with portable.new_file(file, overwrite=overwrite) as opened:
+                    digest = write(opened, advance=advance)
+        counted = f"{len(contents.counters):,} counters and {len(contents.keys):,} keys"
+        click.echo(f"{counted} of {store} are in {file}; SHA-256 {digest}", err=file == STANDARD)
+        mention_objects(contents, store)
+
+    return [list_, get, export]
+
+
+def _changing(with_state: WithState) -> list[click.Command]:
+    @click.command()
+    @click.argument("name")
+    @click.option("--by", type=int, default=1, help="Amount to add; negative to subtract.")
+    @click.option("--minimum", type=int, help="The smallest allowed result.")
+    @click.option("--maximum", type=int, help="The largest allowed result.")
+    @click.option("--key", help="An idempotency key: repeated requests with the same key are counted once.")
+    @with_state
+    def increment(state: "State", name: str, **arguments: Any) -> None:
+        """Add to a counter and print the result."""
+        click.echo(state.counter(name).increment(**arguments))
+
+    @click.command("set", context_settings={"ignore_unknown_options": True})  # -5 is a VALUE
+    @click.argument("name")
+    @click.argument("value", type=int)
+    @with_state
+    def set_(state: "State", name: str, value: int) -> None:
+        """Set a counter to VALUE and print it."""
+        if name.startswith("--"):
+            raise click.NoSuchOption(name)
+        click.echo(state.counter(name).set(value))
+
+    @click.command()
+    @click.argument("name")
+    @with_state
+    def delete(state: "State", name: str) -> None:
+        """Remove a counter."""
+        counter = state.counter(name)
+        check_exists(state)
+        if not counter.delete():
+            raise click.ClickException(f"there is no counter {name!r}")
+
+    return [increment, set_, delete]
+
+
+def check_exists(state: "State") -> None:
+    """Raise `click.ClickException` if the first use would make the store's directory, file or tables."""
+    if not state.exists():
+        place = str(state.store).removeprefix("manager://")
+        raise click.ClickException(
+            f"there is no state in {place}: nothing was counted there yet; the first increment makes it, if that is the"
+            " right place"
+        )
+
+
+def _as_json(name: str, value: int) -> bytes:
+    from msgspec import json
+
+    return json.encode({"counter": name, "value": value})
+
+
+def lasting(store: "Store") -> "Store":
+    if str(store) == "memory://":
+        raise InvalidRequest("memory:// ends with this command: name a store that other processes share")
+    return store
+
+
+def mention_objects(contents: "Contents", store: "Store") -> None:
+    if contents.objects:
+        click.echo(
+            f"{len(contents.objects):,} shared objects stay in {store}: 'counter-server backup' copies them, to another"
+            " manager",
+            err=True,
+        )

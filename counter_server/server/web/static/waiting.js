@@ -1,0 +1,12 @@
+/* Shows the page as soon as there is a manager. */
+
+import "./live.js"; // for the line to copy
+
+setInterval(async () => {
+  try {
+    const text = await (await fetch(location.href)).text();
+    if (!text.includes('id="waiting"')) location.reload();
+  } catch {
+    // The server is away: the next question may find it.
+  }
+}, 2000);
