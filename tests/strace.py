@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import Program, eventually
+from tests.processes import PATIENCE, Program, eventually
 
 
 def needed() -> str:
@@ -55,12 +55,17 @@ def injected(pid: int, call: str, fault: str) -> Iterator[None]:
         eventually(traced, "strace to watch every thread")
         yield
     finally:
-        # strace detaches at SIGINT, which it has missed once.
-        eventually(lambda: _has_ended(tracer), "the end of strace")
+        eventually(lambda: _has_ended(tracer, pid), "the end of strace", 3 * PATIENCE)
 
 
-def _has_ended(tracer: subprocess.Popen[bytes]) -> bool:
-    tracer.send_signal(signal.SIGINT)  # to a process that was waited for, this does nothing
+def _has_ended(tracer: subprocess.Popen[bytes], pid: int) -> bool:
+    # strace detaches at SIGINT, which it has missed once. If the process ends meanwhile, strace can wait
+    # for its first thread and never for the others, which must come before: then it is killed.
+    try:
+        ended = "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        ended = True
+    tracer.send_signal(signal.SIGKILL if ended else signal.SIGINT)  # does nothing after a wait for its end
     with suppress(subprocess.TimeoutExpired):
         tracer.wait(1)
     return tracer.poll() is not None
