@@ -110,7 +110,7 @@ def test_with_a_token_programs_send_it_and_browsers_sign_in(
     assert (signed_in.location, cookie["path"], bool(cookie["httponly"])) == (f"{PREFIX}/", PREFIX, True)
     assert client.get(signed_in.location).location == "counters"
     page = press(client, look(client, f"{PREFIX}/counters").form(f"{PREFIX}/counters/increment", "x"))
-    assert (sentence(page), page.counters) == ("x gave 8.", {"x": "8"})
+    assert (sentence(page), page.counters) == ("x is now 8.", {"x": "8"})
     assert sentence(look(client, f"{PREFIX}/counters")) == "", "it was said once"
     copied = {"Cookie": f"counter_server_sign_in={cookie.value}"}
     bare = app.test_client(use_cookies=False)
@@ -429,7 +429,7 @@ def test_a_person_signs_in_and_sees_the_numbers_change(
         assert state.counter("tickets").increment() == 42
         expect(page.locator("[data-value]")).to_have_text("42")
         page.get_by_role("button", name="Add one to tickets").click()
-        expect(page.locator("#said")).to_have_text(re.compile("gave 43"))
+        expect(page.locator("#said")).to_have_text(re.compile("is now 43"))
         assert_looks(page, "blueprint")
         page.get_by_role("link", name="Sign out").click()
         page.get_by_role("button", name="Sign out").click()

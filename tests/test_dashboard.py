@@ -160,10 +160,10 @@ def test_every_form_works_and_reports_its_result(client: FlaskClient, app: Flask
     assert page.counters == {}
     assert "There are no counters yet." in page.texts["none"]
     page = press(client, page.form("/counters/increment"), name="tickets")
-    assert sentence(page) == "tickets gave 1."
+    assert sentence(page) == "tickets is now 1."
     assert page.counters == {"tickets": "1"}
     page = press(client, page.form("/counters/increment", "tickets"))
-    assert sentence(page) == "tickets gave 2."
+    assert sentence(page) == "tickets is now 2."
     page = press(client, detail_of(client, page, "tickets").form("/counters/set", "tickets"), value="-40")
     assert sentence(page) == "tickets is -40 now."
     assert page.texts["value"] == "-40", "the form leads back to its own page"
@@ -229,8 +229,8 @@ def test_the_script_gets_data(client: FlaskClient) -> None:
     for number in (1, 2):
         response = client.post("/counters/increment", data={"name": "a"}, headers=SCRIPT)
         assert response.status_code == 200
-        assert response.get_json() == {"sentence": f"\u2068a\u2069 gave {number}."}
-    assert "a gave" not in sentence(look(client)), "it says so itself: it is not said again on the next page"
+        assert response.get_json() == {"sentence": f"\u2068a\u2069 is now {number}."}
+    assert "a is now" not in sentence(look(client)), "it says so itself: it is not said again on the next page"
 
 
 def test_an_invalid_query_is_refused(client: FlaskClient) -> None:
@@ -273,11 +273,11 @@ def test_the_same_addition_with_a_key_is_made_once(client: FlaskClient, app: Fla
     state_of(app).counter("a").set(7)
     page = look(client, "/counters/detail?name=a")
     add = next(form for form in page.forms if "key" in form.fields)
-    for told in ("a gave 12.", "a gave 12 before with this key, so nothing was added."):
+    for told in ("a is now 12.", "a became 12 with this key before, so nothing was added now."):
         page = press(client, add, by="5", key="order-1")
         assert sentence(page) == told
         assert page.texts["value"] == "12"
-    assert sentence(press(client, add, by="-2", key="")) == "a gave 10."
+    assert sentence(press(client, add, by="-2", key="")) == "a is now 10."
     for wrong in ({"by": "0"}, {"by": ""}, {"by": "x"}, {"by": "1", "key": "a b"}, {"by": "6", "key": "order-1"}):
         refused = client.post("/counters/increment", data={"name": "a", **wrong}, headers=SCRIPT)
         assert refused.status_code == (422 if wrong.get("key") == "order-1" else 400), wrong
@@ -302,7 +302,7 @@ def test_a_counter_that_does_not_exist_has_a_page_that_makes_it(client: FlaskCli
     page = Page(missing.text)
     assert "/api/v1/counters/a/b/increment" in missing.text
     made = press(client, page.form("/counters/increment", "a/b"))
-    assert (sentence(made), made.texts["value"]) == ("a/b gave 1.", "1")
+    assert (sentence(made), made.texts["value"]) == ("a/b is now 1.", "1")
     for query in ("name=nothing", "name=nothing&q=a"):
         problem = client.get(f"/counters/detail?{query}")
         assert (problem.status_code, problem.content_type) == (404, "application/problem+json")
@@ -468,7 +468,7 @@ def test_a_store_that_cannot_list_says_so_and_the_rest_works(tmp_path: Path, sta
     assert "memcached cannot list its counters; use another store for it. Search for a whole name" in text
     assert "The store memcached:// gives no figures here" in text
     page = press(client, look(client).form("/counters/increment"), name="a b")
-    assert sentence(page) == "a b gave 1."
+    assert sentence(page) == "a b is now 1."
     page = press(client, page.form("/counters"), q="a b")
     page = press(client, detail_of(client, page, "a b").form("/counters/set", "a b"), value="41")
     assert page.texts["value"] == "41"

@@ -112,8 +112,8 @@ def increment() -> AnyResponse:
     by = _integer("by", request.form.get("by", "1"), SMALLEST, LARGEST)
     result = shared.submit(Increment(name, by, key=key or None))
     if isinstance(result, Replayed):
-        return _say(name, f"gave {result.value} before with this key, so nothing was added")
-    return _say(name, f"gave {expect(int, result)}")
+        return _say(name, f"became {result.value} with this key before, so nothing was added now")
+    return _say(name, f"is now {expect(int, result)}")
 
 
 @dashboard.post("/counters/set")

@@ -65,6 +65,7 @@ async function play() {
   const begin = (strategy) => ask(form.dataset.runs, new URLSearchParams({ strategy, clients: wrong.clients }));
   [wrong.run, ours.run] = await Promise.all([choices().get("strategy"), form.dataset.ours].map(begin));
   tell(`${plural(wrong.clients, "client")} sent to each side.`);
+  if (matchMedia("(max-width: 40rem)").matches) status.scrollIntoView(); // there both sides lie below the window
   const send = async (board, client) => {
     try {
       board.add({ client, ...(await ask(board.run.ask)) });
