@@ -69,13 +69,13 @@ class Combiner(Generic[Item, Answer]):
     :param limit: the maximum number of items in a call.
     :param together: start the next call when all threads of the last one are awake, so that threads that come straight
         back are in it. This suits calls that take longer than waking threads. For short calls it is better to wake half
-        of the threads while the other half is being served.
+        of the threads while the other half is being served. The attribute may change at any time.
     """
 
     def __init__(self, callee: Callee[Item, Answer], *, limit: int, together: bool = False) -> None:
         self._callee = callee
         self._limit = limit
-        self._together = together
+        self.together = together
         self.reset()
 
     def reset(self) -> None:
@@ -203,7 +203,7 @@ class Combiner(Generic[Item, Answer]):
             # Not earlier, so that an interrupted leader's heir finishes the rest. No call stands between these lines,
             # so no interrupt does.
             self._unfinished = None
-            if self._together and last is not ticket:
+            if self.together and last is not ticket:
                 self._leader = last
             elif self._waiting:
                 self._pass_on(ticket)

@@ -42,7 +42,7 @@ class Session:
 
     def __init__(self, store: Store, limit: int) -> None:
         self.store = store
-        self._combiner: Combiner[Operation, Result] = Combiner(self, limit=limit, together=store.round_trip == "long")
+        self._combiner: Combiner[Operation, Result] = Combiner(self, limit=limit)
         self._is_shared = store.round_trip != "none"
         self._alone = threading.Lock()  # held through a call that is not shared
         self._renew()
@@ -108,6 +108,7 @@ class Session:
                 if exchange.batch.sequence:
                     self._sequence = exchange.batch.sequence  # before the results: interrupted in between, it is resent
                     self._known_until = exchange.began + _KNOWN_SECONDS if _is_remembered(results) else -inf
+                self._combiner.together = self.store.round_trip == "long"
                 exchange.results = results
         return exchange.results
 

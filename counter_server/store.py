@@ -45,7 +45,8 @@ class Finding:
 class Store(Applies, Protocol):
     """An engine, as a session uses it."""
 
-    # How long a call takes: nothing worth sharing, less or more than it takes to wake the threads that wait for it.
+    # How long a call takes: nothing worth sharing, less or more than it takes to wake the threads that wait for it. A
+    # store may know between the last two only after its first call.
     round_trip: RoundTrip
 
     def findings(self, deadline: float, /) -> list[Finding]:

@@ -267,7 +267,7 @@ def test_threads_that_wait_for_a_commit_share_the_next(held: Disk, busy: tuple[L
     for thread in (first, *others):
         thread.join(PATIENCE)
     assert [set(changes.clients) for changes in held.committed] == [{ANN}, {BOB, CYD}]
-    assert not ledger._combiner._together, "commits are short"
+    assert not ledger._combiner.together, "commits are short"
     assert everything(ledger) == {"a": 3}
     with ledger._memory:
         reader = started(partial(read, ledger, Get("a")))

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from flask import Flask
@@ -18,6 +18,8 @@ from counter_server import State, StoreOptions, open_state
 from counter_server.errors import DeadlineExceeded, InvalidRequest, StartupError
 from counter_server.extension import SharedState
 from counter_server.manager.directory import DataDirectory
+from counter_server.session import Session
+from counter_server.settings import Durability
 from tests.hosted_classes import Slow, SomeObj
 from tests.launchers import LAUNCHERS, launch
 from tests.load import at_once, impatient, visit
@@ -513,3 +515,19 @@ def test_a_fork_while_a_manager_is_started_holds_nothing_of_that(on_demand: str,
         for child in forked:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("durability", ["none", "commit"])
+def test_threads_wait_for_each_other_only_where_a_call_is_a_commit(on_demand: str, durability: Durability) -> None:
+    """Then it is a long one: see `Combiner`."""
+    commits = durability == "commit"
+    with patient(on_demand, durability=durability) as state:
+        state.object("passing", SomeObj, 0, durable=False).query()
+        state.counter("c").increment()
+        is_long = {"passing": False}
+        if commits:
+            state.object("lasting", SomeObj, 0).query()
+            is_long["lasting"] = True
+        sessions = cast(dict[str, Session], state._client.objects)
+        assert {name: session._combiner.together for name, session in sessions.items()} == is_long
+        assert state._client.counters._combiner.together == commits

@@ -247,8 +247,8 @@ def test_an_operation_is_shared_if_the_store_is_not_in_this_process() -> None:
     for round_trip, is_shared, together in (("none", False, False), ("short", True, False), ("long", True, True)):
         store = FakeStore(5, Refusal("limit", "no"), BROKEN, 6, round_trip=cast(RoundTrip, round_trip))
         session = Session(store, 3)
-        assert (session._is_shared, session._combiner._together, session._combiner._limit) == (is_shared, together, 3)
         assert session.request(Increment("a"), DEADLINE) == 5
+        assert (session._is_shared, session._combiner.together, session._combiner._limit) == (is_shared, together, 3)
         for error, message in ((CounterServerError, "no"), (RuntimeError, "broken")):
             with pytest.raises(error, match=message):
                 session.request(Increment("a"), DEADLINE)

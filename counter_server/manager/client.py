@@ -261,6 +261,8 @@ class StateProxy(BaseProxy):
                 raise explain(error, failure, self.directory.path, "manager.key") from error
             raise self._disconnected(error, sent=False) from error
         self._latest = connection
+        is_durable = self._declaration is None or self._declaration.durable
+        self.round_trip = "long" if is_durable and os.path.exists(self.directory.journal) else "short"
         return connection
 
     def _open(self, deadline: float) -> Connection:
