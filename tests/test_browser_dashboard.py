@@ -205,7 +205,7 @@ def test_everything_works_by_keyboard_alone(page: Page, browser: Browser, elsewh
     press_until(page, "Tab", "td button:has-text('Add one')")
     page.keyboard.press("Enter")
     expect(value(page, "tickets")).to_have_text("42")
-    expect(page.locator("#said")).to_contain_text("gave 42.")
+    expect(page.locator("#said")).to_contain_text("is now 42.")
     page.keyboard.press("Enter")  # the focus has not moved
     expect(value(page, "tickets")).to_have_text("43")
 
@@ -330,7 +330,7 @@ def test_it_works_without_javascript(browser: Browser, server: Server, elsewhere
     expect(page.get_by_role("button", name="Copy")).to_have_count(0)
     expect(page.locator("#pause")).to_be_hidden()
     row(page, "tickets").get_by_role("button", name="Add one").click()
-    expect(page.locator("#said")).to_contain_text("gave 42.")
+    expect(page.locator("#said")).to_contain_text("is now 42.")
     assert page.url.endswith("/counters#row-tickets"), "the browser shows the row again"
     page.get_by_role("link", name="tickets", exact=True).click()
     expect(page.locator("#value")).to_have_text("42")
@@ -383,7 +383,10 @@ def test_the_page_of_a_counter_is_live(browser: Browser, server: Server, elsewhe
     expect(page.locator("#changes tbody tr").first).to_contain_text("+60")
     page.get_by_label("Add", exact=True).fill("-5")
     page.get_by_label("Idempotency key").fill("order-1")
-    for told in ("gave 9223372036854775762.", "gave 9223372036854775762 before with this key, so nothing was added."):
+    for told in (
+        "is now 9223372036854775762.",
+        "became 9223372036854775762 with this key before, so nothing was added now.",
+    ):
         page.get_by_role("button", name="Add", exact=True).click()
         expect(page.locator("#said")).to_contain_text(told)
     expect(page.locator("#since")).to_have_text("+55")
