@@ -67,15 +67,15 @@ class Combiner(Generic[Item, Answer]):
 
     :param callee: makes the calls.
     :param limit: the maximum number of items in a call.
-    :param together: start the next call when all threads of the last one are awake, so that threads that come straight
+    :ivar together: start the next call when all threads of the last one are awake, so that threads that come straight
         back are in it. This suits calls that take longer than waking threads. For short calls it is better to wake half
-        of the threads while the other half is being served. The attribute may change at any time.
+        of the threads while the other half is being served. It may change at any time; at first it is False.
     """
 
-    def __init__(self, callee: Callee[Item, Answer], *, limit: int, together: bool = False) -> None:
+    def __init__(self, callee: Callee[Item, Answer], *, limit: int) -> None:
         self._callee = callee
         self._limit = limit
-        self.together = together
+        self.together = False
         self.reset()
 
     def reset(self) -> None:

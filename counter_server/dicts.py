@@ -71,7 +71,10 @@ class BoundedDict:
         self._entries = _Entries(max_entries, _expiry, timer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_timer": self._timer, "_entries": self._entries}  # a figure is no reason to write a state to the disk
+        return {
+            "_timer": self._timer,
+            "_entries": self._entries,
+        }  # without figures: a read alone must not write to the disk
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -79,7 +82,7 @@ class BoundedDict:
 
     @property
     def entries(self) -> Entries:
-        """What is known about the entries, also while another thread changes them."""
+        """The figures of the entries. Another thread may change them meanwhile."""
         return Entries(
             kind="dict",
             now=Cache.__len__(self._entries),  # its own `len` would remove expired entries

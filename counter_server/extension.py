@@ -162,7 +162,7 @@ class SharedState(Sharing):
         environment, as ``Authorization: Bearer`` or through its form to sign in. It changes nothing else of the app.
 
         :param allow: a function of the app without arguments. It returns True if the current request may see and
-            operate everything without a token, else False; anything else is an error, and lets nobody in.
+            operate everything without a token, else False. Any other result raises `TypeError`: the request fails.
         """
         from .server.web import blueprint  # the one import upwards, only when it is used
 

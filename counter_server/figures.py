@@ -47,9 +47,9 @@ class CallFigures:
                 self.slowest = max(self.slowest, (seconds, method))
 
     def count(self, results: list[Result]) -> None:
-        """Count the answered calls of a batch, of which none runs in this thread any more.
+        """Count the calls of a batch. This thread has made them all.
 
-        One thread at a time: the caller holds the lock that guards what is remembered of its clients.
+        The caller holds the object's lock, so one thread counts at a time.
         """
         self.calls += len(results)
         for result in results:

@@ -79,10 +79,6 @@ class ObjectStatus(Struct, frozen=True, kw_only=True):
     last_error: LastError | None = None
     entries: Entries | None = None  # of a dict, a cache, a visitor counter or a limit
 
-    @property
-    def kind(self) -> Literal["object", "dict", "limit"]:
-        return self.entries.kind if self.entries else "object"
-
 
 class ConnectedProcess(Struct, frozen=True, kw_only=True):
     """A process that calls counters or shared objects."""

@@ -96,7 +96,8 @@ class Scene:
 
     def __init__(self, *, limit: int = 100, together: bool = False) -> None:
         self.begins: SimpleQueue[Visit] = SimpleQueue()
-        self.combiner = CheckedCombiner(self, limit=limit, together=together)
+        self.combiner = CheckedCombiner(self, limit=limit)
+        self.combiner.together = together
         self.first = Submitter(self.combiner, 0)
         self.visit = self.begun()
 
@@ -414,7 +415,8 @@ class Script:
     """
 
     def __init__(self, *, place: int, gives_up: Exception | None, together: bool) -> None:
-        self.combiner: Combiner[int, str] = Combiner(self, limit=100, together=together)
+        self.combiner: Combiner[int, str] = Combiner(self, limit=100)
+        self.combiner.together = together
         self.others: list[Submitter] = []
         self.ended = threading.Event()  # the interrupted thread has come back
         self.executed: Counter[int] = Counter()
@@ -527,7 +529,8 @@ def test_whatever_fails_every_thread_returns_and_nothing_runs_twice(*, together:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     unreliable = Unreliable(seed)
-    combiner = CheckedCombiner(unreliable, limit=5, together=together)
+    combiner = CheckedCombiner(unreliable, limit=5)
+    combiner.together = together
     outcomes: dict[int, str | BaseException] = {}
 
     def run(number: int) -> None:

@@ -4,7 +4,7 @@ import logging
 import threading
 from contextlib import suppress
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from flask import Blueprint, Flask, Response, current_app, request
 from werkzeug.exceptions import NotImplemented as NotInstalled
@@ -15,9 +15,6 @@ from ...extension import SharedState, state_of
 from ...operations import SMALLEST, Get, Increment
 from ...state import State
 from .problems import problem
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from werkzeug.exceptions import HTTPException, default_exceptions
 
 from ...errors import CounterServerError, InvalidRequest, KeyReused, LimitReached, Outcome, Unsupported
 from .security import prefix_leads_here, wants_page
-from .site import render_template
+from .site import part, render_template
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def problem(status: int, title: str, detail: str, outcome: Outcome) -> Response:
 
 def _is_for_programs() -> bool:
     """Return whether this is a request to the API, which answers browsers like anyone else."""
-    return (request.blueprint or "").endswith(".api") or f"{request.path}/".startswith("/api/")
+    return part() == "api" or f"{request.path}/".startswith("/api/")
 
 
 def _page(found: Problem) -> Response | None:

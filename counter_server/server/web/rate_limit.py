@@ -15,6 +15,7 @@ from werkzeug.exceptions import TooManyRequests
 from ...errors import CounterServerError, DeadlineExceeded, InvalidRequest, Unsupported
 from ...extension import SharedState
 from ...state import forgetful
+from .site import part
 
 if TYPE_CHECKING:
     from limits import RateLimitItem
@@ -38,7 +39,7 @@ def init_app(app: Flask, shared: SharedState) -> None:
     item = _parse(text)
 
     def take() -> None:
-        if (request.blueprint or "").rpartition(".")[2] not in _LIMITED:
+        if part() not in _LIMITED:
             return
         try:
             admitted = limiter.hit(item, client())

@@ -38,7 +38,7 @@ from ...manager.directory import DataDirectory
 from ...state import forgetful
 from ...windows import Attempts
 from .rate_limit import client
-from .site import Site, link, render_template, root, site, templates
+from .site import Site, link, part, render_template, root, site, templates
 
 log = logging.getLogger(__name__)
 
@@ -362,7 +362,7 @@ def _refusal() -> AnyResponse | None:
 
 def _turn_away() -> AnyResponse | None:
     """Let only operators use anything except the form to sign in, where there is one, and our style sheets."""
-    is_form = (request.blueprint or "").rpartition(".")[2] == sign_in.name
+    is_form = part() == sign_in.name
     if is_static() or (is_form and token_of(current_app.config)):
         return None
     return _refusal()

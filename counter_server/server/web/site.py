@@ -109,6 +109,11 @@ class Links:
         return {self.link(endpoint): title for endpoint, title in _TITLES.items() if self.has_page(endpoint)}
 
 
+def part() -> str:
+    """Return the name of the part of the site that answers this request, such as ``api``; empty for none."""
+    return (request.blueprint or "").rpartition(".")[2]
+
+
 def site() -> Site:
     return Links().site
 

@@ -1,6 +1,7 @@
 /* Keeps the list of counters and the figures up to date. The page works without this script too. */
 
 import { Rates, draw, scaleFor } from "./chart.js";
+import "./copy.js";
 import { ask, find, keepAsking, setText } from "./live.js";
 
 const WINDOW = 5; // seconds in the means of the figures

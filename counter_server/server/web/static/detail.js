@@ -1,6 +1,7 @@
 /* Keeps the page of one counter up to date. */
 
 import { Rates, draw, scaleFor } from "./chart.js";
+import "./copy.js";
 import { find, keepAsking, setText } from "./live.js";
 
 const MOST_CHANGES = 8; // that the page shows

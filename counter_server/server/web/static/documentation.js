@@ -1,6 +1,6 @@
 /* Sends the requests of the API's page from its forms, and writes each as a command. The page is complete without it. */
 
-import { addCopyButtons } from "./copy.js";
+import "./copy.js";
 
 const SHOWN = ["Content-Type", "Idempotent-Replayed", "RateLimit", "RateLimit-Policy", "Retry-After", "WWW-Authenticate"];
 
@@ -63,4 +63,3 @@ for (const form of document.querySelectorAll("form.try")) {
     send(form);
   });
 }
-addCopyButtons();

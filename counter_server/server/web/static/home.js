@@ -1,6 +1,6 @@
 /* Counts the number up when others visit, and shows their visits. The page works without this script too. */
 
-import { addCopyButtons } from "./copy.js";
+import "./copy.js";
 
 const PERIOD = 2000; // milliseconds from an answer to the next request
 const PAUSE = 15000; // milliseconds after a request without an answer
@@ -41,5 +41,4 @@ function climb(from, to, step) {
 }
 
 document.addEventListener("visibilitychange", ask);
-addCopyButtons();
 timer = setTimeout(ask, PERIOD);

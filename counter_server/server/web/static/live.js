@@ -1,4 +1,4 @@
-/* Asks the server again and again, sends forms in place, and copies lines. The pages work without it too. */
+/* Asks the server again and again, and sends forms in place. The pages work without it too. */
 
 const PERIOD = 1000; // milliseconds from an answer to the next request
 const LONGEST_PAUSE = 30000; // milliseconds between requests without an answer
@@ -121,14 +121,4 @@ async function failure(answer) {
 function sentenceOf(error) {
   const none = error instanceof TypeError || error.name === "TimeoutError";
   return none ? "the server does not answer" : error.message;
-}
-
-// Lines to copy
-
-for (const button of document.querySelectorAll("[data-copy]")) {
-  button.hidden = !navigator.clipboard; // only a page of this machine, or one that came by https, has it
-  button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(find("code", button.parentElement).textContent);
-    button.textContent = "Copied";
-  });
 }

@@ -1,6 +1,6 @@
 /* Shows the page as soon as there is a manager. */
 
-import "./live.js"; // for the line to copy
+import "./copy.js";
 
 setInterval(async () => {
   try {
