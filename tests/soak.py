@@ -214,9 +214,16 @@ class Soak:
 
 
 def _processes(server: Server) -> dict[int, str]:
-    """Return the kind of each of a server's processes, by pid."""
-    found = {pid: kind for kind in ("worker", "manager") for pid in server.children(kind)}
-    return {server.pid: "supervisor", **found}
+    """Return the kind of each of a server's processes that have started, by pid."""
+    workers = dict.fromkeys(filter(_serves, server.children("worker")), "worker")
+    return {server.pid: "supervisor", **workers, **dict.fromkeys(server.children("manager"), "manager")}
+
+
+def _serves(worker: int) -> bool:
+    """Return whether a worker has its threads: it starts them last, on a busy machine long after it was forked."""
+    with suppress(FileNotFoundError):
+        return len(list(Path(f"/proc/{worker}/task").iterdir())) > 1
+    return False
 
 
 def screen(report: Report) -> str:
