@@ -31,7 +31,6 @@ _STOPPED = 143  # the exit status after SIGTERM, as a shell reports it
 file_argument = click.argument("file", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
 format_option = click.option(
     "--format",
-    "form",
     type=click.Choice(["json", "csv"]),
     default=None,
     help="json: one object a line; csv: for spreadsheets (default: csv if FILE ends with .csv, else json).",
@@ -96,9 +95,9 @@ def _reading(with_state: WithState) -> list[click.Command]:
     @click.command("list")
     @click.option("--prefix", default="", metavar="TEXT", help="Only the counters whose names begin with TEXT.")
     @click.option("--sort", type=click.Choice(["name", "value"]), default="name", help="value: the smallest first.")
-    @click.option("--json", "as_json", is_flag=True, help='Print one JSON object a line: {"counter":"x","value":1}')
+    @click.option("--json", is_flag=True, help='Print one JSON object a line: {"counter":"x","value":1}')
     @with_state
-    def list_(state: "State", prefix: str, sort: str, *, as_json: bool) -> None:
+    def list_(state: "State", prefix: str, sort: str, *, json: bool) -> None:
         """Print every counter and its value, one a line, separated by a tab."""
         from .scan import beginning_with
 
@@ -107,7 +106,7 @@ def _reading(with_state: WithState) -> list[click.Command]:
         if sort == "value":
             found = sorted(found, key=lambda counter: (counter[1], counter[0]))
         for name, value in found:
-            click.echo(_as_json(name, value) if as_json else f"{name}\t{value}")
+            click.echo(_as_json(name, value) if json else f"{name}\t{value}")
 
     @click.command()
     @click.argument("name")
@@ -129,7 +128,7 @@ def _reading(with_state: WithState) -> list[click.Command]:
     @overwrite("Replace FILE if it is there.")
     @with_state
     @ends_in_order
-    def export(state: "State", file: Path, form: "Format | None", *, overwrite: bool) -> None:
+    def export(state: "State", file: Path, format: "Format | None", *, overwrite: bool) -> None:  # noqa: A002 - its variable has this name
         """Write all counters and idempotency keys of a store to FILE, as they are at one moment; - is standard output.
 
         Counting goes on meanwhile. No manager is started.
@@ -138,7 +137,7 @@ def _reading(with_state: WithState) -> list[click.Command]:
 
         store = lasting(state.store)
         contents = moving.contents_of(store)
-        write = partial(portable.write, contents, form=form or portable.format_of(file))
+        write = partial(portable.write, contents, form=format or portable.format_of(file))
         with progress("Exporting", len(contents.counters) + len(contents.keys)) as advance:
             if file == STANDARD:
                 digest = write(sys.stdout.buffer, advance=advance)
@@ -213,7 +212,7 @@ def lasting(store: "Store") -> "Store":
 def mention_objects(contents: "Contents", store: "Store") -> None:
     if contents.objects:
         click.echo(
-            f"{len(contents.objects):,} shared objects stay in {store}: 'counter-server backup' copies them, to another"
-            " manager",
+            f"{len(contents.objects):,} shared objects stay in {store}: to use them elsewhere, restore a"
+            " 'counter-server backup' there first",
             err=True,
         )

@@ -18,7 +18,7 @@ Limit = float | None  # a bound, or a time to live in seconds; None: unlimited
 
 def check_entries(number: object) -> int:
     if type(number) is not int or number < 1:
-        raise InvalidRequest(f"the most entries of a dict is an int, 1 or more, not {number!r}")
+        raise InvalidRequest(f"the maximum number of entries must be an int of 1 or more, not {number!r}")
     return number
 
 

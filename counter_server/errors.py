@@ -95,7 +95,7 @@ class RemoteError(Exception):
 
 
 class ResultLost(RemoteError):
-    """The call was made, once, but its result cannot be sent, or not be read here. Do not make it again for that."""
+    """The call was made once, but its result cannot be sent, or cannot be read here. Do not repeat it for this."""
 
     def __str__(self) -> str:
         return self.text

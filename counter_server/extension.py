@@ -116,7 +116,7 @@ class SharedState(Sharing):
     - ``COUNTER_SERVER_DURABILITY``: of a manager that is started: ``"commit"`` (default), ``"process"`` or ``"none"``.
     - ``COUNTER_SERVER_IDLE_TIMEOUT``: seconds without clients after which such a manager exits; default 60.
     - ``COUNTER_SERVER_LARGEST_VALUE``: bytes that the arguments or the result of a call may have, and the state of a
-      durable object; default 1 MiB. It is of the whole process: the largest value of its apps counts.
+      durable object; default 1 MiB. It holds for the whole process; if several apps set it, the largest applies.
     - ``COUNTER_SERVER_LOG``: the log of such a manager: ``"file"`` (default), which is `manager.log` in the data
       directory, or ``"stderr"``, the app's standard error.
     - ``COUNTER_SERVER_ERROR_HANDLER``: whether an error of shared state that no view handles is answered with 503, 409

@@ -28,7 +28,7 @@ from .errors import StartupError, StorageFull
 from .figures import Durations
 from .ledger import Changes, ClientRecord, Contents, KeyRecord
 from .operations import LARGEST, Result
-from .os_errors import explain
+from .os_errors import explain, give_name
 from .settings import Caps
 
 log = logging.getLogger(__name__)
@@ -424,7 +424,7 @@ def appearing(target: Path, *, replace: bool = False) -> Iterator[Path]:
         if replace:
             part.replace(target)
         else:
-            os.link(part, target)  # unlike a rename, this never replaces a file
+            give_name(part, target)
         sync(target.parent)
     finally:
         with suppress(OSError):

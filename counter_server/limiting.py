@@ -13,7 +13,7 @@ from .errors import CounterServerError
 from .extension import open_for_app
 from .settings import DEFAULT_STORE, StoreOptions
 from .state import forgetful
-from .windows import Windows as Windows
+from .windows import Windows
 
 try:
     from limits.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage

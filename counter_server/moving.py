@@ -30,7 +30,7 @@ from .store import ShowsContents, Store
 # Shows progress: called with what is done and the number of records, it gives a function that takes those just done.
 Bar = Callable[[str, int], AbstractContextManager[Advance]]
 
-_READ_SECONDS = 3600.0  # in which a store tells its contents
+_READ_SECONDS = 3600.0  # for a store to return its contents
 _PAUSE = 0.1  # seconds before a store that did not answer is asked again
 _NOTHING = "nothing was changed"
 _NOT_COMPARED = "everything was written, and not compared: run the same command again"
@@ -60,7 +60,7 @@ def contents_of(store: Store, done: str = _NOTHING) -> Contents:
     :param done: what was done before, for the message of an error.
 
     :raises StartupError: if nothing was ever counted there.
-    :raises Unsupported: if it cannot tell.
+    :raises Unsupported: if it cannot list its counters.
     :raises DeadlineExceeded: if it does not answer.
     """
     if not isinstance(store, ShowsContents):
@@ -108,7 +108,10 @@ def write(contents: Contents, target: Store, *, overwrite: bool = False, bar: Ba
     kept = (Keep(key, *contents.keys[key][:2], overwrite) for key in keys)
     with bar("Writing", len(counters) + len(keys)) as advance:
         _apply(session, chain(values, kept), advance)
-    after = _read(target, _NOT_COMPARED) if isinstance(target, ShowsContents) else _asked(session, contents)
+    if isinstance(target, ShowsContents):
+        after = _read(target, _NOT_COMPARED)
+    else:
+        after = _asked(session, contents, _NOT_COMPARED)
     _check_still(target, *_missing(contents, after or Contents()), "are not what was written there")
     return Moved(len(counters), len(keys), *there)
 
@@ -156,22 +159,30 @@ def _of_one_that_cannot_list(session: Session, contents: Contents, *, overwrite:
     return _asked(session, contents)
 
 
-def _asked(session: Session, contents: Contents) -> Contents:
+def _asked(session: Session, contents: Contents, done: str = _NOTHING) -> Contents:
     """Return the values that the session's store has of these counters."""
-    found = _apply(session, map(Get, contents.counters))
+    found = _apply(session, map(Get, contents.counters), done=done)
     values = zip(contents.counters, found, strict=True)
     return Contents({name: value for name, value in values if isinstance(value, int)})
 
 
 def _operation(name: str, value: int, *, overwrite: bool) -> Operation:
-    """Return what gives a counter its value; without `overwrite`, only if nobody made the counter meanwhile."""
+    """Return what gives a counter its value. Without `overwrite`, a value but 0 replaces none that came meanwhile."""
     if overwrite or value == 0:
         return Set(name, value)
     return Increment(name, value, minimum=value, maximum=value)
 
 
-def _apply(session: Session, operations: Iterator[Operation], advance: Advance = lambda _records: None) -> list[Result]:
-    """Apply operations in the largest batches; return the results of reads. Raise the error of the first refusal."""
+def _apply(
+    session: Session,
+    operations: Iterator[Operation],
+    advance: Advance = lambda _records: None,
+    done: str = _NOTHING,
+) -> list[Result]:
+    """Apply operations in the largest batches; return the results of reads. Raise the error of the first refusal.
+
+    :param done: what was done before, for the message of an error.
+    """
     written = 0
     results: list[Result] = []
     try:
@@ -191,8 +202,11 @@ def _apply(session: Session, operations: Iterator[Operation], advance: Advance =
             f"something else writes to {session.store}: {error}; stop it, and run the same command again"
         ) from error
     except CounterServerError as error:
-        state = f"{written:,} were written before, and the same command again continues" if written else ""
-        raise type(error)(f"{error}; {state or 'nothing was moved'}", error.outcome) from error
+        if written:
+            done = f"{written:,} were written before, and the same command again continues"
+        elif error.outcome == "unknown":
+            done = "the same command again continues"
+        raise type(error)(f"{error}; {done}", error.outcome) from error
     return results
 
 

@@ -8,7 +8,7 @@ of a socket has to trust the other.
 import unicodedata
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from msgspec import Meta, Struct, msgpack, structs
 
@@ -21,6 +21,8 @@ LONGEST_KEY = 255  # characters
 LARGEST_PAGE = 1000  # counters
 LARGEST_BATCH = 1000  # operations; with names and keys of full length still below the frame limit
 FINGERPRINT_BYTES = 16
+
+Kind = TypeVar("Kind")
 
 Integer = Annotated[int, Meta(ge=SMALLEST, le=LARGEST)]
 _ONE = 1
@@ -272,3 +274,9 @@ class Batch(Struct, frozen=True, array_like=True):
         may_write = self.sequence > 0 and (count == 1 or Scan not in map(type, self.operations))
         if not (may_write or _READ_TYPES.issuperset(map(type, self.operations))):
             raise InvalidRequest("a batch with writes needs a sequence, and must not contain a scan")
+
+
+def expect(kind: type[Kind], result: object) -> Kind:
+    if not isinstance(result, kind):
+        raise TypeError(f"the store answered {result!r} instead of {kind.__name__}")
+    return result

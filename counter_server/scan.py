@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from .operations import LARGEST_PAGE, Get, Operation, Page, Result, Scan
+from .operations import LARGEST_PAGE, Get, Operation, Page, Result, Scan, expect
 
 
 def beginning_with(
@@ -21,9 +21,7 @@ def beginning_with(
             yield prefix, value
     more = True
     while more:
-        page = submit(Scan(after, at_once))
-        if not isinstance(page, Page):
-            raise TypeError(f"the store answered {page!r} instead of a page")
+        page = expect(Page, submit(Scan(after, at_once)))
         for name, value in page.counters:
             if not name.startswith(prefix):
                 return

@@ -26,7 +26,7 @@ _MOST_LARGEST_VALUE = 2**25  # bytes; a batch of such results still fits into a 
 
 def check_durability(name: object) -> Durability:
     if name not in DURABILITIES:
-        raise InvalidRequest(f"a durability is one of {', '.join(DURABILITIES)}, not {name!r}")
+        raise InvalidRequest(f"a durability must be one of {', '.join(DURABILITIES)}, not {name!r}")
     return cast(Durability, name)
 
 
@@ -35,25 +35,25 @@ def check_seconds(seconds: object, what: str, most: float = sys.float_info.max) 
     if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds <= most:
         return float(seconds)
     limit = f" and at most {most:g}" if most <= LONGEST_DEADLINE else ""
-    raise InvalidRequest(f"{what} is a number of seconds, more than 0{limit}, not {seconds!r}")
+    raise InvalidRequest(f"{what} must be a number of seconds, more than 0{limit}, not {seconds!r}")
 
 
 def check_flag(flag: object) -> bool:
     if flag not in (True, False):
-        raise InvalidRequest(f"it is True or False, not {flag!r}")
+        raise InvalidRequest(f"it must be True or False, not {flag!r}")
     return bool(flag)
 
 
 def check_log(log: object) -> str:
     if not isinstance(log, str) or log not in ("file", "stderr"):
-        raise InvalidRequest(f"a log is file or stderr, not {log!r}")
+        raise InvalidRequest(f"a log must be file or stderr, not {log!r}")
     return log
 
 
 def check_largest_value(size: object) -> int:
     if isinstance(size, int) and LARGEST_VALUE <= size <= _MOST_LARGEST_VALUE:
         return size
-    raise InvalidRequest(f"it is a number of bytes, {LARGEST_VALUE} to {_MOST_LARGEST_VALUE}, not {size!r}")
+    raise InvalidRequest(f"it must be a number of bytes, {LARGEST_VALUE} to {_MOST_LARGEST_VALUE}, not {size!r}")
 
 
 class Setting(NamedTuple):

@@ -41,6 +41,7 @@ from .operations import (
     Set,
     check_name,
     check_step,
+    expect,
 )
 from .plain import decode_plain, encode_plain, find_class
 from .session import Session, Sessions
@@ -183,12 +184,6 @@ def _made_again(raised: Raised) -> Exception:
             error.add_note(f"Raised in the manager process:\n{raised.traceback}")
             return error
     return RemoteError(raised.name, raised.text, raised.traceback)
-
-
-def expect(kind: type[Kind], result: object) -> Kind:
-    if not isinstance(result, kind):
-        raise TypeError(f"the store answered {result!r} instead of {kind.__name__}")
-    return result
 
 
 class Declarations(dict[str, Declaration]):
@@ -337,7 +332,6 @@ def open_state(
     *,
     deadline: float | None = None,
     options: StoreOptions | None = None,
-    declarations: Declarations | None = None,
 ) -> "State":
     """Return the shared state at `url`, for any program. In a Flask app, use `SharedState`.
 
@@ -345,11 +339,10 @@ def open_state(
 
     :param deadline: seconds that each call may take, at most 60; by default from the environment, else 5.
     :param options: whether and how to start a manager if there is none.
-    :param declarations: the shared objects, if several states have the same ones.
     :raises InvalidRequest: if there is no such store or the deadline is not valid.
     """
     seconds = from_environment("DEADLINE") if deadline is None else deadline
-    return State(open_store(url, options, declared_for), deadline=seconds, declarations=declarations)
+    return State(open_store(url, options, declared_for), deadline=seconds)
 
 
 class _Client:

@@ -36,7 +36,7 @@ class Applies(Protocol):
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about a store's server that decides whether numbers can be lost."""
+    """One finding about a store's server: whether numbers can be lost, and how."""
 
     level: Literal["ok", "may lose", "problem"]
     sentence: str
@@ -45,8 +45,8 @@ class Finding:
 class Store(Applies, Protocol):
     """An engine, as a session uses it."""
 
-    # How long a call takes: nothing worth sharing, less or more than it takes to wake the threads that wait for it. A
-    # store may know between the last two only after its first call.
+    # How long a call takes: "none", too short to be worth sharing; "short" or "long", less or more than waking the
+    # threads that wait for it. A store may learn only at its first call whether it is "short" or "long".
     round_trip: RoundTrip
 
     def findings(self, deadline: float, /) -> list[Finding]:
@@ -83,7 +83,7 @@ class HostsObjects(Protocol):
 
 @runtime_checkable
 class ShowsContents(Protocol):
-    """A store that can tell everything it counts."""
+    """A store that can return everything it counts."""
 
     def contents(self, deadline: float, /) -> Contents | None:
         """Return all counters and idempotency keys, as they are at one moment, while counting goes on.

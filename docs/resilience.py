@@ -105,14 +105,14 @@ def block(minutes: str) -> str:
     recoveries = json.loads(python("-m", "tests.benchmarks.recovery", "--json", "--counters", *COUNTERS))
     paragraphs = [
         f"In {report['seconds'] / 60:.1f} minutes {report['clients']} clients made {report['answered']:,} increments,"
-        f" while {len(report['injuries'])} faults were injected, in an order of chance (seed {report['seed']}). Each"
+        f" while {len(report['injuries'])} faults were injected, in random order (seed {report['seed']}). Each"
         f" increment was counted exactly once, {report['unknown'] or 'none'} stayed without an answer, the slowest took"
         f" {report['slowest']:.1f} s, and no process grew in memory, descriptors or threads. (A frozen worker is"
         " replaced after 3 s here, and its time is from the freezing on; for a killed supervisor another starts.)",
         of_the_faults(report),
         "From `kill -9` of the manager to the next increment that was answered, by the number of counters:",
         of_the_kills(recoveries),
-        "Bad inputs, each of them refused with the status that it has to be, nothing changed:",
+        "Bad inputs. Each was refused with the right status, and changed nothing:",
         of_the_inputs(),
         f"All measured by `python docs/resilience.py` on {versions()}; the data directory of the soak was on a small"
         " file system in memory that is filled and emptied, that of the kills on the machine's disk.",

@@ -1,5 +1,6 @@
 """Fixtures: real managers and servers, started for a test and gone after it."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -142,6 +143,16 @@ def cut(stack: ExitStack) -> Callable[[Path], Cutter]:
         return cutter
 
     return start
+
+
+@pytest.fixture
+def no_hard_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse them, as some file systems do."""
+
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("os.link", fail)
 
 
 @pytest.fixture

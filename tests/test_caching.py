@@ -254,7 +254,7 @@ def test_inc_renews_an_entry_with_the_default_timeout_as_set_does() -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        *(({"threshold": threshold}, "the most entries") for threshold in (0, 1.5, "many")),
+        *(({"threshold": threshold}, "maximum number of entries") for threshold in (0, 1.5, "many")),
         *(({"url": "nonsense://x"}, "nonsense"), ({"deadline": 0}, "deadline"), ({"name": ""}, "empty")),
     ],
 )

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -271,6 +272,18 @@ def test_the_environment_has_options_too(
         assert result == (0, f"{expected}\n", "")
     else:
         assert expected in refused(result)
+
+
+def options(group: click.Group) -> Iterator[tuple[str, click.Option]]:
+    for name, command in group.commands.items():
+        yield from ((name, option) for option in command.params if isinstance(option, click.Option))
+
+
+def test_each_option_has_the_variable_that_its_name_says() -> None:
+    shown = [(command, option) for command, option in options(main) if not option.hidden]
+    assert len(shown) > 50
+    for command, option in shown:
+        assert option.envvar or f"--{option.name}".replace("_", "-") in option.opts, (command, option.opts)
 
 
 def test_the_environment_of_a_manager_is_checked_at_its_start(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -466,7 +466,7 @@ def test_a_store_that_cannot_list_says_so_and_the_rest_works(tmp_path: Path, sta
     client = app.test_client()
     text = client.get("/counters").text
     assert "memcached cannot list its counters; use another store for it. Search for a whole name" in text
-    assert "The store memcached:// gives no figures here" in text
+    assert "The store memcached:// reports no figures" in text
     page = press(client, look(client).form("/counters/increment"), name="a b")
     assert sentence(page) == "a b is now 1."
     page = press(client, page.form("/counters"), q="a b")

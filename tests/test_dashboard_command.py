@@ -282,7 +282,7 @@ def test_on_every_other_store_it_shows_what_the_app_counts(
     visit_every_page(dashboard.url)
     status, _, text = ask(dashboard.url, "GET", "/counters?q=visits", headers=BROWSER)
     assert (status, Page(text).counters) == (200, {"visits": "3"})
-    assert "gives no figures here" in text
+    assert "reports no figures" in text
     if store.startswith("memcached"):
         assert "memcached cannot list its counters" in text
     eventually(lambda: ask(dashboard.url, "GET", "/readyz")[0] == 200, "readiness")

@@ -276,7 +276,7 @@ def test_an_invalid_time_to_live_or_size_is_refused_and_nothing_is_set() -> None
     sizes: list[Any] = [True, 0, -1, 1.0, math.nan, math.inf, "1", None, []]
     with open_state("memory://") as state:
         for size in sizes:
-            with pytest.raises(InvalidRequest, match="most entries"):
+            with pytest.raises(InvalidRequest, match="maximum number of entries"):
                 state.dict("d", max_entries=size)
         for ttl in ttls:
             with pytest.raises(InvalidRequest, match="ttl"):

@@ -14,7 +14,7 @@ import pytest
 
 from counter_server.cli.upkeep import examine
 from counter_server.errors import InvalidRequest
-from counter_server.stores import Finding
+from counter_server.store import Finding
 from counter_server.stores.databases import judge_mysql, judge_postgresql
 from tests.load import open_client
 from tests.processes import PATIENCE, ROOT, Manager, eventually, frozen

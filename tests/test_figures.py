@@ -297,7 +297,7 @@ def test_what_may_hold_a_secret_is_shown_to_operators_only(
 
 def test_a_store_without_figures_says_so_once() -> None:
     text = application("memory://", token=TOKEN).test_client().get("/counters").text
-    assert text.count("memory:// gives no figures here, neither of its own work nor of shared objects") == 1
+    assert text.count("memory:// reports no figures, shared objects or connected processes") == 1
     assert 'id="objects"' not in text
 
 

@@ -22,7 +22,8 @@ from counter_server.moving import contents_of, move, write
 from counter_server.operations import Increment
 from counter_server.portable import new_file, read
 from counter_server.portable import write as write_file
-from counter_server.stores import Store, open_store
+from counter_server.store import Store
+from counter_server.stores import open_store
 from tests.engines import start
 from tests.load import at_once, open_client, spawn
 from tests.processes import PATIENCE, ROOT, Manager, Program, eventually, fill

@@ -19,7 +19,8 @@ from counter_server.operations import LARGEST, SMALLEST, Batch, Increment, Keep,
 from counter_server.portable import Advance, Format, digest_of, new_file, read
 from counter_server.portable import write as write_file
 from counter_server.settings import Caps
-from counter_server.stores import Store, open_store
+from counter_server.store import Store
+from counter_server.stores import open_store
 from counter_server.stores.memory import MemoryStore
 from counter_server.testing import NAMES
 from tests.load import at_once
@@ -197,6 +198,18 @@ def test_a_new_file_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="cannot be written: No such file"), new_file(tmp_path / "no" / "x"):
         pytest.fail("there is no such directory")
     assert [each.name for each in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+@pytest.mark.usefixtures("no_hard_links")
+def test_a_file_system_without_hard_links_takes_a_new_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    with pytest.raises(StartupError, match="is there already"), new_file(path):
+        path.write_bytes(b"meanwhile")
+    assert path.read_bytes() == b"meanwhile"
+    path.unlink()
+    with new_file(path) as file:
+        file.write(b"whole")
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("x.jsonl", b"whole")]
 
 
 # Into a store
@@ -434,3 +447,20 @@ def test_a_store_that_does_not_answer_for_a_moment_is_asked_again(monkeypatch: p
         write(Contents({"a": 1}), Away(1))
     with pytest.raises(DeadlineExceeded, match="it is busy; everything was written, and not compared: run the same"):
         write(Contents({"a": 1}), Away(2))
+
+
+class Mute(MemoryStore):
+    """Applies writes, and its answers do not arrive."""
+
+    def apply(self, batch: Batch, deadline: float = 0.0, /) -> list[Result]:
+        results = super().apply(batch, deadline)
+        if batch.sequence:
+            raise Disconnected("the cable is cut", sent=True)
+        return results
+
+
+def test_what_may_have_been_written_is_not_said_to_be_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("counter_server.moving.LONGEST_DEADLINE", 0.0)
+    with pytest.raises(DeadlineExceeded, match=r"counted, at most once; the same command again continues$") as error:
+        write(Contents({"a": 1}), Mute())
+    assert error.value.outcome == "unknown"

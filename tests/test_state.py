@@ -249,11 +249,11 @@ def test_a_block_gives_its_calls_another_deadline() -> None:
 def test_a_store_that_hosts_no_objects_says_so_at_once_with_what_is_declared() -> None:
     url = "sqlite:////nowhere/counters.db"
     declarations = Declarations()
-    with open_state("memory://", declarations=declarations) as hosting:
+    with State(open_store("memory://"), declarations=declarations) as hosting:
         hosting.object("global_obj", SomeObj, 0)
         hosting.dict("carts", max_entries=10)
     everything = r"global_obj = tests.hosted_classes.SomeObj\(0\); carts = .*BoundedDict\(10, durable=False\)"
     with pytest.raises(Unsupported, match=rf"^sqlite:// hosts no .* this app declares {everything}: use manager://"):
-        open_state(url, declarations=declarations)
+        State(open_store(url), declarations=declarations)
     with open_state(url) as state, pytest.raises(Unsupported, match=r"declares global_obj = tests\S+SomeObj\(0\): use"):
         state.object("global_obj", SomeObj, 0)

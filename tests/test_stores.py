@@ -16,7 +16,8 @@ import pytest
 from counter_server import StoreOptions, open_state
 from counter_server.errors import Disconnected, InvalidRequest, StateLost
 from counter_server.operations import Batch, Increment
-from counter_server.stores import Store, open_store
+from counter_server.store import Store
+from counter_server.stores import open_store
 from counter_server.testing import StoreContract
 from tests.processes import PATIENCE, ROOT, Manager
 

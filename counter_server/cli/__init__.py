@@ -5,10 +5,11 @@ from ..modules import quick_imports
 with quick_imports():
     import click
 
-    from ..commands import Group
+    from ..commands import Group, counter_commands
     from ..server.demo import demo
     from ..server.prove import prove
-    from . import counters, moving, running, upkeep
+    from . import moving, running, upkeep
+    from .options import with_state
     from .top import top
 
 __all__ = ["main"]
@@ -29,6 +30,6 @@ for command in (
     *(running.run, running.dashboard, running.manager, top, demo, prove),
     *(upkeep.stop, upkeep.backup, upkeep.check, upkeep.doctor),
     *(moving.import_, moving.migrate),
-    *counters.commands,
+    *counter_commands(with_state),
 ):
     main.add_command(command)

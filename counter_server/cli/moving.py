@@ -34,13 +34,13 @@ from .options import IDLE_SECONDS, with_state
 @click.option("--unchecked", is_flag=True, help="Accept a FILE without a checksum, made by hand.")
 @with_state
 @ends_in_order
-def import_(state: State, file: Path, form: Format | None, *, overwrite: bool, unchecked: bool) -> None:
+def import_(state: State, file: Path, format: Format | None, *, overwrite: bool, unchecked: bool) -> None:  # noqa: A002 - its variable has this name
     """Write the counters and idempotency keys in FILE, an export, into a store; - is standard input.
 
     FILE is verified first. A store that has other values is refused. The same command again continues an interrupted
     one. A CSV made by hand needs the columns name and value.
     """
-    store, form = lasting(state.store), form or portable.format_of(file)
+    store, form = lasting(state.store), format or portable.format_of(file)
     if file == STANDARD:
         contents, digest = portable.read(sys.stdin.buffer, form, "standard input", unchecked=unchecked)
     else:

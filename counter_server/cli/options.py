@@ -21,7 +21,7 @@ _PROXIES = click.IntRange(0, 16)
 CAPS = {
     "counters": "Maximum number of counters. Beyond it, only existing ones can be changed.",
     "keys": "Maximum number of idempotency keys, remembered for 24 hours each. Beyond it, new ones are refused.",
-    "clients": "Maximum number of remembered client processes. Beyond it, the longest idle is forgotten.",
+    "clients": "Maximum number of remembered clients, and of each object's. Beyond it, the longest idle is forgotten.",
     "journal_bytes": "Maximum size of the journal. Beyond it, writes are refused, and reads continue.",
     "connections": "Maximum number of connections. Beyond it, new ones wait.",
 }
@@ -52,10 +52,10 @@ def web(option: str, name: str, said: str, metavar: str = "NAME", **attributes: 
 
 def with_web_options(command: Command) -> Command:
     """Add the options of everything that is served: where, under which names, and behind how many proxies."""
-    said = "A host name for browsers besides localhost; may be repeated."
+    said = "Another host name by which browsers may reach this server, besides localhost; may be repeated."
     for option in (
         web("--trusted-proxy", "TRUSTED_PROXIES", "Number of proxies in front.", "COUNT", type=_PROXIES, default=0),
-        click.option("--allow-host", "TRUSTED_HOSTS", help=said, metavar="NAME", multiple=True),
+        click.option("--allow-host", help=said, metavar="NAME", multiple=True),
         setting("port", "The port to listen on; 0 picks a free one.", type=click.IntRange(0, 65535)),
         setting("host", "The address to listen on."),
     ):

@@ -74,6 +74,7 @@ def run(data_dir: str | None, store: str | None, *, attach: bool, **options: Any
 
 def _settings(url: str, **options: Any) -> ServerSettings:
     config = {name: options.pop(name) for name in list(options) if name.isupper()}  # named as the app's configuration
+    config["TRUSTED_HOSTS"] = options.pop("allow_host")
     return ServerSettings(store=url, web=config, **options)
 
 
@@ -99,7 +100,7 @@ def dashboard(data_dir: str | None, store: str | None, **options: Any) -> None:
 @click.command()
 @data_dir_option
 @with_manager_options
-@click.option("--idle-timeout", "idle", type=float, metavar="SECONDS", help="Exit after SECONDS without clients.")
+@click.option("--idle-timeout", type=float, metavar="SECONDS", help="Exit after SECONDS without clients.")
 @click.option(
     "--hosting", metavar="APP", help="Host the shared objects of an app: module, module:app or module:create_app()."
 )
@@ -107,7 +108,7 @@ def dashboard(data_dir: str | None, store: str | None, **options: Any) -> None:
 @click.option("--starter", nargs=2, type=int, hidden=True, help="Descriptors of the client that starts it.")
 def manager(
     data_dir: str | None,
-    idle: float | None,
+    idle_timeout: float | None,
     hosting: str | None,
     *,
     background: bool,
@@ -124,7 +125,7 @@ def manager(
     hosted = decode_hosting(sys.stdin.buffer.read()) if starter else NOTHING
     configure("manager", "text", logging.WARNING)
     directory = directory_of(data_dir)
-    timeout = None if idle is None else settings.check_seconds(idle, "an idle timeout")
+    timeout = None if idle_timeout is None else settings.check_seconds(idle_timeout, "an idle timeout")
     if hosting:
         hosted = _declared_by(hosting, directory)
     report = detach(directory, starter) if background else None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _PERIOD = 1.0  # seconds between two samples
 _WINDOW = 5  # periods in the mean of a rate
-_MOST_COUNTERS = 10_000  # that are followed; the manager computes for less than 20 ms to tell them
+_MOST_COUNTERS = 10_000  # that are followed; the manager computes for less than 20 ms to list them
 _DEADLINE = 2.0  # seconds for all answers of one sample
 _WIDTH = 140  # columns without a terminal
 _HEIGHT = 100  # lines of one snapshot

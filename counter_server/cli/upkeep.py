@@ -12,7 +12,8 @@ import click
 from .. import settings
 from ..errors import BatchRefused, CounterServerError, DirectoryHeld, Disconnected, StartupError
 from ..manager.directory import DataDirectory
-from ..stores import Finding, open_store
+from ..store import Finding
+from ..stores import open_store
 from .options import data_dir_option, directory_of, store_option, url_of
 
 _SECONDS_TO_STOP = 10.0

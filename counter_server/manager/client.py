@@ -45,7 +45,6 @@ _DURABILITY = {
 
 _decode_results = msgpack.Decoder(list[Result]).decode
 _decode_status = msgpack.Decoder(Status).decode
-_decode_bytes = msgpack.Decoder(bytes).decode
 _decode = msgpack.Decoder().decode
 _decode_reply = msgpack.Decoder(tuple[str, Raw]).decode
 
@@ -92,7 +91,7 @@ class StateProxy(BaseProxy):
         return StateProxy(self.directory, self._starter, declaration)
 
     def another(self) -> "StateProxy":
-        """See `ObjectStore`. A loss of the state that the other one has seen is no loss of this one."""
+        """See `ObjectStore`. A loss of the state that one of them has reported is not reported again by the other."""
         proxy = StateProxy(self.directory, self._starter, self._declaration)
         proxy._latest_epoch = self._latest_epoch
         return proxy
@@ -172,10 +171,6 @@ class StateProxy(BaseProxy):
     def hosting(self, deadline: float) -> Hosting:
         """Return what the manager hosts."""
         return decode_hosting(self._callmethod("hosting", deadline=deadline))
-
-    def saved(self, name: str, deadline: float) -> bytes:
-        """Return the state of a durable object as its manager saved it; nothing for any other object."""
-        return _decode_bytes(self._callmethod("saved", (name,), deadline=deadline))
 
     def ask(self, method: str, arguments: tuple[Any, ...], deadline: float) -> Any:
         """Call one of the manager's own methods, and return its answer as plain data.

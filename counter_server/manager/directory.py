@@ -1,6 +1,5 @@
 """The data directory: journal, socket, keys and lock of one manager, in one place."""
 
-import errno
 import fcntl
 import hashlib
 import logging
@@ -23,7 +22,7 @@ from msgspec import MsgspecError, Struct, json, structs
 
 from ..errors import DirectoryHeld, InvalidRequest, StartupError
 from ..ledger import has_ended
-from ..os_errors import ELSEWHERE, explain, is_absent, not_ours
+from ..os_errors import ELSEWHERE, explain, give_name, is_absent, not_ours
 from ..settings import RUNTIME_DIR_VARIABLE
 
 log = logging.getLogger(__name__)
@@ -243,7 +242,7 @@ class DataDirectory:
         is_gone = holder.namespace == here.namespace and (not holder.pid or has_ended(holder.pid))
         if is_gone and self.manager_pid() is None:
             return StartupError(
-                f"a process that is no manager holds the lock {self.path}/manager.lock, perhaps on another machine;"
+                f"a process that is not a manager holds the lock {self.path}/manager.lock, perhaps on another machine;"
                 f" nothing was counted or lost; end that process (`lslocks` may name it), or {ELSEWHERE}"
             )
         return None
@@ -256,7 +255,7 @@ class DataDirectory:
                 with forking, suppress(OSError):  # it helps, but nothing depends on it
                     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                     opened.callback(os.close, descriptor)
-                    opened.callback(_own.discard, descriptor)
+                    opened.callback(release, descriptor)
                     keep_from_children(descriptor)
                     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             yield
@@ -312,7 +311,7 @@ class DataDirectory:
                 os.fchmod(file, 0o600)  # whatever the umask
             yield file
         finally:
-            _own.discard(file)
+            release(file)
             os.close(file)
 
     def _lock(self, file: int, kind: int = fcntl.LOCK_EX, deadline: float = -inf) -> bool:
@@ -418,14 +417,8 @@ class DataDirectory:
             os.fchmod(file, 0o600)  # whatever the umask
             os.write(file, key.hex().encode())
             os.fsync(file)
-            try:
-                os.link(draft, path)
-            except FileExistsError:
-                pass
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-                draft.rename(path)  # the file system has no hard links: the last of two makers wins
+            with suppress(FileExistsError):
+                give_name(draft, path)
         finally:
             os.close(file)
             draft.unlink(missing_ok=True)

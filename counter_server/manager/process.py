@@ -161,7 +161,7 @@ def _import_all(directory: DataDirectory, hosting: Hosting) -> tuple[Hosting, di
     with closing(StateProxy(directory)) as proxy:
         try:
             other = proxy.hosting(deadline)
-            saved = {each.name: proxy.saved(each.name, deadline) for each in other.declarations}
+            saved = {each.name: proxy.ask("saved", (each.name,), deadline) for each in other.declarations}
         except Disconnected as error:
             raise DirectoryHeld(f"the manager of {directory} ({directory.holder}) does not answer: {error}") from error
     worse = [reasons[declaration.name] for declaration in other.declarations if declaration.name in reasons]

@@ -136,11 +136,11 @@ class Report:
         """Report the outcome: ``ready``, an ``error``, or ``later``, if another attempt may succeed."""
         if self._lock is not None:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
-            os.close(self._lock)
             release(self._lock)
+            os.close(self._lock)
         _send(self._writer, kind, text)
-        os.close(self._writer)
         release(self._writer)
+        os.close(self._writer)
 
 
 def _send(writer: int, kind: str, text: str) -> None:

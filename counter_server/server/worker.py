@@ -10,7 +10,6 @@ All of this was written against the source of waitress 3.0.2; pyproject.toml kee
 import logging
 import os
 import re
-import resource
 import select
 import signal
 import socket
@@ -28,6 +27,7 @@ from flask import Flask
 
 from ..errors import Outcome, StartupError
 from ..extension import SharedState
+from ..manager.server import room_for
 from ..output import configure
 from .settings import ServerSettings
 from .web import create_app, create_dashboard
@@ -47,7 +47,6 @@ LARGEST_HEAD = 2**16  # bytes
 LARGEST_REQUEST = 2**20  # bytes; the application's own limit is lower
 _HOLD_SECONDS = 0.002  # for which a worker with more connections than another leaves new ones to it
 _MAX_CONNECTIONS = 4000
-_OTHER_DESCRIPTORS = 100
 _MAX_PIPELINED = 16  # their answers fit into the buffer, so no thread waits for a client that does not read
 # waitress's loop sends answers of up to this size whole. Their own thread would send them in parts, and hand the GIL to
 # the loop each time: 600 us of processor time for a request, instead of 200.
@@ -155,7 +154,7 @@ class Worker:
         self._request_timeout = settings.request_timeout
         self._stopping = False
         self._linger = 0.0
-        self._max_connections = _connection_limit()
+        self._max_connections = room_for(_MAX_CONNECTIONS)
         channels: dict[int, Any] = {}
         self._poll = partial(wasyncore.loop, use_poll=True, map=channels, count=1)
         self._server: Any = server.create_server(
@@ -238,14 +237,6 @@ class Worker:
         excess = max(len(connections) - self._max_connections * 9 // 10, 0)
         for connection in sorted((c for c in connections if c.idle), key=lambda c: c.last_activity)[:excess]:
             connection.handle_close()
-
-
-def _connection_limit() -> int:
-    wanted = _MAX_CONNECTIONS + _OTHER_DESCRIPTORS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft = max(soft, min(wanted, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(min(soft, wanted) - _OTHER_DESCRIPTORS, _OTHER_DESCRIPTORS)
 
 
 class Chunks(receiver.ChunkedReceiver):  # type: ignore[misc] # waitress has no types

@@ -5,9 +5,7 @@ from collections.abc import Callable
 from ..errors import InvalidRequest
 from ..objects import Declaration
 from ..settings import StoreOptions, default_data_dir
-from ..store import Finding, HostsObjects, ReportsStatus, Store
-
-__all__ = ["Finding", "HostsObjects", "ReportsStatus", "Store", "open_store"]
+from ..store import Store
 
 
 def open_store(

@@ -298,7 +298,7 @@ class MysqlStore(SqlStore):
         rest = {column.name: insert.inserted[column.name] for column in table.c if not column.primary_key}
         return insert.on_duplicate_key_update(rest)
 
-    def all_counters(self, connection: Connection, table: Table) -> Iterator[tuple[str, int]]:  # noqa: ARG002 - as in SQL
+    def all_counters(self, connection: Connection) -> Iterator[tuple[str, int]]:
         connection.exec_driver_sql(_LONGEST_ROW)
         after = b""
         while True:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any
+from typing import Any, AnyStr
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from msgspec import msgpack
@@ -223,7 +223,7 @@ class RedisStore:
         try:
             for name in ("appendfsync", "no-appendfsync-on-rewrite", "save", "min-replicas-to-write"):
                 words = [word.decode() for word in self._exchange(deadline, "CONFIG", "GET", name)]
-                config.update(zip(words[::2], words[1::2], strict=True))
+                config.update(_pairs(words))
         except (AccessDenied, OutcomeUnknown) as error:
             found.append(_risk(f"CONFIG is not permitted, so its settings are unknown: {error.__cause__}"))
         return [*found, *_durability(info, config), _eviction(info), _replication(info, config)]
@@ -242,7 +242,7 @@ def _url(scheme: str, place: str, query: dict[str, str]) -> str:
     return f"{scheme}://{place}{'?' if query else ''}{urlencode(query)}"
 
 
-def _pairs(flat: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+def _pairs(flat: list[AnyStr]) -> Iterator[tuple[AnyStr, AnyStr]]:
     return zip(flat[::2], flat[1::2], strict=True)
 
 
@@ -279,7 +279,7 @@ def _pack(operation: Operation) -> str | list[str | int]:
 def _unpack(operation: Operation, result: str | list[str]) -> Result:
     if isinstance(result, list):
         more, *rest = result
-        return Page([(name, int(value)) for name, value in zip(rest[::2], rest[1::2], strict=True)], more == "more")
+        return Page([(name, int(value)) for name, value in _pairs(rest)], more == "more")
     kind, value = result[0], result[1:]
     if kind == "i":
         return int(value)

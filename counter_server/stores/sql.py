@@ -138,7 +138,7 @@ class SqlStore:
         self._inherited: list[sa.Pool] = []  # a parent's: closing its connections would disturb the parent
         self._epoch = ""  # as last seen
         self._next_forgetting = 0.0
-        self._upsert = {table: self.upsert(table) for table in _MARKS}
+        self._upsert = {table: self.replacing(table, self.insert(table)) for table in _MARKS}
         self._wanted = {table: sa.select(table).where(self.is_wanted(_KEY[table])) for table in (_counters, _keys)}
         # Other programs that write wait, too.
         self._locked = self._wanted[_counters].order_by(_counters.c.name).with_for_update()
@@ -152,10 +152,6 @@ class SqlStore:
     def begin_write(self, connection: sa.Connection, texts: set[str] | None) -> None:
         """Begin a transaction; lock these names and idempotency keys, or everything."""
         raise NotImplementedError
-
-    def upsert(self, table: sa.Table) -> Any:
-        """Return the statement that inserts a row, or replaces the row that has its primary key."""
-        return self.replacing(table, self.insert(table))
 
     def replacing(self, table: sa.Table, insert: Any) -> Any:
         """Return a statement that inserts rows so that it replaces those that have the same primary keys."""
@@ -313,14 +309,14 @@ class SqlStore:
 
     def _everything(self, connection: sa.Connection) -> Contents:
         keys = sa.select(_keys).where(_keys.c.key != "", _keys.c.used > self._clock - KEY_LIFETIME)
-        found = Contents(dict(self.all_counters(connection, _counters)))
+        found = Contents(dict(self.all_counters(connection)))
         for key, *record in connection.execute(keys).yield_per(_ROWS_AT_ONCE):
             found.keys[key] = KeyRecord(*record)
         return found
 
-    def all_counters(self, connection: sa.Connection, table: sa.Table) -> Iterator[tuple[str, int]]:
+    def all_counters(self, connection: sa.Connection) -> Iterator[tuple[str, int]]:
         """Return the names and values of all counters, one after the other."""
-        rows = connection.execute(sa.select(table).where(table.c.name != ""))
+        rows = connection.execute(sa.select(_counters).where(_counters.c.name != ""))
         return iter(rows.yield_per(_ROWS_AT_ONCE))
 
     def commit(self, connection: sa.Connection, changes: Changes) -> None:

@@ -21,7 +21,7 @@ def _check_picture(_context: click.Context, _option: click.Parameter, file: Path
 @click.option("--clients", type=click.IntRange(2, 100), default=100, show_default=True, help="Simultaneous clients.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Each on a new server.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="For all servers, in turn (default: free ones).")
-@click.option("--json", "as_json", is_flag=True, help="Print all results, for programs.")
+@click.option("--json", is_flag=True, help="Print all results, for programs.")
 @click.option(
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -29,12 +29,12 @@ def _check_picture(_context: click.Context, _option: click.Parameter, file: Path
     metavar="FILE",
     help="Draw the results into a .png or .svg.",
 )
-def demo(only: tuple[str, ...], clients: int, rounds: int, port: int, picture: Path | None, *, as_json: bool) -> None:
+def demo(only: tuple[str, ...], clients: int, rounds: int, port: int, picture: Path | None, *, json: bool) -> None:
     """See the race: one small app behind real servers, 100 clients at once, and the numbers that they get.
 
     Takes about a minute. Exit status 0 if counter-server was right, 1 if it was not.
     """
-    for name, needed in {"rich": not as_json, "matplotlib": picture is not None}.items():
+    for name, needed in {"rich": not json, "matplotlib": picture is not None}.items():
         if needed and find_spec(name) is None:
             raise click.ClickException(
                 f"{name} is not installed, and nothing was started: pip install 'counter-server[demo]'"
@@ -56,13 +56,16 @@ def demo(only: tuple[str, ...], clients: int, rounds: int, port: int, picture: P
                 show.say(f"{outcome.verdict:<8}  {outcome.pair.title}")
             if picture is not None and any(outcome.rounds for outcome in outcomes):
                 tell("drawing")
-                draw(outcomes, picture)
+                try:
+                    draw(outcomes, picture)
+                except OSError as error:
+                    raise click.ClickException(f"{picture} cannot be written: {error.strerror}") from error
     except KeyboardInterrupt:
         click.echo("Stopped. All processes and files are removed.", err=True)
         sys.exit(130)
     except OSError as error:
-        raise click.ClickException(f"{picture} cannot be written: {error.strerror}") from error
-    if as_json:
+        raise click.ClickException(f"a server could not be tried: {error}; all are ended, and files removed") from error
+    if json:
         print_json(outcomes, clients, rounds)
     else:
         print_table(outcomes, clients)

@@ -20,7 +20,7 @@ from ...errors import InvalidRequest, StartupError
 @click.option("--url", metavar="URL", help="Of a running server, instead of a new one; nothing is killed.")
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Save the history even if it is right.")
 @click.option("--check", type=click.Path(path_type=Path), metavar="FILE", help="Only check a saved history.")
-@click.option("--json", "as_json", is_flag=True, help="The verdict as JSON.")
+@click.option("--json", is_flag=True, help="The verdict as JSON.")
 def prove(
     *,
     clients: int,
@@ -30,7 +30,7 @@ def prove(
     url: str | None,
     save: Path | None,
     check: Path | None,
-    as_json: bool,
+    json: bool,
 ) -> None:
     """Show that every increment is counted exactly once: by load, kill -9, and a check of every answer.
 
@@ -66,7 +66,7 @@ def prove(
             directory = os.getcwd() if os.access(os.curdir, os.W_OK) else tempfile.gettempdir()
             place = Path(directory, f"{verdict.counter}.jsonl")
         verdict = msgspec.structs.replace(verdict, history=place and str(place))
-    click.echo(msgspec.json.format(msgspec.json.encode(verdict)).decode() if as_json else screen(verdict))
+    click.echo(msgspec.json.format(msgspec.json.encode(verdict)).decode() if json else screen(verdict))
     if place is not None:
         try:
             write(place, history, verdict.final, new=save is None)

@@ -1,6 +1,7 @@
 """The JSON API under `/api/v1/counters`, and its document: `openapi.json`, which the tests hold against the server."""
 
 import json
+import re
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from importlib.metadata import version
@@ -16,8 +17,7 @@ from werkzeug.routing import PathConverter
 
 from ...errors import InvalidRequest
 from ...extension import SharedState
-from ...operations import LARGEST, LARGEST_PAGE, SMALLEST, Assignment, Get, Increment, Replayed, Step
-from ...state import expect
+from ...operations import LARGEST, LARGEST_PAGE, SMALLEST, Assignment, Get, Increment, Replayed, Step, expect
 from .security import Answer, operators_only
 from .site import has_page, render_template, root
 
@@ -113,7 +113,7 @@ def docs() -> str:
 
 
 def _component(kind: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return what `given` refers to, or itself if it is no reference."""
+    """Return what `given` refers to, or itself if it is not a reference."""
     name = given.get("$ref", "").rpartition("/")[2]
     found: dict[str, Any] = _DOCUMENT["components"][kind][name] if name else given
     return found
@@ -167,6 +167,13 @@ def _number(text: str) -> int | float:
 
 
 _decode = msgspec.json.Decoder(dict[str, Any], float_hook=_number).decode
+
+
+def read_integer(name: str, text: str, least: int, most: int) -> int:
+    """Read the field `name` of a form, or raise `InvalidRequest`."""
+    if not re.fullmatch(r"\s*-?[0-9]{1,19}\s*", text) or not least <= int(text) <= most:
+        raise InvalidRequest(f"{name} must be an integer from {least} to {most}")
+    return int(text)
 
 
 def _read_body(form: type[Form], *, default: Form | None = None) -> Form:

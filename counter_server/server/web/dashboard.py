@@ -1,7 +1,6 @@
 """The dashboard: all counters, live, with forms to change them; the manager, its shared objects and its processes."""
 
 import os.path
-import re
 import shlex
 import unicodedata
 from collections.abc import Callable
@@ -16,13 +15,13 @@ from jinja2.filters import do_filesizeformat
 from werkzeug.exceptions import NotFound
 from werkzeug.wrappers import Response as AnyResponse
 
-from ...errors import InvalidRequest, Unsupported
+from ...errors import Unsupported
 from ...extension import SharedState
 from ...manager.client import StateProxy
-from ...operations import LARGEST, SMALLEST, Get, Increment, Replayed
+from ...operations import LARGEST, SMALLEST, Get, Increment, Replayed, expect
 from ...scan import beginning_with
-from ...state import expect
 from ...status import FIGURES, ConnectedProcess, ObjectStatus, Process, Status
+from .api import read_integer
 from .security import keep_sentence, kept_sentence, may_operate, operators_only, token_of, wants_page
 from .site import has_page, link, render_template, site
 
@@ -109,7 +108,7 @@ def detail_live() -> Response:
 @dashboard.post("/counters/increment")
 def increment() -> AnyResponse:
     name, key = request.form.get("name", ""), request.form.get("key")
-    by = _integer("by", request.form.get("by", "1"), SMALLEST, LARGEST)
+    by = read_integer("by", request.form.get("by", "1"), SMALLEST, LARGEST)
     result = shared.submit(Increment(name, by, key=key or None))
     if isinstance(result, Replayed):
         return _say(name, f"became {result.value} with this key before, so nothing was added now")
@@ -120,7 +119,7 @@ def increment() -> AnyResponse:
 @operators_only
 def set_() -> AnyResponse:
     counter = shared.counter(request.form.get("name", ""))
-    value = _integer("value", request.form.get("value", ""), SMALLEST, LARGEST)
+    value = read_integer("value", request.form.get("value", ""), SMALLEST, LARGEST)
     return _say(counter.name, f"is {counter.set(value)} now")
 
 
@@ -206,7 +205,7 @@ def _row_id(name: str) -> str:
 
 def _listing() -> Listing:
     here = {"q": "", "after": "", "limit": _ROWS, **_here()}
-    return find(beginning=here["q"], after=here["after"], limit=_integer("limit", here["limit"], 1, _MOST_ROWS))
+    return find(beginning=here["q"], after=here["after"], limit=read_integer("limit", here["limit"], 1, _MOST_ROWS))
 
 
 def find(*, beginning: str, after: str, limit: int) -> Listing:
@@ -224,12 +223,6 @@ def _here() -> dict[str, Any]:
     """Return the parameters of a URL for this place in the list, without the empty ones."""
     given = {name: request.args.get(name, "") for name in ("q", "after", "limit")}
     return {name: unicodedata.normalize("NFC", text) for name, text in given.items() if text}
-
-
-def _integer(name: str, text: str, least: int, most: int) -> int:
-    if not re.fullmatch(r"\s*-?[0-9]{1,19}\s*", text) or not least <= int(text) <= most:
-        raise InvalidRequest(f"{name} must be an integer from {least} to {most}")
-    return int(text)
 
 
 def _say(name: str, result: str) -> AnyResponse:

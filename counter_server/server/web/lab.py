@@ -24,6 +24,7 @@ from ...errors import InvalidRequest, StartupError, Unsupported
 from ...extension import SharedState
 from ...manager.directory import DataDirectory
 from ..strategies import JOIN, STRATEGIES, Run, Take
+from .api import read_integer
 from .security import is_loopback
 from .site import Site, link, render_template
 
@@ -89,14 +90,17 @@ class _Lab:
             ours=self._strategies[_OURS],
             ours_name=_OURS,
             chosen=_one_of(wrong, request.args.get("strategy", "global")),
-            clients=_clients(request.args.get("clients", str(_MOST_CLIENTS))),
+            clients=read_integer("clients", request.args.get("clients", str(_MOST_CLIENTS)), 1, _MOST_CLIENTS),
             most=_MOST_CLIENTS,
         )
 
     def begin(self) -> tuple[dict[str, Any], int, dict[str, str]]:
         """Begin a run with the form's choices, and return where its clients ask."""
         name = _one_of(self._strategies, request.form.get("strategy", ""))
-        strategy, clients = self._strategies[name], _clients(request.form.get("clients", ""))
+        strategy, clients = (
+            self._strategies[name],
+            read_integer("clients", request.form.get("clients", ""), 1, _MOST_CLIENTS),
+        )
         run_id = _signer().dumps([name, secrets.token_hex(8)])  # signed, so that every worker knows it
         if name == "file":
             self._make_directory_and_remove_old_ones(self._find(run_id)[1])
@@ -156,12 +160,6 @@ def _one_of(strategies: Collection[str], name: str) -> str:
     if name not in strategies:
         raise InvalidRequest(f"strategy is one of {', '.join(strategies)}")
     return name
-
-
-def _clients(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= _MOST_CLIENTS):
-        raise InvalidRequest(f"clients is a number from 1 to {_MOST_CLIENTS}")
-    return int(text)
 
 
 class Memory:

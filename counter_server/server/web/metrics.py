@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import accumulate
 from operator import attrgetter
 from types import SimpleNamespace
@@ -129,11 +129,7 @@ def _of_counters(named: _Named) -> Iterator[Metric]:
 
 @cache
 def _build() -> dict[str, str]:
-    try:
-        own = version("counter-server")
-    except PackageNotFoundError:  # a checkout that is not installed
-        own = "unknown"
-    return {"version": own, "python": platform.python_version()}
+    return {"version": version("counter-server"), "python": platform.python_version()}
 
 
 def _metrics(up: bool, status: Status | None, processes: Sequence[Process]) -> Iterator[Metric]:  # noqa: FBT001

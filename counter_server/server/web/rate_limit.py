@@ -74,7 +74,8 @@ def _parse(text: object) -> "RateLimitItem":
 
 def _limiter(shared: SharedState) -> "FixedWindowRateLimiter":
     try:
-        from ...limiting import ManagerStorage, Windows
+        from ...limiting import ManagerStorage
+        from ...windows import Windows
     except ImportError as error:
         raise InvalidRequest(f"a rate limit cannot be kept: {error}") from None
     from limits.storage import Storage

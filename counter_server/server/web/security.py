@@ -250,10 +250,6 @@ def prefix_leads_here(prefix: str) -> bool:
     return not prefix or _ON_THIS_SITE.match(prefix) is not None
 
 
-def _own_origin() -> str:
-    return f"{request.scheme}://{request.host}".lower()
-
-
 class Answer(Response):
     """A response that gets the protective headers as it is sent, all at once.
 
@@ -274,10 +270,6 @@ def _add_headers(response: Response) -> Response:
 
 
 # Operators
-
-
-def is_static() -> bool:
-    return (request.endpoint or "").rpartition(".")[2] == "static"
 
 
 def may_operate() -> bool:
@@ -362,8 +354,9 @@ def _refusal() -> AnyResponse | None:
 
 def _turn_away() -> AnyResponse | None:
     """Let only operators use anything except the form to sign in, where there is one, and our style sheets."""
+    is_static = (request.endpoint or "").rpartition(".")[2] == "static"
     is_form = part() == sign_in.name
-    if is_static() or (is_form and token_of(current_app.config)):
+    if is_static or (is_form and token_of(current_app.config)):
         return None
     return _refusal()
 
@@ -408,7 +401,7 @@ def way_back() -> str | None:
     if request.method == "GET":
         query = quote(request.query_string, safe="&=+%/")
         return quote(request.script_root + request.path) + (f"?{query}" if query else "")
-    path = (request.referrer or "").removeprefix(_own_origin())
+    path = (request.referrer or "").removeprefix(f"{request.scheme}://{request.host}".lower())
     return path if path.startswith("/") else None
 
 
