@@ -325,7 +325,7 @@ class Journal:
                 self._opened.close()
 
 
-def examine(path: Path) -> Contents:
+def read_checked(path: Path) -> Contents:
     """Check a journal or backup completely, without changing it; return its contents or raise `StartupError`."""
     with _naming(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
         _recognise(connection, path)

@@ -121,7 +121,7 @@ def declare(
     )
 
 
-def find_class(declaration: Declaration, qualname: str = "") -> Any:
+def import_class(declaration: Declaration, qualname: str = "") -> Any:
     """Import the class of a declaration, or another one of its module. Raise whatever its module raises."""
     module = import_from(declaration.module, os.fsdecode(declaration.file))
     return attrgetter(qualname or declaration.qualname)(module)
@@ -132,7 +132,7 @@ def is_moved(older: Declaration, newer: Declaration) -> bool:
     if older.qualname != newer.qualname:
         return False
     try:
-        return find_class(older) is find_class(newer)
+        return import_class(older) is import_class(newer)
     except (ImportError, AttributeError):  # the old place does not have it any more
         return True
     except Exception:  # noqa: BLE001 - of the module
@@ -143,7 +143,7 @@ def unpickled(state: bytes, declaration: Declaration) -> Any:
     """Return a shared object from its pickle, which was made by a manager; raise `StartupError` if it cannot be."""
     try:
         loaded = _Unpickler(state, declaration).load()
-        cls = find_class(declaration)
+        cls = import_class(declaration)
         # A class whose `__new__` is its own may make anything.
         if not isinstance(loaded, cls) and cls.__new__ is object.__new__:
             raise TypeError(f"it is of another class, {type(loaded).__qualname__}: declare this one under a new name")
@@ -169,9 +169,9 @@ class _Unpickler(pickle.Unpickler):
         try:
             found = super().find_class(module, name)
         except (ImportError, AttributeError):
-            return find_class(self._declaration, name)
+            return import_class(self._declaration, name)
         if name == self._declaration.qualname and file_of(sys.modules[module]) == os.fsdecode(self._declaration.file):
-            return find_class(self._declaration)
+            return import_class(self._declaration)
         return found
 
 
@@ -208,7 +208,7 @@ class HostedObject:
                 self._object = self._unpickled(state)
             else:
                 arguments, keywords = decode_plain(declaration.arguments)
-                self._object = find_class(declaration)(*arguments, **keywords)
+                self._object = import_class(declaration)(*arguments, **keywords)
             if self._journal is not None:
                 self._state = state or self._pickled()
                 self._unpickled(self._state)

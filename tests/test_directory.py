@@ -16,7 +16,7 @@ from flask import Flask
 
 from counter_server import SharedState, State, StoreOptions, errors, open_state
 from counter_server.caching import ManagerCache
-from counter_server.cli.upkeep import examine
+from counter_server.cli.upkeep import diagnose
 from counter_server.limiting import ManagerStorage
 from counter_server.manager import location
 from counter_server.manager.directory import DataDirectory
@@ -424,7 +424,7 @@ def test_a_directory_in_a_release_is_warned_of(tmp_path: Path, given: str, expec
     (tmp_path / "app" / "away").symlink_to(tmp_path / "elsewhere" / "1")
     (tmp_path / "app" / "link").symlink_to(tmp_path / "shared")
     (tmp_path / "app" / "volume").symlink_to(tmp_path / "shared")
-    found = [finding.sentence for finding in location.examine(DataDirectory(tmp_path / "app" / given))]
+    found = [finding.sentence for finding in location.findings(DataDirectory(tmp_path / "app" / given))]
     assert len(found) == bool(expected)
     assert all(re.search(expected, sentence) for sentence in found)
 
@@ -434,10 +434,10 @@ def test_a_release_is_known_by_the_shells_working_directory(tmp_path: Path, monk
     (tmp_path / "current").symlink_to("1")
     monkeypatch.chdir(tmp_path / "current")
     monkeypatch.setenv("PWD", str(tmp_path / "1"))
-    assert location.examine(DataDirectory("instance/data")) == []
+    assert location.findings(DataDirectory("instance/data")) == []
     monkeypatch.setenv("PWD", str(tmp_path / "current"))
-    assert [finding.level for finding in location.examine(DataDirectory("instance/data"))] == ["may lose"]
-    assert location.examine(DataDirectory(tmp_path / "data")) == []
+    assert [finding.level for finding in location.findings(DataDirectory("instance/data"))] == ["may lose"]
+    assert location.findings(DataDirectory(tmp_path / "data")) == []
 
 
 @pytest.mark.parametrize(
@@ -460,10 +460,10 @@ def test_a_file_system_that_can_lose_numbers_is_warned_of_or_refused(
     place = str(tmp_path / "a b").replace(" ", r"\040")
     mounts = f"1 0 8:1 / / rw - ext4 /dev/x rw\n2 1 0:5 / {place} rw shared:1 - {kind} x {options}"
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: mounts)
-    found = location.examine(DataDirectory(tmp_path / "a b" / "data"))
+    found = location.findings(DataDirectory(tmp_path / "a b" / "data"))
     assert [finding.level for finding in found] == ([level] if level else [])
     assert all(kind in finding.sentence for finding in found)
-    assert location.examine(DataDirectory(tmp_path / "a")) == []
+    assert location.findings(DataDirectory(tmp_path / "a")) == []
 
 
 @needs_root
@@ -478,10 +478,10 @@ def test_a_containers_layer_is_warned_of_at_the_start_and_by_doctor(tmp_path: Pa
     stack.callback(subprocess.run, ["umount", "--lazy", str(tmp_path / "merged")])
     manager = stack.enter_context(Manager(tmp_path / "merged" / "data"))
     assert any("container's own layer" in line for line in manager.errors)
-    found = examine(manager.url, PATIENCE)[1]
+    found = diagnose(manager.url, PATIENCE)[1]
     assert [finding.level for finding in found] == ["ok", "ok", "may lose"]
     assert manager.stop() == 0
-    found = examine(manager.url, 0.1)[1]
+    found = diagnose(manager.url, 0.1)[1]
     assert [finding.level for finding in found] == ["problem", "may lose"]
 
 

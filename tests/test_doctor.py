@@ -12,10 +12,10 @@ from urllib.parse import unquote
 
 import pytest
 
-from counter_server.cli.upkeep import examine
+from counter_server.cli.upkeep import diagnose
 from counter_server.errors import InvalidRequest
 from counter_server.store import Finding
-from counter_server.stores.databases import judge_mysql, judge_postgresql
+from counter_server.stores.databases import mysql_findings, postgresql_findings
 from tests.load import open_client
 from tests.processes import PATIENCE, ROOT, Manager, eventually, frozen
 
@@ -34,7 +34,7 @@ def start_redis(stack: ExitStack, tmp_path: Path) -> StartRedis:
 
 
 def findings(url: str) -> list[Finding]:
-    return examine(url, PATIENCE)[1]
+    return diagnose(url, PATIENCE)[1]
 
 
 def worries(url: str) -> list[str]:
@@ -64,7 +64,7 @@ def test_an_unreachable_server_is_reported_in_one_line(tmp_path: Path, prefix: s
 
 def test_an_unknown_store_is_an_error() -> None:
     with pytest.raises(InvalidRequest):
-        examine("nothing://", PATIENCE)
+        diagnose("nothing://", PATIENCE)
 
 
 def test_a_sqlite_file_is_ok(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_memcached_always_has_a_risk(
 @pytest.mark.slow
 def test_a_silent_server_is_reported_within_the_time_limit(start_redis: StartRedis) -> None:
     with frozen((server := start_redis()).pid):
-        (finding,) = examine(server.url, 0.2)[1]
+        (finding,) = diagnose(server.url, 0.2)[1]
     assert finding.level == "problem"
 
 
@@ -229,7 +229,7 @@ def test_postgres_reports_its_durability(stack: ExitStack, postgres: "PostgresSe
 def test_standbys_are_judged_by_their_settings(told: dict[str, str], levels: list[str]) -> None:
     on = dict.fromkeys(("fsync", "full_page_writes", "synchronous_commit"), "on")
     usual = {"server_version": "15", **on, "synchronous_standby_names": "", "in_recovery": "false", "standbys": "0"}
-    assert [finding.level for finding in judge_postgresql({**usual, **told})] == levels
+    assert [finding.level for finding in postgresql_findings({**usual, **told})] == levels
 
 
 @pytest.mark.slow
@@ -261,7 +261,7 @@ def test_mariadb_reports_its_durability(stack: ExitStack) -> None:
     ],
 )
 def test_mysql_is_judged_by_its_settings(setting: dict[str, str], replicas: int, expected: str) -> None:
-    found = judge_mysql({"version": "8.4.3", "innodb_flush_log_at_trx_commit": "1", **setting}, [], replicas)
+    found = mysql_findings({"version": "8.4.3", "innodb_flush_log_at_trx_commit": "1", **setting}, [], replicas)
     assert found[0].sentence == "MySQL 8.4.3"
     (worry,) = (finding.sentence for finding in found if finding.level != "ok")
     assert expected in worry

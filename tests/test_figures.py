@@ -384,7 +384,7 @@ def test_a_status_waits_for_no_method_and_begins_with_the_manager(
 
 @slow
 def test_an_object_that_could_not_be_made_is_named_everywhere(on_demand: str) -> None:
-    from counter_server.cli.upkeep import examine
+    from counter_server.cli.upkeep import diagnose
 
     with open_state(on_demand, deadline=2 * PATIENCE) as state:
         refusing, numbers = state.object("refusing", Refusing), state.object("numbers", SomeObj, 0)
@@ -393,7 +393,7 @@ def test_an_object_that_could_not_be_made_is_named_everywhere(on_demand: str) ->
             refusing.anything()
         found = object_of(state, "refusing")
         assert (found.cls, "ValueError: not today" in found.not_made) == ("tests.hosted_classes.Refusing", True)
-        _, findings = examine(on_demand, PATIENCE)
+        _, findings = diagnose(on_demand, PATIENCE)
         assert any(each.level == "problem" and "not today" in each.sentence for each in findings)
         text = metrics(create_app({"COUNTER_SERVER_STORE": on_demand, "COUNTER_SERVER_START": False}))
         assert samples(text, "object_made")["refusing"] == 0

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from counter_server import journal as module
 from counter_server.errors import BatchRefused, StartupError, StorageFull
-from counter_server.journal import Journal, JournalFailed, examine, refusal
+from counter_server.journal import Journal, JournalFailed, read_checked, refusal
 from counter_server.ledger import Changes, ClientRecord, Contents, KeyRecord, Ledger
 from counter_server.operations import (
     LARGEST,
@@ -238,7 +238,7 @@ def test_a_new_journal_and_a_backup_reach_the_disk_before_their_names(
                 journal.back_up(wrong)
         assert not list(tmp_path.glob(".*"))
     synced.clear()
-    assert examine(target) == contents()
+    assert read_checked(target) == contents()
     with closing(Journal(target)) as restored:
         assert (restored.load(), restored.epoch) == (contents(), journal.epoch)
         assert (pragma(restored, "journal_mode"), synced[0][0]) == ("wal", "backup")
@@ -260,7 +260,7 @@ def test_commits_go_on_between_the_parts_of_a_backup(
     monkeypatch.setattr(module, "time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
     journal.back_up(tmp_path / "backup")
     assert (len(made) > 2, journal._committing.locked()) == (True, False)
-    assert examine(tmp_path / "backup").counters == {**MANY.counters, "during": len(made)}
+    assert read_checked(tmp_path / "backup").counters == {**MANY.counters, "during": len(made)}
 
 
 def answer_of(ledger: Ledger, batch: Batch) -> list[Result]:
@@ -442,7 +442,7 @@ def test_a_damaged_journal_is_refused_by_name(path: Path, damage: str | Callable
     with pytest.raises(StartupError, match=f"{path}.*{reason}"), closing(Journal(path)) as again:
         again.load()
     with pytest.raises(StartupError, match=f"{copy}.*{reason}"):
-        examine(copy)
+        read_checked(copy)
 
 
 def test_a_damaged_index_is_found_by_a_thorough_check_alone(path: Path, open_journal: Open) -> None:
@@ -451,14 +451,14 @@ def test_a_damaged_index_is_found_by_a_thorough_check_alone(path: Path, open_jou
         ((page,),) = other.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_objects_1'")
     overwrite(path, path.read_bytes().index(b"object", (page - 1) * 4096), b"abject")
     with pytest.raises(StartupError, match="index"):
-        examine(path)
+        read_checked(path)
     journal = open_journal()
     assert journal.load() == contents()
     with pytest.raises(StartupError, match="index"):
         journal.check(contents())
     foreign(path.with_name("other"))
     with pytest.raises(StartupError, match="is not a journal of counter_server"):
-        examine(path.with_name("other"))
+        read_checked(path.with_name("other"))
 
 
 def test_the_file_is_compared_with_the_memory(journal: Journal) -> None:

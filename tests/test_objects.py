@@ -21,7 +21,7 @@ from msgspec import msgpack
 from msgspec.structs import replace
 
 from counter_server import CounterServerError, SharedState, State, StoreOptions, errors, objects, open_state, plain
-from counter_server.cli.upkeep import examine
+from counter_server.cli.upkeep import diagnose
 from counter_server.ledger import CLIENT_LIFETIME, Changes, ClientRecord
 from counter_server.manager.server import SLOW_SECONDS
 from counter_server.manager.wire import largest_frame
@@ -482,7 +482,7 @@ def test_a_call_that_runs_for_long_is_reported_by_name(on_demand: str, data_dir:
             client = app.test_client()
             assert 'counter_server_slow_call_seconds{method="wait_for",object="one"} ' in client.get("/metrics").text
             assert client.get("/counters.json").get_json()["manager"]["now"]["Long calls"] == "one.wait_for"
-            _, findings = examine(on_demand, PATIENCE)
+            _, findings = diagnose(on_demand, PATIENCE)
             assert any("one.wait_for has run for" in finding.sentence for finding in findings)
             calls.append(caller.submit(two.wait_for, str(gates[1])))
             log = data_dir / "manager.log"

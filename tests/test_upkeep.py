@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from counter_server.cli import main
 from counter_server.errors import StartupError
-from counter_server.journal import Journal, examine
+from counter_server.journal import Journal, read_checked
 from counter_server.ledger import Changes, ClientRecord, Contents, KeyRecord, Ledger
 from counter_server.operations import Batch, Increment
 from tests.load import open_client
@@ -118,7 +118,7 @@ def test_both_work_without_a_manager_and_check_changes_nothing(data_dir: Path, t
     assert FOUND in cli("check", "--data-dir", killed)
     assert {path: path.read_bytes() for path in files} == files
     cli("backup", tmp_path / "b", "--data-dir", killed)
-    assert examine(tmp_path / "b").counters == {"c": 3}
+    assert read_checked(tmp_path / "b").counters == {"c": 3}
 
 
 def test_without_a_journal_nothing_is_created(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_row_changed_by_another_program_is_found(kept: Journal, tmp_path: Path
     rows: Any = ({"a": 1}, {b"c" * 16: ClientRecord(7, [1], 2.0)}, {"k": KeyRecord(b"f" * 16, 5, 2.0)}, {"o": b"state"})
     kept.commit(Changes(2.0, *rows))
     kept.close()
-    assert examine(kept.path) == Contents(*rows)
+    assert read_checked(kept.path) == Contents(*rows)
     with closing(sqlite3.connect(kept.path)) as other:
         other.execute(statement)
         other.commit()

@@ -64,7 +64,7 @@ def check(file: Path | None, data_dir: str | None) -> None:
 
     If a manager is running, its memory is compared with the journal.
     """
-    from ..journal import examine as examine_file
+    from ..journal import read_checked
 
     directory = directory_of(data_dir)
     path = file or directory.journal
@@ -74,7 +74,7 @@ def check(file: Path | None, data_dir: str | None) -> None:
         memory = "; the manager's memory is the same"
     else:
         with nullcontext() if file else _unused(directory):
-            found = examine_file(path)
+            found = read_checked(path)
         counters, clients, keys = len(found.counters), len(found.clients), len(found.keys)
     click.echo(f"{path} is whole: {counters:,} counters, {keys:,} idempotency keys, {clients:,} clients{memory}")
 
@@ -102,14 +102,14 @@ def _ask_manager(directory: DataDirectory, method: str, *arguments: bytes) -> An
 @store_option
 def doctor(data_dir: str | None, store: str | None) -> None:
     """Ask the store's server whether it can lose numbers. Exit status 0 if no risk was found."""
-    name, findings = examine(url_of(store, data_dir), settings.DEFAULT_DEADLINE)
+    name, findings = diagnose(url_of(store, data_dir), settings.DEFAULT_DEADLINE)
     click.echo(name)
     for finding in findings:
         click.echo(f"{finding.level:<8}  {finding.sentence}")
     sys.exit(1 if any(finding.level != "ok" for finding in findings) else 0)
 
 
-def examine(url: str, seconds: float) -> tuple[str, list[Finding]]:
+def diagnose(url: str, seconds: float) -> tuple[str, list[Finding]]:
     """Return the store's name and the findings about its server. No manager is started.
 
     :param seconds: the time limit.

@@ -21,7 +21,7 @@ from ..errors import (
     StateLost,
     Unsupported,
 )
-from ..journal import examine
+from ..journal import read_checked
 from ..ledger import Contents
 from ..objects import Declaration
 from ..operations import Batch, Result
@@ -141,17 +141,17 @@ class StateProxy(BaseProxy):
                         if is_there or time.monotonic() > deadline:
                             raise
                     else:
-                        return examine(copy).without_expired()
+                        return read_checked(copy).without_expired()
             elif not directory.journal.exists():
                 return None
             else:
                 with suppress(DirectoryHeld), directory.hold():  # a manager came first
-                    return examine(directory.journal).without_expired()
+                    return read_checked(directory.journal).without_expired()
             time.sleep(_LOOK_SECONDS)
 
     def findings(self, deadline: float) -> list[Finding]:
         """See `Store`."""
-        places = location.examine(self.directory)
+        places = location.findings(self.directory)
         try:
             status = self.status(deadline)
         except (CounterServerError, Disconnected) as error:

@@ -14,7 +14,7 @@ from msgspec import Struct, msgpack
 
 from ..errors import StartupError, Stopped
 from ..modules import quick_imports
-from ..objects import Declaration, described, find_class
+from ..objects import Declaration, described, import_class
 from ..plain import largest_value
 from ..settings import LARGEST_VALUE
 
@@ -91,7 +91,7 @@ def import_classes(hosting: Hosting) -> dict[str, str]:
     with importing(), quick_imports():
         for declaration in hosting.declarations:
             try:
-                find_class(declaration)
+                import_class(declaration)
             except Stopped:
                 raise
             except BaseException as error:  # noqa: BLE001 - the module's own code may raise anything, such as SystemExit

@@ -25,7 +25,7 @@ _OWN_LOCKS = {
 _OWN_LOCKS_OPTIONS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nobrl"}
 
 
-def examine(directory: DataDirectory) -> list[Finding]:
+def findings(directory: DataDirectory) -> list[Finding]:
     """Return the risks of the place of a data directory."""
     kind, options = _file_system(directory.path)
     found = []
@@ -57,7 +57,7 @@ def examine(directory: DataDirectory) -> list[Finding]:
 
 def check(directory: DataDirectory) -> None:
     """Log the risks when a manager starts; raise `StartupError` if two managers could start there."""
-    for finding in examine(directory):
+    for finding in findings(directory):
         if finding.level == "problem":
             raise StartupError(finding.sentence)
         log.warning("%s", finding.sentence)

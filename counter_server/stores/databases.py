@@ -28,7 +28,7 @@ try:
     from sqlalchemy.dialects import mysql, postgresql, sqlite
     from sqlalchemy.exc import ArgumentError, DisconnectionError, OperationalError
 
-    from .sql import Kind, SqlStore, TablesMissing, remaining
+    from .sql import ErrorClass, SqlStore, TablesMissing, remaining
 except ImportError as error:
     raise InvalidRequest("this store needs SQLAlchemy: pip install 'counter-server[sql]'") from error
 
@@ -83,7 +83,7 @@ UNION ALL SELECT 'standbys', count(*)::text FROM pg_stat_replication
 """
 
 # SQLSTATEs, or their beginnings: https://www.postgresql.org/docs/current/errcodes-appendix.html
-_PG_KINDS: dict[Kind, tuple[str, ...]] = {
+_PG_KINDS: dict[ErrorClass, tuple[str, ...]] = {
     TablesMissing: ("42P01", "42703"),
     AccessDenied: ("28", "42501"),
     StorageFull: ("53100",),
@@ -166,7 +166,7 @@ class PostgresqlStore(SqlStore):
         ordered = ",".join(map(str, sorted(stripes)))  # the one order in which all batches take them
         connection.exec_driver_sql(_BEGIN_WRITE.format(math.ceil(remaining() * 1000), _LOCK_CLASS, ordered))
 
-    def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
+    def classify(self, error: Any, *, sent: bool) -> tuple[ErrorClass, str, bool]:
         text = " ".join(str(error).split())  # libpq adds advice, on lines of its own
         if error.sqlstate:
             sent = sent and error.diag.severity_nonlocalized != "ERROR"  # after which the server has rolled back
@@ -186,7 +186,7 @@ class PostgresqlStore(SqlStore):
 
     def findings(self, deadline: float) -> list[Finding]:
         with self.connection(deadline) as connection:
-            return judge_postgresql(dict(connection.exec_driver_sql(_PG_SETTINGS).all()))
+            return postgresql_findings(dict(connection.exec_driver_sql(_PG_SETTINGS).all()))
 
 
 def _array_of(column: Column[Any]) -> postgresql.ARRAY[Any]:
@@ -202,7 +202,7 @@ _WAITS = {  # what a commit waits for, with a synchronous standby
 }
 
 
-def judge_postgresql(settings: Mapping[str, str]) -> list[Finding]:
+def postgresql_findings(settings: Mapping[str, str]) -> list[Finding]:
     """Return what these settings mean; ``synchronous_commit off`` means "on", as our transactions set it.
 
     See https://www.postgresql.org/docs/current/runtime-config-wal.html and runtime-config-replication.html.
@@ -224,7 +224,7 @@ def judge_postgresql(settings: Mapping[str, str]) -> list[Finding]:
 # MariaDB and MySQL
 
 # https://mariadb.com/kb/en/mariadb-error-code-reference/; 2xxx are of the client
-_MYSQL_KINDS: dict[Kind, tuple[int, ...]] = {
+_MYSQL_KINDS: dict[ErrorClass, tuple[int, ...]] = {
     TablesMissing: (1054, 1146),
     AccessDenied: (1044, 1045, 1130, 1142, 1143, 1227, 1370, 1410, 1698, 3118),
     StorageFull: (3, 1021, 1026, 1114),
@@ -308,7 +308,7 @@ class MysqlStore(SqlStore):
             words = iter((row if isinstance(row, str) else row.decode()).split(" "))
             yield from ((bytes.fromhex(name).decode(), int(value)) for name, value in zip(words, words, strict=True))
 
-    def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
+    def classify(self, error: Any, *, sent: bool) -> tuple[ErrorClass, str, bool]:
         code, *rest = error.args or (0,)
         text = " ".join(map(str, rest)) or "the connection is closed"
         kinds = (kind for kind, codes in _MYSQL_KINDS.items() if code in codes)
@@ -319,10 +319,10 @@ class MysqlStore(SqlStore):
         with self.connection(deadline) as connection:
             settings: dict[str, str] = dict(connection.exec_driver_sql("SHOW GLOBAL VARIABLES").all())
             foreign = connection.exec_driver_sql(_NOT_INNODB).scalars().all()
-            return judge_mysql(settings, foreign, connection.exec_driver_sql(_REPLICAS).scalar_one())
+            return mysql_findings(settings, foreign, connection.exec_driver_sql(_REPLICAS).scalar_one())
 
 
-def judge_mysql(settings: Mapping[str, str], foreign: Sequence[str], replicas: int) -> list[Finding]:
+def mysql_findings(settings: Mapping[str, str], foreign: Sequence[str], replicas: int) -> list[Finding]:
     """Return what these global variables, tables without InnoDB and replicas mean.
 
     See https://mariadb.com/kb/en/innodb-system-variables/ and
@@ -401,7 +401,7 @@ class SqliteStore(SqlStore):
     def contents(self, deadline: float) -> Contents | None:
         return super().contents(deadline) if os.path.exists(self._path) else None
 
-    def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
+    def classify(self, error: Any, *, sent: bool) -> tuple[ErrorClass, str, bool]:
         code, text = _code(error), str(error)
         if code in _BUSY:
             return Disconnected, text, False

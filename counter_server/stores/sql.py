@@ -109,8 +109,8 @@ class _LedgerOfOneBatch(Ledger):
         """Do nothing: it ends with its batch, and nobody reads it afterwards."""
 
 
-Kind = type[Exception]
-_MESSAGES: dict[Kind, str] = {
+ErrorClass = type[Exception]
+_MESSAGES: dict[ErrorClass, str] = {
     AccessDenied: "{} does not let this process in: {}; nothing was counted",
     StorageFull: "{} cannot be written to: {}; nothing was counted, and reads continue",
     StartupError: "{} cannot be used: {}; nothing was changed",
@@ -184,7 +184,7 @@ class SqlStore:
         found = sa.inspect(connection)
         return any(found.has_table(table.name) for table in _metadata.sorted_tables)
 
-    def judge(self, error: Any, *, sent: bool) -> tuple[Kind, str, bool]:
+    def classify(self, error: Any, *, sent: bool) -> tuple[ErrorClass, str, bool]:
         """Return our class of error for the driver's error, its reason, and whether a commit may have succeeded."""
         raise NotImplementedError
 
@@ -193,7 +193,7 @@ class SqlStore:
 
         :param sent: whether the transaction was to be committed.
         """
-        kind, text, sent = self.judge(error, sent=sent)
+        kind, text, sent = self.classify(error, sent=sent)
         if issubclass(kind, Disconnected):
             return kind(f"{self}: {text}", sent=sent)
         return kind(_MESSAGES[kind].format(self, text))

@@ -18,7 +18,7 @@ from werkzeug.routing import PathConverter
 from ...errors import InvalidRequest
 from ...extension import SharedState
 from ...operations import LARGEST, LARGEST_PAGE, SMALLEST, Assignment, Get, Increment, Replayed, Step, expect
-from .security import Answer, operators_only
+from .security import ProtectedResponse, operators_only
 from .site import has_page, render_template, root
 
 Form = TypeVar("Form", bound=Struct)
@@ -129,7 +129,7 @@ def _document() -> dict[str, Any]:
 
 
 def _json(content: object) -> Response:
-    return Answer(msgspec.json.encode(content), content_type="application/json")
+    return ProtectedResponse(msgspec.json.encode(content), content_type="application/json")
 
 
 def _value(name: str, value: int) -> Response:

@@ -85,7 +85,7 @@ def protect(scaffold: Scaffold) -> None:
     """Apply the rules that hold everywhere to an app, or to a blueprint and nothing else of its app."""
     scaffold.before_request(_check_request)
     if isinstance(scaffold, Flask):
-        scaffold.response_class = Answer
+        scaffold.response_class = ProtectedResponse
     else:
         scaffold.after_request(_add_headers)
 
@@ -250,7 +250,7 @@ def prefix_leads_here(prefix: str) -> bool:
     return not prefix or _ON_THIS_SITE.match(prefix) is not None
 
 
-class Answer(Response):
+class ProtectedResponse(Response):
     """A response that gets the protective headers as it is sent, all at once.
 
     A response of another app's class gets them one by one.
@@ -263,7 +263,7 @@ class Answer(Response):
 
 
 def _add_headers(response: Response) -> Response:
-    if not isinstance(response, Answer):
+    if not isinstance(response, ProtectedResponse):
         for name, value in _HEADERS.values():
             response.headers.setdefault(name, value)
     return response
