@@ -6,10 +6,10 @@ The `flask` command imports this file in every project: what takes long to impor
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, cast
 
 import click
 
@@ -28,7 +28,16 @@ WithState = Callable[[Command], Command]
 STANDARD = Path("-")  # standard input or output
 _STOPPED = 143  # the exit status after SIGTERM, as a shell reports it
 
-file_argument = click.argument("file", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
+
+def _check_file(_context: click.Context, _argument: click.Parameter, file: Path) -> Path:
+    if file == Path():
+        raise click.BadParameter("the name of a file must not be empty")
+    return file
+
+
+file_argument = click.argument(
+    "file", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path), callback=_check_file
+)
 format_option = click.option(
     "--format",
     type=click.Choice(["json", "csv"]),
@@ -39,6 +48,14 @@ format_option = click.option(
 
 def overwrite(said: str) -> Callable[[Command], Command]:
     return click.option("--overwrite", is_flag=True, help=said)
+
+
+def standard(name: Literal["stdin", "stdout"]) -> BinaryIO:
+    """Return a standard stream of bytes, or raise `click.ClickException` if it is closed."""
+    stream = getattr(sys, name)
+    if stream is None:
+        raise click.ClickException(f"{name} is closed: open it, or name a file")
+    return cast(BinaryIO, stream.buffer)
 
 
 def ends_in_order(command: Command) -> Command:
@@ -79,6 +96,31 @@ class Group(click.Group):
 
             click.echo(f"Error: {error}", err=True)
             ctx.exit(EXIT_HELD if isinstance(error, DirectoryHeld) else 1)
+        except BrokenPipeError:  # click ends in silence
+            raise
+        except OSError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+
+
+def show(what: object) -> None:
+    """Print a line on standard output."""
+    try:
+        click.echo(what)
+    except BrokenPipeError:
+        raise
+    except (OSError, UnicodeEncodeError) as error:
+        with suppress(OSError):  # what it still holds would be written at the exit, with the same error
+            sys.stdout.close()
+        raise click.ClickException(f"standard output fails, but what the command did is done: {error}") from error
+
+
+class _TakesNegative(click.Command):
+    """Takes -5 for an argument, and knows whether a hyphen or two before a name were meant: after ``--``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["takes hyphens"] = "--" in args
+        return super().parse_args(ctx, args)
 
 
 def counter_commands(with_state: WithState) -> list[click.Command]:
@@ -106,7 +148,7 @@ def _reading(with_state: WithState) -> list[click.Command]:
         if sort == "value":
             found = sorted(found, key=lambda counter: (counter[1], counter[0]))
         for name, value in found:
-            click.echo(_as_json(name, value) if json else f"{name}\t{value}")
+            show(_as_json(name, value) if json else f"{name}\t{value}")
 
     @click.command()
     @click.argument("name")
@@ -120,7 +162,7 @@ def _reading(with_state: WithState) -> list[click.Command]:
         value = state.submit(operation)
         if value is None:
             raise click.ClickException(f"there is no counter {name!r}")
-        click.echo(value)
+        show(value)
 
     @click.command()
     @file_argument
@@ -135,13 +177,13 @@ def _reading(with_state: WithState) -> list[click.Command]:
         """
         from . import moving, portable
 
-        store = lasting(state.store)
+        store = state.store
         contents = moving.contents_of(store)
         write = partial(portable.write, contents, form=format or portable.format_of(file))
         with progress("Exporting", len(contents.counters) + len(contents.keys)) as advance:
             if file == STANDARD:
-                digest = write(sys.stdout.buffer, advance=advance)
-                sys.stdout.buffer.flush()
+                digest = write(standard("stdout"), advance=advance)
+                sys.stdout.flush()
             else:
                 with portable.new_file(file, overwrite=overwrite) as opened:
                     digest = write(opened, advance=advance)
@@ -162,17 +204,17 @@ def _changing(with_state: WithState) -> list[click.Command]:
     @with_state
     def increment(state: "State", name: str, **arguments: Any) -> None:
         """Add to a counter and print the result."""
-        click.echo(state.counter(name).increment(**arguments))
+        show(state.counter(name).increment(**arguments))
 
-    @click.command("set", context_settings={"ignore_unknown_options": True})  # -5 is a VALUE
+    @click.command("set", cls=_TakesNegative, context_settings={"ignore_unknown_options": True})
     @click.argument("name")
     @click.argument("value", type=int)
     @with_state
     def set_(state: "State", name: str, value: int) -> None:
         """Set a counter to VALUE and print it."""
-        if name.startswith("--"):
+        if name.startswith("--") and not click.get_current_context().meta["takes hyphens"]:
             raise click.NoSuchOption(name)
-        click.echo(state.counter(name).set(value))
+        show(state.counter(name).set(value))
 
     @click.command()
     @click.argument("name")

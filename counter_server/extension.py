@@ -31,6 +31,7 @@ from .errors import (
     AccessDenied,
     CounterServerError,
     DeadlineExceeded,
+    InvalidRequest,
     KeyReused,
     LimitReached,
     NotHosted,
@@ -346,7 +347,11 @@ def _configured(app: Flask) -> tuple[dict[str, Any], _Wanted]:
 
 
 def _open(wanted: _Wanted) -> Store:
-    return open_store(wanted.url, wanted.options, declared_for)
+    try:
+        return open_store(wanted.url, wanted.options, declared_for)
+    except InvalidRequest as error:
+        name = "DATA_DIR" if wanted.url == settings.DEFAULT_STORE else "STORE"
+        raise InvalidRequest(f"COUNTER_SERVER_{name}: {error}") from None
 
 
 def _use(app: Flask, config: dict[str, Any]) -> None:

@@ -137,6 +137,8 @@ def _read(store: ShowsContents, done: str = _NOTHING) -> Contents | None:
         except Disconnected as error:
             if time.monotonic() >= patience:
                 raise DeadlineExceeded(f"{store} does not answer: {error}; {done}", "not_applied") from error
+        except CounterServerError as error:
+            raise type(error)(f"{error}; {done}", error.outcome) from error
         time.sleep(_PAUSE)
 
 

@@ -6,7 +6,9 @@ from each store, and a program that only writes a CSV in another spelling does n
 
 import csv
 import io
+import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -141,7 +143,9 @@ def read(file: BinaryIO, form: Format, name: str, *, unchecked: bool = False) ->
         nonlocal number
         while line := file.readline(_LONGEST_LINE):
             number += 1
-            yield line
+            line = line.removeprefix(BOM_UTF8) if number == 1 else line  # some spreadsheets begin so
+            if line.strip():
+                yield line
 
     try:
         contents, end = _collected(_read_csv(lines()) if form == "csv" else map(_decode, lines()))
@@ -189,13 +193,12 @@ def _add(found: dict[str, Value], name: str, value: Value) -> None:
 
 
 def _read_csv(lines: Iterator[bytes]) -> Iterator[_AnyRow]:
-    text = (line.decode() for line in lines)
-    first = next(text, "").removeprefix("\ufeff").strip()  # some spreadsheets begin so
-    columns = first.split(",")
+    rows = csv.reader(map(bytes.decode, lines), strict=True)
+    columns = next(rows, [])
     if columns not in (_COLUMNS, _COLUMNS_BY_HAND):
         raise ValueError(f"the columns are not {','.join(_COLUMNS)} or {','.join(_COLUMNS_BY_HAND)}")
     yield _Start(_VERSION)
-    for row in csv.reader(text, strict=True):
+    for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"{len(row)} columns instead of {len(columns)}")
         match row if columns == _COLUMNS else ["counter", *row, ""]:
@@ -223,12 +226,18 @@ def _integer(text: str) -> int:
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
     """Lend a new file, which gets its name when the block has ended: nobody sees a part of it.
 
+    A link is followed. A device or a pipe is written to: nothing is there that could be replaced.
+
     :param overwrite: replace a file that has this name.
     :raises StartupError: if there is such a file, or it cannot be written; nothing is left then.
     """
     try:
-        with appearing(path, replace=overwrite) as part, part.open("wb") as file:
-            yield file
+        if path.exists() and not path.is_file():
+            with path.open("wb") as file:
+                yield file
+        else:
+            with appearing(Path(os.path.realpath(path)), replace=overwrite) as part, part.open("wb") as file:
+                yield file
     except FileExistsError as error:
         raise StartupError(f"{path} is there already and was not changed: name another file, or --overwrite") from error
     except OSError as error:

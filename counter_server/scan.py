@@ -1,6 +1,7 @@
 """All counters whose names begin with a text, page by page."""
 
 from collections.abc import Callable, Iterator
+from unicodedata import normalize
 
 from .operations import LARGEST_PAGE, Get, Operation, Page, Result, Scan, expect
 
@@ -14,6 +15,7 @@ def beginning_with(
 
     :param at_once: counters that one operation reads.
     """
+    prefix = normalize("NFC", prefix)  # as names are
     if after < prefix:  # a scan begins after a name, but the first name may be the text itself
         after = prefix
         value = submit(Get(prefix))

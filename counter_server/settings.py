@@ -56,6 +56,18 @@ def check_largest_value(size: object) -> int:
     raise InvalidRequest(f"it must be a number of bytes, {LARGEST_VALUE} to {_MOST_LARGEST_VALUE}, not {size!r}")
 
 
+def check_store(url: object) -> str:
+    if not isinstance(url, str):
+        raise InvalidRequest(f"it must be the URL of a store, a str, not {type(url).__name__}")
+    return url
+
+
+def check_data_dir(path: object) -> object:
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise InvalidRequest(f"it must be a path, a str or a PathLike of str, not {path!r}")
+    return path
+
+
 class Setting(NamedTuple):
     """One setting of an app. The environment's text goes through `parse`; `check` raises `InvalidRequest`."""
 
@@ -73,8 +85,8 @@ def _parse_flag(text: str) -> object:
 
 _flag = partial(Setting, check=check_flag, parse=_parse_flag)
 _IN_APP = {  # without COUNTER_SERVER_
-    "STORE": Setting(DEFAULT_STORE),
-    "DATA_DIR": Setting(None),
+    "STORE": Setting(DEFAULT_STORE, check_store),
+    "DATA_DIR": Setting(None, check_data_dir),
     "DEADLINE": Setting(DEFAULT_DEADLINE, partial(check_seconds, what="a deadline", most=LONGEST_DEADLINE), float),
     "REQUEST_DEADLINE": Setting(None, partial(check_seconds, what="a request's deadline", most=inf), float),
     "TIMING": _flag(default=False),

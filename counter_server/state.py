@@ -9,9 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 from math import inf
 from typing import Any, Self, TypeVar, cast
 
+from .blocks import Block
 from .dicts import DEFAULT_ENTRIES, BoundedDict, SharedDict, check_entries, check_ttl
 from .errors import (
     CounterServerError,
@@ -61,7 +63,7 @@ _deadline: ContextVar[float | None] = ContextVar("counter_server_deadline", defa
 _noticing = threading.Lock()  # held while a child finds out that it is one
 _listing = threading.Lock()  # guards the two below
 _states: "weakref.WeakSet[State]" = weakref.WeakSet()
-_blocks: "list[_Block]" = []  # of `in_memory`; every state is in the last one
+_blocks: "list[_Stores]" = []  # of `in_memory`; every state is in the last one
 
 
 class Counter:
@@ -186,6 +188,15 @@ def _made_again(raised: Raised) -> Exception:
     return RemoteError(raised.name, raised.text, raised.traceback)
 
 
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    token = _deadline.set(seconds)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
 class Declarations(dict[str, Declaration]):
     """The shared objects that a program has declared, by name."""
 
@@ -252,8 +263,7 @@ class Sharing(ABC):
         """Call a method of the declared object `name`; see `submit`."""
 
     @staticmethod
-    @contextmanager
-    def deadline(seconds: float) -> Iterator[None]:
+    def deadline(seconds: float) -> "Block":
         """Give each call in a block another deadline, at most 60 seconds; also a decorator.
 
         ::
@@ -264,11 +274,7 @@ class Sharing(ABC):
         It is for all calls of this thread (or greenlet, or task) in the block, through whichever handle, and instead of
         their state's deadline. A request's deadline holds as well.
         """
-        token = _deadline.set(check_seconds(seconds, "a deadline", LONGEST_DEADLINE))
-        try:
-            yield
-        finally:
-            _deadline.reset(token)
+        return Block(partial(_within, check_seconds(seconds, "a deadline", LONGEST_DEADLINE)))
 
     def counter(self, name: str) -> Counter:
         """Return the counter `name`, which exists from its first increment on, or raise `InvalidRequest`."""
@@ -533,7 +539,7 @@ class State(Sharing):
         self._process, self._lock_type = os.getpid() if self._late is None else 0, threading.Lock
 
 
-class _Block:
+class _Stores:
     """The stores of one `in_memory` block. States that share a store elsewhere share one here."""
 
     def __init__(self) -> None:
@@ -554,8 +560,7 @@ class _Block:
             store.after_fork()
 
 
-@contextmanager
-def in_memory() -> Iterator[None]:
+def in_memory() -> Block:
     """Keep every state of this process in new, empty stores in memory while a block runs; also a decorator.
 
     ::
@@ -567,7 +572,12 @@ def in_memory() -> Iterator[None]:
     block. Each is in its own store again after it, and that was neither connected to nor started. A configuration that
     an app's store would refuse is refused here too. Blocks may be nested: an inner one begins empty.
     """
-    block = _Block()
+    return Block(_in_memory)
+
+
+@contextmanager
+def _in_memory() -> Iterator[None]:
+    block = _Stores()
     with _listing:
         _blocks.append(block)
         for state in list(_states):

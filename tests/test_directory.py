@@ -9,6 +9,7 @@ import struct
 import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from counter_server.limiting import ManagerStorage
 from counter_server.manager import location
 from counter_server.manager.directory import DataDirectory
 from counter_server.os_errors import can_pass, is_absent
+from counter_server.stores import open_store
+from counter_server.stores.databases import SqliteStore
 from tests.processes import PATIENCE, Manager, end_manager
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -214,6 +217,32 @@ def test_a_default_acl_of_the_parent_gives_nobody_access(tmp_path: Path) -> None
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
     assert "system.posix_acl_default" not in os.listxattr(tmp_path / "data")
     assert (tmp_path / "data" / "file").stat().st_mode & 0o022 == 0
+
+
+def test_a_file_system_that_makes_no_directory_is_an_error_in_one_line() -> None:
+    with pytest.raises(errors.StartupError, match=r"^the data directory /proc/x/y cannot be made: No such file"):
+        DataDirectory("/proc/x/y").make()
+
+
+@needs_root
+def test_a_sqlite_file_that_this_user_may_not_see_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    open_to_all(tmp_path)
+    (tmp_path / "private").mkdir(mode=0o700)
+    url = f"sqlite:///{tmp_path}/private/counters.db"
+    with open_state(url) as state:
+        state.counter("c").increment()
+
+    def look() -> str:
+        store = open_store(url)
+        assert isinstance(store, SqliteStore)
+        said = []
+        for ask in (store.exists, store.contents):
+            with pytest.raises(errors.AccessDenied, match="does not let this process in: Permission denied") as error:
+                ask(inf)
+            said.append(str(error.value))
+        return said[0] if len(set(said)) == 1 else repr(said)
+
+    assert as_user(12345, look).startswith(f"{url} does not let this process in")
 
 
 def as_fsgroup_does(directory: Path) -> None:

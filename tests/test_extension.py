@@ -267,7 +267,15 @@ def test_the_configuration_or_the_environment_names_the_data_directory(
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        *((STORE, url, re.escape(repr(url))) for url in ("", "nonsense://", "memory:", "manager://[", "redis")),
+        *(
+            (STORE, url, rf"^COUNTER_SERVER_STORE: .*{re.escape(repr(url))}")
+            for url in ("", "nonsense://", "memory:", "manager://[", "redis")
+        ),
+        *((STORE, url, "^COUNTER_SERVER_STORE in the app's .* a str, not ") for url in (None, 5, b"memory://")),
+        *(
+            ("COUNTER_SERVER_DATA_DIR", path, "^COUNTER_SERVER_DATA_DIR in the app's .* must be a path")
+            for path in (5, b"/x", ["x"], True)
+        ),
         *(("COUNTER_SERVER_DEADLINE", seconds, "deadline") for seconds in (0, 60.1, math.nan, "5", None)),
     ],
 )

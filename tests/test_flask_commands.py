@@ -203,4 +203,4 @@ def test_an_app_whose_state_no_command_can_use_is_told_so_in_one_line() -> None:
 
     result = Flask(__name__).test_cli_runner().invoke(counters, ["list"], obj=ScriptInfo(create_app=create_app))
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
-    assert result.stderr.startswith("Error: no store is called 'nonsense://'")
+    assert result.stderr.startswith("Error: COUNTER_SERVER_STORE: no store is called 'nonsense://'")

@@ -1,5 +1,6 @@
 """Counters and keys move through files and between stores, or nothing is changed and one line says why."""
 
+import csv
 import io
 import json
 import os
@@ -167,6 +168,20 @@ def test_a_wrong_file_is_refused_with_its_line(form: Format, text: str, says: st
         read(io.BytesIO(text.encode()), form, "x")
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_another_programs_spelling_of_a_file_is_taken(form: Format) -> None:
+    """Everything quoted, a byte order mark, other ends of lines, empty lines."""
+    file = io.BytesIO()
+    digest = write_file(sample(), file, form, lambda _records: None)
+    text = file.getvalue()
+    if form == "csv":
+        quoted = io.StringIO()
+        csv.writer(quoted, quoting=csv.QUOTE_ALL).writerows(csv.reader(io.StringIO(text.decode(), newline="")))
+        text = quoted.getvalue().encode()
+    contents, found = read(io.BytesIO(b"\xef\xbb\xbf" + text + b"\r\n\n"), form, "x")
+    assert (found, shown(contents)) == (digest, shown(sample()))
+
+
 def test_a_table_of_a_spreadsheet_is_taken_if_told() -> None:
     text = '\ufeffname,value\r\nvisits,3\r\n"a,b",-5\r\n=1+1,0\r\n'
     found, _ = read(io.BytesIO(text.encode()), "csv", "x", unchecked=True)
@@ -198,6 +213,26 @@ def test_a_new_file_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="cannot be written: No such file"), new_file(tmp_path / "no" / "x"):
         pytest.fail("there is no such directory")
     assert [each.name for each in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_a_pipe_is_written_to_and_a_link_is_followed(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for overwrite in (False, True):
+        with new_file(pipe, overwrite=overwrite) as file:
+            file.write(b"through")
+        assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()
+    link.symlink_to("real")
+    with new_file(link) as file:
+        file.write(b"one")
+    with pytest.raises(StartupError, match="is there already"), new_file(link):
+        pytest.fail("it is refused before the work")
+    with new_file(link, overwrite=True) as file:
+        file.write(b"two")
+    assert (link.is_symlink(), (tmp_path / "real").read_bytes()) == (True, b"two")
 
 
 @pytest.mark.usefixtures("no_hard_links")

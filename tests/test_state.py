@@ -1,9 +1,10 @@
 """What a user holds, from the call to the memory and back, in this process and in the children of a fork."""
 
+import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -13,11 +14,12 @@ from typing import Any, cast, get_args
 import pytest
 
 from counter_server import StoreOptions, open_state
+from counter_server.blocks import Block
 from counter_server.errors import InvalidRequest, KeyReused, LimitReached, Unsupported
 from counter_server.manager.client import StateProxy
 from counter_server.manager.directory import DataDirectory
 from counter_server.operations import LARGEST, SMALLEST, Batch, Get, Page, Result
-from counter_server.state import Counter, Declarations, State
+from counter_server.state import Counter, Declarations, State, in_memory
 from counter_server.store import RoundTrip
 from counter_server.stores import open_store
 from counter_server.stores.memory import MemoryStore
@@ -230,12 +232,18 @@ def test_a_block_gives_its_calls_another_deadline() -> None:
     def decorated() -> None:
         assert_deadline(7)
 
+    @state.deadline(7)
+    async def later() -> None:
+        await asyncio.sleep(0)
+        assert_deadline(7)
+
     assert_deadline(5)
     with state.deadline(0.5):
         assert_deadline(0.5)
         with suppress(KeyError), state.deadline(60):  # it may be later, too
             assert_deadline(60)
             decorated()
+            asyncio.run(later())
             raise KeyError
         assert_deadline(0.5)
         at_once(2, lambda: assert_deadline(5))  # other threads are not in the block
@@ -244,6 +252,22 @@ def test_a_block_gives_its_calls_another_deadline() -> None:
     for value in wrong:
         with pytest.raises(InvalidRequest, match="deadline"), state.deadline(value):
             pass
+
+
+@pytest.mark.parametrize("block", [in_memory, partial(State.deadline, 0.5)], ids=["in_memory", "deadline"])
+def test_a_block_cannot_decorate_what_runs_later_or_is_no_function(block: Callable[[], Block]) -> None:
+    class Tests:
+        pass
+
+    def generate() -> Iterator[int]:
+        yield 1
+
+    async def generate_later() -> AsyncIterator[int]:
+        yield 1
+
+    for decorated in (generate, generate_later, Tests):
+        with pytest.raises(TypeError, match=rf"{decorated.__name__} is a .*: write `with` in its body"):
+            block()(decorated)
 
 
 def test_a_store_that_hosts_no_objects_says_so_at_once_with_what_is_declared() -> None:

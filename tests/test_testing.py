@@ -1,5 +1,6 @@
 """What people use to test their apps: late configuration, `reset`, `in_memory` and the pytest plugin."""
 
+import asyncio
 import os
 import re
 import subprocess
@@ -267,6 +268,18 @@ def test_states_are_in_their_own_stores_again_after_the_block(app: Flask, on_dem
     for each in (before, shared.state, within):
         assert isinstance(each.store, StateProxy)
         each.close()
+
+
+def test_each_run_of_a_decorated_coroutine_is_in_memory_until_it_ends() -> None:
+    with open_state("memory://") as state:
+
+        @in_memory()
+        async def count() -> int:
+            await asyncio.sleep(0)
+            return state.counter("x").increment()
+
+        assert [asyncio.run(count()) for _ in range(2)] == [1, 1]
+        assert state.counter("x").value == 0
 
 
 def test_no_manager_starts_and_no_file_is_written(tmp_path: Path) -> None:

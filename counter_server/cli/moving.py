@@ -1,6 +1,5 @@
 """The commands that move counters and idempotency keys into a store: `import` and `migrate`."""
 
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ..commands import (
     mention_objects,
     overwrite,
     progress,
+    standard,
 )
 from ..errors import StartupError
 from ..moving import Moved
@@ -40,9 +40,9 @@ def import_(state: State, file: Path, format: Format | None, *, overwrite: bool,
     FILE is verified first. A store that has other values is refused. The same command again continues an interrupted
     one. A CSV made by hand needs the columns name and value.
     """
-    store, form = lasting(state.store), format or portable.format_of(file)
+    store, form = state.store, format or portable.format_of(file)
     if file == STANDARD:
-        contents, digest = portable.read(sys.stdin.buffer, form, "standard input", unchecked=unchecked)
+        contents, digest = portable.read(standard("stdin"), form, "standard input", unchecked=unchecked)
     else:
         try:
             with file.open("rb") as opened:

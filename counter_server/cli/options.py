@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .. import settings
-from ..commands import Command
+from ..commands import Command, lasting
 from ..errors import InvalidRequest
 from ..manager.directory import DataDirectory
 from ..server.settings import ServerSettings
@@ -53,7 +53,9 @@ def web(option: str, name: str, said: str, metavar: str = "NAME", **attributes: 
 def with_web_options(command: Command) -> Command:
     """Add the options of everything that is served: where, under which names, and behind how many proxies."""
     said = "Another host name by which browsers may reach this server, besides localhost; may be repeated."
+    shown = "Counters to show in /metrics, such as 'orders.*'; may be repeated."
     for option in (
+        web("--metrics-counter", "METRICS_COUNTERS", shown, "PATTERN", multiple=True),
         web("--trusted-proxy", "TRUSTED_PROXIES", "Number of proxies in front.", "COUNT", type=_PROXIES, default=0),
         click.option("--allow-host", help=said, metavar="NAME", multiple=True),
         setting("port", "The port to listen on; 0 picks a free one.", type=click.IntRange(0, 65535)),
@@ -88,6 +90,7 @@ def with_state(command: Command) -> Command:
     def with_state(*, data_dir: str | None, store: str | None, start: bool, **arguments: Any) -> None:
         options = settings.StoreOptions(idle_timeout=IDLE_SECONDS, start=start)
         with open_state(url_of(store, data_dir), options=options) as state:
+            lasting(state.store)
             command(state, **arguments)
 
     return with_state

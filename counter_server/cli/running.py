@@ -41,13 +41,6 @@ if TYPE_CHECKING:
 @setting("log_format", "json: one object a line, requests too.", type=click.Choice(get_args(LogFormat)))
 @web("--lab/--no-lab", "LAB", "Serve /lab, which shows the race (default: only on a loopback address).", default=None)
 @web("--badge", "BADGES", "A counter that /badge/NAME.svg?count=1 increments; may be repeated.", multiple=True)
-@web(
-    "--metrics-counter",
-    "METRICS_COUNTERS",
-    "Counters to show in /metrics, such as 'orders.*'; may be repeated.",
-    "PATTERN",
-    multiple=True,
-)
 @web("--rate-limit", "RATE_LIMIT", "API and badge requests from one address, such as 100/minute.", "LIMIT")
 @data_dir_option
 @store_option

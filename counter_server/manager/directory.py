@@ -142,7 +142,7 @@ class DataDirectory:
         rest = url.removeprefix("manager://")
         if rest == url or rest[:1] not in ("", "/") or "?" in rest or "#" in rest:
             raise InvalidRequest(
-                f"{url!r} is not the URL of a manager: write three slashes, manager:///absolute/data/directory"
+                "this is not the URL of a manager: write three slashes, manager:///absolute/data/directory"
             )
         return cls(os.fsdecode(unquote_to_bytes(rest)) or default)
 
@@ -456,13 +456,15 @@ class DataDirectory:
             self.socket.unlink()
 
 
-def _make_directory(path: Path, mode: int = 0o700) -> None:
+def _make_directory(path: Path, mode: int = 0o700, *, with_parents: bool = True) -> None:
     """Make a directory, and those above it that are missing; this user can use them all, whatever the umask."""
     try:
         path.mkdir(mode)
     except FileNotFoundError:
+        if not with_parents:  # they are there, and its file system makes none
+            raise
         _make_directory(path.parent, 0o777)
-        _make_directory(path, mode)
+        _make_directory(path, mode, with_parents=False)
     except FileExistsError:
         if not path.is_dir():
             raise

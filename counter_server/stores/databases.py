@@ -390,16 +390,26 @@ class SqliteStore(SqlStore):
                 raise DisconnectionError("the file was removed or replaced")
 
     def exists(self, deadline: float) -> bool:
-        return os.path.exists(self._path) and super().exists(deadline)  # a connection would create the file
+        return self._has_file() and super().exists(deadline)  # a connection would create the file
 
     def was_found(self) -> bool:
-        return super().was_found() and os.path.exists(self._path)
+        return super().was_found() and self._has_file()
+
+    def _has_file(self) -> bool:
+        """Return whether the file is there, or raise `AccessDenied` if this process may not know."""
+        try:
+            os.stat(self._path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise AccessDenied(f"{self} does not let this process in: {error.strerror}; nothing was counted") from error
+        return True
 
     def begin_write(self, connection: Connection, texts: set[str] | None) -> None:  # noqa: ARG002 - it locks all
         _patiently(connection.exec_driver_sql, "BEGIN IMMEDIATE")
 
     def contents(self, deadline: float) -> Contents | None:
-        return super().contents(deadline) if os.path.exists(self._path) else None
+        return super().contents(deadline) if self._has_file() else None
 
     def classify(self, error: Any, *, sent: bool) -> tuple[ErrorClass, str, bool]:
         code, text = _code(error), str(error)
