@@ -323,6 +323,20 @@ def test_a_bad_request_is_refused_and_changes_nothing(client: FlaskClient, state
         assert all_counters(state) == BEFORE, bad
 
 
+@pytest.mark.parametrize("header", ["If-Match", "If-None-Match", "If-Unmodified-Since"])
+def test_a_change_with_a_condition_is_refused_and_changes_nothing(
+    client: FlaskClient, state: State, header: str
+) -> None:
+    state.counter("visits").set(7)
+    for method, path in (("PUT", VISITS), ("DELETE", VISITS), ("POST", INCREMENT)):
+        response = client.open(
+            path, method=method, json={"value": 3} if method == "PUT" else None, headers={header: "*"}
+        )
+        assert (response.status_code, response.get_json()["outcome"]) == (400, "not_applied")
+        assert header in response.get_json()["detail"]
+    assert client.get(VISITS, headers={"If-None-Match": "*"}).get_json()["value"] == 7
+
+
 def test_an_unknown_method_is_refused_with_the_allowed_methods(client: FlaskClient, state: State) -> None:
     reading, all_of_them = {"GET", "HEAD", "OPTIONS"}, {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}
     for method, path, allowed in [

@@ -101,6 +101,13 @@ def test_with_a_token_programs_send_it_and_browsers_sign_in(
     assert_refused(client.get(f"{PREFIX}/counters", headers=bearer(OTHER_TOKEN)), 401)
     for path in ("/livez", "/readyz", "/metrics", "/openapi.json", "/counters", "/counters.json", "/docs"):
         assert client.get(PREFIX + path, headers=bearer(TOKEN)).status_code == 200, path
+    document = client.get(f"{PREFIX}/openapi.json", headers=bearer(TOKEN)).get_json()
+    for operation in (operation for item in document["paths"].values() for operation in item.values()):
+        assert (operation["security"], "401" in operation["responses"]) == ([{"token": []}], True)
+        assert operation["x-codeSamples"][0]["source"].count("Authorization: Bearer $COUNTER_SERVER_TOKEN") == 1
+    assert client.get(f"{PREFIX}/docs", headers=bearer(TOKEN)).text.count(" data-operators") == sum(
+        len(item) for item in document["paths"].values()
+    )
     assert client.put(f"{PREFIX}/api/v1/counters/x", json={"value": 7}, headers=bearer(TOKEN)).status_code == 200
 
     led = client.get(f"{PREFIX}/", headers=BROWSER)

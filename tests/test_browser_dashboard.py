@@ -12,7 +12,7 @@ from playwright.sync_api import Locator, Page, Route, expect
 
 from counter_server.operations import LARGEST, SMALLEST
 from counter_server.state import State
-from tests.browser import Browser, assert_looks, press_until
+from tests.browser import Browser, assert_looks, overflow, press_until
 from tests.load import open_client
 from tests.processes import Manager, Server, eventually
 from tests.test_dashboard_command import Dashboard
@@ -351,6 +351,11 @@ def test_the_place_in_the_list_is_kept(browser: Browser, server: Server, elsewhe
     page.get_by_label("Names that begin with").press_sequentially("shop/")
     page.wait_for_url("**/counters?limit=50&q=shop%2F")
     expect(page.locator("#counters tbody tr")).to_have_count(50)
+    page.get_by_label("Names that begin with").fill("shop")  # finds the same
+    page.wait_for_url("**/counters?limit=50&q=shop")
+    expect(page.get_by_role("link", name="Next page")).to_have_attribute("href", re.compile(r"q=shop&"))
+    page.get_by_label("Names that begin with").fill("shop/")
+    expect(page.get_by_role("link", name="Next page")).to_have_attribute("href", re.compile(r"q=shop%2F&"))
     page.get_by_role("link", name="Next page").click()
     expect(page.locator("#updates")).to_have_text("Up to date.")
     place = page.url
@@ -468,6 +473,10 @@ def test_every_part_fits_and_is_accessible(browser: Browser, server: Server, els
     elsewhere.counter("tickets").increment(by=100)
     expect(row(page, "tickets").locator("[data-rate]")).to_have_text(re.compile("^[1-9]"))
     assert_looks(page, "counters")
+    for width in (320, 641, 768, 830):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert overflow(page) <= 0, width
+    page.set_viewport_size({"width": 1280, "height": 800})
     row(page, "x" * 255).get_by_role("button", name="Edit").click()
     expect(page.get_by_role("dialog")).to_be_visible()
     assert_looks(page, "counters-dialog")

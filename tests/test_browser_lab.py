@@ -193,6 +193,10 @@ def test_a_link_repeats_the_choices_of_a_run(browser: Browser, server: Server) -
 def test_a_link_can_be_copied_without_the_clipboard(browser: Browser, server: Server) -> None:
     page = browser.open(f"{server.url}/lab")
     page.evaluate("delete Navigator.prototype.clipboard")  # as on http, on another machine than this one
+    page.fill("#clients", "101")  # which the server would refuse
+    page.click("#copy")
+    assert page.url == f"{server.url}/lab"
+    page.fill("#clients", "100")
     page.click("#copy")
     expect(page.locator("#status")).to_contain_text("copy the link from the address bar")
     assert page.url == f"{server.url}/lab?clients=100&strategy=global"

@@ -63,6 +63,10 @@ def test_the_number_counts_up_when_others_come_and_shows_their_workers(browser: 
         other = browser.open(server.url)
     expect(page.locator("#number")).to_have_text(f"{own + 3:,}")
     expect(page.locator("#visits tbody tr").first).to_contain_text(f"{own + 3:,}")
+    before = processes(page)
+    os.kill(before[1], signal.SIGKILL)  # a worker
+    expect(page.locator(".kill code", has_text=f"kill -9 {before[1]}")).to_have_count(0)
+    expect(page.locator(".kill button")).to_have_count(len(before))
     expect(page.get_by_role("status")).to_have_text(f"You are visitor number {own:,}.")
     assert [number(page), number(other)] == [own, own + 3]
     page.get_by_role("link", name="Take another number").click()
@@ -261,12 +265,16 @@ def test_an_error_is_announced_and_shown_at_the_field(browser: Browser, server: 
 
 def test_the_largest_number_fits_on_a_telephone(browser: Browser, server: Server) -> None:
     page = browser.open(server.url, width=NARROW)
-    status = page.request.put(
-        f"{server.url}/api/v1/counters/visits",
-        data='{"value": 9223372036854775806}',
-        headers={"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"},
-    )
-    assert status.ok
-    page.reload()
-    assert number(page) == 2**63 - 1
-    assert overflow(page) <= 0
+    lines = "(n => n.getBoundingClientRect().height / parseFloat(getComputedStyle(n).lineHeight))"
+    for value in (9_998, 99_998, 9_999_998, 999_999_998, 2**63 - 2):
+        status = page.request.put(
+            f"{server.url}/api/v1/counters/visits",
+            data=f'{{"value": {value}}}',
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"},
+        )
+        assert status.ok
+        page.reload()
+        assert number(page) == value + 1
+        assert overflow(page) <= 0
+        is_in_one_line = page.evaluate(f"{lines}(document.getElementById('number'))") < 1.5
+        assert is_in_one_line or value > 10**12, value

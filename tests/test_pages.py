@@ -65,7 +65,7 @@ def workers(page: str) -> list[tuple[str, str]]:
 
 
 def test_what_the_page_polls_counts_nothing_and_says_what_is_new(client: FlaskClient, state: State) -> None:
-    assert client.get("/visits.json").get_json() == {"number": "0", "rows": ""}
+    assert client.get("/visits.json").get_json() == {"number": "0", "pids": "", "rows": ""}
     client.get("/")
     pid = os.getpid()
     news = client.get("/visits.json?after=0")
@@ -87,6 +87,15 @@ def test_a_worker_has_one_letter_and_colour_on_a_page(app: Flask, client: FlaskC
     page = client.get("/").text
     shown = [("w1", f"B · {pid}"), ("w3", "D · 66, gone"), ("w4", "E · 77, gone"), ("w2", "C · 5")]
     assert sorted(workers(page)[:4]) == sorted(shown)
+    app.config["COUNTER_SERVER_PROCESSES"] = processes(3, 4, pid)
+    app.config["COUNTER_SERVER_HOST"] = "127.0.0.1"
+    assert client.get(f"/visits.json?after=1 3 4 {pid}").status_code == 204
+    news = client.get("/visits.json?after=1 3 None 5").get_json()  # a worker was replaced, and nobody came meanwhile
+    assert (news["number"], news["pids"]) == ("1", f"3 4 {pid}")
+    assert re.findall(r"kill -9 (\d+)", news["kill"]) == ["3", "4", str(pid)]
+    assert workers(news["kill"]) == [("w0", "A · worker"), ("w1", "B · worker")]
+    app.config["COUNTER_SERVER_HOST"] = None
+    assert "kill" not in client.get("/visits.json").get_json()  # other machines may reach this server
     app.config["COUNTER_SERVER_PROCESSES"] = processes(3, *range(100, 110), pid)
     assert workers(client.get("/").text)[0] == ("w2", f"K · {pid}")
     del app.config["COUNTER_SERVER_PROCESSES"]
@@ -178,9 +187,13 @@ def test_the_page_has_a_button_for_each_route_and_shows_the_number(client: Flask
     paths = [f"/session/{step}" for step in ("inc", "dec", "reset")]
     assert sorted((form.method, form.action) for form in page.forms) == sorted(("post", path) for path in paths)
     assert all(form.button for form in page.forms)
-    response = client.post("/session/inc", headers=BROWSER)  # shows the page again
-    assert response.mimetype == "text/html"
-    assert Page(response.text).texts["sentence"] == "counter is 1"
+    response = client.post("/session/inc", headers=BROWSER)  # leads back to the page: a reload counts nothing
+    assert (response.status_code, response.location) == (303, "/session")
+    assert Page(client.get("/session").text).texts["sentence"] == "counter is 1"
+    client.post("/session/reset", headers=BROWSER)
+    sentences = [Page(client.get("/session").text).texts["sentence"] for _ in range(2)]
+    assert sentences == ["counter was reset", "counter is 0"]
+    client.post("/session/inc", headers=BROWSER)
     for path in paths:
         assert client.get(path).status_code == 405
         assert client.post(path, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
@@ -199,7 +212,7 @@ def test_a_store_without_shared_objects_has_no_visitors_own_counter(tmp_path: Pa
     page = client.get("/")
     assert page.status_code == 200
     assert "The last visits" not in page.text
-    assert client.get("/visits.json?after=0").get_json() == {"number": "1", "rows": ""}
+    assert client.get("/visits.json?after=0").get_json() == {"number": "1", "pids": "", "rows": ""}
     for response in (client.get("/session"), client.post("/session/inc")):
         assert (response.status_code, response.get_json()["title"]) == (501, "Unsupported")
 

@@ -19,7 +19,7 @@ from ...errors import InvalidRequest
 from ...extension import SharedState
 from ...operations import LARGEST, LARGEST_PAGE, SMALLEST, Assignment, Get, Increment, Replayed, Step, expect
 from .security import ProtectedResponse, operators_only
-from .site import has_page, render_template, root
+from .site import has_page, render_template, root, site
 
 Form = TypeVar("Form", bound=Struct)
 
@@ -50,6 +50,9 @@ class CounterNameConverter(PathConverter):
 
 NAMED = "/<counter_server_name:name>"
 _ONE = Step()
+_CONDITIONS = {
+    "HTTP_" + name.upper().replace("-", "_"): name for name in ("If-Match", "If-None-Match", "If-Unmodified-Since")
+}
 
 
 @api.record
@@ -67,6 +70,7 @@ def page() -> Response:
 
 @api.post(f"{NAMED}/increment")
 def increment(name: str) -> Response:
+    _refuse_conditions()
     step = _read_body(Step, default=_ONE)
     key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
     if key is not None and "," in key:  # WSGI joins repeated headers with a comma
@@ -90,15 +94,25 @@ def get(name: str) -> Response:
 @api.put(NAMED)
 @operators_only
 def put(name: str) -> Response:
+    _refuse_conditions()
     return _value(name, shared.counter(name).set(_read_body(Assignment).value))
 
 
 @api.delete(NAMED)
 @operators_only
 def delete(name: str) -> Response:
+    _refuse_conditions()
     if not shared.counter(name).delete():
         raise NotFound(f"there is no counter {name!r}")
     return Response(status=204)
+
+
+def _refuse_conditions() -> None:
+    """Refuse a change that depends on a version, as counters have none (RFC 9110, 13.1)."""
+    environ = request.environ
+    for variable, header in _CONDITIONS.items():
+        if variable in environ:
+            raise InvalidRequest(f"{header} is not supported, so nothing was changed: leave it out, or give a bound")
 
 
 @documentation.get("/openapi.json")
@@ -125,7 +139,24 @@ def _document() -> dict[str, Any]:
     def is_here(item: dict[str, Any]) -> bool:
         return all(has_page(operation["operationId"].replace("_", ".", 1)) for operation in item.values())
 
-    return {**_DOCUMENT, "paths": {path: item for path, item in _DOCUMENT["paths"].items() if is_here(item)}}
+    here = {path: item for path, item in _DOCUMENT["paths"].items() if is_here(item)}
+    if site().is_closed:
+        here = {
+            path: {method: _guarded(operation) for method, operation in item.items()} for path, item in here.items()
+        }
+    return {**_DOCUMENT, "paths": here}
+
+
+def _guarded(operation: dict[str, Any]) -> dict[str, Any]:
+    """Return an operation as a site has it that lets nobody in without a token."""
+    (sample,) = operation["x-codeSamples"]
+    header = "" if "security" in operation else ' --header "Authorization: Bearer $COUNTER_SERVER_TOKEN"'
+    return {
+        **operation,
+        "security": [{"token": []}],
+        "responses": {"401": {"$ref": "#/components/responses/Problem401"}, **operation["responses"]},
+        "x-codeSamples": [{**sample, "source": sample["source"] + header}],
+    }
 
 
 def _json(content: object) -> Response:

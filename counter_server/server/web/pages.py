@@ -6,8 +6,9 @@ import time
 from typing import Any, NamedTuple, cast
 
 import msgspec
-from flask import Blueprint, Flask, Response, current_app, request
+from flask import Blueprint, Flask, Response, current_app, redirect, request
 from werkzeug.exceptions import ServiceUnavailable
+from werkzeug.wrappers import Response as AnyResponse
 
 from ...errors import CounterServerError, Unsupported
 from ...extension import SharedState, VisitorCounter
@@ -15,8 +16,8 @@ from ...operations import Get
 from ...state import forgetful
 from ...status import Process
 from ...windows import Recent
-from .security import is_loopback, may_operate
-from .site import Site, render_template
+from .security import is_loopback, keep_sentence, kept_sentence, may_operate
+from .site import Site, link, render_template
 
 log = logging.getLogger(__name__)
 
@@ -65,24 +66,42 @@ def home() -> str:
         "index.html",
         number=number,
         scheme=str(shared.state.store).partition("://")[0],
-        durability=current_app.config["COUNTER_SERVER_DURABILITY"],
-        shows_processes=is_loopback(current_app) or may_operate(),
+        pids=_pids(),
+        shows_processes=_shows_processes(),
         **_seen(visits),
     )
 
 
 @pages.get("/visits.json")
 def live() -> Response:
-    """Return what the home page shows now, or 204 if its newest visit is `after`; count nothing.
+    """Return what the home page shows now, or 204 if its number and its pids are `after`; count nothing.
 
     The number is text, because JavaScript is exact up to 2^53.
     """
     number = str(shared.submit(Get(_VISITS)) or 0)
-    if number == request.args.get("after"):
+    pids = _pids()
+    if request.args.get("after", "").split() == [number, *pids.split()]:
         return Response(status=204)
     recent = current_app.extensions.get(_RECENT)
-    rows = render_template("visits.html", **_seen(recent.items() if recent else []))
-    return Response(msgspec.json.encode({"number": number, "rows": rows}), content_type="application/json")
+    seen = _seen(recent.items() if recent else [])
+    news = {"number": number, "pids": pids, "rows": render_template("visits.html", **seen)}
+    if seen["processes"] is not None and _shows_processes():
+        news["kill"] = render_template("kill.html", **seen)
+    return Response(msgspec.json.encode(news), content_type="application/json")
+
+
+def _processes() -> list[Process] | None:
+    """Return the server's processes, or None if another launcher started them."""
+    processes: list[Process] | None = current_app.config.get("COUNTER_SERVER_PROCESSES", lambda: None)()
+    return processes
+
+
+def _pids() -> str:
+    return " ".join(str(process.pid) for process in _processes() or () if process.pid)
+
+
+def _shows_processes() -> bool:
+    return is_loopback(current_app) or may_operate()
 
 
 def _seen(visits: list[tuple[int, int, str]]) -> dict[str, Any]:
@@ -90,33 +109,34 @@ def _seen(visits: list[tuple[int, int, str]]) -> dict[str, Any]:
 
     The same worker has the same letter and colour in both.
     """
-    processes: list[Process] | None = current_app.config.get("COUNTER_SERVER_PROCESSES", lambda: None)()
+    processes = _processes()
     pids = [process.pid for process in processes or () if process.name != "manager"]
     pids += sorted({pid for _, pid, _ in visits}.difference(pids))
     workers = {pid: _Worker(f"w{n % 8}", chr(ord("A") + n % 26), pid) for n, pid in enumerate(pids) if pid}
     serving = pids if processes is None else [process.pid for process in processes]
     return {
         "visits": [(f"{number:,}", workers[pid], pid in serving, time) for number, pid, time in visits],
+        "durability": current_app.config["COUNTER_SERVER_DURABILITY"],
         "processes": None if processes is None else [(one.pid, workers.get(one.pid)) for one in processes if one.pid],
     }
 
 
 @pages.get("/session")
-def session() -> str:
-    value = _yours().value
-    return render_template("session.html", value=value, sentence=f"counter is {value}")
+def session() -> AnyResponse:
+    value, said = _yours().value, kept_sentence()
+    answer = Response(render_template("session.html", value=value, sentence=said or f"counter is {value}"))
+    return keep_sentence(answer, "") if said else answer
 
 
 @pages.post("/session/<any(inc, dec, reset):step>")
-def session_step(step: str) -> Response:
+def session_step(step: str) -> AnyResponse:
     if step == "reset":
         _yours().reset()
-        value, sentence = 0, "counter was reset"
+        sentence = "counter was reset"
     else:
-        value = _yours().increment(1 if step == "inc" else -1)
-        sentence = f"counter is {value}"
+        sentence = f"counter is {_yours().increment(1 if step == 'inc' else -1)}"
     if request.accept_mimetypes.best_match(["text/plain", "text/html"]) == "text/html":
-        return Response(render_template("session.html", value=value, sentence=sentence))
+        return keep_sentence(redirect(link("pages.session"), 303), sentence)  # a reload must not count again
     return Response(sentence, mimetype="text/plain")
 
 

@@ -49,7 +49,9 @@ def init_app(app: Flask, shared: SharedState) -> None:
             raise
         if not admitted:
             _, seconds = g.get(_LEFT)
-            raise TooManyRequests(f"more than {item} from one address; nothing was counted", retry_after=seconds)
+            raise TooManyRequests(
+                f"more than {item} from one address; nothing was counted: try again in {seconds} s", retry_after=seconds
+            )
 
     def add_headers(response: Response) -> Response:
         if _LEFT in g:

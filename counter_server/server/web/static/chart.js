@@ -33,7 +33,13 @@ function rate(before, after) {
 }
 
 export function perSecond(number) {
-  return `${number.toLocaleString("en", { maximumFractionDigits: Math.abs(number) < 100 ? 1 : 0 })}/s`;
+  return `${inWords(number)}/s`;
+}
+
+/** Return a rate in few characters: 3.5, 12,345 or 2.1M. */
+export function inWords(rate) {
+  const size = Math.abs(rate);
+  return rate.toLocaleString("en", { maximumFractionDigits: size < 100 || size >= 1e6 ? 1 : 0, notation: size < 1e6 ? "standard" : "compact" });
 }
 
 /** Return the least and the greatest rate of a scale for all of these, in round numbers. */

@@ -1,6 +1,6 @@
 /* Keeps the list of counters and the figures up to date. The page works without this script too. */
 
-import { Rates, draw, scaleFor } from "./chart.js";
+import { Rates, draw, inWords, scaleFor } from "./chart.js";
 import "./copy.js";
 import { ask, find, keepAsking, setText } from "./live.js";
 
@@ -93,7 +93,7 @@ function chart() {
     draw(find(".chart", element), rates, scale);
     setText(find("[data-rate]", element), rates.words);
   }
-  const [lowest, highest] = [scale.lowest, scale.highest].map((rate) => rate.toLocaleString("en"));
+  const [lowest, highest] = [scale.lowest, scale.highest].map(inWords);
   setText(find("#scale"), `Charts: the last 60 seconds, each from ${lowest} to ${highest} per second.`);
 }
 

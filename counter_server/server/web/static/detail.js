@@ -1,6 +1,6 @@
 /* Keeps the page of one counter up to date. */
 
-import { Rates, draw, scaleFor } from "./chart.js";
+import { Rates, draw, perSecond, scaleFor } from "./chart.js";
 import "./copy.js";
 import { find, keepAsking, setText } from "./live.js";
 
@@ -42,8 +42,8 @@ function tick() {
   const scale = scaleFor([rates]);
   draw(find(".chart"), rates, scale);
   setText(find("#rate"), rates.words || "…");
-  setText(find("#highest"), `${scale.highest.toLocaleString("en")}/s`);
-  setText(find("#lowest"), `${scale.lowest.toLocaleString("en")}/s`);
+  setText(find("#highest"), perSecond(scale.highest));
+  setText(find("#lowest"), perSecond(scale.lowest));
 }
 
 find("#rates").hidden = false;

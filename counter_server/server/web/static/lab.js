@@ -30,6 +30,7 @@ form.addEventListener("submit", async (event) => {
 });
 
 copy.addEventListener("click", async () => {
+  if (!form.reportValidity()) return;
   history.replaceState(null, "", `?${choices()}`);
   try {
     await navigator.clipboard.writeText(location.href);
@@ -152,6 +153,7 @@ class Board {
     this.story.querySelector(".why").textContent = this.answers.length ? (wrong ? this.run.wrong : this.run.right) : "";
     this.story.querySelector(".lanes").replaceChildren(...(pair ? [lanes(this, events)] : []));
     this.story.querySelector(".steps").replaceChildren(...steps(events));
+    this.story.querySelector("details").hidden = events.length === 0;
     this.story.querySelector(".expected").textContent = pair ? expected(pair) : "";
     this.story.hidden = this.answers.length === 0;
   }

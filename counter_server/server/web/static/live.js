@@ -16,6 +16,7 @@ let address = null; // a function that returns the URL to ask
 let show = null; // called with each new answer
 let tick = null; // called with the last answer after each answer, whether it is new or not
 let etag = null;
+let known = null; // the URL that has it
 let found = null; // the content of the last answer with any
 let wait = PERIOD;
 let timer = null;
@@ -38,13 +39,14 @@ export async function ask() {
   asking = true;
   const asked = address();
   try {
-    const headers = etag === null ? {} : { "If-None-Match": etag };
+    const headers = etag !== null && asked === known ? { "If-None-Match": etag } : {};
     const answer = await fetch(asked, { headers, signal: AbortSignal.timeout(PATIENCE) });
     if (answer.ok) {
       const content = await answer.json();
       if (asked === address()) {
         found = content;
         etag = answer.headers.get("ETag");
+        known = asked;
         show(found);
       }
     } else if (answer.status !== 304) {
