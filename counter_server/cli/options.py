@@ -15,7 +15,9 @@ from ..server.settings import ServerSettings
 from ..state import open_state
 
 _DEFAULTS = ServerSettings()
-IDLE_SECONDS = 1.0  # of a manager that a command starts; an app may soon want one that hosts its objects
+# Of a manager that a command starts: a waiting dashboard, which asks every two seconds, finds it; and an app may soon
+# want one that hosts its objects.
+IDLE_SECONDS = 3.0
 _SMALLEST_JOURNAL = 2**20  # bytes
 _PROXIES = click.IntRange(0, 16)
 CAPS = {

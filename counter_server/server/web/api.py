@@ -214,7 +214,9 @@ def _read_body(form: type[Form], *, default: Form | None = None) -> Form:
     data = b"" if is_empty else request.get_data(cache=False)
     if not data and default is not None:
         return default
-    if data and request.mimetype != "application/json":
+    if not data:
+        raise InvalidRequest(f"a body is required: a JSON object with {', '.join(form.__struct_fields__)}")
+    if request.mimetype != "application/json":
         raise UnsupportedMediaType("the body must be application/json")
     try:
         body = msgspec.convert(_decode(data), form)

@@ -323,9 +323,15 @@ def why_not() -> str:
             f"these pages are closed: set {_TOKEN} in the app's configuration or in the environment, or name a function"
             " of the app that lets requests in, shared.blueprint(allow=…)"
         )
+    cause, cure = "other machines may reach this server", "or bound to 127.0.0.1"
+    if current_app.config["COUNTER_SERVER_TRUSTED_PROXIES"]:
+        cause, cure = (
+            "it is behind a proxy, which other machines may reach",
+            "or without --trusted-proxy, bound to 127.0.0.1",
+        )
     return (
-        "set and delete are off: other machines may reach this server, and it has no token; start it with a token in"
-        f" the environment variable {_TOKEN}, or bound to 127.0.0.1"
+        f"set and delete are off: {cause}, and it has no token; start it with a token in the environment variable"
+        f" {_TOKEN}, {cure}"
     )
 
 
