@@ -37,15 +37,15 @@ class Figures:
         return min(processes * alone, threads / between * 1e6)
 
 
-# 2 cores, clients and servers on the same machine, Python 3.11.
+# 2 cores of an Intel Xeon, clients and servers on the same machine, Python 3.11, a sync of 0.1 ms.
 FIGURES = {
-    "manager, `none`": Figures(23.6, 0.5, 10.5, 40.4, 36.6),
-    "manager, `commit`": Figures(171.9, 0.6, 22.1, 130.4, 136.5),
-    "Redis, nothing on disk": Figures(36.8, 2.0, 16.4, 95.1, 67.7),
-    "Redis, `appendfsync always`": Figures(299.0, 2.8, 23.6, 208.4, 181.2),
-    "PostgreSQL": Figures(282.0, 1.2, 19.9, 289.5, 298.9),
-    "SQLite": Figures(207.1, 1.1, 24.9, 512.8, 382.0),
-    "memcached": Figures(21.8, 1.8, 12.5, 47.4, 45.4),
+    "manager, `none`": Figures(51.8, 1.5, 24.3, 74.3, 68.8),
+    "manager, `commit`": Figures(218.0, 2.0, 33.1, 256.2, 236.1),
+    "Redis, nothing on disk": Figures(83.7, 5.6, 29.9, 91.1, 91.8),
+    "Redis, `appendfsync always`": Figures(193.8, 7.6, 35.1, 164.4, 168.8),
+    "PostgreSQL": Figures(2158.7, 1.6, 40.5, 2890.2, 1406.5),
+    "SQLite": Figures(644.6, 1.2, 33.2, 1144.2, 1161.4),
+    "memcached": Figures(114.1, 40.4, 30.9, 287.2, 280.3),
 }
 SHAPES = [(1, 1), (1, 16), (2, 16), (4, 16), (16, 16), (64, 16)]
 ONE_MACHINE = ("manager", "SQLite")
