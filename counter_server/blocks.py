@@ -21,13 +21,17 @@ class Block(AbstractContextManager[None]):
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
         self._make = make
+        self._entered: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> None:
+        if self._entered is not None:
+            raise RuntimeError("this block is not over: make another one for each `with`")
         self._entered = self._make()
         self._entered.__enter__()
 
     def __exit__(self, *exception: Any) -> bool | None:
-        return self._entered.__exit__(*exception)
+        entered, self._entered = self._entered, None
+        return entered.__exit__(*exception) if entered else None
 
     def __call__(self, function: Function) -> Function:
         """Decorate a function.
@@ -36,7 +40,8 @@ class Block(AbstractContextManager[None]):
         """
         if isinstance(function, type) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             kind = "class" if isinstance(function, type) else "generator function"
-            raise TypeError(f"{function.__qualname__} is a {kind}, which cannot be decorated: write `with` in its body")
+            name = getattr(function, "__qualname__", repr(function))
+            raise TypeError(f"{name} is a {kind}, which cannot be decorated: write `with` in its body")
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             with self._make():
@@ -46,4 +51,5 @@ class Block(AbstractContextManager[None]):
             with self._make():
                 return await function(*arguments, **keywords)
 
-        return cast(Function, wraps(function)(run if inspect.iscoroutinefunction(function) else call))
+        made = (function, getattr(function, "__func__", None), type(function).__call__)
+        return cast(Function, wraps(function)(run if any(map(inspect.iscoroutinefunction, made)) else call))

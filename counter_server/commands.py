@@ -29,14 +29,14 @@ STANDARD = Path("-")  # standard input or output
 _STOPPED = 143  # the exit status after SIGTERM, as a shell reports it
 
 
-def _check_file(_context: click.Context, _argument: click.Parameter, file: Path) -> Path:
+def check_file(_context: click.Context, _argument: click.Parameter, file: Path | None) -> Path | None:
     if file == Path():
         raise click.BadParameter("the name of a file must not be empty")
     return file
 
 
 file_argument = click.argument(
-    "file", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path), callback=_check_file
+    "file", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path), callback=check_file
 )
 format_option = click.option(
     "--format",
@@ -116,10 +116,10 @@ def show(what: object) -> None:
 
 
 class _TakesNegative(click.Command):
-    """Takes -5 for an argument, and knows whether a hyphen or two before a name were meant: after ``--``."""
+    """Takes -5 for an argument, and knows which arguments stand after ``--``: these may begin with hyphens."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta["takes hyphens"] = "--" in args
+        ctx.meta["after hyphens"] = args[args.index("--") + 1 :] if "--" in args else []
         return super().parse_args(ctx, args)
 
 
@@ -188,7 +188,8 @@ def _reading(with_state: WithState) -> list[click.Command]:
                 with portable.new_file(file, overwrite=overwrite) as opened:
                     digest = write(opened, advance=advance)
         counted = f"{len(contents.counters):,} counters and {len(contents.keys):,} keys"
-        click.echo(f"{counted} of {store} are in {file}; SHA-256 {digest}", err=file == STANDARD)
+        said = f"{counted} of {store} are in {file}; SHA-256 {digest}"
+        show(said) if file != STANDARD else click.echo(said, err=True)
         mention_objects(contents, store)
 
     return [list_, get, export]
@@ -212,7 +213,7 @@ def _changing(with_state: WithState) -> list[click.Command]:
     @with_state
     def set_(state: "State", name: str, value: int) -> None:
         """Set a counter to VALUE and print it."""
-        if name.startswith("--") and not click.get_current_context().meta["takes hyphens"]:
+        if name.startswith("--") and name not in click.get_current_context().meta["after hyphens"]:
             raise click.NoSuchOption(name)
         show(state.counter(name).set(value))
 
@@ -246,6 +247,7 @@ def _as_json(name: str, value: int) -> bytes:
 
 
 def lasting(store: "Store") -> "Store":
+    """Return a store that does not end with this process, or raise `InvalidRequest`."""
     if str(store) == "memory://":
         raise InvalidRequest("memory:// ends with this command: name a store that other processes share")
     return store
@@ -255,6 +257,6 @@ def mention_objects(contents: "Contents", store: "Store") -> None:
     if contents.objects:
         click.echo(
             f"{len(contents.objects):,} shared objects stay in {store}: to use them elsewhere, restore a"
-            " 'counter-server backup' there first",
+            " 'counter-server backup' there before you move the counters",
             err=True,
         )

@@ -28,8 +28,9 @@ from .errors import StartupError, StorageFull
 from .figures import Durations
 from .ledger import Changes, ClientRecord, Contents, KeyRecord
 from .operations import LARGEST, Result
-from .os_errors import explain, give_name
+from .os_errors import explain
 from .settings import Caps
+from .system import give_name
 
 log = logging.getLogger(__name__)
 

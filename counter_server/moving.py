@@ -138,7 +138,9 @@ def _read(store: ShowsContents, done: str = _NOTHING) -> Contents | None:
             if time.monotonic() >= patience:
                 raise DeadlineExceeded(f"{store} does not answer: {error}; {done}", "not_applied") from error
         except CounterServerError as error:
-            raise type(error)(f"{error}; {done}", error.outcome) from error
+            if done == _NOTHING:  # the error says so itself
+                raise
+            raise type(error)(f"{done} ({error})", error.outcome) from error
         time.sleep(_PAUSE)
 
 
@@ -169,7 +171,10 @@ def _asked(session: Session, contents: Contents, done: str = _NOTHING) -> Conten
 
 
 def _operation(name: str, value: int, *, overwrite: bool) -> Operation:
-    """Return what gives a counter its value. Without `overwrite`, a value but 0 replaces none that came meanwhile."""
+    """Return what gives a counter its value. Without `overwrite`, it fails if something made the counter meanwhile.
+
+    A 0 does not fail, as no increment can give it.
+    """
     if overwrite or value == 0:
         return Set(name, value)
     return Increment(name, value, minimum=value, maximum=value)

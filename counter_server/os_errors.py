@@ -1,4 +1,4 @@
-"""What an error of the operating system means on the way to a manager: start one, wait, report it, or do otherwise."""
+"""What an error of the operating system means on the way to a manager: start one, wait, or report it at once."""
 
 import errno
 import os
@@ -26,21 +26,6 @@ _CURES = {
     errno.EROFS: f"mount it writable, or {ELSEWHERE}",
     **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP), _NO_LOCKS),
 }
-
-
-def give_name(draft: Path, path: Path) -> None:
-    """Give a finished file its name, or raise `FileExistsError`: nobody sees a part of it, and it replaces no file.
-
-    A file system without hard links has no such step: there a file that another process makes meanwhile is replaced.
-    """
-    try:
-        os.link(draft, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
-        draft.rename(path)
 
 
 def is_absent(error: OSError) -> bool:

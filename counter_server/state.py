@@ -263,7 +263,7 @@ class Sharing(ABC):
         """Call a method of the declared object `name`; see `submit`."""
 
     @staticmethod
-    def deadline(seconds: float) -> "Block":
+    def deadline(seconds: float) -> Block:
         """Give each call in a block another deadline, at most 60 seconds; also a decorator.
 
         ::

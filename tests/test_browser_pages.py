@@ -65,7 +65,7 @@ def test_the_number_counts_up_when_others_come_and_shows_their_workers(browser: 
     expect(page.locator("#visits tbody tr").first).to_contain_text(f"{own + 3:,}")
     before = processes(page)
     os.kill(before[1], signal.SIGKILL)  # a worker
-    expect(page.locator(".kill code", has_text=f"kill -9 {before[1]}")).to_have_count(0)
+    expect(page.locator(".kill").get_by_text(f"kill -9 {before[1]}", exact=True)).to_have_count(0)
     expect(page.locator(".kill button")).to_have_count(len(before))
     expect(page.get_by_role("status")).to_have_text(f"You are visitor number {own:,}.")
     assert [number(page), number(other)] == [own, own + 3]

@@ -236,7 +236,7 @@ def test_a_sqlite_file_that_this_user_may_not_see_is_not_said_to_be_missing(tmp_
         store = open_store(url)
         assert isinstance(store, SqliteStore)
         said = []
-        for ask in (store.exists, store.contents):
+        for ask in (store.exists, store.contents, store.findings):
             with pytest.raises(errors.AccessDenied, match="does not let this process in: Permission denied") as error:
                 ask(inf)
             said.append(str(error.value))

@@ -237,13 +237,25 @@ def test_a_block_gives_its_calls_another_deadline() -> None:
         await asyncio.sleep(0)
         assert_deadline(7)
 
+    class Later:
+        async def __call__(self) -> None:
+            await asyncio.sleep(0)
+            assert_deadline(6)
+
+        @state.deadline(7)
+        @staticmethod
+        async def static() -> None:
+            await asyncio.sleep(0)
+            assert_deadline(7)
+
     assert_deadline(5)
     with state.deadline(0.5):
         assert_deadline(0.5)
         with suppress(KeyError), state.deadline(60):  # it may be later, too
             assert_deadline(60)
             decorated()
-            asyncio.run(later())
+            for coroutine in (later(), state.deadline(6)(Later())(), Later.static()):
+                asyncio.run(coroutine)
             raise KeyError
         assert_deadline(0.5)
         at_once(2, lambda: assert_deadline(5))  # other threads are not in the block
@@ -254,7 +266,18 @@ def test_a_block_gives_its_calls_another_deadline() -> None:
             pass
 
 
-@pytest.mark.parametrize("block", [in_memory, partial(State.deadline, 0.5)], ids=["in_memory", "deadline"])
+BLOCKS = pytest.mark.parametrize("block", [in_memory, partial(State.deadline, 0.5)], ids=["in_memory", "deadline"])
+
+
+@BLOCKS
+def test_a_block_is_entered_once_at_a_time(block: Callable[[], Block]) -> None:
+    one = block()
+    for _ in range(2):
+        with one, pytest.raises(RuntimeError, match="make another one for each `with`"), one:
+            pytest.fail("the inner one would end the outer one")
+
+
+@BLOCKS
 def test_a_block_cannot_decorate_what_runs_later_or_is_no_function(block: Callable[[], Block]) -> None:
     class Tests:
         pass
@@ -265,9 +288,11 @@ def test_a_block_cannot_decorate_what_runs_later_or_is_no_function(block: Callab
     async def generate_later() -> AsyncIterator[int]:
         yield 1
 
-    for decorated in (generate, generate_later, Tests):
-        with pytest.raises(TypeError, match=rf"{decorated.__name__} is a .*: write `with` in its body"):
+    for decorated, name in ((generate, "generate"), (generate_later, "generate_later"), (Tests, "Tests")):
+        with pytest.raises(TypeError, match=rf"{name} is a .*: write `with` in its body"):
             block()(decorated)
+    with pytest.raises(TypeError, match="is a generator function"):
+        block()(partial(generate))
 
 
 def test_a_store_that_hosts_no_objects_says_so_at_once_with_what_is_declared() -> None:

@@ -15,6 +15,7 @@ from ..commands import (
     mention_objects,
     overwrite,
     progress,
+    show,
     standard,
 )
 from ..errors import StartupError
@@ -75,7 +76,7 @@ def migrate(source: str, target: str, *, overwrite: bool) -> None:
 
 
 def _report(store: Store, moved: Moved, digest: str) -> None:
-    click.echo(
+    show(
         f"{moved.counters:,} counters and {moved.keys:,} keys were written to {store}; {moved.counters_before:,} and"
         f" {moved.keys_before:,} were there already; SHA-256 {digest}"
     )

@@ -15,15 +15,15 @@ from ..server.settings import ServerSettings
 from ..state import open_state
 
 _DEFAULTS = ServerSettings()
-# Of a manager that a command starts: a waiting dashboard, which asks every two seconds, finds it; and an app may soon
-# want one that hosts its objects.
+# Of a manager that a command starts. It is longer than the 2 s after which a waiting dashboard asks again, and short
+# because an app may soon want a manager that hosts its objects.
 IDLE_SECONDS = 3.0
 _SMALLEST_JOURNAL = 2**20  # bytes
 _PROXIES = click.IntRange(0, 16)
 CAPS = {
     "counters": "Maximum number of counters. Beyond it, only existing ones can be changed.",
     "keys": "Maximum number of idempotency keys, remembered for 24 hours each. Beyond it, new ones are refused.",
-    "clients": "Maximum number of remembered clients, and of each object's. Beyond it, the longest idle is forgotten.",
+    "clients": "Maximum number of remembered clients, also of each object. Beyond it, the longest idle is forgotten.",
     "journal_bytes": "Maximum size of the journal. Beyond it, writes are refused, and reads continue.",
     "connections": "Maximum number of connections. Beyond it, new ones wait.",
 }

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from .. import settings
+from ..commands import check_file, show
 from ..errors import BatchRefused, CounterServerError, DirectoryHeld, Disconnected, StartupError
 from ..manager.directory import DataDirectory
 from ..store import Finding
@@ -33,11 +34,11 @@ def stop(data_dir: str | None) -> None:
         raise click.ClickException(str(error)) from error
     if pid is None:
         raise click.ClickException(f"no manager is running in {directory}")
-    click.echo(f"The manager (pid {pid}) has ended." if pid else "The manager has ended.")
+    show(f"The manager (pid {pid}) has ended." if pid else "The manager has ended.")
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), callback=check_file)
 @data_dir_option
 def backup(file: Path, data_dir: str | None) -> None:
     """Copy all durable data into a new FILE, whether or not a manager is running.
@@ -53,11 +54,11 @@ def backup(file: Path, data_dir: str | None) -> None:
     else:
         with _unused(directory), closing(Journal(directory.journal)) as journal:
             size = journal.back_up(target)
-    click.echo(f"{target}: {size:,} bytes, of {directory.journal}")
+    show(f"{target}: {size:,} bytes, of {directory.journal}")
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), callback=check_file, required=False)
 @data_dir_option
 def check(file: Path | None, data_dir: str | None) -> None:
     """Check the journal, or the backup FILE, for damage. Exit status 0 if there is none, else 1.
@@ -76,7 +77,7 @@ def check(file: Path | None, data_dir: str | None) -> None:
         with nullcontext() if file else _unused(directory):
             found = read_checked(path)
         counters, clients, keys = len(found.counters), len(found.clients), len(found.keys)
-    click.echo(f"{path} is whole: {counters:,} counters, {keys:,} idempotency keys, {clients:,} clients{memory}")
+    show(f"{path} is whole: {counters:,} counters, {keys:,} idempotency keys, {clients:,} clients{memory}")
 
 
 def _unused(directory: DataDirectory) -> AbstractContextManager[object]:
@@ -103,9 +104,9 @@ def _ask_manager(directory: DataDirectory, method: str, *arguments: bytes) -> An
 def doctor(data_dir: str | None, store: str | None) -> None:
     """Ask the store's server whether it can lose numbers. Exit status 0 if no risk was found."""
     name, findings = diagnose(url_of(store, data_dir), settings.DEFAULT_DEADLINE)
-    click.echo(name)
+    show(name)
     for finding in findings:
-        click.echo(f"{finding.level:<8}  {finding.sentence}")
+        show(f"{finding.level:<8}  {finding.sentence}")
     sys.exit(1 if any(finding.level != "ok" for finding in findings) else 0)
 
 

@@ -91,7 +91,7 @@ class StateProxy(BaseProxy):
         return StateProxy(self.directory, self._starter, declaration)
 
     def another(self) -> "StateProxy":
-        """See `ObjectStore`. A loss of the state that one of them has reported is not reported again by the other."""
+        """See `ObjectStore`. The new one does not report a loss that this one has reported."""
         proxy = StateProxy(self.directory, self._starter, self._declaration)
         proxy._latest_epoch = self._latest_epoch
         return proxy

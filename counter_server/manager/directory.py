@@ -22,8 +22,9 @@ from msgspec import MsgspecError, Struct, json, structs
 
 from ..errors import DirectoryHeld, InvalidRequest, StartupError
 from ..ledger import has_ended
-from ..os_errors import ELSEWHERE, explain, give_name, is_absent, not_ours
+from ..os_errors import ELSEWHERE, explain, is_absent, not_ours
 from ..settings import RUNTIME_DIR_VARIABLE
+from ..system import give_name
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +142,9 @@ class DataDirectory:
         """Return the directory in a `manager://` URL, or `default`; raise `InvalidRequest` for anything else in it."""
         rest = url.removeprefix("manager://")
         if rest == url or rest[:1] not in ("", "/") or "?" in rest or "#" in rest:
+            named = "manager://" if "@" in rest else url  # the rest may hold a password
             raise InvalidRequest(
-                "this is not the URL of a manager: write three slashes, manager:///absolute/data/directory"
+                f"{named!r} is not the URL of a manager: write three slashes, manager:///absolute/data/directory"
             )
         return cls(os.fsdecode(unquote_to_bytes(rest)) or default)
 

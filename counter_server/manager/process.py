@@ -21,11 +21,12 @@ from ..objects import Declaration, HostedObject, is_moved, unpickled
 from ..os_errors import NO_SOCKETS, explain
 from ..plain import allow_values
 from ..settings import DEFAULT_CAPS, Caps, Durability
+from ..system import room_for
 from . import location, snapshot
 from .client import StateProxy, end_manager
 from .directory import DataDirectory, keep_from_children
 from .hosting import NOTHING, Hosting, Sources, import_classes
-from .server import Hosted, NotMade, StateServer, end_main_thread, exit_later, fail, room_for
+from .server import OTHER_DESCRIPTORS, Hosted, NotMade, StateServer, end_main_thread, exit_later, fail
 from .snapshot import Kept
 from .wire import object_ident
 
@@ -101,7 +102,7 @@ def serve(
                 sources,
                 journal,
                 durability,
-                most_connections=room_for(caps.connections),
+                most_connections=room_for(caps.connections, OTHER_DESCRIPTORS),
                 idle_timeout=idle_timeout,
                 supervisor=os.getppid() if lifeline is not None else None,
             )

@@ -6,7 +6,6 @@ It ends in order on a request or without clients, and at once when its state can
 import _thread
 import logging
 import os
-import resource
 import select
 import signal
 import sys
@@ -61,7 +60,7 @@ _MOST_GREETED = 100  # connections above the maximum that get an explanation; ot
 _SECONDS_TO_HAND_OVER = 3.0  # in which the calls of shared objects finish when a manager ends; others wait for it
 _SECONDS_TO_LEAVE = 30.0  # for which a manager on demand serves its clients after SIGTERM
 _MOST_SECONDS_OF_RELEASE = 60.0  # for which a manager serves one release, if programs of several come and go
-_OTHER_DESCRIPTORS = 64  # open beside the connections: its own, and its shared objects
+OTHER_DESCRIPTORS = 64 + _MOST_GREETED  # open beside the connections: its own, and its shared objects
 SLOW_SECONDS = 10.0  # after which a running call of a shared object is reported
 _LOOK_SECONDS = 0.5
 _SECONDS_TO_STOP = 2.0  # for which threads of others, or a commit on the disk, may hold up an end
@@ -580,14 +579,3 @@ def end_main_thread() -> None:
 def exit_later(status: int) -> None:
     time.sleep(_SECONDS_TO_STOP)
     os._exit(status)
-
-
-def room_for(connections: int) -> int:
-    """Raise the limit of descriptors as needed; return how many connections the process can have, at most as asked."""
-    wanted = connections + _MOST_GREETED + _OTHER_DESCRIPTORS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(wanted - _MOST_GREETED - _OTHER_DESCRIPTORS, 1)

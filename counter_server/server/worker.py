@@ -27,8 +27,8 @@ from flask import Flask
 
 from ..errors import Outcome, StartupError
 from ..extension import SharedState
-from ..manager.server import room_for
 from ..output import configure
+from ..system import room_for
 from .settings import ServerSettings
 from .web import create_app, create_dashboard
 from .web.health import LIVEZ
@@ -47,6 +47,7 @@ LARGEST_HEAD = 2**16  # bytes
 LARGEST_REQUEST = 2**20  # bytes; the application's own limit is lower
 _HOLD_SECONDS = 0.002  # for which a worker with more connections than another leaves new ones to it
 _MAX_CONNECTIONS = 4000
+_OTHER_DESCRIPTORS = 100
 _MAX_PIPELINED = 16  # their answers fit into the buffer, so no thread waits for a client that does not read
 # waitress's loop sends answers of up to this size whole. Their own thread would send them in parts, and hand the GIL to
 # the loop each time: 600 us of processor time for a request, instead of 200.
@@ -154,7 +155,7 @@ class Worker:
         self._request_timeout = settings.request_timeout
         self._stopping = False
         self._linger = 0.0
-        self._max_connections = room_for(_MAX_CONNECTIONS)
+        self._max_connections = room_for(_MAX_CONNECTIONS, _OTHER_DESCRIPTORS)
         channels: dict[int, Any] = {}
         self._poll = partial(wasyncore.loop, use_poll=True, map=channels, count=1)
         self._server: Any = server.create_server(

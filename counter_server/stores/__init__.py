@@ -1,7 +1,6 @@
 """The stores. `open_store` chooses one by the URL's scheme, and imports only its file."""
 
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 from ..errors import InvalidRequest
 from ..objects import Declaration
@@ -19,11 +18,6 @@ def open_store(
     :param declared: returns, for a URL, the shared objects of a manager that is started from here.
     """
     scheme, separator, _ = url.partition(":")
-    named = f"{scheme}://" if set(url) & set("@?") else url  # the rest may hold a password
-    try:
-        urlsplit(url)
-    except ValueError as error:
-        raise InvalidRequest(f"{named!r} is not the URL of a store: {error}") from None
     match scheme if separator else "":
         case "manager":
             from ..manager.client import StateProxy
@@ -51,6 +45,7 @@ def open_store(
 
             return MemoryStore()
         case _:
+            named = f"{scheme}://" if set(url) & set("@?") else url  # the rest may hold a password
             raise InvalidRequest(
                 f"no store is called {named!r}: use manager:///absolute/data/directory, redis://host, "
                 "postgresql://host/database, mariadb://host/database, mysql://host/database, "

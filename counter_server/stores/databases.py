@@ -385,7 +385,7 @@ class SqliteStore(SqlStore):
 
         @event.listens_for(self.engine, "checkout")
         def check(_connection: Any, record: Any, _proxy: Any) -> None:
-            file = os.stat(path)[1:3] if os.path.exists(path) else None  # its inode and device
+            file = os.stat(path)[1:3] if self._has_file() else None  # its inode and device
             if record.info.setdefault("file", file) != file:
                 raise DisconnectionError("the file was removed or replaced")
 
@@ -423,7 +423,7 @@ class SqliteStore(SqlStore):
         return AccessDenied if code in _DENIED else OutcomeUnknown if sent else StartupError, text, sent
 
     def findings(self, deadline: float) -> list[Finding]:
-        if not os.path.exists(self._path):
+        if not self._has_file():
             return [_problem(f"{self._path} does not exist yet: the first increment creates it")]
         with self.connection(deadline) as connection:
             mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()

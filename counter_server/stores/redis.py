@@ -84,7 +84,10 @@ class RedisStore:
     def __init__(self, url: str) -> None:
         if "://" not in url:
             raise InvalidRequest(f"{url!r} is not a URL of Redis: it begins with redis://")
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:  # it would quote a part of the URL, which may be the password
+            raise InvalidRequest("this is not a URL of Redis: its host or password needs percent-encoding") from None
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         tag = query.pop("prefix", _DEFAULT_PREFIX)
         if not tag or set(tag) & set("{}"):

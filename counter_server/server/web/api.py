@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response, current_app, request
 from flask.blueprints import BlueprintSetupState
 from msgspec import Meta, Struct
 from werkzeug.exceptions import NotFound, UnsupportedMediaType
@@ -18,7 +18,7 @@ from werkzeug.routing import PathConverter
 from ...errors import InvalidRequest
 from ...extension import SharedState
 from ...operations import LARGEST, LARGEST_PAGE, SMALLEST, Assignment, Get, Increment, Replayed, Step, expect
-from .security import ProtectedResponse, operators_only
+from .security import ProtectedResponse, operators_only, token_of
 from .site import has_page, render_template, root, site
 
 Form = TypeVar("Form", bound=Struct)
@@ -108,11 +108,13 @@ def delete(name: str) -> Response:
 
 
 def _refuse_conditions() -> None:
-    """Refuse a change that depends on a version, as counters have none (RFC 9110, 13.1)."""
+    """Refuse a conditional change: counters have no versions (RFC 9110, 13.1)."""
     environ = request.environ
     for variable, header in _CONDITIONS.items():
         if variable in environ:
-            raise InvalidRequest(f"{header} is not supported, so nothing was changed: leave it out, or give a bound")
+            raise InvalidRequest(
+                f"{header} is not supported, as counters have no versions; nothing was changed: leave it out"
+            )
 
 
 @documentation.get("/openapi.json")
@@ -148,13 +150,17 @@ def _document() -> dict[str, Any]:
 
 
 def _guarded(operation: dict[str, Any]) -> dict[str, Any]:
-    """Return an operation as a site has it that lets nobody in without a token."""
+    """Return an operation as a closed site has it."""
+    refused = ("401", "429") if token_of(current_app.config) else ("403",)
+    responses = {code: {"$ref": f"#/components/responses/Problem{code}"} for code in refused}
+    if not token_of(current_app.config):
+        return {**operation, "security": [], "responses": {**responses, **operation["responses"]}}
     (sample,) = operation["x-codeSamples"]
     header = "" if "security" in operation else ' --header "Authorization: Bearer $COUNTER_SERVER_TOKEN"'
     return {
         **operation,
         "security": [{"token": []}],
-        "responses": {"401": {"$ref": "#/components/responses/Problem401"}, **operation["responses"]},
+        "responses": {**responses, **operation["responses"]},
         "x-codeSamples": [{**sample, "source": sample["source"] + header}],
     }
 

@@ -66,8 +66,6 @@ def home() -> str:
         "index.html",
         number=number,
         scheme=str(shared.state.store).partition("://")[0],
-        pids=_pids(),
-        shows_processes=_shows_processes(),
         **_seen(visits),
     )
 
@@ -79,13 +77,13 @@ def live() -> Response:
     The number is text, because JavaScript is exact up to 2^53.
     """
     number = str(shared.submit(Get(_VISITS)) or 0)
-    pids = _pids()
-    if request.args.get("after", "").split() == [number, *pids.split()]:
-        return Response(status=204)
+    after = request.args.get("after", "").split()
     recent = current_app.extensions.get(_RECENT)
+    if after == [number, *_pids(_processes()).split()]:
+        return Response(status=204)
     seen = _seen(recent.items() if recent else [])
-    news = {"number": number, "pids": pids, "rows": render_template("visits.html", **seen)}
-    if seen["processes"] is not None and _shows_processes():
+    news = {"number": number, "pids": seen["pids"], "rows": render_template("visits.html", **seen)}
+    if seen["pids"]:
         news["kill"] = render_template("kill.html", **seen)
     return Response(msgspec.json.encode(news), content_type="application/json")
 
@@ -96,12 +94,10 @@ def _processes() -> list[Process] | None:
     return processes
 
 
-def _pids() -> str:
-    return " ".join(str(process.pid) for process in _processes() or () if process.pid)
-
-
-def _shows_processes() -> bool:
-    return is_loopback(current_app) or may_operate()
+def _pids(processes: list[Process] | None) -> str:
+    """Return the pids of the server's processes, for people on this machine and operators; empty for others."""
+    is_shown = is_loopback(current_app) or may_operate()
+    return " ".join(str(process.pid) for process in processes or () if process.pid) if is_shown else ""
 
 
 def _seen(visits: list[tuple[int, int, str]]) -> dict[str, Any]:
@@ -116,6 +112,7 @@ def _seen(visits: list[tuple[int, int, str]]) -> dict[str, Any]:
     serving = pids if processes is None else [process.pid for process in processes]
     return {
         "visits": [(f"{number:,}", workers[pid], pid in serving, time) for number, pid, time in visits],
+        "pids": _pids(processes),
         "durability": current_app.config["COUNTER_SERVER_DURABILITY"],
         "processes": None if processes is None else [(one.pid, workers.get(one.pid)) for one in processes if one.pid],
     }

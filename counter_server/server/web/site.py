@@ -137,7 +137,7 @@ def render_template(template: str, **values: Any) -> str:
 
 
 def _size(said: str) -> str:
-    """Return the class of a large number, so that it fits into one line of a telephone."""
+    """Return the class that shows a long number smaller, so that it fits on a telephone."""
     return "longest" if len(said) > 9 else "long" if len(said) > 5 else ""
 
 
