@@ -47,7 +47,10 @@ def increment(url: str, name: str = "x") -> int:
 
 def visit(url: str, method: str = "GET", path: str = "/", cookie: str = "") -> tuple[int, int]:
     """Return the number on a page, and the worker process that answered."""
-    status, _, text = ask(url, method, path, headers={"Cookie": cookie, "Accept": "text/html"})
+    status, headers, text = ask(url, method, path, headers={"Cookie": cookie, "Accept": "text/html"})
+    if status == 303:  # the sentence about what was done comes with a cookie
+        cookies = "; ".join([cookie, *(each.partition(";")[0] for each in headers.get_all("Set-Cookie"))])
+        status, _, text = ask(url, "GET", headers["Location"], headers={"Cookie": cookies, "Accept": "text/html"})
     assert status == 200, text
     number, worker = re.search(r'(?:data-number="|counter is )(\d+)', text), re.search(r"worker process (\d+)", text)
     assert number
