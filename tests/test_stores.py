@@ -114,6 +114,7 @@ def test_a_loss_is_told_once_by_a_look_that_makes_nothing(kind: str, tmp_path: P
 
 
 REFUSED = [
+    *("redis://[bad", "redis://u:[secret]@h", "redis://:se\u2100cret@h", "postgresql://u:secret@h:port/d"),
     *("redis://localhost:port", "redis://localhost/?prefix=", "redis://localhost/?prefix={x}", "redis://h/?no_such=1"),
     *("postgresql", "postgresql://host:port/db", "postgresql://h/db?no_such=1", "mysql://host:port/db"),
     *("mariadb://h/db?no_such=1", "memcached://", "memcached:///", "memcached:path", "memcached://host/path"),
