@@ -80,27 +80,30 @@ def test_what_the_page_polls_counts_nothing_and_says_what_is_new(client: FlaskCl
 
 def test_a_worker_has_one_letter_and_colour_on_a_page(app: Flask, client: FlaskClient) -> None:
     pid = os.getpid()
+    manager, second, new, early, late = (pid + more for more in range(1, 6))  # in a container, all pids are small
     recent = app.extensions["counter_server.last_visits"]
-    app.config["COUNTER_SERVER_PROCESSES"] = processes(3, None, pid, 5)
-    for number, of in enumerate((5, 77, 66), -3):
+    app.config["COUNTER_SERVER_PROCESSES"] = processes(manager, None, pid, second)
+    for number, of in enumerate((second, late, early), -3):
         recent.add([number, of, "00:00:00"])
     page = client.get("/").text
-    shown = [("w1", f"B · {pid}"), ("w3", "D · 66, gone"), ("w4", "E · 77, gone"), ("w2", "C · 5")]
+    shown = [("w1", f"B · {pid}"), ("w3", f"D · {early}, gone"), ("w4", f"E · {late}, gone"), ("w2", f"C · {second}")]
     assert sorted(workers(page)[:4]) == sorted(shown)
-    app.config["COUNTER_SERVER_PROCESSES"] = processes(3, 4, pid)
+    app.config["COUNTER_SERVER_PROCESSES"] = processes(manager, new, pid)
     app.config["COUNTER_SERVER_HOST"] = "127.0.0.1"
-    assert client.get(f"/visits.json?after=1 3 4 {pid}").status_code == 204
-    news = client.get("/visits.json?after=1 3 None 5").get_json()  # a worker was replaced, and nobody came meanwhile
-    assert (news["number"], news["pids"]) == ("1", f"3 4 {pid}")
-    assert re.findall(r"kill -9 (\d+)", news["kill"]) == ["3", "4", str(pid)]
+    assert client.get(f"/visits.json?after=1 {manager} {new} {pid}").status_code == 204
+    news = client.get(
+        f"/visits.json?after=1 {manager} {second}"
+    ).get_json()  # a worker was replaced, and nobody came meanwhile
+    assert (news["number"], news["pids"]) == ("1", f"{manager} {new} {pid}")
+    assert re.findall(r"kill -9 (\d+)", news["kill"]) == [str(manager), str(new), str(pid)]
     assert workers(news["kill"]) == [("w0", "A · worker"), ("w1", "B · worker")]
     app.config["COUNTER_SERVER_HOST"] = None
     news = client.get("/visits.json").get_json()  # other machines may reach this server
     assert (news["pids"], "kill" in news) == ("", False)
-    app.config["COUNTER_SERVER_PROCESSES"] = processes(3, *range(100, 110), pid)
+    app.config["COUNTER_SERVER_PROCESSES"] = processes(manager, *range(pid + 10, pid + 20), pid)
     assert workers(client.get("/").text)[0] == ("w2", f"K · {pid}")
     del app.config["COUNTER_SERVER_PROCESSES"]
-    in_order = zip("ABC", sorted((66, 77, pid)), strict=True)  # without a supervisor
+    in_order = zip("ABC", sorted((early, late, pid)), strict=True)  # without a supervisor
     expected = {(f"w{place}", f"{letter} · {one}") for place, (letter, one) in enumerate(in_order)}
     assert set(workers(client.get("/").text)) == expected
 
