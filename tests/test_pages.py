@@ -91,9 +91,8 @@ def test_a_worker_has_one_letter_and_colour_on_a_page(app: Flask, client: FlaskC
     app.config["COUNTER_SERVER_PROCESSES"] = processes(manager, new, pid)
     app.config["COUNTER_SERVER_HOST"] = "127.0.0.1"
     assert client.get(f"/visits.json?after=1 {manager} {new} {pid}").status_code == 204
-    news = client.get(
-        f"/visits.json?after=1 {manager} {second}"
-    ).get_json()  # a worker was replaced, and nobody came meanwhile
+    # A worker was replaced, and nobody came meanwhile.
+    news = client.get(f"/visits.json?after=1 {manager} {second}").get_json()
     assert (news["number"], news["pids"]) == ("1", f"{manager} {new} {pid}")
     assert re.findall(r"kill -9 (\d+)", news["kill"]) == [str(manager), str(new), str(pid)]
     assert workers(news["kill"]) == [("w0", "A · worker"), ("w1", "B · worker")]
