@@ -38,12 +38,24 @@ def check_file(_context: click.Context, _argument: click.Parameter, file: Path |
 file_argument = click.argument(
     "file", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path), callback=check_file
 )
-format_option = click.option(
-    "--format",
-    type=click.Choice(["json", "csv"]),
-    default=None,
-    help="json: one object a line; csv: for spreadsheets (default: csv if FILE ends with .csv, else json).",
-)
+
+
+def with_format(command: Command) -> Command:
+    """Add the option of a file's format to a command, which is called with its `file` and that file's `form`."""
+
+    @click.option(
+        "--format",
+        type=click.Choice(["json", "csv"]),
+        default=None,
+        help="json: one object a line; csv: for spreadsheets (default: csv if FILE ends with .csv, else json).",
+    )
+    @wraps(command)
+    def with_format(*, file: Path, **arguments: Any) -> None:
+        from .portable import format_of
+
+        command(file=file, form=arguments.pop("format") or format_of(file), **arguments)
+
+    return with_format
 
 
 def overwrite(said: str) -> Callable[[Command], Command]:
@@ -110,7 +122,7 @@ def show(what: object) -> None:
     except BrokenPipeError:
         raise
     except (OSError, UnicodeEncodeError) as error:
-        with suppress(OSError):  # what it still holds would be written at the exit, with the same error
+        with suppress(OSError):  # otherwise the interpreter writes the rest at its exit, and fails again
             sys.stdout.close()
         raise click.ClickException(f"standard output fails, but what the command did is done: {error}") from error
 
@@ -166,11 +178,11 @@ def _reading(with_state: WithState) -> list[click.Command]:
 
     @click.command()
     @file_argument
-    @format_option
+    @with_format
     @overwrite("Replace FILE if it is there.")
     @with_state
     @ends_in_order
-    def export(state: "State", file: Path, format: "Format | None", *, overwrite: bool) -> None:  # noqa: A002 - its variable has this name
+    def export(state: "State", file: Path, form: "Format", *, overwrite: bool) -> None:
         """Write all counters and idempotency keys of a store to FILE, as they are at one moment; - is standard output.
 
         Counting goes on meanwhile. No manager is started.
@@ -179,7 +191,7 @@ def _reading(with_state: WithState) -> list[click.Command]:
 
         store = state.store
         contents = moving.contents_of(store)
-        write = partial(portable.write, contents, form=format or portable.format_of(file))
+        write = partial(portable.write, contents, form=form)
         with progress("Exporting", len(contents.counters) + len(contents.keys)) as advance:
             if file == STANDARD:
                 digest = write(standard("stdout"), advance=advance)
@@ -189,7 +201,10 @@ def _reading(with_state: WithState) -> list[click.Command]:
                     digest = write(opened, advance=advance)
         counted = f"{len(contents.counters):,} counters and {len(contents.keys):,} keys"
         said = f"{counted} of {store} are in {file}; SHA-256 {digest}"
-        show(said) if file != STANDARD else click.echo(said, err=True)
+        if file == STANDARD:
+            click.echo(said, err=True)
+        else:
+            show(said)
         mention_objects(contents, store)
 
     return [list_, get, export]
@@ -246,11 +261,10 @@ def _as_json(name: str, value: int) -> bytes:
     return json.encode({"counter": name, "value": value})
 
 
-def lasting(store: "Store") -> "Store":
-    """Return a store that does not end with this process, or raise `InvalidRequest`."""
+def check_lasts(store: "Store") -> None:
+    """Raise `InvalidRequest` if the store ends with this process."""
     if str(store) == "memory://":
         raise InvalidRequest("memory:// ends with this command: name a store that other processes share")
-    return store
 
 
 def mention_objects(contents: "Contents", store: "Store") -> None:

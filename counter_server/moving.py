@@ -57,7 +57,7 @@ def silent(_what: str, _records: int) -> AbstractContextManager[Advance]:
 def contents_of(store: Store, done: str = _NOTHING) -> Contents:
     """Return everything that `store` counts, at one moment.
 
-    :param done: what was done before, for the message of an error.
+    :param done: the end of an error's message: how far the move was.
 
     :raises StartupError: if nothing was ever counted there.
     :raises Unsupported: if it cannot list its counters.
@@ -128,7 +128,7 @@ def _check_still(store: Store, counters: list[str], keys: list[str], what: str) 
 def _read(store: ShowsContents, done: str = _NOTHING) -> Contents | None:
     """Read everything. A store that does not answer is asked again, as by a session, for as long as a call may take.
 
-    :param done: what was done before, for the message of an error.
+    :param done: the end of an error's message: how far the move was.
     """
     patience = time.monotonic() + DEFAULT_DEADLINE
     while True:
@@ -188,7 +188,7 @@ def _apply(
 ) -> list[Result]:
     """Apply operations in the largest batches; return the results of reads. Raise the error of the first refusal.
 
-    :param done: what was done before, for the message of an error.
+    :param done: the end of an error's message: how far the move was.
     """
     written = 0
     results: list[Result] = []

@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def give_name(draft: Path, path: Path) -> None:
-    """Give a finished file its name, or raise `FileExistsError`: nobody sees a part of it, and it replaces no file.
+    """Give a finished file its name in one step, or raise `FileExistsError` if a file has that name.
 
-    A file system without hard links has no such step: there a file that another process makes meanwhile is replaced.
+    A file system without hard links has no such step. There, a file that another process makes meanwhile is replaced.
     """
     try:
         os.link(draft, path)

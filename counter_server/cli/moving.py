@@ -8,15 +8,15 @@ import click
 from .. import moving, portable
 from ..commands import (
     STANDARD,
+    check_lasts,
     ends_in_order,
     file_argument,
-    format_option,
-    lasting,
     mention_objects,
     overwrite,
     progress,
     show,
     standard,
+    with_format,
 )
 from ..errors import StartupError
 from ..moving import Moved
@@ -30,18 +30,18 @@ from .options import IDLE_SECONDS, with_state
 
 @click.command("import")
 @file_argument
-@format_option
+@with_format
 @overwrite("Replace other values in the store. What FILE does not have is kept there.")
 @click.option("--unchecked", is_flag=True, help="Accept a FILE without a checksum, made by hand.")
 @with_state
 @ends_in_order
-def import_(state: State, file: Path, format: Format | None, *, overwrite: bool, unchecked: bool) -> None:  # noqa: A002 - its variable has this name
+def import_(state: State, file: Path, form: Format, *, overwrite: bool, unchecked: bool) -> None:
     """Write the counters and idempotency keys in FILE, an export, into a store; - is standard input.
 
     FILE is verified first. A store that has other values is refused. The same command again continues an interrupted
     one. A CSV made by hand needs the columns name and value.
     """
-    store, form = state.store, format or portable.format_of(file)
+    store = state.store
     if file == STANDARD:
         contents, digest = portable.read(standard("stdin"), form, "standard input", unchecked=unchecked)
     else:
@@ -67,9 +67,11 @@ def migrate(source: str, target: str, *, overwrite: bool) -> None:
     """
     options = StoreOptions(idle_timeout=IDLE_SECONDS, start=True)
     with (
-        closing(lasting(open_store(source, StoreOptions(start=False)))) as opened,
-        closing(lasting(open_store(target, options))) as receiving,
+        closing(open_store(source, StoreOptions(start=False))) as opened,
+        closing(open_store(target, options)) as receiving,
     ):
+        for store in (opened, receiving):
+            check_lasts(store)
         contents, moved = moving.move(opened, receiving, overwrite=overwrite, bar=progress)
         _report(receiving, moved, portable.digest_of(contents))
         mention_objects(contents, opened)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .. import settings
-from ..commands import Command, lasting
+from ..commands import Command, check_lasts
 from ..errors import InvalidRequest
 from ..manager.directory import DataDirectory
 from ..server.settings import ServerSettings
@@ -92,7 +92,7 @@ def with_state(command: Command) -> Command:
     def with_state(*, data_dir: str | None, store: str | None, start: bool, **arguments: Any) -> None:
         options = settings.StoreOptions(idle_timeout=IDLE_SECONDS, start=start)
         with open_state(url_of(store, data_dir), options=options) as state:
-            lasting(state.store)
+            check_lasts(state.store)
             command(state, **arguments)
 
     return with_state

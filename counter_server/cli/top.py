@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from .. import settings
-from ..commands import lasting
+from ..commands import check_lasts
 from ..errors import CounterServerError, StartupError
 from ..scan import beginning_with
 from ..state import State, open_state
@@ -102,7 +102,7 @@ def top(data_dir: str | None, store: str | None, prefix: str, *, once: bool) -> 
     url = url_of(store, data_dir)
     console = Console()
     with open_state(url, deadline=_DEADLINE, options=settings.StoreOptions(start=False)) as state:
-        lasting(state.store)
+        check_lasts(state.store)
         samples = Samples()
         samples.add(_sample(state, prefix))
         is_terminal = sys.stdout.isatty() and not console.is_dumb_terminal

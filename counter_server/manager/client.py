@@ -91,7 +91,7 @@ class StateProxy(BaseProxy):
         return StateProxy(self.directory, self._starter, declaration)
 
     def another(self) -> "StateProxy":
-        """See `ObjectStore`. The new one does not report a loss that this one has reported."""
+        """See `ObjectStore`. The new one begins with the epoch of this one, so it reports only later losses."""
         proxy = StateProxy(self.directory, self._starter, self._declaration)
         proxy._latest_epoch = self._latest_epoch
         return proxy

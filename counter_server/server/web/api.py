@@ -151,18 +151,16 @@ def _document() -> dict[str, Any]:
 
 def _guarded(operation: dict[str, Any]) -> dict[str, Any]:
     """Return an operation as a closed site has it."""
-    refused = ("401", "429") if token_of(current_app.config) else ("403",)
-    responses = {code: {"$ref": f"#/components/responses/Problem{code}"} for code in refused}
-    if not token_of(current_app.config):
-        return {**operation, "security": [], "responses": {**responses, **operation["responses"]}}
-    (sample,) = operation["x-codeSamples"]
-    header = "" if "security" in operation else ' --header "Authorization: Bearer $COUNTER_SERVER_TOKEN"'
-    return {
-        **operation,
-        "security": [{"token": []}],
-        "responses": {**responses, **operation["responses"]},
-        "x-codeSamples": [{**sample, "source": sample["source"] + header}],
-    }
+    has_token = token_of(current_app.config) is not None
+    codes = ("401", "429") if has_token else ("403",)
+    refusals = {code: {"$ref": f"#/components/responses/Problem{code}"} for code in codes}
+    responses = {**refusals, **operation["responses"]}
+    guarded = {**operation, "security": [{"token": []}] if has_token else [], "responses": responses}
+    if has_token and "security" not in operation:
+        (sample,) = operation["x-codeSamples"]
+        source = f'{sample["source"]} --header "Authorization: Bearer $COUNTER_SERVER_TOKEN"'
+        guarded["x-codeSamples"] = [{**sample, "source": source}]
+    return guarded
 
 
 def _json(content: object) -> Response:

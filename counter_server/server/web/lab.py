@@ -90,17 +90,14 @@ class _Lab:
             ours=self._strategies[_OURS],
             ours_name=_OURS,
             chosen=_one_of(wrong, request.args.get("strategy", "global")),
-            clients=read_integer("clients", request.args.get("clients", str(_MOST_CLIENTS)), 1, _MOST_CLIENTS),
+            clients=_clients(request.args.get("clients", str(_MOST_CLIENTS))),
             most=_MOST_CLIENTS,
         )
 
     def begin(self) -> tuple[dict[str, Any], int, dict[str, str]]:
         """Begin a run with the form's choices, and return where its clients ask."""
         name = _one_of(self._strategies, request.form.get("strategy", ""))
-        strategy, clients = (
-            self._strategies[name],
-            read_integer("clients", request.form.get("clients", ""), 1, _MOST_CLIENTS),
-        )
+        strategy, clients = self._strategies[name], _clients(request.form.get("clients", ""))
         run_id = _signer().dumps([name, secrets.token_hex(8)])  # signed, so that every worker knows it
         if name == "file":
             self._make_directory_and_remove_old_ones(self._find(run_id)[1])
@@ -160,6 +157,10 @@ def _one_of(strategies: Collection[str], name: str) -> str:
     if name not in strategies:
         raise InvalidRequest(f"strategy is one of {', '.join(strategies)}")
     return name
+
+
+def _clients(text: str) -> int:
+    return read_integer("clients", text, 1, _MOST_CLIENTS)
 
 
 class Memory:
